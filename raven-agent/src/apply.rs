@@ -1,0 +1,377 @@
+//! Brings the kernel to what the plan says: reads what is there, diffs, runs the steps. One failed step never stops the
+//! others; what failed is reported and tried again with the next run.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use futures::{StreamExt, stream};
+use tokio::time::Instant;
+
+use wireguard_control::Key;
+
+use crate::{
+    bpf::{self, Attached, Bpf, Hook, probe::Release},
+    config::{TcAttach, Tier},
+    diff::{State, Step, diff},
+    link::{Links, Uplink, set_sysctls},
+    names, netfilter,
+    plan::{Indexes, Me, Plan, Role, plan},
+    surroundings,
+    topology::{PublicKey, Topology},
+    tunnel::{self, Backend, Tunnel},
+};
+
+/// How often the surroundings are looked at when nothing changes.
+const LOOK_AROUND: Duration = Duration::from_secs(25);
+
+/// What a run found and did.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// What should be.
+    pub plan: Plan,
+    /// What could not be done, one sentence each.
+    pub failures: Vec<String>,
+    /// What is around us and stops packets, one sentence each.
+    pub surroundings: Vec<String>,
+    /// How many things were changed.
+    pub changes: usize,
+    /// How packets enter the tunnel: `xdp+tc`, `tc` or `stack`; on a gateway node.
+    pub tier: Option<&'static str>,
+    /// Why not the fastest tier.
+    pub tier_reason: Option<String>,
+    /// Who does WireGuard, on a gateway node.
+    pub backend: Option<Backend>,
+    /// Our own public key.
+    pub public_key: PublicKey,
+    /// Addresses on the uplink.
+    pub uplink: Option<Uplink>,
+}
+
+impl Report {
+    /// Everything that a person should know of.
+    pub fn complaints(&self) -> impl Iterator<Item = &String> {
+        self.failures.iter().chain(&self.plan.problems).chain(&self.surroundings)
+    }
+}
+
+/// What stays the same for the life of the process.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Name of this node.
+    pub node: String,
+    /// Address by which the uplink is found, if the Node object's is on no device.
+    pub node_ip: Option<IpAddr>,
+    /// Never into the tunnel.
+    pub protected: Vec<ipnet::IpNet>,
+    /// The running kernel.
+    pub release: Release,
+    /// How to attach TC programs.
+    pub tc_attach: TcAttach,
+    /// How a gateway node takes overlay packets.
+    pub tier: Tier,
+}
+
+impl Settings {
+    /// TCX or clsact.
+    pub fn tcx(&self) -> bool {
+        match self.tc_attach {
+            TcAttach::Auto => self.release.has_tcx(),
+            TcAttach::Tcx => true,
+            TcAttach::Clsact => false,
+        }
+    }
+}
+
+/// The drivers, and who calls them. One task owns it.
+pub struct Reconciler {
+    settings: Settings,
+    links: Links,
+    bpf: Bpf,
+    key: Key,
+    tunnel: Option<Tunnel>,
+    /// What was found around us, and when: netfilter's rules can be many, so they are not read at every run.
+    surroundings: Option<(Instant, Vec<String>)>,
+}
+
+/// Route requests that wait for their answers at a time.
+const IN_FLIGHT: usize = 64;
+
+fn is_route(step: &Step) -> bool {
+    matches!(step, Step::PutRoute(..) | Step::DeleteRoute(_))
+}
+
+async fn route(links: &Links, step: &Step, indexes: Indexes) -> Result<(), String> {
+    tracing::debug!(?step, "apply");
+    let result = match step {
+        Step::PutRoute(prefix, route) => links.put_route(*prefix, route, indexes).await,
+        Step::DeleteRoute(prefix) => links.delete_route(*prefix).await,
+        _ => Ok(()),
+    };
+    result.map_err(|e| e.to_string())
+}
+
+/// One run's notes.
+#[derive(Default)]
+struct Notes {
+    failures: Vec<String>,
+    surroundings: Vec<String>,
+    changes: usize,
+    tier: Option<&'static str>,
+    tier_reason: Option<String>,
+}
+
+impl Notes {
+    /// Counts a change, or notes why there was none.
+    fn take<E: std::fmt::Display>(&mut self, result: Result<bool, E>) {
+        match result {
+            Ok(changed) => self.changes += usize::from(changed),
+            Err(e) => self.failures.push(e.to_string()),
+        }
+    }
+}
+
+impl Reconciler {
+    /// Loads the programs and takes over what an earlier agent left.
+    pub fn new(settings: Settings, links: Links, key: Key) -> Result<Self, bpf::Error> {
+        let mut bpf = Bpf::open(settings.tcx())?;
+        // An earlier agent may have died between a change and this.
+        bpf.next_generation()?;
+        Ok(Self { settings, links, bpf, key, tunnel: None, surroundings: None })
+    }
+
+    /// See [`Bpf::take_trace`].
+    pub fn take_trace(&mut self) -> Option<impl FnMut() + Send + 'static> {
+        self.bpf.take_trace()
+    }
+
+    /// The tunnel, on a gateway node.
+    pub fn tunnel(&self) -> Option<Tunnel> {
+        self.tunnel.clone()
+    }
+
+    /// See the module's text.
+    pub async fn reconcile(&mut self, topology: &Topology) -> Arc<Report> {
+        let mut notes = Notes::default();
+        let member = topology.pool_of(&self.settings.node).and_then(|(_, pool)| pool.members.get(&self.settings.node));
+        let address = self.settings.node_ip.or(member.map(|m| IpAddr::V4(m.outer)));
+        let uplink = match address {
+            Some(address) => self.links.uplink(address).await.map_err(|e| notes.failures.push(e.to_string())).ok(),
+            None => None,
+        };
+        let plan = plan(topology, &self.me(uplink.as_ref()));
+        match (&uplink, plan.role) {
+            (_, Role::None) => self.take_down(&mut notes).await,
+            (Some(uplink), _) => self.bring_up(&plan, uplink, &mut notes).await,
+            // Nothing can be decided without the uplink; what works goes on working.
+            (None, _) => {}
+        }
+        Arc::new(Report {
+            plan,
+            failures: notes.failures,
+            surroundings: notes.surroundings,
+            changes: notes.changes,
+            tier: notes.tier,
+            tier_reason: notes.tier_reason,
+            backend: self.tunnel.as_ref().map(Tunnel::backend),
+            public_key: tunnel::public(&self.key),
+            uplink,
+        })
+    }
+
+    fn me(&self, uplink: Option<&Uplink>) -> Me {
+        let subnets = uplink.into_iter().flat_map(|u| u.subnets.iter().copied());
+        Me {
+            node: self.settings.node.clone(),
+            uplink_mtu: uplink.map_or(1500, |u| u.mtu),
+            protected: self.settings.protected.iter().copied().chain(subnets).collect(),
+            addresses: uplink.map(|u| u.node_addresses.clone()).unwrap_or_default(),
+        }
+    }
+
+    async fn bring_up(&mut self, plan: &Plan, uplink: &Uplink, notes: &mut Notes) {
+        let Some(overlay) = &plan.overlay else { return };
+        let overlay = match self.links.ensure_overlay(overlay).await {
+            Ok(index) => index,
+            Err(e) => return notes.failures.push(e.to_string()),
+        };
+        notes.failures.extend(set_sysctls(names::OVERLAY));
+        let tunnel = self.ensure_tunnel(plan, notes).await;
+        let indexes = Indexes { uplink: uplink.index, overlay, tunnel };
+        let xdp = self.bpf.is_attached(Hook::UplinkXdp, uplink.index);
+        notes.take(self.configure(plan, indexes, xdp));
+        self.change_state(plan, indexes, notes).await;
+        self.attach(plan, uplink, indexes, notes);
+        // Who guards the uplink is known only now.
+        let xdp = self.bpf.is_attached(Hook::UplinkXdp, uplink.index);
+        notes.take(self.configure(plan, indexes, xdp));
+        if plan.role == Role::Ordinary {
+            self.remove_tunnel(notes).await;
+        }
+        notes.take(self.links.ensure_rules().await.map(|made| made > 0));
+        notes.take(netfilter::ensure().await);
+        let recent = self.surroundings.take().filter(|(when, _)| notes.changes == 0 && when.elapsed() < LOOK_AROUND);
+        let (when, found) = match recent {
+            Some(recent) => recent,
+            None => (Instant::now(), surroundings::look(&self.links, plan, indexes, &uplink.name).await),
+        };
+        notes.surroundings.clone_from(&found);
+        self.surroundings = Some((when, found));
+    }
+
+    fn configure(&mut self, plan: &Plan, indexes: Indexes, xdp: bool) -> Result<bool, bpf::Error> {
+        let generation = self.bpf.generation()?;
+        self.bpf.set_config(plan.config.to_table(indexes, self.may_redirect(), xdp, generation))
+    }
+
+    /// The tunnel device's index, on a gateway node.
+    async fn ensure_tunnel(&mut self, plan: &Plan, notes: &mut Notes) -> Option<u32> {
+        let want = plan.tunnel.as_ref()?;
+        match Tunnel::ensure(&self.links, want, &self.key).await {
+            Ok((tunnel, index)) => {
+                notes.failures.extend(set_sysctls(names::TUNNEL));
+                self.tunnel = Some(tunnel);
+                Some(index)
+            }
+            Err(e) => {
+                notes.failures.push(e.to_string());
+                None
+            }
+        }
+    }
+
+    /// A node that is no gateway node any more.
+    async fn remove_tunnel(&mut self, notes: &mut Notes) {
+        self.tunnel = None;
+        notes.take(tunnel::remove(&self.links).await);
+    }
+
+    /// WireGuard of the kernel may choke on what the overlay device received; a TUN device does not.
+    fn may_redirect(&self) -> bool {
+        let kernel = self.tunnel.as_ref().is_some_and(|t| t.backend() == Backend::Kernel);
+        !kernel || self.settings.release.wireguard_takes_metadata()
+    }
+
+    async fn change_state(&mut self, plan: &Plan, indexes: Indexes, notes: &mut Notes) {
+        let have = match self.read(indexes).await {
+            Ok(have) => have,
+            Err(e) => return notes.failures.push(e),
+        };
+        let steps = diff(&have, &plan.state);
+        // Steps of one kind stand together, and routes do not depend on each other: they are sent without waiting for each
+        // answer, or ten thousand of them would take a minute.
+        for group in steps.chunk_by(|a, b| is_route(a) && is_route(b)) {
+            if is_route(&group[0]) {
+                let links = &self.links;
+                let mut answers = stream::iter(group).map(|step| route(links, step, indexes)).buffer_unordered(IN_FLIGHT);
+                while let Some(answer) = answers.next().await {
+                    notes.take(answer.map(|()| true));
+                }
+                continue;
+            }
+            for step in group {
+                tracing::debug!(?step, "apply");
+                notes.take(self.run(step, &have).await.map(|()| true));
+            }
+        }
+        if steps.iter().any(bpf::is_map_entry) {
+            notes.take(self.bpf.next_generation().map(|()| false));
+        }
+        // Once the routes are there.
+        for step in &steps {
+            if let (Step::PutPeer(_, peer), Some(tunnel)) = (step, &self.tunnel) {
+                tunnel.poke(peer);
+            }
+        }
+    }
+
+    async fn read(&mut self, indexes: Indexes) -> Result<State, String> {
+        let mut state = self.bpf.read().map_err(|e| e.to_string())?;
+        state.routes = self.links.routes(indexes).await.map_err(|e| e.to_string())?;
+        if let Some(tunnel) = &self.tunnel {
+            state.peers = tunnel.peers().await.map_err(|e| e.to_string())?;
+        }
+        Ok(state)
+    }
+
+    async fn run(&mut self, step: &Step, have: &State) -> Result<(), String> {
+        match step {
+            Step::PutPeer(key, peer) => match &self.tunnel {
+                Some(tunnel) => tunnel.put_peer(*key, peer, have.peers.contains_key(key)).await.map_err(|e| e.to_string()),
+                None => Err(format!("peer {key} waits for the tunnel device")),
+            },
+            Step::DeletePeer(key) => match &self.tunnel {
+                Some(tunnel) => tunnel.delete_peer(*key).await.map_err(|e| e.to_string()),
+                None => Ok(()),
+            },
+            map_entry => self.bpf.apply(map_entry).map(drop).map_err(|e| e.to_string()),
+        }
+    }
+
+    /// After the maps are filled: an XDP program that knows no node would drop the pool's packets.
+    fn attach(&mut self, plan: &Plan, uplink: &Uplink, indexes: Indexes, notes: &mut Notes) {
+        self.put_program(Hook::OverlayIngress, names::OVERLAY, indexes.overlay, notes);
+        self.put_program(Hook::OverlayEgress, names::OVERLAY, indexes.overlay, notes);
+        let Some(tunnel) = indexes.tunnel.filter(|_| plan.role == Role::Gateway) else {
+            for hook in [Hook::UplinkXdp, Hook::UplinkIngress, Hook::TunnelIngress, Hook::TunnelEgress] {
+                self.bpf.detach(hook);
+                if !self.settings.tcx() && hook == Hook::UplinkIngress {
+                    bpf::detach_filter(hook, &uplink.name);
+                }
+            }
+            return;
+        };
+        self.put_program(Hook::TunnelIngress, names::TUNNEL, tunnel, notes);
+        self.put_program(Hook::TunnelEgress, names::TUNNEL, tunnel, notes);
+        // The reader of XDP's notes before their writer.
+        self.put_program(Hook::UplinkIngress, &uplink.name, uplink.index, notes);
+        self.put_xdp(uplink, notes);
+    }
+
+    fn put_program(&mut self, hook: Hook, device: &str, index: u32, notes: &mut Notes) {
+        notes.take(self.bpf.attach(hook, device, index).map(|a| a != Attached::Unchanged && (self.settings.tcx() || a == Attached::New)));
+    }
+
+    /// The fast tier, where it can be had.
+    fn put_xdp(&mut self, uplink: &Uplink, notes: &mut Notes) {
+        let fallback = if self.may_redirect() { "tc" } else { "stack" };
+        if self.settings.tier == Tier::Tc {
+            self.bpf.detach(Hook::UplinkXdp);
+            (notes.tier, notes.tier_reason) = (Some(fallback), Some("--tier=tc".to_owned()));
+            return;
+        }
+        match self.bpf.attach(Hook::UplinkXdp, &uplink.name, uplink.index) {
+            Ok(attached) => {
+                notes.changes += usize::from(attached != Attached::Unchanged);
+                notes.tier = Some("xdp+tc");
+            }
+            // No failure: the fallback tier does the work.
+            Err(e) => (notes.tier, notes.tier_reason) = (Some(fallback), Some(e.to_string())),
+        }
+    }
+
+    /// For a node that is in no pool (any more).
+    async fn take_down(&mut self, notes: &mut Notes) {
+        for hook in Hook::ALL {
+            self.bpf.detach(hook);
+        }
+        if !self.settings.tcx() {
+            bpf::detach_uplink_filter();
+        }
+        notes.take(self.links.delete_rules().await.map(|gone| gone > 0));
+        self.remove_tunnel(notes).await;
+        // Its routes go with it.
+        notes.take(self.links.delete_device(names::OVERLAY).await);
+        notes.take(netfilter::remove().await);
+        match self.bpf.read() {
+            Ok(have) => {
+                let steps = diff(&have, &State::default());
+                for step in &steps {
+                    notes.take(self.bpf.apply(step));
+                }
+                if !steps.is_empty() {
+                    notes.take(self.bpf.next_generation().map(|()| false));
+                }
+            }
+            Err(e) => notes.failures.push(e.to_string()),
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Typed views over the maps: prefixes in, entries out. The agent is their only writer.
+
+use std::{collections::BTreeMap, net::Ipv4Addr, path::Path};
+
+use aya::{
+    Pod,
+    maps::{Array, HashMap, LpmTrie, Map, MapData, PerCpuHashMap, lpm_trie::Key},
+};
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use raven_common::{
+    Verdict,
+    tables::{Config, Count, CounterKey, Local, Node, Remote},
+};
+
+use super::{Bpf, Error};
+use crate::{
+    diff::{State, Step},
+    names,
+};
+
+/// True for a step that changes a map.
+pub fn is_map_entry(step: &Step) -> bool {
+    !matches!(step, Step::PutRoute(..) | Step::DeleteRoute(_) | Step::PutPeer(..) | Step::DeletePeer(_))
+}
+
+/// Counters, summed over CPUs.
+pub type Counters = BTreeMap<(u32, Verdict), Count>;
+
+impl Bpf {
+    /// What the maps have, as far as a plan speaks of it.
+    pub fn read(&mut self) -> Result<State, Error> {
+        let mut remote = self.trie4::<Remote>("REMOTE4")?;
+        remote.extend(self.trie6::<Remote>("REMOTE6")?);
+        let mut local = self.trie4::<Local>("LOCAL4")?;
+        local.extend(self.trie6::<Local>("LOCAL6")?);
+        Ok(State { remote, local, nodes: self.nodes()?, ..State::default() })
+    }
+
+    /// Runs a step that concerns maps; false: it concerns something else.
+    pub fn apply(&mut self, step: &Step) -> Result<bool, Error> {
+        match step {
+            Step::PutRemote(prefix, value) => self.put(["REMOTE4", "REMOTE6"], prefix, *value)?,
+            Step::PutLocal(prefix, value) => self.put(["LOCAL4", "LOCAL6"], prefix, *value)?,
+            Step::DeleteRemote(prefix) => self.delete::<Remote>(["REMOTE4", "REMOTE6"], prefix)?,
+            Step::DeleteLocal(prefix) => self.delete::<Local>(["LOCAL4", "LOCAL6"], prefix)?,
+            Step::PutNode(outer, node) => {
+                let mut map: HashMap<_, [u8; 4], Node> = self.map("NODES")?;
+                map.insert(outer.octets(), node, 0).map_err(|e| refused("NODES", outer, &e))?;
+            }
+            Step::DeleteNode(outer) => {
+                let mut map: HashMap<_, [u8; 4], Node> = self.map("NODES")?;
+                map.remove(&outer.octets()).map_err(|e| refused("NODES", outer, &e))?;
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// The number under which programs remember paths.
+    pub fn generation(&mut self) -> Result<u32, Error> {
+        let map: Array<_, Config> = self.map("CONFIG")?;
+        Ok(map.get(&0, 0).map(|config| config.generation).unwrap_or_default())
+    }
+
+    /// Voids what programs remember of the tables. To be called *after* they have changed: what a program found before, it
+    /// remembers under the old number.
+    pub fn next_generation(&mut self) -> Result<(), Error> {
+        let mut map: Array<_, Config> = self.map("CONFIG")?;
+        let config = map.get(&0, 0).unwrap_or_default();
+        let next = Config { generation: config.generation.wrapping_add(1), ..config };
+        map.set(0, next, 0).map_err(|e| Error::Map { map: "CONFIG", reason: e.to_string() })
+    }
+
+    /// Writes the node's configuration, if it differs. True: it did.
+    pub fn set_config(&mut self, config: Config) -> Result<bool, Error> {
+        let mut map: Array<_, Config> = self.map("CONFIG")?;
+        if map.get(&0, 0).is_ok_and(|have| have == config) {
+            return Ok(false);
+        }
+        map.set(0, config, 0).map_err(|e| Error::Map { map: "CONFIG", reason: e.to_string() })?;
+        Ok(true)
+    }
+
+    fn map<'a, T>(&'a mut self, name: &'static str) -> Result<T, Error>
+    where
+        T: TryFrom<&'a mut Map>,
+        T::Error: std::fmt::Display,
+    {
+        let map = self.ebpf.map_mut(name).ok_or(Error::Map { map: name, reason: "not in the object".to_owned() })?;
+        T::try_from(map).map_err(|e| Error::Map { map: name, reason: e.to_string() })
+    }
+
+    fn trie4<V: Pod>(&mut self, name: &'static str) -> Result<BTreeMap<IpNet, V>, Error> {
+        let trie: LpmTrie<&mut MapData, [u8; 4], V> = self.map(name)?;
+        let prefix = |key: Key<[u8; 4]>| Ipv4Net::new(key.data().into(), key.prefix_len() as u8).ok().map(IpNet::V4);
+        Ok(trie.iter().flatten().filter_map(|(key, value)| Some((prefix(key)?, value))).collect())
+    }
+
+    fn trie6<V: Pod>(&mut self, name: &'static str) -> Result<BTreeMap<IpNet, V>, Error> {
+        let trie: LpmTrie<&mut MapData, [u8; 16], V> = self.map(name)?;
+        let prefix = |key: Key<[u8; 16]>| Ipv6Net::new(key.data().into(), key.prefix_len() as u8).ok().map(IpNet::V6);
+        Ok(trie.iter().flatten().filter_map(|(key, value)| Some((prefix(key)?, value))).collect())
+    }
+
+    fn nodes(&mut self) -> Result<BTreeMap<Ipv4Addr, Node>, Error> {
+        let map: HashMap<&mut MapData, [u8; 4], Node> = self.map("NODES")?;
+        Ok(map.iter().flatten().map(|(outer, node)| (Ipv4Addr::from(outer), node)).collect())
+    }
+
+    fn put<V: Pod>(&mut self, [v4, v6]: [&'static str; 2], prefix: &IpNet, value: V) -> Result<(), Error> {
+        match prefix {
+            IpNet::V4(p) => {
+                let mut trie: LpmTrie<&mut MapData, [u8; 4], V> = self.map(v4)?;
+                trie.insert(&Key::new(p.prefix_len().into(), p.network().octets()), value, 0).map_err(|e| refused(v4, prefix, &e))
+            }
+            IpNet::V6(p) => {
+                let mut trie: LpmTrie<&mut MapData, [u8; 16], V> = self.map(v6)?;
+                trie.insert(&Key::new(p.prefix_len().into(), p.network().octets()), value, 0).map_err(|e| refused(v6, prefix, &e))
+            }
+        }
+    }
+
+    fn delete<V: Pod>(&mut self, [v4, v6]: [&'static str; 2], prefix: &IpNet) -> Result<(), Error> {
+        match prefix {
+            IpNet::V4(p) => {
+                let mut trie: LpmTrie<&mut MapData, [u8; 4], V> = self.map(v4)?;
+                trie.remove(&Key::new(p.prefix_len().into(), p.network().octets())).map_err(|e| refused(v4, prefix, &e))
+            }
+            IpNet::V6(p) => {
+                let mut trie: LpmTrie<&mut MapData, [u8; 16], V> = self.map(v6)?;
+                trie.remove(&Key::new(p.prefix_len().into(), p.network().octets())).map_err(|e| refused(v6, prefix, &e))
+            }
+        }
+    }
+}
+
+fn refused(map: &'static str, entry: &dyn std::fmt::Display, error: &dyn std::fmt::Display) -> Error {
+    Error::Map { map, reason: format!("entry {entry}: {error} (is the map full? `bpftool map show pinned {}/maps/{map}`)", names::PINS) }
+}
+
+/// Reads the counters of whoever runs: by their pin, so that anybody on the node can.
+pub fn counters() -> Result<Counters, Error> {
+    let failed = |reason: String| Error::Map { map: "COUNTERS", reason };
+    let data = MapData::from_pin(Path::new(names::PINS).join("maps/COUNTERS")).map_err(|e| failed(e.to_string()))?;
+    let map: PerCpuHashMap<_, CounterKey, Count> =
+        Map::PerCpuHashMap(data).try_into().map_err(|e: aya::maps::MapError| failed(e.to_string()))?;
+    let sum = |per_cpu: &[Count]| {
+        per_cpu.iter().fold(Count::default(), |a, b| Count { packets: a.packets + b.packets, bytes: a.bytes + b.bytes })
+    };
+    let known = map.iter().flatten().filter_map(|(key, value)| {
+        let verdict = Verdict::from_number(key.verdict)?;
+        Some(((key.gateway, verdict), sum(&value)))
+    });
+    Ok(known.collect())
+}

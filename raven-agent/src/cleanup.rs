@@ -1,0 +1,51 @@
+//! `raven-agent cleanup`: leaves nothing behind. Works without an API server and after a crash at any point; what is not
+//! there is no error.
+
+use std::{fs, io, path::Path};
+
+use crate::{bpf, link::Links, names, netfilter, tunnel};
+
+/// Removes everything; gives what was removed, and what could not be, one line each.
+pub async fn run(state_dir: &Path, keep_state: bool) -> (Vec<String>, Vec<String>) {
+    let mut done = Outcome::default();
+    let links = match Links::connect() {
+        Ok((links, _)) => links,
+        Err(e) => return (Vec::new(), vec![e.to_string()]),
+    };
+    done.note("rules", links.delete_rules().await.map(|n| n > 0));
+    bpf::detach_uplink_filter();
+    done.note(names::TUNNEL, tunnel::remove(&links).await);
+    done.note(names::OVERLAY, links.delete_device(names::OVERLAY).await);
+    done.note("nft table inet raven", netfilter::remove().await);
+    done.note("programs and maps", bpf::remove_pins());
+    if !keep_state {
+        for file in [names::KEY_FILE, names::SNAPSHOT_FILE] {
+            done.note(file, remove_file(&state_dir.join(file)));
+        }
+    }
+    (done.removed, done.failed)
+}
+
+#[derive(Default)]
+struct Outcome {
+    removed: Vec<String>,
+    failed: Vec<String>,
+}
+
+impl Outcome {
+    fn note<E: std::fmt::Display>(&mut self, what: &str, result: Result<bool, E>) {
+        match result {
+            Ok(true) => self.removed.push(what.to_owned()),
+            Ok(false) => {}
+            Err(e) => self.failed.push(format!("{what}: {e}")),
+        }
+    }
+}
+
+fn remove_file(path: &Path) -> io::Result<bool> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
+    }
+}

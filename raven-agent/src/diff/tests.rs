@@ -1,0 +1,152 @@
+//! Laws of `diff`, checked on a model of the kernel.
+
+use std::collections::BTreeSet;
+
+use proptest::{collection, option, prelude::*};
+
+use super::*;
+
+/// What the kernel does with a step. WireGuard gives an allowed IP to the peer that asked last.
+fn apply(mut state: State, steps: &[Step]) -> State {
+    for step in steps {
+        match step.clone() {
+            Step::PutNode(k, v) => drop(state.nodes.insert(k, v)),
+            Step::PutLocal(k, v) => drop(state.local.insert(k, v)),
+            Step::PutRemote(k, v) => drop(state.remote.insert(k, v)),
+            Step::PutRoute(k, v) => drop(state.routes.insert(k, v)),
+            Step::PutPeer(k, v) => {
+                for peer in state.peers.values_mut() {
+                    peer.allowed.retain(|p| !v.allowed.contains(p));
+                }
+                let alive = state.peers.get(&k).is_some_and(|p| p.alive);
+                state.peers.insert(k, Peer { alive, ..v });
+            }
+            Step::DeleteRoute(k) => drop(state.routes.remove(&k)),
+            Step::DeleteRemote(k) => drop(state.remote.remove(&k)),
+            Step::DeletePeer(k) => drop(state.peers.remove(&k)),
+            Step::DeleteLocal(k) => drop(state.local.remove(&k)),
+            Step::DeleteNode(k) => drop(state.nodes.remove(&k)),
+        }
+    }
+    state
+}
+
+fn prefix() -> impl Strategy<Value = IpNet> {
+    prop_oneof![
+        (0u8..12).prop_map(|n| format!("10.{n}.0.0/16").parse().expect("a prefix")),
+        (0u8..12).prop_map(|n| format!("fd00:{n:x}::/64").parse().expect("a prefix")),
+    ]
+}
+
+fn endpoint() -> impl Strategy<Value = SocketAddr> {
+    (1u8..5).prop_map(|n| SocketAddr::from(([198, 51, 100, n], 4500)))
+}
+
+fn route() -> impl Strategy<Value = Route> {
+    (any::<bool>(), 1280u32..1500).prop_map(|(overlay, mtu)| Route {
+        device: if overlay { Device::Overlay } else { Device::Tunnel },
+        source: None,
+        mtu,
+    })
+}
+
+fn peers() -> impl Strategy<Value = BTreeMap<PublicKey, Peer>> {
+    // No prefix with two peers: neither a kernel nor a plan can have that.
+    let owned = collection::btree_map(prefix(), 0u8..4, 0..12);
+    let rest = collection::vec((option::of(endpoint()), option::of(Just(15u16)), any::<bool>(), any::<bool>()), 4);
+    (owned, rest).prop_map(|(owned, rest)| {
+        let mut peers = BTreeMap::new();
+        for (n, (endpoint, keepalive, alive, exists)) in rest.into_iter().enumerate().map(|(n, r)| (n as u8, r)) {
+            let allowed: BTreeSet<_> = owned.iter().filter(|(_, o)| **o == n).map(|(p, _)| *p).collect();
+            if exists {
+                peers.insert(PublicKey([n; 32]), Peer { endpoint, allowed, keepalive, alive });
+            }
+        }
+        peers
+    })
+}
+
+fn state() -> impl Strategy<Value = State> {
+    let remote = (0u32..4, 0u8..3).prop_map(|(gateway, n)| Remote { gateway, via: [10, 0, 0, n] });
+    let local = (0u8..3).prop_map(|n| Local { node: [10, 0, 0, n] });
+    let node = (0u8..6).prop_map(|n| Ipv4Addr::new(10, 0, 0, n));
+    (
+        collection::btree_map(prefix(), route(), 0..8),
+        peers(),
+        collection::btree_map(prefix(), remote, 0..8),
+        collection::btree_map(prefix(), local, 0..8),
+        collection::btree_map(node, (0u32..2).prop_map(|flags| Node { flags }), 0..6),
+    )
+        .prop_map(|(routes, peers, remote, local, nodes)| State { routes, peers, remote, local, nodes })
+}
+
+fn want() -> impl Strategy<Value = State> {
+    state().prop_map(|mut s| {
+        s.peers.values_mut().for_each(|p| p.alive = false);
+        s
+    })
+}
+
+proptest! {
+    #[test]
+    fn applying_the_diff_to_anything_gives_the_plan(have in state(), want in want()) {
+        let after = apply(have.clone(), &diff(&have, &want));
+        prop_assert_eq!(&after.routes, &want.routes);
+        prop_assert_eq!(&after.remote, &want.remote);
+        prop_assert_eq!(&after.local, &want.local);
+        prop_assert_eq!(&after.nodes, &want.nodes);
+        prop_assert_eq!(after.peers.keys().collect::<Vec<_>>(), want.peers.keys().collect::<Vec<_>>());
+        for (key, peer) in &want.peers {
+            prop_assert_eq!(&after.peers[key].allowed, &peer.allowed);
+            prop_assert_eq!(after.peers[key].keepalive, peer.keepalive);
+        }
+        prop_assert_eq!(diff(&after, &want), vec![], "a second run finds nothing to do");
+    }
+
+    #[test]
+    fn nothing_to_do_where_all_is_right(want in want()) {
+        prop_assert_eq!(diff(&want, &want), vec![]);
+    }
+
+    #[test]
+    fn a_live_peer_keeps_the_endpoint_it_was_heard_from(have in state(), want in want()) {
+        let after = apply(have.clone(), &diff(&have, &want));
+        for (key, peer) in have.peers.iter().filter(|(_, p)| p.alive && p.endpoint.is_some()) {
+            if let Some(after) = after.peers.get(key) {
+                prop_assert_eq!(after.endpoint, peer.endpoint);
+            }
+        }
+    }
+
+    #[test]
+    fn packets_are_sent_only_where_they_are_expected(have in state(), want in want()) {
+        let steps = diff(&have, &want);
+        let place = |wanted: fn(&Step) -> bool| steps.iter().position(wanted);
+        let last = |wanted: fn(&Step) -> bool| steps.iter().rposition(wanted);
+        let route_made = place(|s| matches!(s, Step::PutRoute(..)));
+        let admitted = last(|s| matches!(s, Step::PutNode(..) | Step::PutLocal(..) | Step::PutPeer(..) | Step::PutRemote(..)));
+        if let (Some(route), Some(admitted)) = (route_made, admitted) {
+            prop_assert!(admitted < route);
+        }
+        let route_gone = last(|s| matches!(s, Step::DeleteRoute(_)));
+        let removed = place(|s| matches!(s, Step::DeleteRemote(_) | Step::DeletePeer(_) | Step::DeleteLocal(_) | Step::DeleteNode(_)));
+        if let (Some(route), Some(removed)) = (route_gone, removed) {
+            prop_assert!(route < removed);
+        }
+    }
+}
+
+#[test]
+fn a_silent_peer_goes_back_to_its_configured_endpoint() {
+    let key = PublicKey([7; 32]);
+    let configured = SocketAddr::from(([198, 51, 100, 1], 4500));
+    let stale = SocketAddr::from(([203, 0, 113, 9], 1));
+    let with = |endpoint, alive| State {
+        peers: BTreeMap::from([(key, Peer { endpoint: Some(endpoint), alive, ..Peer::default() })]),
+        ..State::default()
+    };
+    let want = with(configured, false);
+    assert_eq!(diff(&with(stale, true), &want), vec![]);
+    let steps = diff(&with(stale, false), &want);
+    assert!(matches!(&steps[..], [Step::PutPeer(_, p)] if p.endpoint == Some(configured)), "{steps:?}");
+}

@@ -1,0 +1,223 @@
+//! Routes of our table, and the rule that leads there.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use futures::TryStreamExt;
+use ipnet::IpNet;
+use netlink_packet_route::{
+    route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope},
+    rule::{RuleAction, RuleAttribute, RuleMessage},
+};
+use rtnetlink::{IpVersion, RouteMessageBuilder};
+
+use super::{Error, Links, failed};
+use crate::{
+    diff::{Device, Route},
+    names,
+    plan::Indexes,
+};
+
+impl Links {
+    /// What lies in our table. A route that is not of our making, or leads to a device that is gone, shows as one that no
+    /// plan can want, and so is replaced or removed.
+    pub async fn routes(&self, indexes: Indexes) -> Result<BTreeMap<IpNet, Route>, Error> {
+        let mut routes = BTreeMap::new();
+        for message in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()] {
+            let mut stream = self.handle.route().get(message).execute();
+            while let Some(message) = stream.try_next().await.map_err(failed("list routes"))? {
+                if table_of(&message) == names::TABLE
+                    && let Some(prefix) = destination(&message)
+                {
+                    routes.insert(prefix, as_route(&message, indexes));
+                }
+            }
+        }
+        Ok(routes)
+    }
+
+    /// Makes or replaces a route.
+    pub async fn put_route(&self, prefix: IpNet, route: &Route, indexes: Indexes) -> Result<(), Error> {
+        let index = match route.device {
+            Device::Overlay => indexes.overlay,
+            Device::Tunnel => indexes.tunnel.unwrap_or(0),
+        };
+        let message = to_message(prefix, route, index);
+        let action = || format!("put route {prefix} dev {:?} into table {}", route.device, names::TABLE);
+        self.handle.route().add(message).replace().execute().await.map_err(failed(action()))
+    }
+
+    /// Where the kernel would send a packet of this node's for `address`; `None`: nowhere.
+    pub async fn lookup(&self, address: IpAddr) -> Result<Option<Hop>, Error> {
+        let message = match address {
+            IpAddr::V4(ip) => RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(ip, 32).build(),
+            IpAddr::V6(ip) => RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(ip, 128).build(),
+        };
+        let mut stream = self.handle.route().get(message).execute();
+        let found = match stream.try_next().await {
+            Ok(found) => found,
+            // ENETUNREACH and its like: an answer, not a failure.
+            Err(rtnetlink::Error::NetlinkError(_)) => None,
+            Err(e) => return Err(failed(format!("look up the route to {address}"))(e)),
+        };
+        Ok(found.and_then(|message| {
+            let index = message.attributes.iter().find_map(|a| if let RouteAttribute::Oif(oif) = a { Some(*oif) } else { None })?;
+            let table = Some(table_of(&message)).filter(|t| *t != 0);
+            Some(Hop { index, table })
+        }))
+    }
+
+    /// Removes a route.
+    pub async fn delete_route(&self, prefix: IpNet) -> Result<(), Error> {
+        let mut message = match prefix {
+            IpNet::V4(p) => {
+                RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(p.addr(), p.prefix_len()).table_id(names::TABLE).build()
+            }
+            IpNet::V6(p) => {
+                RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(p.addr(), p.prefix_len()).table_id(names::TABLE).build()
+            }
+        };
+        // Whatever scope, protocol and type it has.
+        message.header.scope = RouteScope::NoWhere;
+        message.header.protocol = RouteProtocol::Unspec;
+        message.header.kind = netlink_packet_route::route::RouteType::Unspec;
+        match self.handle.route().del(message).execute().await {
+            // ESRCH: gone already, with its device.
+            Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -3 => Ok(()),
+            result => result.map_err(failed(format!("remove route {prefix} from table {}", names::TABLE))),
+        }
+    }
+
+    /// Sees to it that our rule is there in both families; gives how many had to be made.
+    pub async fn ensure_rules(&self) -> Result<u32, Error> {
+        let mut made = 0;
+        for version in [IpVersion::V4, IpVersion::V6] {
+            if !self.rules(version.clone()).await?.is_empty() {
+                continue;
+            }
+            let mut request = self.handle.rule().add().table_id(names::TABLE).priority(names::RULE_PRIORITY).action(RuleAction::ToTable);
+            request.message_mut().attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(names::ROUTE_PROTOCOL)));
+            let action = format!("make rule {} for table {}", names::RULE_PRIORITY, names::TABLE);
+            match version {
+                IpVersion::V4 => request.v4().execute().await,
+                IpVersion::V6 => request.v6().execute().await,
+            }
+            .map_err(failed(action))?;
+            made += 1;
+        }
+        Ok(made)
+    }
+
+    /// Removes our rules; gives how many were there.
+    pub async fn delete_rules(&self) -> Result<u32, Error> {
+        let mut gone = 0;
+        for version in [IpVersion::V4, IpVersion::V6] {
+            for rule in self.rules(version).await? {
+                self.handle.rule().del(rule).execute().await.map_err(failed(format!("remove rule {}", names::RULE_PRIORITY)))?;
+                gone += 1;
+            }
+        }
+        Ok(gone)
+    }
+
+    async fn rules(&self, version: IpVersion) -> Result<Vec<RuleMessage>, Error> {
+        let mut found = Vec::new();
+        let mut stream = self.handle.rule().get(version).execute();
+        while let Some(rule) = stream.try_next().await.map_err(failed("list rules"))? {
+            let table = rule.attributes.contains(&RuleAttribute::Table(names::TABLE));
+            if table && rule.attributes.contains(&RuleAttribute::Priority(names::RULE_PRIORITY)) {
+                found.push(rule);
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// Where a packet would go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hop {
+    /// The device's index.
+    pub index: u32,
+    /// The table that decided, if the kernel says so.
+    pub table: Option<u32>,
+}
+
+fn to_message(prefix: IpNet, route: &Route, index: u32) -> RouteMessage {
+    let protocol = RouteProtocol::Other(names::ROUTE_PROTOCOL);
+    let overlay = route.device == Device::Overlay;
+    let mut message = match prefix {
+        IpNet::V4(p) => {
+            let mut builder = RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix(p.addr(), p.prefix_len())
+                .output_interface(index)
+                .table_id(names::TABLE)
+                .protocol(protocol)
+                .scope(if overlay { RouteScope::Universe } else { RouteScope::Link });
+            if overlay {
+                builder = builder.gateway(names::OVERLAY_NEXT_HOP4).onlink();
+            }
+            if let Some(IpAddr::V4(source)) = route.source {
+                builder = builder.pref_source(source);
+            }
+            builder.build()
+        }
+        IpNet::V6(p) => {
+            let mut builder = RouteMessageBuilder::<Ipv6Addr>::new()
+                .destination_prefix(p.addr(), p.prefix_len())
+                .output_interface(index)
+                .table_id(names::TABLE)
+                .protocol(protocol);
+            if overlay {
+                builder = builder.gateway(names::OVERLAY_NEXT_HOP6).onlink();
+            }
+            if let Some(IpAddr::V6(source)) = route.source {
+                builder = builder.pref_source(source);
+            }
+            builder.build()
+        }
+    };
+    message.attributes.push(RouteAttribute::Metrics(vec![RouteMetric::Mtu(route.mtu)]));
+    message
+}
+
+fn as_route(message: &RouteMessage, indexes: Indexes) -> Route {
+    let mut route = Route { device: Device::Overlay, source: None, mtu: 0 };
+    let mut index = 0;
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Oif(oif) => index = *oif,
+            RouteAttribute::PrefSource(source) => route.source = address(source),
+            RouteAttribute::Metrics(metrics) => {
+                route.mtu = metrics.iter().find_map(|m| if let RouteMetric::Mtu(mtu) = m { Some(*mtu) } else { None }).unwrap_or(0);
+            }
+            _ => {}
+        }
+    }
+    if Some(index) == indexes.tunnel {
+        route.device = Device::Tunnel;
+    } else if index != indexes.overlay {
+        // No plan wants an MTU of 0.
+        route.mtu = 0;
+    }
+    route
+}
+
+pub(super) fn table_of(message: &RouteMessage) -> u32 {
+    let long = message.attributes.iter().find_map(|a| if let RouteAttribute::Table(table) = a { Some(*table) } else { None });
+    long.unwrap_or(u32::from(message.header.table))
+}
+
+fn destination(message: &RouteMessage) -> Option<IpNet> {
+    let address = message.attributes.iter().find_map(|a| if let RouteAttribute::Destination(d) = a { address(d) } else { None })?;
+    IpNet::new(address, message.header.destination_prefix_length).ok()
+}
+
+fn address(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(ip) => Some(IpAddr::V4(*ip)),
+        RouteAddress::Inet6(ip) => Some(IpAddr::V6(*ip)),
+        _ => None,
+    }
+}

@@ -1,0 +1,42 @@
+//! Everything that we leave in the kernel and on the disk, by name and number, so that a restart finds it and `cleanup`
+//! removes it. Numbers are upstream's where it has them (`API.md`).
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+
+/// The overlay device: VXLAN in collect-metadata mode.
+pub const OVERLAY: &str = "raven0";
+/// The tunnel device: WireGuard, of the kernel or on a TUN device.
+pub const TUNNEL: &str = "raven-wg0";
+
+/// Our routing table; nothing but remote prefixes lies in it.
+pub const TABLE: u32 = 9027;
+/// Our rule, before `main` (32766): everybody looks into [`TABLE`] first.
+pub const RULE_PRIORITY: u32 = 100;
+/// Protocol number of our routes and rules (`ip route show proto 152`): free in iproute2's rt_protos.
+pub const ROUTE_PROTOCOL: u8 = 152;
+
+/// Next hop of overlay routes: one entry in the neighbour table, however many destinations. Never seen on a wire.
+pub const OVERLAY_NEXT_HOP4: Ipv4Addr = Ipv4Addr::new(169, 254, 200, 1);
+/// The same for IPv6.
+pub const OVERLAY_NEXT_HOP6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0x72, 1);
+
+/// BPF file system.
+pub const BPFFS: &str = "/sys/fs/bpf";
+/// Our pins. The number is the layout's version: a new layout never touches an old one's maps.
+pub const PINS: &str = "/sys/fs/bpf/raven/v1";
+/// TC priority and handle of our filters, where the kernel has no TCX (before 6.6).
+pub const TC_PRIORITY: u16 = 4472;
+/// See [`TC_PRIORITY`].
+pub const TC_HANDLE: u16 = 1;
+
+/// nftables table (family inet) with the exemption from source NAT.
+pub const NFT_TABLE: &str = "raven";
+/// kube-proxy's mark on packets that must be masqueraded (`--iptables-masquerade-bit` 14).
+pub const KUBE_MASQUERADE_MARK: u32 = 0x4000;
+
+/// Files that outlive the agent: key, last topology.
+pub const STATE_DIR: &str = "/var/lib/raven";
+/// The WireGuard private key, in [`STATE_DIR`].
+pub const KEY_FILE: &str = "wireguard.key";
+/// The last topology, in [`STATE_DIR`].
+pub const SNAPSHOT_FILE: &str = "topology.json";

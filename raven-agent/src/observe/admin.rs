@@ -1,0 +1,62 @@
+//! HTTP for machines: `/metrics` and `/drops` on one address, `/healthz` and `/readyz` on another.
+
+use std::{convert::Infallible, net::SocketAddr};
+
+use http_body_util::Full;
+use hyper::{Request, Response, StatusCode, body::Bytes, server::conn::http1, service::service_fn};
+use hyper_util::rt::TokioIo;
+use tokio::{net::TcpListener, sync::watch};
+
+use super::{Drops, metrics, publish::Latest};
+
+/// Serves all paths on `address` until the process ends. An address that is taken is logged: no reason not to forward.
+pub async fn serve(address: SocketAddr, latest: watch::Receiver<Latest>, drops: Drops) {
+    let listener = match bind(address).await {
+        Ok(listener) => listener,
+        Err(e) => return tracing::error!("listen on {address}: {e}; metrics and health are not served there"),
+    };
+    loop {
+        let Ok((stream, _)) = listener.accept().await else { continue };
+        let (latest, drops) = (latest.clone(), drops.clone());
+        tokio::spawn(async move {
+            let service = service_fn(move |request| {
+                let response = answer(&request, &latest, &drops);
+                async move { Ok::<_, Infallible>(response) }
+            });
+            // A client that goes away early is its own business.
+            let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+        });
+    }
+}
+
+/// `[::]` needs IPv6 in the kernel; without it, all of IPv4.
+async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    match TcpListener::bind(address).await {
+        Err(_) if address.ip().is_unspecified() && address.is_ipv6() => TcpListener::bind(("0.0.0.0", address.port())).await,
+        result => result,
+    }
+}
+
+fn answer<B>(request: &Request<B>, latest: &watch::Receiver<Latest>, drops: &Drops) -> Response<Full<Bytes>> {
+    let report = latest.borrow().as_ref().map(|(report, _)| report.clone());
+    match request.uri().path() {
+        "/healthz" => text(StatusCode::OK, "ok\n".to_owned()),
+        "/readyz" => match report {
+            None => text(StatusCode::SERVICE_UNAVAILABLE, "waiting for the topology\n".to_owned()),
+            Some(r) if r.failures.is_empty() => text(StatusCode::OK, "ok\n".to_owned()),
+            Some(r) => text(StatusCode::SERVICE_UNAVAILABLE, r.failures.join("\n") + "\n"),
+        },
+        "/metrics" => match metrics::render(report.as_deref()) {
+            Ok(metrics) => text(StatusCode::OK, metrics),
+            Err(e) => text(StatusCode::INTERNAL_SERVER_ERROR, e),
+        },
+        "/drops" => text(StatusCode::OK, drops.render(report.as_deref())),
+        _ => text(StatusCode::NOT_FOUND, "not here: /metrics, /drops, /healthz, /readyz\n".to_owned()),
+    }
+}
+
+fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response
+}

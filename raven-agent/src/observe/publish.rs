@@ -1,0 +1,179 @@
+//! The GatewayNode of this node: made when it is elected, kept up to date, removed when it is not elected any more.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use kube::{
+    Api, Client,
+    api::{DeleteParams, Patch, PatchParams},
+};
+use raven_api::{
+    GatewayNode, GatewayNodeStatus, MANAGER_AGENT,
+    condition::{self, ConditionType, Verdict},
+    gateway_node::{GatewayNodeSpec, PeerStatus},
+};
+use tokio::sync::watch;
+
+use crate::{
+    apply::Report,
+    diff::Peer,
+    plan::Role,
+    topology::PublicKey,
+    tunnel::{Backend, Tunnel},
+};
+
+/// How often peers are looked at.
+const PERIOD: Duration = Duration::from_secs(10);
+/// How often the status is written though nothing changed but handshakes: they are for people, not for machines.
+const REFRESH: Duration = Duration::from_secs(300);
+
+/// What the reconciler tells everybody after a run.
+pub type Latest = Option<(Arc<Report>, Option<Tunnel>)>;
+
+/// Publishes until the process ends. A failure is logged and tried again with the next period.
+pub async fn run(client: Client, node: String, mut latest: watch::Receiver<Latest>) {
+    let mut publisher = Publisher { api: Api::all(client), node, spec: None, status: None, written: None };
+    let mut period = tokio::time::interval(PERIOD);
+    loop {
+        tokio::select! {
+            changed = latest.changed() => if changed.is_err() { return },
+            _ = period.tick() => {}
+        }
+        let Some((report, tunnel)) = latest.borrow_and_update().clone() else { continue };
+        if let Err(e) = publisher.publish(&report, tunnel).await {
+            tracing::warn!("publish GatewayNode {}: {e}; trying again in {PERIOD:?}", publisher.node);
+        }
+    }
+}
+
+struct Publisher {
+    api: Api<GatewayNode>,
+    node: String,
+    spec: Option<GatewayNodeSpec>,
+    status: Option<GatewayNodeStatus>,
+    written: Option<tokio::time::Instant>,
+}
+
+/// What is seen of the peers.
+type Seen = BTreeMap<PublicKey, (Peer, Option<Duration>)>;
+
+impl Publisher {
+    async fn publish(&mut self, report: &Report, tunnel: Option<Tunnel>) -> Result<(), kube::Error> {
+        if report.plan.role != Role::Gateway {
+            return self.withdraw().await;
+        }
+        self.publish_spec(spec(report)).await?;
+        let seen: Seen = match tunnel {
+            Some(tunnel) => tunnel.sessions().await.unwrap_or_default(),
+            None => Seen::default(),
+        };
+        let old = self.status.as_ref().map(|s| s.conditions.clone()).unwrap_or_default();
+        let status = status(report, &seen, &old, Timestamp::now());
+        let due = self.written.is_none_or(|t| t.elapsed() > REFRESH);
+        if due || self.status.as_ref().map(without_handshakes) != Some(without_handshakes(&status)) {
+            self.publish_status(status).await?;
+        }
+        Ok(())
+    }
+
+    async fn publish_spec(&mut self, spec: GatewayNodeSpec) -> Result<(), kube::Error> {
+        if self.spec.as_ref() == Some(&spec) {
+            return Ok(());
+        }
+        let object = serde_json::json!({ "apiVersion": "raven.openyurt.io/v1beta1", "kind": "GatewayNode",
+                                         "metadata": { "name": self.node }, "spec": spec });
+        self.api.patch(&self.node, &PatchParams::apply(MANAGER_AGENT).force(), &Patch::Apply(object)).await?;
+        tracing::info!(node = self.node, gateway = spec.gateway, key = spec.public_key, "announced");
+        self.spec = Some(spec);
+        Ok(())
+    }
+
+    async fn publish_status(&mut self, status: GatewayNodeStatus) -> Result<(), kube::Error> {
+        let object = serde_json::json!({ "apiVersion": "raven.openyurt.io/v1beta1", "kind": "GatewayNode",
+                                         "metadata": { "name": self.node }, "status": status });
+        self.api.patch_status(&self.node, &PatchParams::apply(MANAGER_AGENT).force(), &Patch::Apply(object)).await?;
+        self.status = Some(status);
+        self.written = Some(tokio::time::Instant::now());
+        Ok(())
+    }
+
+    /// A node that is not elected has nothing to announce; once per change of role, and once after a start.
+    async fn withdraw(&mut self) -> Result<(), kube::Error> {
+        if self.spec.is_none() && self.written.is_some() {
+            return Ok(());
+        }
+        match self.api.delete(&self.node, &DeleteParams::default()).await {
+            Ok(_) => tracing::info!(node = self.node, "not elected: announcement withdrawn"),
+            Err(kube::Error::Api(e)) if e.code == 404 => {}
+            Err(e) => return Err(e),
+        }
+        (self.spec, self.status, self.written) = (None, None, Some(tokio::time::Instant::now()));
+        Ok(())
+    }
+}
+
+fn spec(report: &Report) -> GatewayNodeSpec {
+    GatewayNodeSpec {
+        gateway: report.plan.pool.clone().unwrap_or_default(),
+        public_key: Some(report.public_key.to_string()),
+        listen_port: report.plan.tunnel.as_ref().map(|t| i32::from(t.port)),
+        addresses: vec![report.plan.config.node.to_string()],
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    }
+}
+
+fn status(
+    report: &Report,
+    seen: &Seen,
+    old: &[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition],
+    now: Timestamp,
+) -> GatewayNodeStatus {
+    let mut list: Vec<PeerStatus> = seen
+        .iter()
+        .filter_map(|(key, (peer, age))| {
+            let name = report.plan.peer_names.get(key)?;
+            let handshake = age.and_then(|age| now.checked_sub(age).ok());
+            Some(PeerStatus {
+                node_name: name.node.clone(),
+                gateway: name.gateway.clone(),
+                observed_endpoint: peer.endpoint.map(|e| e.to_string()),
+                last_handshake: handshake.map(Time),
+            })
+        })
+        .collect();
+    list.sort_by(|a, b| a.node_name.cmp(&b.node_name));
+    let live = seen.values().filter(|(peer, _)| peer.alive).count();
+    GatewayNodeStatus {
+        wireguard_backend: report.backend.map(Backend::as_str).map(str::to_owned),
+        dataplane_tier: report.tier.map(str::to_owned),
+        tunnel_mtu: report.plan.tunnel.as_ref().and_then(|t| i32::try_from(t.mtu).ok()),
+        peer_summary: Some(format!("{live}/{}", seen.len())),
+        peers: list,
+        conditions: condition::merge(old, &[verdict(report)], None, now),
+    }
+}
+
+fn verdict(report: &Report) -> Verdict {
+    let complaints: Vec<&str> = report.complaints().map(String::as_str).collect();
+    let (ok, reason) = if !report.failures.is_empty() {
+        (false, "ApplyFailed")
+    } else if !report.surroundings.is_empty() {
+        (false, "Surroundings")
+    } else if !report.plan.problems.is_empty() {
+        (false, "Incomplete")
+    } else {
+        (true, "Forwarding")
+    };
+    let tier = report.tier_reason.as_ref().map(|r| format!(" (not the fastest tier: {r})")).unwrap_or_default();
+    let message = if ok { format!("the dataplane is as planned{tier}") } else { complaints.join("; ") };
+    // The API server refuses longer ones.
+    let message = message.chars().take(32_000).collect();
+    Verdict { type_: ConditionType::Ready, ok, reason, message }
+}
+
+fn without_handshakes(status: &GatewayNodeStatus) -> GatewayNodeStatus {
+    let mut status = status.clone();
+    status.peers.iter_mut().for_each(|p| p.last_handshake = None);
+    status
+}

@@ -1,0 +1,35 @@
+//! Contents of the eBPF maps.
+
+use std::{collections::BTreeMap, net::Ipv4Addr};
+
+use ipnet::IpNet;
+use raven_common::tables::{Local, NODE_IS_GATEWAY, Node, Remote};
+
+use super::{
+    Role,
+    path::{Path, owner},
+};
+use crate::topology::Pool;
+
+/// Remote prefixes. On an ordinary node they go by the gateway node that owns this node; without one `via` is zero
+/// and the program drops, counted.
+pub(super) fn remote(paths: &BTreeMap<&str, Path>, role: Role, me: &str, own: &Pool) -> BTreeMap<IpNet, Remote> {
+    let via = match role {
+        Role::Ordinary => owner(own, me).and_then(|gateway| own.members.get(gateway)).map_or([0; 4], |m| m.outer.octets()),
+        Role::Gateway | Role::None => [0; 4],
+    };
+    let entry = |path: &Path, prefix: &IpNet| (*prefix, Remote { gateway: path.id, via });
+    paths.values().flat_map(|path| path.prefixes.values().flatten().map(move |prefix| entry(path, prefix))).collect()
+}
+
+/// Prefixes of this pool.
+pub(super) fn local(own: &Pool) -> BTreeMap<IpNet, Local> {
+    let members = own.members.values();
+    members.flat_map(|m| m.prefixes.iter().map(|prefix| (*prefix, Local { node: m.outer.octets() }))).collect()
+}
+
+/// Nodes of this pool.
+pub(super) fn nodes(own: &Pool) -> BTreeMap<Ipv4Addr, Node> {
+    let flags = |name: &str| if own.gateways.contains_key(name) { NODE_IS_GATEWAY } else { 0 };
+    own.members.iter().map(|(name, m)| (m.outer, Node { flags: flags(name) })).collect()
+}

@@ -1,0 +1,303 @@
+//! Laws of `plan`, over random clusters; and the three-pool cluster of the demo, spelled out.
+
+use proptest::{collection, prelude::*, sample::Index};
+use raven_api::{
+    Gateway, GatewayNode, GatewaySpec, GatewayStatus,
+    gateway::{Endpoint, ExposeType, NodeInfo},
+    gateway_node::GatewayNodeSpec,
+};
+
+use super::*;
+use crate::topology::{Inputs, PublicKey, build};
+
+/// A pool as the controller would publish it: `nodes` nodes, the first `gateways` of them elected.
+#[derive(Clone, Debug)]
+struct Site {
+    exposed: bool,
+    nodes: u8,
+    gateways: u8,
+    published: bool,
+    overlaps: bool,
+}
+
+fn site() -> impl Strategy<Value = Site> {
+    (any::<bool>(), 1u8..5, 0u8..3, prop::bool::weighted(0.9), prop::bool::weighted(0.1)).prop_map(
+        |(exposed, nodes, gateways, published, overlaps)| Site { exposed, nodes, gateways: gateways.min(nodes), published, overlaps },
+    )
+}
+
+fn node_name(site: usize, node: u8) -> String {
+    format!("s{site}-n{node}")
+}
+
+fn gateway(n: usize, site: &Site) -> Gateway {
+    let mut gateway = Gateway::new(&format!("site-{n}"), GatewaySpec::default());
+    if site.exposed {
+        gateway.spec.expose_type = ExposeType::PublicIP;
+    }
+    // An overlapping site claims the pod prefixes of site 0.
+    let block = if site.overlaps { 0 } else { n };
+    let node = |i: u8| NodeInfo {
+        node_name: node_name(n, i),
+        private_ip: format!("192.168.{n}.{}", 10 + i),
+        subnets: vec![format!("10.{block}.{i}.0/24"), format!("fd00:{block:x}:{i:x}::/64")],
+    };
+    let endpoint = |i: u8| Endpoint {
+        node_name: node_name(n, i),
+        under_nat: !site.exposed,
+        public_ip: site.exposed.then(|| format!("198.51.100.{n}")),
+        ..Endpoint::default()
+    };
+    gateway.status = Some(GatewayStatus {
+        nodes: (0..site.nodes).map(node).collect(),
+        active_endpoints: (0..site.gateways).map(endpoint).collect(),
+        ..GatewayStatus::default()
+    });
+    gateway
+}
+
+fn inputs(sites: &[Site]) -> Inputs {
+    let keys = sites.iter().enumerate().filter(|(_, s)| s.published).flat_map(|(n, site)| {
+        (0..site.gateways).map(move |i| {
+            let key = PublicKey([n as u8 * 16 + i + 1; 32]).to_string();
+            GatewayNode::new(&node_name(n, i), GatewayNodeSpec { public_key: Some(key), ..GatewayNodeSpec::default() })
+        })
+    });
+    Inputs { gateways: sites.iter().enumerate().map(|(n, s)| gateway(n, s)).collect(), gateway_nodes: keys.collect(), ..Inputs::default() }
+}
+
+fn me(site: usize, node: u8) -> Me {
+    Me { node: node_name(site, node), uplink_mtu: 1500, protected: BTreeSet::new(), addresses: BTreeSet::new() }
+}
+
+fn everybody(sites: &[Site]) -> Vec<Me> {
+    sites.iter().enumerate().flat_map(|(n, s)| (0..s.nodes).map(move |i| me(n, i))).collect()
+}
+
+fn sites() -> impl Strategy<Value = Vec<Site>> {
+    collection::vec(site(), 1..6)
+}
+
+proptest! {
+    #[test]
+    fn same_input_same_output_whatever_the_order_of_events(sites in sites(), shuffle in any::<Index>()) {
+        let inputs = inputs(&sites);
+        let mut turned = inputs.clone();
+        let by = shuffle.index(turned.gateways.len());
+        turned.gateways.rotate_left(by);
+        turned.gateway_nodes.reverse();
+        for me in everybody(&sites) {
+            let one = plan(&build(&inputs), &me);
+            prop_assert_eq!(&one, &plan(&build(&inputs), &me));
+            prop_assert_eq!(format!("{one:?}"), format!("{:?}", plan(&build(&turned), &me)));
+        }
+    }
+
+    #[test]
+    fn no_prefix_goes_to_two_gateways(sites in sites()) {
+        let topology = build(&inputs(&sites));
+        for me in everybody(&sites) {
+            let plan = plan(&topology, &me);
+            let mut seen = BTreeSet::new();
+            for peer in plan.state.peers.values() {
+                for prefix in &peer.allowed {
+                    prop_assert!(seen.insert(*prefix), "{prefix} has two peers on {}", me.node);
+                }
+            }
+            let all: Vec<_> = plan.state.remote.keys().chain(plan.state.local.keys()).collect();
+            for (n, a) in all.iter().enumerate() {
+                prop_assert!(!all[n + 1..].iter().any(|b| a.contains(*b) || b.contains(*a)), "{a} overlaps on {}", me.node);
+            }
+        }
+    }
+
+    #[test]
+    fn both_ends_of_a_pair_agree(sites in sites()) {
+        // Whatever gateway node a packet leaves by, the peer that receives it accepts its source from there: for each
+        // two nodes, follow the plans hop by hop.
+        let topology = build(&inputs(&sites));
+        let plans: BTreeMap<String, Plan> = everybody(&sites).into_iter().map(|me| (me.node.clone(), plan(&topology, &me))).collect();
+        for from in plans.keys() {
+            for to in plans.keys().filter(|to| plans[*to].pool != plans[from].pool) {
+                follow(&topology, &plans, from, to)?;
+            }
+        }
+    }
+
+    #[test]
+    fn routes_and_maps_speak_of_the_same_prefixes(sites in sites()) {
+        let topology = build(&inputs(&sites));
+        for me in everybody(&sites) {
+            let plan = plan(&topology, &me);
+            prop_assert!(plan.state.routes.keys().eq(plan.state.remote.keys()));
+            prop_assert_eq!(plan.tunnel.is_some(), plan.role == Role::Gateway);
+        }
+    }
+}
+
+/// Follows a packet between two nodes; where a plan offers a way, it must work to the end.
+fn follow(topology: &Topology, plans: &BTreeMap<String, Plan>, from: &str, to: &str) -> Result<(), TestCaseError> {
+    let prefix_of = |node: &str| topology.pool_of(node).and_then(|(_, p)| p.members[node].prefixes.iter().next().copied());
+    let (Some(source), Some(destination)) = (prefix_of(from), prefix_of(to)) else { return Ok(()) };
+    let by_outer = |pool: &Pool, outer: [u8; 4]| pool.members.iter().find(|(_, m)| m.outer.octets() == outer).map(|(n, _)| n.clone());
+    let (_, own) = topology.pool_of(from).expect("planned nodes are in pools");
+    let remote = plans[from].state.remote[&destination];
+    let mut at = match plans[from].role {
+        Role::Gateway => from.to_owned(),
+        // No gateway node: dropped at the source, by the plan.
+        _ if remote.via == [0; 4] => return Ok(()),
+        _ => by_outer(own, remote.via).expect("via is a node of the pool"),
+    };
+    for _hop in 0..3 {
+        let sender = topology.pool_of(&at).and_then(|(_, p)| p.gateways[&at].key);
+        let Some(sender) = sender else { return Ok(()) };
+        let next = plans[&at]
+            .state
+            .peers
+            .iter()
+            .find(|(_, p)| p.allowed.contains(&destination))
+            .map(|(k, _)| plans[&at].peer_names[k].node.clone());
+        let Some(next) = next else {
+            prop_assert!(
+                plans[&at].problems.iter().any(|p| p.contains("cannot be reached"))
+                    || topology.pool_of(to).is_some_and(|(_, p)| p.usable().next().is_none()),
+                "{at} drops {from} → {to} without a word"
+            );
+            return Ok(());
+        };
+        let accepts = plans[&next].state.peers.get(&sender).is_some_and(|p| p.allowed.contains(&source));
+        prop_assert!(accepts, "{next} does not accept {source} from {at} ({from} → {to})");
+        if plans[&next].state.local.contains_key(&destination) {
+            return Ok(());
+        }
+        prop_assert!(plans[&next].config.relay, "{next} would have to relay {from} → {to}");
+        at = next;
+    }
+    Err(TestCaseError::fail(format!("{from} → {to} goes round in circles")))
+}
+
+fn three_pools() -> Vec<Site> {
+    let site = |exposed| Site { exposed, nodes: 2, gateways: 1, published: true, overlaps: false };
+    vec![site(true), site(false), site(false)]
+}
+
+#[test]
+fn an_edge_gateway_has_one_peer_that_relays_the_other_edge() {
+    let topology = build(&inputs(&three_pools()));
+    let plan = plan(&topology, &me(1, 0));
+    assert_eq!(plan.role, Role::Gateway);
+    assert_eq!(plan.problems, Vec::<String>::new());
+    let peers: Vec<_> = plan.state.peers.values().collect();
+    assert_eq!(peers.len(), 1);
+    assert_eq!(peers[0].endpoint, Some("198.51.100.0:4500".parse().expect("an endpoint")));
+    assert_eq!(peers[0].keepalive, Some(15));
+    let allowed: Vec<String> = peers[0].allowed.iter().map(ToString::to_string).filter(|p| p.contains('.')).collect();
+    assert_eq!(allowed, ["10.0.0.0/24", "10.0.1.0/24", "10.2.0.0/24", "10.2.1.0/24"]);
+}
+
+#[test]
+fn the_cloud_gateway_waits_for_both_edges_and_relays() {
+    let plan = plan(&build(&inputs(&three_pools())), &me(0, 0));
+    assert!(plan.config.relay);
+    assert_eq!(plan.state.peers.len(), 2);
+    assert!(plan.state.peers.values().all(|p| p.endpoint.is_none() && p.keepalive.is_none() && p.allowed.len() == 4));
+}
+
+#[test]
+fn an_ordinary_node_sends_everything_to_its_gateway_node() {
+    let plan = plan(&build(&inputs(&three_pools())), &me(2, 1));
+    assert_eq!(plan.role, Role::Ordinary);
+    assert!(plan.tunnel.is_none() && plan.state.peers.is_empty());
+    assert!(plan.state.remote.values().all(|r| r.via == [192, 168, 2, 10]));
+    assert_eq!(plan.state.remote.len(), 8);
+    assert_eq!(plan.state.local.len(), 4);
+    let overlay = plan.overlay.expect("an ordinary node has the overlay");
+    assert_eq!(overlay.mtu, 1450);
+    let addresses: Vec<String> = overlay.addresses.iter().map(ToString::to_string).collect();
+    assert_eq!(addresses, ["10.2.1.0/32", "fd00:2:1::/128"]);
+}
+
+#[test]
+fn what_the_node_needs_outside_never_enters_the_tunnel() {
+    let mut inputs = inputs(&three_pools());
+    let status = inputs.gateways[1].status.as_mut().expect("the site has a status");
+    status.nodes[1].subnets = vec!["172.16.0.0/12".into(), "10.96.0.0/12".into(), "198.51.100.0/24".into(), "10.9.0.0/24".into()];
+    let me = Me {
+        protected: BTreeSet::from(["172.20.0.1/32".parse().expect("a prefix"), "10.96.0.0/16".parse().expect("a prefix")]),
+        ..me(0, 1)
+    };
+    let plan = plan(&build(&inputs), &me);
+    let routes: Vec<String> = plan.state.routes.keys().map(ToString::to_string).collect();
+    assert!(!routes.iter().any(|r| r.starts_with("172.") || r.starts_with("10.96.") || r.starts_with("198.")), "{routes:?}");
+    assert!(routes.contains(&"10.9.0.0/24".to_owned()), "the harmless prefix of the same node stays: {routes:?}");
+    assert_eq!(plan.problems.iter().filter(|p| p.contains("not sent into the tunnel")).count(), 3, "{:?}", plan.problems);
+}
+
+#[test]
+fn node_addresses_are_forwarded_when_asked_and_never_those_of_the_own_network() {
+    let mut inputs = inputs(&three_pools());
+    inputs.settings.forward_node_ip = true;
+    // A clone of the site's own network: the same addresses as here.
+    inputs.gateways[2].status.as_mut().expect("a status").nodes[1].private_ip = "192.168.1.77".into();
+    let me = Me { protected: BTreeSet::from(["192.168.1.0/24".parse().expect("a prefix")]), ..me(1, 1) };
+    let plan = plan(&build(&inputs), &me);
+    let routes: Vec<String> = plan.state.routes.keys().map(ToString::to_string).filter(|r| r.starts_with("192.")).collect();
+    assert_eq!(routes, ["192.168.0.10/32", "192.168.0.11/32", "192.168.2.10/32"]);
+    assert!(plan.problems.iter().any(|p| p.contains("192.168.1.77/32")), "{:?}", plan.problems);
+    assert!(
+        plan.state.local.contains_key(&"192.168.1.11/32".parse().expect("a prefix")),
+        "the own node's address is known to the gateway node"
+    );
+    assert!(plan.overlay.expect("an overlay").addresses.iter().all(|a| !a.to_string().starts_with("192.")));
+}
+
+#[test]
+fn l3_switched_off_plans_nothing_and_complains_of_nothing() {
+    let mut inputs = inputs(&three_pools());
+    inputs.settings.l3 = false;
+    let plan = plan(&build(&inputs), &me(0, 0));
+    assert_eq!((plan.role, plan.problems), (Role::None, vec![]));
+}
+
+#[test]
+fn a_node_in_no_pool_is_told_what_to_do() {
+    let plan = plan(&build(&inputs(&three_pools())), &Me { node: "stranger".into(), ..me(0, 0) });
+    assert_eq!(plan.role, Role::None);
+    assert_eq!(plan.state, State::default());
+    assert!(plan.problems[0].contains("raven.openyurt.io/gateway="), "{:?}", plan.problems);
+}
+
+#[test]
+fn host_processes_talk_by_an_address_that_the_node_has_in_its_prefix() {
+    let topology = build(&inputs(&three_pools()));
+    let sources = |addresses: &[&str]| {
+        let addresses = addresses.iter().map(|a| a.parse().expect("an address")).collect();
+        let plan = plan(&topology, &Me { addresses, ..me(1, 0) });
+        let sources: BTreeSet<String> = plan.state.routes.values().filter_map(|r| r.source).map(|s| s.to_string()).collect();
+        (sources, plan.overlay.expect("an overlay").addresses)
+    };
+    let (without, own) = sources(&["192.168.1.10", "127.0.0.1"]);
+    assert_eq!(without, own.iter().map(|a| a.addr().to_string()).collect());
+    let bridge: BTreeSet<String> = own.iter().map(|a| next(a.addr()).to_string()).collect();
+    let mut having: Vec<&str> = bridge.iter().map(String::as_str).collect();
+    having.extend(["192.168.1.10", "1.1.1.1", "ffff::1"]);
+    let ours: Vec<String> = own.iter().map(|a| a.addr().to_string()).collect();
+    having.extend(ours.iter().map(String::as_str));
+    assert_eq!(sources(&having), (bridge, own), "the overlay's own addresses stay");
+}
+
+fn next(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(v4) => Ipv4Addr::from(u32::from(v4) + 1).into(),
+        IpAddr::V6(v6) => std::net::Ipv6Addr::from(u128::from(v6) + 1).into(),
+    }
+}
+
+#[test]
+fn two_edges_without_an_exposed_pool_are_told_so_and_do_not_leak() {
+    let mut sites = three_pools();
+    sites[0].exposed = false;
+    let plan = plan(&build(&inputs(&sites)), &me(1, 1));
+    assert!(plan.problems.iter().any(|p| p.contains("cannot be reached")), "{:?}", plan.problems);
+    assert_eq!(plan.state.routes.len(), 8, "the routes stay, so that nothing leaves in clear by the default route");
+}

@@ -1,0 +1,82 @@
+//! The topology: an immutable snapshot of who belongs to which pool and how pools are reached. Everything an agent does
+//! is a function of it.
+//!
+//! Receives API objects by way of [`build`]; gives checked types. Nothing here does I/O or reads a clock.
+
+mod build;
+mod key;
+mod settings;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{Ipv4Addr, SocketAddr},
+};
+
+use ipnet::IpNet;
+
+pub use self::{
+    build::{Inputs, build},
+    key::PublicKey,
+    settings::{AGENT_CONFIG, SWITCHES, Settings},
+};
+
+/// All pools, by name of their Gateway.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Topology {
+    /// Pools by name.
+    pub pools: BTreeMap<String, Pool>,
+    /// What was left out, and why: one sentence each, naming the resource.
+    pub problems: Vec<String>,
+    /// Cluster-wide settings.
+    pub settings: Settings,
+}
+
+/// The nodes of one Gateway.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pool {
+    /// Others dial its gateway nodes; packets between two pools that cannot dial each other pass through it.
+    pub exposed: bool,
+    /// Nodes by name.
+    pub members: BTreeMap<String, Member>,
+    /// Elected gateway nodes of the tunnel, by node name.
+    pub gateways: BTreeMap<String, GatewayPeer>,
+}
+
+/// One node of a pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Outer address of overlay packets.
+    pub outer: Ipv4Addr,
+    /// Its prefixes, canonical, of both families; no prefix of another pool overlaps them.
+    pub prefixes: BTreeSet<IpNet>,
+}
+
+/// An elected gateway node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GatewayPeer {
+    /// Its WireGuard key, once it has published one.
+    pub key: Option<PublicKey>,
+    /// Where others reach it; `None`: nobody can dial it, it dials.
+    pub dial: Option<SocketAddr>,
+    /// UDP port that its tunnel listens on.
+    pub port: u16,
+}
+
+impl Topology {
+    /// The pool of a node, by name.
+    pub fn pool_of(&self, node: &str) -> Option<(&str, &Pool)> {
+        self.pools.iter().find(|(_, pool)| pool.members.contains_key(node)).map(|(name, pool)| (name.as_str(), pool))
+    }
+}
+
+impl Pool {
+    /// Gateway nodes that can be talked to: those that have published a key.
+    pub fn usable(&self) -> impl Iterator<Item = (&str, PublicKey, &GatewayPeer)> {
+        self.gateways.iter().filter_map(|(name, peer)| Some((name.as_str(), peer.key?, peer)))
+    }
+
+    /// True if somebody outside can dial one of its gateway nodes.
+    pub fn dialable(&self) -> bool {
+        self.usable().any(|(_, _, peer)| peer.dial.is_some())
+    }
+}

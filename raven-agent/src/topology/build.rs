@@ -1,0 +1,220 @@
+//! API objects → [`Topology`]. Bad input is left out and named in `problems`; it never stops the rest.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+};
+
+use ipnet::IpNet;
+use raven_api::{
+    Gateway, GatewayNode,
+    gateway::{Endpoint, EndpointType, NodeInfo},
+};
+use serde::{Deserialize, Serialize};
+
+use super::{GatewayPeer, Member, Pool, PublicKey, Settings, Topology};
+
+/// What the agent knows of the cluster: the objects as the API server has them. This is also the snapshot on disk.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Inputs {
+    /// Gateways, in any order.
+    #[serde(default)]
+    pub gateways: Vec<Gateway>,
+    /// GatewayNodes, in any order.
+    #[serde(default)]
+    pub gateway_nodes: Vec<GatewayNode>,
+    /// Cluster-wide settings.
+    #[serde(default)]
+    pub settings: Settings,
+}
+
+/// The snapshot for these objects: the same for every order of them.
+pub fn build(inputs: &Inputs) -> Topology {
+    let mut gateways: Vec<&Gateway> = inputs.gateways.iter().collect();
+    // The older Gateway wins a quarrel, as in the controller; an object without a date is new.
+    gateways.sort_by_key(|g| {
+        let created = g.metadata.creation_timestamp.as_ref().map(|t| t.0);
+        (created.is_none(), created, g.metadata.name.clone())
+    });
+    let keys = published_keys(&inputs.gateway_nodes);
+    let topology = Topology { settings: inputs.settings.clone(), ..Topology::default() };
+    let mut builder = Builder { keys, topology, ..Builder::default() };
+    for gateway in gateways {
+        builder.add(gateway);
+    }
+    builder.topology
+}
+
+fn published_keys(nodes: &[GatewayNode]) -> BTreeMap<String, String> {
+    nodes.iter().filter_map(|n| Some((n.metadata.name.clone()?, n.spec.public_key.clone()?))).collect()
+}
+
+#[derive(Default)]
+struct Builder {
+    topology: Topology,
+    keys: BTreeMap<String, String>,
+    taken: BTreeMap<IpNet, String>,
+    nodes: BTreeMap<String, String>,
+    key_owners: BTreeMap<PublicKey, String>,
+}
+
+impl Builder {
+    fn problem(&mut self, text: String) {
+        self.topology.problems.push(text);
+    }
+
+    fn add(&mut self, gateway: &Gateway) {
+        let Some(name) = gateway.metadata.name.clone() else { return };
+        let status = gateway.status.clone().unwrap_or_default();
+        let mut pool = Pool { exposed: !gateway.spec.expose_type.is_edge(), ..Pool::default() };
+        for node in &status.nodes {
+            if let Some(member) = self.member(&name, node) {
+                pool.members.insert(node.node_name.clone(), member);
+            }
+        }
+        for endpoint in status.active_endpoints.iter().filter(|e| e.type_ == EndpointType::Tunnel) {
+            if endpoint.config.get("enable-l3-tunnel").is_some_and(|v| v == "false") {
+                continue;
+            }
+            match pool.members.get(&endpoint.node_name).map(|m| m.outer) {
+                Some(outer) => {
+                    let peer = self.peer(&name, endpoint, outer, pool.exposed);
+                    pool.gateways.insert(endpoint.node_name.clone(), peer);
+                }
+                None => self.problem(format!("Gateway {name}: elected node {} is not one of its nodes", endpoint.node_name)),
+            }
+        }
+        self.topology.pools.insert(name, pool);
+    }
+
+    fn member(&mut self, gateway: &str, node: &NodeInfo) -> Option<Member> {
+        if let Some(other) = self.nodes.get(&node.node_name) {
+            let text = format!("Gateway {gateway}: node {} belongs to Gateway {other} already", node.node_name);
+            self.problem(text);
+            return None;
+        }
+        let Ok(outer) = node.private_ip.parse::<Ipv4Addr>() else {
+            self.problem(format!(
+                "Gateway {gateway}: node {} has no IPv4 InternalIP (it has {:?}), which the overlay needs",
+                node.node_name, node.private_ip
+            ));
+            return None;
+        };
+        self.nodes.insert(node.node_name.clone(), gateway.to_owned());
+        let address = self.topology.settings.forward_node_ip.then(|| outer.to_string());
+        let subnets = node.subnets.iter().chain(&address);
+        let prefixes = subnets.filter_map(|text| self.prefix(gateway, &node.node_name, text)).collect();
+        Some(Member { outer, prefixes })
+    }
+
+    fn prefix(&mut self, gateway: &str, node: &str, text: &str) -> Option<IpNet> {
+        let address = text.parse::<IpAddr>().map(IpNet::from);
+        let Ok(prefix) = text.parse::<IpNet>().or(address) else {
+            self.problem(format!("Gateway {gateway}: node {node}: {text:?} is not a prefix"));
+            return None;
+        };
+        let prefix = prefix.trunc();
+        if !is_routable(&prefix) {
+            self.problem(format!("Gateway {gateway}: node {node}: {prefix} can be no pod prefix"));
+            return None;
+        }
+        if let Some((other, owner)) = overlapping(&self.taken, &prefix) {
+            self.problem(format!("Gateway {gateway}: node {node}: {prefix} overlaps {other} of Gateway {owner}; it is left out"));
+            return None;
+        }
+        self.taken.insert(prefix, gateway.to_owned());
+        Some(prefix)
+    }
+
+    fn peer(&mut self, gateway: &str, endpoint: &Endpoint, outer: Ipv4Addr, exposed: bool) -> GatewayPeer {
+        let key = self.key(gateway, endpoint);
+        let public = endpoint.public_ip.as_deref().filter(|ip| !ip.is_empty()).and_then(|ip| ip.parse::<IpAddr>().ok());
+        let address = match public {
+            Some(public) if exposed || !endpoint.under_nat => Some(public),
+            // A LAN-only installation: the node's own address is the public one.
+            None if exposed => Some(IpAddr::V4(outer)),
+            _ => None,
+        };
+        GatewayPeer { key, dial: address.map(|ip| SocketAddr::new(ip, endpoint.dialled_port())), port: endpoint.port_or_default() }
+    }
+
+    /// What the node published, else what a person wrote. A key that two nodes claim would give the one's packets to
+    /// the other: the first keeps it.
+    fn key(&mut self, gateway: &str, endpoint: &Endpoint) -> Option<PublicKey> {
+        let node = &endpoint.node_name;
+        let text = self.keys.get(node).or_else(|| endpoint.config.get("publicKey"))?.clone();
+        let Ok(key) = text.parse::<PublicKey>() else {
+            self.problem(format!("Gateway {gateway}: node {node}: {text:?} is not a WireGuard public key"));
+            return None;
+        };
+        match self.key_owners.get(&key).filter(|owner| *owner != node).cloned() {
+            Some(owner) => {
+                self.problem(format!("Gateway {gateway}: node {node} claims the WireGuard key of node {owner}"));
+                None
+            }
+            None => {
+                self.key_owners.insert(key, node.clone());
+                Some(key)
+            }
+        }
+    }
+}
+
+/// Not the whole address space, and not what never crosses a router.
+fn is_routable(prefix: &IpNet) -> bool {
+    if prefix.prefix_len() == 0 {
+        return false;
+    }
+    match prefix {
+        IpNet::V4(p) => {
+            let a = p.addr();
+            !(a.is_loopback() || a.is_link_local() || a.is_multicast() || a.is_broadcast() || a.is_unspecified())
+        }
+        IpNet::V6(p) => {
+            let a = p.addr();
+            !(a.is_loopback() || a.is_unicast_link_local() || a.is_multicast() || a.is_unspecified())
+        }
+    }
+}
+
+/// A prefix of `taken` that overlaps `prefix`: either holds it, or lies inside it.
+fn overlapping<'a>(taken: &'a BTreeMap<IpNet, String>, prefix: &IpNet) -> Option<(&'a IpNet, &'a String)> {
+    let holder = (0..=prefix.prefix_len()).rev().find_map(|len| {
+        let wider = IpNet::new(prefix.addr(), len).ok()?.trunc();
+        taken.get_key_value(&wider)
+    });
+    // Canonical prefixes sort by address first, so those inside `prefix` follow it at once.
+    holder.or_else(|| taken.range(*prefix..).take_while(|(p, _)| prefix.contains(&p.addr())).find(|(p, _)| prefix.contains(*p)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn taken(list: &[&str]) -> BTreeMap<IpNet, String> {
+        list.iter().map(|p| (p.parse().expect("a prefix"), "other".to_owned())).collect()
+    }
+
+    #[test]
+    fn overlap_is_found_in_both_directions_and_not_between_neighbours() {
+        let t = taken(&["10.0.0.0/24", "10.0.2.0/24", "fd00::/64"]);
+        let overlaps = |p: &str| overlapping(&t, &p.parse().expect("a prefix")).is_some();
+        assert!(overlaps("10.0.0.0/24"));
+        assert!(overlaps("10.0.0.128/25"));
+        assert!(overlaps("10.0.0.0/16"));
+        assert!(overlaps("10.0.0.0/22"), "holds 10.0.2.0/24 behind a gap");
+        assert!(!overlaps("10.0.1.0/24"));
+        assert!(!overlaps("10.0.3.0/24"));
+        assert!(overlaps("fd00::/48"));
+        assert!(!overlaps("fd01::/48"));
+    }
+
+    #[test]
+    fn what_never_crosses_a_router_is_no_pod_prefix() {
+        for bad in ["0.0.0.0/0", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "::/0", "fe80::/64", "ff00::/8"] {
+            assert!(!is_routable(&bad.parse().expect("a prefix")), "{bad}");
+        }
+        assert!(is_routable(&"10.0.0.0/8".parse().expect("a prefix")));
+    }
+}

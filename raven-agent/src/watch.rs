@@ -1,0 +1,87 @@
+//! Watches Gateways, GatewayNodes and the two ConfigMaps; gives the latest [`Inputs`], coalesced, once all lists are complete.
+//!
+//! Never Nodes or Pods: what ten thousand agents cost the API server stays small.
+
+use std::{fmt::Debug, time::Duration};
+
+use futures::{StreamExt, TryStreamExt, stream};
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::{
+    Api, Client, Resource,
+    runtime::{WatchStreamExt, reflector, watcher},
+};
+use raven_api::{Gateway, GatewayNode};
+use serde::de::DeserializeOwned;
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
+
+use crate::{
+    snapshot,
+    topology::{AGENT_CONFIG, Inputs, SWITCHES, Settings},
+};
+
+/// Events that follow each other this closely are one change …
+const SETTLE: Duration = Duration::from_millis(50);
+/// … for so long.
+const BURST: Duration = Duration::from_secs(1);
+
+/// What an event says: `Some`: this list is complete now; `None`: something in it changed.
+type Seen = Option<&'static str>;
+
+/// Runs until the process ends. What it saw last stays valid while the API server is away.
+pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<Inputs>>) {
+    let all = watcher::Config::default;
+    let named = |name: &str| watcher::Config::default().fields(&format!("metadata.name={name}"));
+    let configs: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+    let (gateways, a) = reflected("Gateways", Api::<Gateway>::all(client.clone()), all());
+    let (nodes, b) = reflected("GatewayNodes", Api::<GatewayNode>::all(client), all());
+    let (switches, c) = reflected(SWITCHES, configs.clone(), named(SWITCHES));
+    let (agent, d) = reflected(AGENT_CONFIG, configs, named(AGENT_CONFIG));
+    let mut waiting = vec!["Gateways", "GatewayNodes", SWITCHES, AGENT_CONFIG];
+    let mut events = stream::select(stream::select(a, b), stream::select(c, d));
+    while let Some(seen) = events.next().await {
+        waiting.retain(|list| Some(*list) != seen);
+        if !waiting.is_empty() {
+            continue;
+        }
+        // A burst (a roll-out, a list after an outage) is one change, until it pauses or has lasted long enough: each change is
+        // looked at with everything else.
+        let end = Instant::now() + BURST;
+        while let Ok(Some(_)) = timeout_at(end.min(Instant::now() + SETTLE), events.next()).await {}
+        let data = |store: &reflector::Store<ConfigMap>| store.state().first().and_then(|c| c.data.clone()).unwrap_or_default();
+        let inputs = snapshot::lean(&Inputs {
+            gateways: gateways.state().iter().map(|g| (**g).clone()).collect(),
+            gateway_nodes: nodes.state().iter().map(|n| (**n).clone()).collect(),
+            settings: Settings::parse(&data(&switches), &data(&agent)),
+        });
+        latest.send_if_modified(|have| {
+            let changed = have.as_ref() != Some(&inputs);
+            if changed {
+                *have = Some(inputs);
+            }
+            changed
+        });
+    }
+}
+
+fn reflected<K>(what: &'static str, api: Api<K>, config: watcher::Config) -> (reflector::Store<K>, impl stream::Stream<Item = Seen> + Unpin)
+where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
+{
+    let (store, writer) = reflector::store();
+    let events = watcher(api, config)
+        .default_backoff()
+        .reflect(writer)
+        .inspect_err(move |e| tracing::warn!("watch {what}: {e}; keeping what was seen last"))
+        .filter_map(move |event| async move {
+            match event.ok()? {
+                watcher::Event::InitDone => Some(Some(what)),
+                watcher::Event::Apply(_) | watcher::Event::Delete(_) => Some(None),
+                watcher::Event::Init | watcher::Event::InitApply(_) => None,
+            }
+        })
+        .boxed();
+    (store, events)
+}

@@ -1,0 +1,5 @@
+//! Laws of [`decide`](super::decide), case by case and by property.
+
+mod build;
+mod cases;
+mod laws;

@@ -1,0 +1,138 @@
+//! Samples of dropped packets, so that a person can be told which ones, and not only how many.
+
+use core::mem::MaybeUninit;
+
+use aya_ebpf::{
+    helpers::{bpf_ktime_get_ns, bpf_skb_load_bytes},
+    programs::XdpContext,
+};
+use raven_common::{
+    header::{ETH_LEN, ETH_P_IP, ETH_P_IPV6, Ethernet, IPPROTO_TCP, IPPROTO_UDP, Ip, Ipv4, Ipv6},
+    tables::{DropSample, SAMPLE_PERIOD_NS},
+};
+
+use crate::{
+    access,
+    count::Seen,
+    maps::{EVENTS, SAMPLED},
+    parse::{Family, Skb},
+};
+
+/// True if this CPU may write a sample now.
+#[inline(always)]
+fn due() -> Option<u64> {
+    // SAFETY: a helper call without arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
+    let last = SAMPLED.get_ptr_mut(0)?;
+    // SAFETY: this CPU's own value, which always exists.
+    unsafe {
+        if now.wrapping_sub(*last) < SAMPLE_PERIOD_NS {
+            return None;
+        }
+        *last = now;
+    }
+    Some(now)
+}
+
+/// The sample, where it will lie. Zeroed by words: a call of `memset` would be a third frame on the 512 bytes of stack that
+/// all frames share on kernels before 6.13.
+#[inline(always)]
+fn begin(entry: &mut MaybeUninit<DropSample>, now: u64, seen: Seen, ifindex: u32, len: u32) -> &mut DropSample {
+    const WORDS: usize = size_of::<DropSample>() / 8;
+    const _: () = assert!(WORDS * 8 == size_of::<DropSample>() && align_of::<DropSample>() == 8);
+    let words = entry.as_mut_ptr().cast::<u64>();
+    for word in 0..WORDS {
+        // SAFETY: inside the entry, and aligned.
+        unsafe { words.add(word).write_volatile(0) };
+    }
+    // SAFETY: all of it was written; zero is a value of each field.
+    let sample = unsafe { entry.assume_init_mut() };
+    sample.time_ns = now;
+    sample.verdict = seen.verdict as u32;
+    sample.gateway = seen.gateway;
+    sample.ifindex = ifindex;
+    sample.len = len;
+    sample
+}
+
+#[inline(always)]
+fn fill4(sample: &mut DropSample, header: &Ipv4) {
+    sample.ethertype = ETH_P_IP;
+    sample.protocol = header.protocol;
+    sample.source[..4].copy_from_slice(&header.source);
+    sample.destination[..4].copy_from_slice(&header.destination);
+}
+
+#[inline(always)]
+fn fill_ports(sample: &mut DropSample, [a, b, c, d]: [u8; 4]) {
+    (sample.source_port, sample.destination_port) = ([a, b], [c, d]);
+}
+
+#[inline(always)]
+fn has_ports(protocol: u8) -> bool {
+    protocol == IPPROTO_TCP || protocol == IPPROTO_UDP
+}
+
+/// Packet bytes straight into a field of the sample; what the packet does not have is zero.
+#[inline(always)]
+fn load<T: ?Sized>(skb: &Skb, offset: usize, field: &mut T) {
+    let (to, len) = (core::ptr::from_mut(field).cast(), size_of_val(field) as u32);
+    // SAFETY: `to` has `len` bytes, for which every value is one of theirs: fields are integers and arrays of them.
+    unsafe { bpf_skb_load_bytes(skb.raw().cast(), offset as u32, to, len) };
+}
+
+/// A packet dropped in TC, whose IP header is at `l3`. Out of line: drops are rare. Filled where it will lie: the stack is
+/// the caller's, too.
+#[inline(never)]
+pub fn skb(skb: &Skb, seen: Seen, l3: usize) {
+    let Some(now) = due() else { return };
+    // A full buffer loses the sample; the packet is counted all the same.
+    let Some(mut entry) = EVENTS.reserve(0) else { return };
+    let sample = begin(&mut entry, now, seen, skb.ifindex(), skb.len());
+    let l4 = match skb.family() {
+        Ok(Family::V4) => {
+            sample.ethertype = ETH_P_IP;
+            load(skb, l3 + 9, &mut sample.protocol);
+            load(skb, l3 + 12, &mut sample.source[..4]);
+            load(skb, l3 + 16, &mut sample.destination[..4]);
+            let words = skb.ctx.load::<u8>(l3).unwrap_or(5) & 0xf;
+            Some(l3 + words as usize * 4)
+        }
+        Ok(Family::V6) => {
+            sample.ethertype = ETH_P_IPV6;
+            load(skb, l3 + 6, &mut sample.protocol);
+            load(skb, l3 + 8, &mut sample.source);
+            load(skb, l3 + 24, &mut sample.destination);
+            Some(l3 + Ipv6::LEN)
+        }
+        Err(_) => None,
+    };
+    if let Some(l4) = l4.filter(|_| has_ports(sample.protocol)) {
+        load(skb, l4, &mut sample.source_port);
+        load(skb, l4 + 2, &mut sample.destination_port);
+    }
+    entry.submit(0);
+}
+
+/// A frame dropped in XDP: its outer packet, by which a stranger or a flood is known.
+#[inline(never)]
+pub fn xdp(ctx: &XdpContext, seen: Seen) {
+    let Some(now) = due() else { return };
+    // SAFETY: the kernel hands the program a valid context; the verifier rewrites the load.
+    let ifindex = unsafe { (*ctx.ctx).ingress_ifindex };
+    let Some(mut entry) = EVENTS.reserve(0) else { return };
+    let sample = begin(&mut entry, now, seen, ifindex, (ctx.data_end() - ctx.data()) as u32);
+    if let Some(ethernet) = access::read::<Ethernet>(ctx, 0)
+        && ethernet.ethertype == ETH_P_IP.to_be_bytes()
+        && let Some(header) = access::read::<Ipv4>(ctx, ETH_LEN)
+    {
+        fill4(sample, &header);
+        // Drops happen behind a header without options only.
+        if has_ports(sample.protocol)
+            && let Some(ports) = access::read::<[u8; 4]>(ctx, ETH_LEN + Ipv4::LEN)
+        {
+            fill_ports(sample, ports);
+        }
+    }
+    entry.submit(0);
+}

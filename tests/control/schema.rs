@@ -1,0 +1,99 @@
+//! What the API server refuses by itself, in our words, with no webhook and no controller running; and what it fills in.
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::stage::{Stage, play};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_api_server_refuses_what_can_only_be_a_mistake() {
+    play("the_api_server_refuses_what_can_only_be_a_mistake", async |stage| {
+        let endpoints = |list: Value| json!({ "endpoints": list });
+        let tunnels = |count: usize| (0..count).map(|i| json!({"nodeName": format!("n{i}")})).collect::<Vec<_>>();
+        let proxies = |replicas: i32, count: usize| {
+            let listed: Vec<_> = (0..count).map(|i| json!({"nodeName": format!("n{i}"), "type": "proxy"})).collect();
+            json!({"proxyConfig": {"Replicas": replicas}, "endpoints": listed})
+        };
+        let refused = [
+            (json!({"exposeType": "Public"}), &["spec.exposeType", "supported values", "PublicIP", "LoadBalancer"][..]),
+            (
+                json!({"exposeType": "PublicIP", "endpoints": [{"nodeName": "a", "underNAT": true}]}),
+                &["an exposed gateway (exposeType is set) is dialled by others: no endpoint of it may be underNAT"],
+            ),
+            (
+                endpoints(json!([{"nodeName": "a", "underNAT": true}, {"nodeName": "b"}])),
+                &["underNAT must be the same for all endpoints of a gateway: they sit behind the same site"],
+            ),
+            (
+                endpoints(json!([{"nodeName": "a", "publicIP": "example.com"}])),
+                &["publicIP must be an IPv4 or IPv6 address that others can dial, not a name or a prefix"],
+            ),
+            (endpoints(json!([{"nodeName": "a", "publicIP": "192.0.2.0/24"}])), &["publicIP must be an IPv4 or IPv6 address"]),
+            (endpoints(json!([{"nodeName": "a", "publicIP": "127.0.0.1"}])), &["not a loopback, link-local or multicast address"]),
+            (endpoints(json!([{"nodeName": "a", "publicIP": "ff02::1"}])), &["not a loopback, link-local or multicast address"]),
+            (
+                endpoints(json!([{"nodeName": "a", "publicIP": "0.0.0.0"}])),
+                &["publicIP must be an IPv4 or IPv6 address that others can dial"],
+            ),
+            (endpoints(json!([{"nodeName": "a", "publicPort": 0}])), &["spec.endpoints[0].publicPort", "greater than or equal to 1"]),
+            (proxies(3, 2), &["proxyConfig.Replicas is larger than the number of endpoints of type proxy"]),
+            (json!({"tunnelConfig": {"Replicas": 17}}), &["spec.tunnelConfig.Replicas", "less than or equal to 16"]),
+            (json!({"tunnelConfig": {"Replicas": -1}}), &["spec.tunnelConfig.Replicas", "greater than or equal to 0"]),
+            (json!({"proxyConfig": {"Replicas": 65}}), &["spec.proxyConfig.Replicas", "less than or equal to 64"]),
+            (json!({"proxyConfig": {"proxyHTTPPort": "10255;9445"}}), &["spec.proxyConfig.proxyHTTPPort", "should match"]),
+            (endpoints(json!([{"nodeName": ""}])), &["spec.endpoints[0].nodeName", "at least 1 char"]),
+            (endpoints(json!([{"type": "tunnel"}])), &["spec.endpoints[0].nodeName", "Required value"]),
+            (endpoints(json!([{"nodeName": "a", "type": "vpn"}])), &["spec.endpoints[0].type", "supported values", "proxy", "tunnel"]),
+            (endpoints(json!([{"nodeName": "a", "port": 0}])), &["spec.endpoints[0].port", "greater than or equal to 1"]),
+            (endpoints(json!(tunnels(257))), &["spec.endpoints", "must have at most 256 items"]),
+        ];
+        for (spec, words) in refused {
+            let error = match stage.put_gateway("g", spec.clone()).await {
+                Ok(_) => panic!("the API server took {spec}"),
+                Err(error) => format!("{error:?}"),
+            };
+            for word in words {
+                assert!(error.contains(word), "{spec} should be refused with {word:?}: {error}");
+            }
+        }
+        assert!(stage.gateways.get_opt("g").await?.is_none());
+
+        let taken = [
+            json!({}),
+            endpoints(json!([{"nodeName": "a", "publicIP": ""}, {"nodeName": "b", "publicIP": "2001:db8::1"}])),
+            endpoints(json!(tunnels(256))),
+            proxies(2, 2),
+            proxies(0, 2),
+            proxies(2, 0),
+            // Only tunnels are listed: for the proxy every node of the pool is a candidate.
+            json!({"proxyConfig": {"Replicas": 2}, "endpoints": tunnels(1)}),
+        ];
+        for spec in taken {
+            stage.put_gateway("g", spec.clone()).await.with_context(|| spec.to_string())?;
+        }
+        Ok(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_api_server_fills_in_what_was_left_out() {
+    play("the_api_server_fills_in_what_was_left_out", async |stage| {
+        let given = json!({"proxyConfig": {"proxyHTTPPort": "10255"}, "tunnelConfig": {}, "endpoints": [{"nodeName": "a"}]});
+        stage.put_gateway("g", given).await?;
+        let stored = spec(stage, "g").await?;
+        assert_eq!((&stored["proxyConfig"]["Replicas"], &stored["tunnelConfig"]["Replicas"]), (&json!(1), &json!(1)));
+        assert_eq!(stored["endpoints"], json!([{"nodeName": "a", "type": "tunnel", "underNAT": false}]));
+
+        stage.put_gateway("g", json!({"proxyConfig": {"Replicas": 0}, "tunnelConfig": {"Replicas": 0}})).await?;
+        let stored = spec(stage, "g").await?;
+        assert_eq!((&stored["proxyConfig"]["Replicas"], &stored["tunnelConfig"]["Replicas"]), (&json!(0), &json!(0)));
+        Ok(())
+    })
+    .await;
+}
+
+async fn spec(stage: &Stage, gateway: &str) -> Result<Value> {
+    let object: Value = serde_json::from_str(&stage.raw(gateway).await?)?;
+    Ok(object["spec"].clone())
+}

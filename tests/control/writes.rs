@@ -1,0 +1,82 @@
+//! When the controller writes, and when not; and what it may.
+
+use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::stage::{Stage, play};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn neither_heartbeats_nor_a_restart_cause_a_write() {
+    play("neither_heartbeats_nor_a_restart_cause_a_write", async |stage| {
+        stage.put_two_pools().await?;
+        let mut controller = stage.controller("one", &[]).await?;
+        stage.two_pools_are_ready().await?;
+        let settled = both(stage).await?;
+
+        for second in 0..10 {
+            for node in ["c-a", "x-a", "x-b"] {
+                heartbeat(stage, node, second).await?;
+            }
+        }
+        stage.fence().await?;
+        assert_eq!(both(stage).await?, settled, "heartbeats change nothing that a status says");
+
+        // It hands the Lease back, so the next one need not wait; and finds that all is as it should be.
+        controller.signal(Signal::SIGTERM)?;
+        let status = controller.wait()?;
+        ensure!(status.success(), "the controller ended with {status}: {}", controller.output()?);
+        let _controller = stage.controller("two", &[]).await?;
+        stage.fence().await?;
+        assert_eq!(both(stage).await?, settled, "a controller that starts anew comes to the same result");
+        Ok(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_controller_may_do_its_work_and_no_more() {
+    play("the_controller_may_do_its_work_and_no_more", async |stage| {
+        let account = "--as=system:serviceaccount:kube-system:raven-controller";
+        let may = |verb: &str, what: &str| {
+            let (resource, sub) = what.split_once('/').unwrap_or((what, ""));
+            let subresource = format!("--subresource={sub}");
+            let answer = stage.lab.cluster().kubectl(&["auth", "can-i", verb, resource, &subresource, "-n", "kube-system", account]);
+            // kubectl ends with 1 to say no.
+            answer.is_ok_and(|text| text.trim() == "yes")
+        };
+        let gateways = "gateways.raven.openyurt.io";
+        for (verb, what) in
+            [("list", "nodes"), ("create", gateways), ("patch", &format!("{gateways}/status")), ("create", "leases.coordination.k8s.io")]
+        {
+            assert!(may(verb, what), "{verb} {what}");
+        }
+        let never = [
+            ("patch", "nodes"),
+            ("update", "nodes/status"),
+            ("update", gateways),
+            ("patch", gateways),
+            ("get", "secrets"),
+            ("create", "secrets"),
+            ("patch", "customresourcedefinitions.apiextensions.k8s.io"),
+            ("list", "endpointslices.discovery.k8s.io"),
+            ("list", "pods"),
+        ];
+        for (verb, what) in never {
+            assert!(!may(verb, what), "{verb} {what}");
+        }
+        Ok(())
+    })
+    .await;
+}
+
+async fn both(stage: &Stage) -> Result<[String; 2]> {
+    Ok([stage.raw("cloud").await?, stage.raw("site").await?])
+}
+
+// As a kubelet says it every few minutes, and its Lease in between.
+async fn heartbeat(stage: &Stage, node: &str, second: u8) -> Result<()> {
+    let time = format!("2030-01-01T00:00:{second:02}Z");
+    let ready = json!({"type": "Ready", "status": "True", "reason": "KubeletReady", "lastHeartbeatTime": time});
+    stage.put_node_status(node, "raven-lab-ready", json!({"conditions": [ready]})).await
+}

@@ -1,0 +1,46 @@
+//! The elected gateway node fails; another takes over.
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use kube::Api;
+use raven_api::{Gateway, gateway::EndpointType};
+use raven_tests::{eventually, privileged, probe, proof};
+
+use crate::Running;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_other_node_takes_over_when_the_gateway_node_fails() {
+    if !privileged("the_other_node_takes_over_when_the_gateway_node_fails") {
+        return;
+    }
+    let running = Running::start().await.expect("the lab starts");
+    let lab = &running.lab;
+    let gateways: Api<Gateway> = Api::all(lab.cluster().client());
+    running.check(lab.cluster().set_ready("x-a", false).await);
+    let moved = eventually(Duration::from_secs(20), "x-b is elected", || async {
+        let status = gateways.get("edge-x").await?.status.context("a status")?;
+        let elected = status.active_endpoints.iter().find(|e| e.type_ == EndpointType::Tunnel).context("an elected node")?;
+        ensure!(elected.node_name == "x-b", "{} is elected", elected.node_name);
+        Ok(())
+    });
+    running.check(moved.await);
+    // The new gateway node's pod, and one of the node that was it before.
+    for from in ["x-b", "x-a"] {
+        for to in ["cloud-b", "y-b"] {
+            for address in lab.pod(to).addresses() {
+                let what = format!("{from} reaches {address} of {to} again");
+                let answer =
+                    eventually(proof::CONVERGENCE, &what, || async { probe::ping(&lab.pod(from).ns, address).await?.context("no answer") });
+                running.check(answer.await);
+            }
+        }
+    }
+    let demoted = eventually(Duration::from_secs(10), "x-a is an ordinary node", || async {
+        let devices = lab.node("x-a").ns.sh("ip -o link show; ls /sys/fs/bpf/raven/v1/links")?;
+        ensure!(!devices.contains("raven-wg0"), "it has a tunnel: {devices}");
+        ensure!(!devices.contains("uplink_xdp"), "it has an XDP program: {devices}");
+        Ok(())
+    });
+    running.check(demoted.await);
+}

@@ -1,0 +1,57 @@
+//! `raven-agent cleanup`, and the state that stays without it.
+
+use raven_tests::{privileged, proof};
+
+use crate::Running;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cleanup_leaves_nothing_behind() {
+    if !privileged("cleanup_leaves_nothing_behind") {
+        return;
+    }
+    let mut running = Running::start().await.expect("the lab starts");
+    for node in ["x-a", "x-b"] {
+        let index = running.agents.iter().position(|a| a.node.name == node).expect("an agent");
+        let mut agent = running.agents.swap_remove(index);
+        let result = proof::cleaned(&running.lab, &mut agent);
+        running.check(result);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_key_is_made_on_the_node_and_stays_across_restarts() {
+    if !privileged("the_key_is_made_on_the_node_and_stays_across_restarts") {
+        return;
+    }
+    let mut running = Running::start().await.expect("the lab starts");
+    let read = |running: &Running| {
+        running.check(running.lab.node("x-a").ns.sh("stat -c %a /var/lib/raven/wireguard.key; cat /var/lib/raven/wireguard.key"))
+    };
+    let before = read(&running);
+    assert!(before.starts_with("600\n"), "{before}");
+    running.agent("x-a").restart().expect("the agent starts again");
+    let ready = proof::ready(running.agent("x-a")).await;
+    running.check(ready);
+    assert_eq!(read(&running), before);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn routes_and_rules_that_somebody_deletes_come_back() {
+    if !privileged("routes_and_rules_that_somebody_deletes_come_back") {
+        return;
+    }
+    let running = Running::start().await.expect("the lab starts");
+    for node in ["x-a", "x-b"] {
+        let ns = &running.lab.node(node).ns;
+        let look = "ip rule show pref 100; ip -6 rule show pref 100; ip route show table 9027; ip -6 route show table 9027";
+        let before = running.check(ns.sh(look));
+        assert!(before.lines().count() >= 10, "{before}");
+        running.check(ns.sh("ip rule del pref 100; ip -6 rule del pref 100; ip route flush table 9027; ip -6 route flush table 9027"));
+        let back = raven_tests::eventually(std::time::Duration::from_secs(5), "all of it is back", || async {
+            let now = ns.sh(look)?;
+            anyhow::ensure!(now == before, "now: {now}\nbefore: {before}");
+            Ok(())
+        });
+        running.check(back.await);
+    }
+}

@@ -1,0 +1,95 @@
+//! Ten thousand nodes in a thousand pools, through one agent's watch: how long until its maps have them, and what it takes.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use futures::{StreamExt, TryStreamExt, stream};
+use kube::{
+    Api,
+    api::{Patch, PatchParams, PostParams},
+};
+use raven_api::{
+    Gateway, GatewayNode, GatewaySpec, GatewayStatus,
+    gateway::{Endpoint, ExposeType, NodeInfo},
+    gateway_node::GatewayNodeSpec,
+};
+use raven_tests::{Lab, eventually, privileged, process::memory_mb, proof};
+
+const POOLS: usize = 1_000;
+const NODES_PER_POOL: usize = 10;
+
+/// A pool as the controller would publish it.
+fn pool(number: usize) -> (Gateway, GatewayStatus, GatewayNode) {
+    let node = |n: usize| {
+        let id = number * NODES_PER_POOL + n;
+        NodeInfo {
+            node_name: format!("p{number}-n{n}"),
+            private_ip: format!("172.{}.{}.{}", 16 + id / 65_536, id / 256 % 256, id % 256),
+            subnets: vec![format!("11.{}.{}.0/24", id / 256, id % 256), format!("fd11:{id:x}::/64")],
+        }
+    };
+    let spec = GatewaySpec { expose_type: ExposeType::PublicIP, ..GatewaySpec::default() };
+    let endpoint = Endpoint {
+        node_name: format!("p{number}-n0"),
+        public_ip: Some(format!("203.{}.{}.1", number / 250, number % 250)),
+        ..Endpoint::default()
+    };
+    let status =
+        GatewayStatus { nodes: (0..NODES_PER_POOL).map(node).collect(), active_endpoints: vec![endpoint], ..GatewayStatus::default() };
+    let mut key = [0u8; 32];
+    key[..8].copy_from_slice(&(number as u64 + 1).to_be_bytes());
+    let key = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, key);
+    let announced = GatewayNodeSpec { public_key: Some(key), ..GatewayNodeSpec::default() };
+    (Gateway::new(&format!("pool-{number}"), spec), status, GatewayNode::new(&format!("p{number}-n0"), announced))
+}
+
+async fn publish(lab: &Lab, number: usize) -> Result<()> {
+    let (gateways, nodes): (Api<Gateway>, Api<GatewayNode>) = (Api::all(lab.cluster().client()), Api::all(lab.cluster().client()));
+    let (gateway, status, node) = pool(number);
+    let name = format!("pool-{number}");
+    gateways.create(&PostParams::default(), &gateway).await.with_context(|| format!("create {name}"))?;
+    let patch = serde_json::json!({ "status": status });
+    gateways.patch_status(&name, &PatchParams::default(), &Patch::Merge(&patch)).await.with_context(|| format!("status of {name}"))?;
+    nodes.create(&PostParams::default(), &node).await.with_context(|| format!("announce {name}"))?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_nodes_arrive_in_one_agents_maps() {
+    if !privileged("ten_thousand_nodes_arrive_in_one_agents_maps") {
+        return;
+    }
+    let lab = Lab::builder().up().await.expect("the lab comes up");
+    lab.cluster().apply_gateways(lab.site()).await.expect("its own Gateways");
+    // One round of the controller puts the agent's own node into its pool; then it would only undo what the test writes.
+    let mut controller = lab.start_controller().await.expect("the controller starts");
+    let agent = lab.start_agent("x-b").await.expect("the agent starts");
+    proof::ready(&agent).await.expect("the agent is ready");
+    controller.kill().expect("the controller dies");
+    let resident = || memory_mb(agent.process.pid(), "VmRSS").expect("it runs");
+    let before = resident();
+
+    let writes = stream::iter(0..POOLS).map(|n| publish(&lab, n)).buffer_unordered(16).try_collect::<Vec<()>>().await;
+    writes.expect("the pools are published");
+    let start = Instant::now();
+    let remote = |map: &str| -> Result<usize> {
+        let dump = agent.node.ns.run("bpftool", &["-j", "map", "dump", "pinned", &format!("/sys/fs/bpf/raven/v1/maps/{map}")])?;
+        Ok(serde_json::from_str::<Vec<serde_json::Value>>(&dump)?.len())
+    };
+    let wanted = POOLS * NODES_PER_POOL;
+    eventually(Duration::from_secs(180), "the maps have every prefix", || async {
+        let (v4, v6) = (remote("REMOTE4")?, remote("REMOTE6")?);
+        ensure!(v4 >= wanted && v6 >= wanted, "{v4} and {v6} of {wanted}");
+        Ok(())
+    })
+    .await
+    .expect("all of it arrives");
+    println!(
+        "scale: {wanted} nodes in {POOLS} pools: in the maps {} ms after the last was written; agent {before:.0} MB → {:.0} MB",
+        start.elapsed().as_millis(),
+        resident()
+    );
+    let routes = agent.node.ns.sh("ip route show table 9027 | wc -l").expect("the routes are listed");
+    assert!(routes.trim().parse::<usize>().expect("a number") >= wanted, "{routes} routes");
+    assert!(resident() < 400.0, "the agent stays small");
+}

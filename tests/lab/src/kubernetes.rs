@@ -1,0 +1,180 @@
+//! The lab's Kubernetes: a real etcd and kube-apiserver in the control plane's namespace, and the objects that Raven reads.
+//!
+//! [`binaries`] finds or builds the programs, [`certificates`] makes the trust, [`objects`] writes Nodes and Gateways as kubelets
+//! and people would, [`identity`] gives agents and controller the tokens that they have in a cluster.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use kube::api::{GetParams, Request};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+
+use crate::eventually;
+use crate::namespace::output;
+use crate::process::Process;
+use crate::site::{API_PORT, CONTROL_PLANE, Site};
+use binaries::Binaries;
+use certificates::Certificates;
+
+pub mod binaries;
+mod certificates;
+pub mod identity;
+pub mod objects;
+
+/// Range of Service addresses.
+pub const SERVICES: &str = "10.96.0.0/16,fd00:96::/112";
+/// The first of them, the API server's own.
+const FIRST_SERVICE: &str = "10.96.0.1";
+const READY_WITHIN: Duration = Duration::from_secs(60);
+
+/// A running API server.
+pub struct Cluster {
+    binaries: Binaries,
+    certificates: Certificates,
+    kubeconfig: PathBuf,
+    client: Client,
+    etcd: Process,
+    api_server: Process,
+}
+
+impl std::fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cluster").field("kubeconfig", &self.kubeconfig).finish_non_exhaustive()
+    }
+}
+
+impl Cluster {
+    /// Starts etcd and the API server, waits until it is ready, applies CRDs and manifests (if told to), writes the Node objects.
+    pub(crate) async fn start(site: &Site, crds: bool) -> Result<Self> {
+        let binaries = tokio::task::spawn_blocking(Binaries::find_or_build).await??;
+        let dir = site.dir.join("kubernetes");
+        fs::create_dir_all(&dir)?;
+        let public = site.cloud().public_v4.to_string();
+        let names = [
+            CONTROL_PLANE.to_string(),
+            public,
+            site.host_link.control_plane.to_string(),
+            "127.0.0.1".to_owned(),
+            FIRST_SERVICE.to_owned(),
+            "kubernetes.default.svc".to_owned(),
+        ];
+        let certificates = Certificates::make(&dir, names.to_vec())?;
+        let kubeconfig = site.dir.join("kubeconfig");
+        let server = format!("https://{}:{API_PORT}", site.host_link.control_plane);
+        fs::write(&kubeconfig, certificates.admin_kubeconfig(&server))?;
+        let etcd = Process::start("etcd", &site.logs(), etcd(site, &binaries, &dir))?;
+        let api_server = Process::start("kube-apiserver", &site.logs(), api_server(site, &binaries, &dir))?;
+        let client = client(&kubeconfig).await?;
+        let mut cluster = Self { binaries, certificates, kubeconfig, client, etcd, api_server };
+        cluster.ready().await?;
+        if crds {
+            cluster.apply_crds().await?;
+            cluster.apply_manifests()?;
+        }
+        cluster.apply_nodes(site).await?;
+        if crds {
+            identity::policy_in_force(&cluster).await?;
+        }
+        Ok(cluster)
+    }
+
+    /// A client with all rights.
+    pub fn client(&self) -> Client {
+        self.client.clone()
+    }
+
+    /// The administrator's kubeconfig; works on this machine and in the control plane's namespace.
+    pub fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+
+    /// Where the programs came from, in words.
+    pub fn origin(&self) -> &str {
+        &self.binaries.origin
+    }
+
+    /// kubectl as the administrator.
+    pub fn kubectl(&self, args: &[&str]) -> Result<String> {
+        let mut command = Command::new(&self.binaries.kubectl);
+        command.arg("--kubeconfig").arg(&self.kubeconfig).args(args);
+        command.env("KUBECACHEDIR", self.kubeconfig.with_file_name("kubectl-cache")).env("NO_PROXY", "169.254.0.0/16");
+        output(&mut command)
+    }
+
+    /// SIGKILLs the API server; [`Cluster::start_api_server`] brings it back. For tests of what works without it.
+    pub fn kill_api_server(&mut self) -> Result<()> {
+        self.api_server.kill()
+    }
+
+    /// Starts the API server anew and waits until it is ready.
+    pub async fn start_api_server(&mut self, site: &Site) -> Result<()> {
+        let command = api_server(site, &self.binaries, &site.dir.join("kubernetes"));
+        self.api_server = Process::start("kube-apiserver", &site.logs(), command)?;
+        self.ready().await
+    }
+
+    async fn ready(&mut self) -> Result<()> {
+        let client = self.client.clone();
+        let (etcd, api_server) = (&mut self.etcd, &mut self.api_server);
+        // A server that died at its start says so at once, not after the deadline.
+        let mut died = || etcd.ensure_running().and_then(|()| api_server.ensure_running());
+        eventually(READY_WITHIN, "the API server is ready", || {
+            let (client, alive) = (client.clone(), died());
+            async move {
+                if let Err(error) = alive {
+                    return Ok(Err(error));
+                }
+                let request = Request::new("").get("readyz", &GetParams::default())?;
+                let answer = client.request_text(request).await?;
+                if answer == "ok" { Ok(Ok(())) } else { bail!("/readyz: {answer}") }
+            }
+        })
+        .await?
+    }
+}
+
+fn etcd(site: &Site, binaries: &Binaries, dir: &Path) -> Command {
+    let mut command = site.control_plane.command(&binaries.etcd);
+    command.arg("--data-dir").arg(dir.join("etcd"));
+    // A lab does not outlive a power cut; without fsync the API server is ready in a second.
+    command.args(["--unsafe-no-fsync", "--log-level=warn"]);
+    command.args(["--listen-client-urls=http://127.0.0.1:2379", "--advertise-client-urls=http://127.0.0.1:2379"]);
+    command.args(["--listen-peer-urls=http://127.0.0.1:2380", "--initial-advertise-peer-urls=http://127.0.0.1:2380"]);
+    command.arg("--initial-cluster=default=http://127.0.0.1:2380");
+    command
+}
+
+fn api_server(site: &Site, binaries: &Binaries, dir: &Path) -> Command {
+    let mut command = site.control_plane.command(&binaries.api_server);
+    let file = |flag: &str, name: &str| format!("--{flag}={}", dir.join(name).display());
+    command.args([
+        "--etcd-servers=http://127.0.0.1:2379".to_owned(),
+        format!("--advertise-address={CONTROL_PLANE}"),
+        format!("--secure-port={API_PORT}"),
+        format!("--service-cluster-ip-range={SERVICES}"),
+        "--authorization-mode=RBAC".to_owned(),
+        "--allow-privileged".to_owned(),
+        "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
+        file("cert-dir", "run"),
+        file("tls-cert-file", "server.crt"),
+        file("tls-private-key-file", "server.key"),
+        file("client-ca-file", "ca.crt"),
+        file("service-account-key-file", "service-account.pub"),
+        file("service-account-signing-key-file", "service-account.key"),
+    ]);
+    command
+}
+
+/// A client from a kubeconfig file.
+pub async fn client(kubeconfig: &Path) -> Result<Client> {
+    Ok(Client::try_from(config(kubeconfig).await?)?)
+}
+
+async fn config(kubeconfig: &Path) -> Result<Config> {
+    let file = Kubeconfig::read_from(kubeconfig).with_context(|| format!("read {}", kubeconfig.display()))?;
+    Ok(Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?)
+}

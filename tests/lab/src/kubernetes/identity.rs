@@ -1,0 +1,163 @@
+//! Who agents and controller are: service accounts with tokens from the TokenRequest API, an agent's bound to a Pod on its node,
+//! so RBAC and the admission policy are the real ones in every test.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use k8s_openapi::api::admissionregistration::v1::ValidatingAdmissionPolicyBinding;
+use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
+use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
+use k8s_openapi::api::rbac::v1::ClusterRoleBinding;
+use kube::Client;
+use kube::api::{Api, DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
+use raven_api::{AGENT_SERVICE_ACCOUNT, DEFAULT_NAMESPACE, GatewayNode};
+use serde_json::json;
+
+use super::Cluster;
+use crate::eventually;
+use crate::site::{API_PORT, CONTROL_PLANE, Node, Site};
+
+/// Service account of the controller.
+pub const CONTROLLER_SERVICE_ACCOUNT: &str = "raven-controller";
+const SOON: Duration = Duration::from_secs(30);
+/// Longer than any lab lives.
+const TOKEN_SECONDS: i64 = 7 * 24 * 3600;
+
+/// Makes the service accounts that no manifest made. Such an account gets all rights, and that is said: then RBAC is not tested.
+pub(super) async fn ensure_accounts(cluster: &Cluster) -> Result<()> {
+    let api: Api<ServiceAccount> = Api::namespaced(cluster.client(), DEFAULT_NAMESPACE);
+    for name in [AGENT_SERVICE_ACCOUNT, CONTROLLER_SERVICE_ACCOUNT] {
+        // The API server makes kube-system itself, a moment after it is ready.
+        let made = eventually(SOON, &format!("service account {name}"), async || {
+            if api.get_opt(name).await?.is_some() {
+                return Ok(false);
+            }
+            let account = ServiceAccount { metadata: meta(name), ..ServiceAccount::default() };
+            api.create(&PostParams::default(), &account).await?;
+            Ok(true)
+        })
+        .await?;
+        if made {
+            eprintln!("lab: deploy/ has no service account {name}: it gets all rights");
+            give_all_rights(cluster, name).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn give_all_rights(cluster: &Cluster, account: &str) -> Result<()> {
+    let name = format!("raven-lab-{account}");
+    let binding = json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": {"name": name},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"},
+        "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": DEFAULT_NAMESPACE}],
+    });
+    let api: Api<ClusterRoleBinding> = Api::all(cluster.client());
+    api.patch(&name, &PatchParams::apply("raven-lab"), &Patch::Apply(&binding)).await?;
+    Ok(())
+}
+
+/// Waits until the API server applies the admission policy, if one was installed: it learns of it a moment after it stored it.
+/// Found out as a test would: by a dry run of what the policy forbids, an agent that writes without a node's token.
+pub(super) async fn policy_in_force(cluster: &Cluster) -> Result<()> {
+    let bindings: Api<ValidatingAdmissionPolicyBinding> = Api::all(cluster.client());
+    if bindings.list(&ListParams::default()).await?.items.is_empty() {
+        return Ok(());
+    }
+    let mut config = super::config(&cluster.kubeconfig).await?;
+    let agent = format!("system:serviceaccount:{DEFAULT_NAMESPACE}:{AGENT_SERVICE_ACCOUNT}");
+    config.auth_info.impersonate = Some(agent);
+    let api: Api<GatewayNode> = Api::all(Client::try_from(config)?);
+    let object = json!({
+        "apiVersion": "raven.openyurt.io/v1beta1",
+        "kind": "GatewayNode",
+        "metadata": {"name": "raven-lab-dry-run"},
+        "spec": {},
+    });
+    eventually(SOON, "the admission policy is in force", async || {
+        let parameters = PatchParams::apply("raven-lab").dry_run();
+        match api.patch("raven-lab-dry-run", &parameters, &Patch::Apply(&object)).await {
+            Ok(_) => bail!("an agent without a node may write a GatewayNode"),
+            Err(error) if error.to_string().contains("ValidatingAdmissionPolicy") => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    })
+    .await
+}
+
+fn meta(name: &str) -> ObjectMeta {
+    ObjectMeta { name: Some(name.to_owned()), namespace: Some(DEFAULT_NAMESPACE.to_owned()), ..ObjectMeta::default() }
+}
+
+impl Cluster {
+    /// Writes the kubeconfig of a node's agent: a token bound to its Pod, and the API server's address as that node reaches it.
+    pub async fn agent_kubeconfig(&self, site: &Site, node: &Node) -> Result<PathBuf> {
+        let pod = self.agent_pod(node).await?;
+        let token = self.token(AGENT_SERVICE_ACCOUNT, Some(&pod)).await?;
+        let cloud = site.cloud();
+        let address = if node.pool == cloud.spec.name { CONTROL_PLANE } else { cloud.public_v4 };
+        let path = node.dir.join("kubeconfig");
+        fs::write(&path, self.certificates.token_kubeconfig(&format!("https://{address}:{API_PORT}"), &token))?;
+        Ok(path)
+    }
+
+    /// Writes the controller's kubeconfig.
+    pub async fn controller_kubeconfig(&self, site: &Site) -> Result<PathBuf> {
+        let token = self.token(CONTROLLER_SERVICE_ACCOUNT, None).await?;
+        let path = site.dir.join("controller.kubeconfig");
+        let server = format!("https://{}:{API_PORT}", site.host_link.control_plane);
+        fs::write(&path, self.certificates.token_kubeconfig(&server, &token))?;
+        Ok(path)
+    }
+
+    /// The Pod of a node's agent, as the DaemonSet would make it.
+    async fn agent_pod(&self, node: &Node) -> Result<Pod> {
+        let name = format!("raven-agent-{}", node.name);
+        let api: Api<Pod> = Api::namespaced(self.client(), DEFAULT_NAMESPACE);
+        if let Some(pod) = api.get_opt(&name).await? {
+            return Ok(pod);
+        }
+        let pod = serde_json::from_value(json!({
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, "namespace": DEFAULT_NAMESPACE},
+            "spec": {
+                "nodeName": node.name,
+                "serviceAccountName": AGENT_SERVICE_ACCOUNT,
+                "hostNetwork": true,
+                "tolerations": [{"operator": "Exists"}],
+                "containers": [{"name": "raven-agent", "image": "raven-agent:lab"}],
+            },
+        }))?;
+        api.create(&PostParams::default(), &pod).await.with_context(|| format!("create Pod {name}"))
+    }
+
+    /// Deletes the Pod of a node's agent: its token is void from then on.
+    pub async fn delete_agent_pod(&self, node: &str) -> Result<()> {
+        let api: Api<Pod> = Api::namespaced(self.client(), DEFAULT_NAMESPACE);
+        let now = DeleteParams::default().grace_period(0);
+        api.delete(&format!("raven-agent-{node}"), &now).await?;
+        Ok(())
+    }
+
+    async fn token(&self, account: &str, pod: Option<&Pod>) -> Result<String> {
+        let bound = pod.map(|pod| BoundObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Pod".to_owned()),
+            name: pod.metadata.name.clone(),
+            uid: pod.metadata.uid.clone(),
+        });
+        let request = TokenRequest {
+            spec: TokenRequestSpec { bound_object_ref: bound, expiration_seconds: Some(TOKEN_SECONDS), ..TokenRequestSpec::default() },
+            ..TokenRequest::default()
+        };
+        let api: Api<ServiceAccount> = Api::namespaced(self.client(), DEFAULT_NAMESPACE);
+        let answer = api.create_token_request(account, &PostParams::default(), &request).await;
+        let answer = answer.with_context(|| format!("request a token for {account}"))?;
+        Ok(answer.status.context("the API server gave no token")?.token)
+    }
+}

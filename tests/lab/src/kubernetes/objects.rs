@@ -1,0 +1,176 @@
+//! The objects that Raven reads, written as a kubelet (Nodes) or a person (Gateways) would.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Node as NodeObject;
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::api::{Api, DeleteParams, Patch, PatchParams};
+use raven_api::gateway::{Endpoint, ExposeType, Gateway, GatewaySpec};
+use raven_api::{LABEL_EDGE_WORKER, LABEL_GATEWAY};
+use serde_json::{Value, json};
+
+use super::{Cluster, identity};
+use crate::eventually;
+use crate::site::{Node, Pool, Site};
+
+/// Field manager of what the lab writes.
+const MANAGER: &str = "raven-lab";
+const SOON: Duration = Duration::from_secs(30);
+
+impl Cluster {
+    /// The Node objects, and the accounts of what runs on the nodes.
+    pub(super) async fn apply_nodes(&self, site: &Site) -> Result<()> {
+        identity::ensure_accounts(self).await?;
+        for node in &site.nodes {
+            self.apply_node(site, node).await?;
+        }
+        Ok(())
+    }
+
+    /// Applies the CRDs of `raven-api` and waits until they are served.
+    pub async fn apply_crds(&self) -> Result<()> {
+        let api: Api<CustomResourceDefinition> = Api::all(self.client());
+        for crd in raven_api::schema::crds()? {
+            let name = crd.metadata.name.clone().context("a CRD has a name")?;
+            api.patch(&name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&crd))
+                .await
+                .with_context(|| format!("apply CRD {name}"))?;
+            eventually(SOON, &format!("CRD {name} is served"), async || {
+                let status = api.get(&name).await?.status;
+                let conditions = status.and_then(|s| s.conditions).unwrap_or_default();
+                ensure!(conditions.iter().any(|c| c.type_ == "Established" && c.status == "True"), "{conditions:?}");
+                Ok(())
+            })
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// Applies what `deploy/` holds besides workloads: RBAC, the admission policy. The lab's nodes have no kubelet to run pods.
+    pub fn apply_manifests(&self) -> Result<()> {
+        for file in manifests()? {
+            let path = file.to_string_lossy();
+            self.kubectl(&["apply", "--server-side", "--force-conflicts", "-f", &path]).with_context(|| format!("apply {path}"))?;
+        }
+        Ok(())
+    }
+
+    /// Writes the Node object of a node, Ready, labelled as a member of its pool.
+    pub async fn apply_node(&self, site: &Site, node: &Node) -> Result<()> {
+        let edge = node.pool != site.cloud().spec.name;
+        let object = json!({
+            "apiVersion": "v1",
+            "kind": "Node",
+            "metadata": {"name": node.name, "labels": {
+                "kubernetes.io/hostname": node.name,
+                "kubernetes.io/os": "linux",
+                LABEL_EDGE_WORKER: edge.to_string(),
+                LABEL_GATEWAY: node.pool,
+            }},
+            "spec": {
+                "podCIDR": node.pod_cidr_v4(),
+                "podCIDRs": [node.pod_cidr_v4(), node.pod_cidr_v6()],
+            },
+        });
+        let api: Api<NodeObject> = Api::all(self.client());
+        let parameters = PatchParams::apply(MANAGER).force();
+        api.patch(&node.name, &parameters, &Patch::Apply(&object)).await.with_context(|| format!("apply Node {}", node.name))?;
+        let addresses = json!({"addresses": [
+            {"type": "InternalIP", "address": node.lan_v4.to_string()},
+            {"type": "Hostname", "address": node.name},
+        ]});
+        self.patch_node_status(&node.name, "raven-lab-kubelet", addresses).await?;
+        self.set_ready(&node.name, true).await
+    }
+
+    /// Sets a Node's Ready condition: `True`, or `Unknown` as when its kubelet fell silent.
+    pub async fn set_ready(&self, node: &str, ready: bool) -> Result<()> {
+        let (status, reason) = if ready { ("True", "KubeletReady") } else { ("Unknown", "NodeStatusUnknown") };
+        let conditions = json!({"conditions": [{"type": "Ready", "status": status, "reason": reason}]});
+        self.patch_node_status(node, "raven-lab-ready", conditions).await
+    }
+
+    async fn patch_node_status(&self, node: &str, manager: &str, status: Value) -> Result<()> {
+        let api: Api<NodeObject> = Api::all(self.client());
+        let object = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}, "status": status});
+        let parameters = PatchParams::apply(manager).force();
+        let patched = api.patch_status(node, &parameters, &Patch::Apply(&object)).await;
+        patched.map(drop).with_context(|| format!("set the status of Node {node}"))
+    }
+
+    /// Deletes a Node object.
+    pub async fn delete_node(&self, node: &str) -> Result<()> {
+        let api: Api<NodeObject> = Api::all(self.client());
+        api.delete(node, &DeleteParams::default()).await.map(drop).with_context(|| format!("delete Node {node}"))
+    }
+
+    /// Writes a Gateway.
+    pub async fn apply_gateway(&self, gateway: &Gateway) -> Result<Gateway> {
+        let api: Api<Gateway> = Api::all(self.client());
+        let name = gateway.metadata.name.clone().context("a Gateway needs a name")?;
+        let parameters = PatchParams::apply(MANAGER).force();
+        let object = json!({
+            "apiVersion": "raven.openyurt.io/v1beta1",
+            "kind": "Gateway",
+            "metadata": {"name": name, "labels": gateway.metadata.labels, "annotations": gateway.metadata.annotations},
+            "spec": gateway.spec,
+        });
+        api.patch(&name, &parameters, &Patch::Apply(&object)).await.with_context(|| format!("apply Gateway {name}"))
+    }
+
+    /// Writes the Gateways of all pools, see [`default_gateway`].
+    pub async fn apply_gateways(&self, site: &Site) -> Result<()> {
+        for pool in &site.pools {
+            self.apply_gateway(&default_gateway(site, pool)).await?;
+        }
+        Ok(())
+    }
+}
+
+/// The Gateway that a person would write for a pool: exposed with the nodes that the router maps UDP 4500 to; where it maps none,
+/// an edge behind NAT with all its nodes as candidates.
+pub fn default_gateway(site: &Site, pool: &Pool) -> Gateway {
+    let nodes = || site.nodes_of(&pool.spec.name);
+    let exposed: Vec<Endpoint> = pool
+        .spec
+        .forwards
+        .iter()
+        .filter(|f| f.port == raven_api::DEFAULT_TUNNEL_PORT)
+        .filter_map(|f| Some((f, nodes().find(|n| n.lan_v4 == f.to)?)))
+        .map(|(f, node)| Endpoint {
+            node_name: node.name.clone(),
+            port: Some(f.port.into()),
+            public_port: (f.public_port != f.port).then_some(f.public_port.into()),
+            public_ip: Some(pool.public_v4.to_string()),
+            ..Endpoint::default()
+        })
+        .collect();
+    let spec = if exposed.is_empty() {
+        let endpoint = |node: &Node| Endpoint { node_name: node.name.clone(), under_nat: true, ..Endpoint::default() };
+        GatewaySpec { endpoints: nodes().map(endpoint).collect(), ..GatewaySpec::default() }
+    } else {
+        GatewaySpec { expose_type: ExposeType::PublicIP, endpoints: exposed, ..GatewaySpec::default() }
+    };
+    Gateway::new(&pool.spec.name, spec)
+}
+
+/// The files of `deploy/` that the lab applies, by name. CRDs lie in a folder of their own and come from the types.
+fn manifests() -> Result<Vec<PathBuf>> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("deploy");
+    let mut files = Vec::new();
+    for entry in fs::read_dir(&dir).with_context(|| format!("read {}", dir.display()))? {
+        let path = entry?.path();
+        if path.extension().is_none_or(|extension| extension != "yaml") {
+            continue;
+        }
+        let text = fs::read_to_string(&path)?;
+        if !text.lines().any(|line| matches!(line.trim_end(), "kind: DaemonSet" | "kind: Deployment" | "kind: Kustomization")) {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}

@@ -1,0 +1,381 @@
+//! Finds out who reaches whom: ping, TCP and UDP echo, bulk transfer, a counted flow. Both families; everything has a deadline.
+//!
+//! Servers tell each client the source address that they saw, so that a test can say whether it crossed unchanged.
+
+use std::collections::HashSet;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use sha2::{Digest, Sha256};
+
+use crate::namespace::Namespace;
+
+/// How long servers wait before they look whether they are still wanted.
+const TICK: Duration = Duration::from_millis(100);
+
+/// One ICMP echo. `None`: no answer within a second. Else the TTL or hop limit of the answer.
+pub async fn ping(from: &Namespace, to: IpAddr) -> Result<Option<u8>> {
+    ping_with(from, to, &[]).await
+}
+
+/// One ICMP echo with options of `ping`, such as `-M do -s 1392`.
+pub async fn ping_with(from: &Namespace, to: IpAddr, options: &[&str]) -> Result<Option<u8>> {
+    let mut command = from.command("ping");
+    command.args(["-n", "-c1", "-W1"]).args(options).arg(to.to_string()).env("LC_ALL", "C");
+    let done = tokio::process::Command::from(command).output().await.context("start ping (iputils-ping)")?;
+    let text = String::from_utf8_lossy(&done.stdout);
+    match done.status.code() {
+        Some(0) => {
+            let ttl = text.split("ttl=").nth(1).and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+            Ok(Some(ttl.with_context(|| format!("ping gave no ttl: {text}"))?))
+        }
+        // No answer, an ICMP error, or no route: all say 'not reached'.
+        Some(1 | 2) => Ok(None),
+        _ => bail!("ping {to}: {}: {}", done.status, String::from_utf8_lossy(&done.stderr)),
+    }
+}
+
+/// An echo server for TCP and UDP on one port, in a namespace, until it is dropped.
+#[derive(Debug)]
+pub struct Echo {
+    /// Where it listens.
+    pub address: SocketAddr,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Echo {
+    /// Listens on `address` and a free port.
+    pub fn start(at: &Namespace, address: IpAddr) -> Result<Self> {
+        Self::on(at, SocketAddr::new(address, 0))
+    }
+
+    /// Listens on a certain port (0: any).
+    pub fn on(at: &Namespace, address: SocketAddr) -> Result<Self> {
+        let bind = move || -> std::io::Result<_> {
+            let tcp = TcpListener::bind(address)?;
+            let udp = UdpSocket::bind(tcp.local_addr()?)?;
+            Ok((tcp, udp))
+        };
+        let (tcp, udp) = at.within(bind)?.with_context(|| format!("listen on {address} in {}", at.name))?;
+        let address = tcp.local_addr()?;
+        tcp.set_nonblocking(true)?;
+        udp.set_read_timeout(Some(TICK))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stop_tcp, stop_udp) = (stop.clone(), stop.clone());
+        let threads = vec![std::thread::spawn(move || serve_tcp(&tcp, &stop_tcp)), std::thread::spawn(move || serve_udp(&udp, &stop_udp))];
+        Ok(Self { address, stop, threads })
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve_tcp(listener: &TcpListener, stop: &AtomicBool) {
+    while !stop.load(Ordering::Relaxed) {
+        match listener.accept() {
+            Ok((stream, source)) => {
+                // A thread each, so that one stalled client stalls nobody else; its timeouts end it.
+                std::thread::spawn(move || echo_stream(stream, source));
+            }
+            // Nobody is waiting: accept has no timeout of its own, so this is its poll interval.
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+fn echo_stream(mut stream: TcpStream, source: SocketAddr) -> std::io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+    writeln!(stream, "{source}")?;
+    let mut reader = stream.try_clone()?;
+    std::io::copy(&mut reader, &mut stream)?;
+    stream.shutdown(Shutdown::Write)
+}
+
+fn serve_udp(socket: &UdpSocket, stop: &AtomicBool) {
+    let mut buffer = [0; 65536];
+    while !stop.load(Ordering::Relaxed) {
+        if let Ok((length, source)) = socket.recv_from(&mut buffer) {
+            let answer = [format!("{source}\n").as_bytes(), &buffer[..length]].concat();
+            let _ = socket.send_to(&answer, source);
+        }
+    }
+}
+
+/// Sends `payload` over a new TCP connection to an [`Echo`], checks that it comes back, and gives the source that the server saw.
+pub async fn tcp_echo(from: &Namespace, to: SocketAddr, payload: &[u8], within: Duration) -> Result<SocketAddr> {
+    let payload = payload.to_vec();
+    let exchange = move || -> Result<SocketAddr> {
+        let mut stream = TcpStream::connect_timeout(&to, within)?;
+        stream.set_read_timeout(Some(within))?;
+        stream.set_write_timeout(Some(within))?;
+        let mut reader = BufReader::new(stream.try_clone()?);
+        let mut seen = String::new();
+        reader.read_line(&mut seen)?;
+        stream.write_all(&payload)?;
+        stream.shutdown(Shutdown::Write)?;
+        let mut back = Vec::new();
+        reader.read_to_end(&mut back)?;
+        ensure!(back == payload, "{} bytes sent, {} other bytes came back", payload.len(), back.len());
+        Ok(seen.trim().parse()?)
+    };
+    from.within_async(exchange).await?.with_context(|| format!("TCP from {} to {to}", from.name))
+}
+
+/// Sends one datagram to an [`Echo`], checks that it comes back, and gives the source that the server saw.
+pub async fn udp_echo(from: &Namespace, to: SocketAddr, payload: &[u8], within: Duration) -> Result<SocketAddr> {
+    let payload = payload.to_vec();
+    let exchange = move || -> Result<SocketAddr> {
+        let socket = UdpSocket::bind(any(to))?;
+        socket.connect(to)?;
+        socket.set_read_timeout(Some(within))?;
+        socket.send(&payload)?;
+        let mut buffer = [0; 65536];
+        let length = socket.recv(&mut buffer)?;
+        let end = buffer[..length].iter().position(|byte| *byte == b'\n').context("an answer without source")?;
+        ensure!(buffer[end + 1..length] == payload, "another payload came back");
+        Ok(std::str::from_utf8(&buffer[..end])?.parse()?)
+    };
+    from.within_async(exchange).await?.with_context(|| format!("UDP from {} to {to}", from.name))
+}
+
+fn any(like: SocketAddr) -> SocketAddr {
+    let address: IpAddr = if like.is_ipv4() { [0; 4].into() } else { [0; 16].into() };
+    SocketAddr::new(address, 0)
+}
+
+/// What a bulk transfer did.
+#[derive(Clone, Debug)]
+pub struct Bulk {
+    /// Bytes that arrived; their hash was that of the bytes sent.
+    pub bytes: u64,
+    /// From connect to the last byte.
+    pub elapsed: Duration,
+    /// The source that the receiver saw.
+    pub source: SocketAddr,
+}
+
+impl Bulk {
+    /// Million bits per second.
+    pub fn mbit_per_second(&self) -> f64 {
+        self.bytes as f64 * 8.0 / 1e6 / self.elapsed.as_secs_f64()
+    }
+}
+
+/// Sends `bytes` of pseudo-random data over one TCP connection; fails unless they arrive bit for bit within the deadline.
+pub async fn bulk(from: &Namespace, to: &Namespace, address: IpAddr, bytes: u64, within: Duration) -> Result<Bulk> {
+    let end = Instant::now() + within;
+    let listener = to.within(move || TcpListener::bind((address, 0)))??;
+    let target = listener.local_addr()?;
+    listener.set_nonblocking(true)?;
+    let receiver = tokio::task::spawn_blocking(move || receive(&listener, end));
+    let sender = from.within_async(move || send(target, bytes, end)).await;
+    let sent = sender?.with_context(|| format!("send {bytes} bytes from {} to {target}", from.name));
+    let received = receiver.await?.with_context(|| format!("receive at {target} from {}", from.name));
+    // The sender's error is the cause, the receiver's its echo.
+    let (started, sent) = sent?;
+    let received = received?;
+    ensure!(received.bytes == bytes, "{} of {bytes} bytes arrived", received.bytes);
+    ensure!(received.hash == sent, "the {bytes} bytes that arrived are not those that were sent");
+    Ok(Bulk { bytes, elapsed: received.ended - started, source: received.source })
+}
+
+type Hash = [u8; 32];
+
+struct Received {
+    bytes: u64,
+    hash: Hash,
+    source: SocketAddr,
+    ended: Instant,
+}
+
+fn send(to: SocketAddr, bytes: u64, end: Instant) -> Result<(Instant, Hash)> {
+    let started = Instant::now();
+    let mut stream = TcpStream::connect_timeout(&to, left(end)?)?;
+    let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ bytes);
+    let mut hash = Sha256::new();
+    let mut chunk = vec![0; 256 * 1024];
+    let mut rest = bytes;
+    while rest > 0 {
+        let length = usize::try_from(rest.min(chunk.len() as u64))?;
+        random.fill(&mut chunk[..length]);
+        hash.update(&chunk[..length]);
+        stream.set_write_timeout(Some(left(end)?))?;
+        stream.write_all(&chunk[..length])?;
+        rest -= length as u64;
+    }
+    stream.shutdown(Shutdown::Write)?;
+    Ok((started, hash.finalize().into()))
+}
+
+fn receive(listener: &TcpListener, end: Instant) -> Result<Received> {
+    let (mut stream, source) = loop {
+        match listener.accept() {
+            Ok(accepted) => break accepted,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                left(end)?;
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    };
+    stream.set_nonblocking(false)?;
+    let mut hash = Sha256::new();
+    let mut bytes = 0;
+    let mut chunk = vec![0; 256 * 1024];
+    loop {
+        stream.set_read_timeout(Some(left(end)?))?;
+        let length = stream.read(&mut chunk).with_context(|| format!("after {bytes} bytes"))?;
+        if length == 0 {
+            return Ok(Received { bytes, hash: hash.finalize().into(), source, ended: Instant::now() });
+        }
+        hash.update(&chunk[..length]);
+        bytes += length as u64;
+    }
+}
+
+fn left(end: Instant) -> Result<Duration> {
+    let left = end.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(anyhow!("the deadline passed")) } else { Ok(left) }
+}
+
+/// xorshift64*: incompressible enough, and reproducible.
+struct Random(u64);
+
+impl Random {
+    fn fill(&mut self, buffer: &mut [u8]) {
+        for piece in buffer.chunks_mut(8) {
+            self.0 ^= self.0 >> 12;
+            self.0 ^= self.0 << 25;
+            self.0 ^= self.0 >> 27;
+            let bytes = self.0.wrapping_mul(0x2545_f491_4f6c_dd1d).to_ne_bytes();
+            piece.copy_from_slice(&bytes[..piece.len()]);
+        }
+    }
+}
+
+/// A running flow of numbered datagrams at a steady rate.
+#[derive(Debug)]
+pub struct Flow {
+    stop: Arc<AtomicBool>,
+    sender: JoinHandle<Result<u64>>,
+    receiver: JoinHandle<Arrived>,
+    done: Arc<AtomicBool>,
+}
+
+/// What became of a [`Flow`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FlowReport {
+    /// Datagrams sent.
+    pub sent: u64,
+    /// Different datagrams that arrived.
+    pub received: u64,
+    /// Sent, but never seen.
+    pub lost: u64,
+    /// Copies beyond the first.
+    pub duplicated: u64,
+    /// Arrived after one with a higher number.
+    pub reordered: u64,
+    /// Longest time without an arrival.
+    pub longest_gap: Duration,
+}
+
+#[derive(Debug, Default)]
+struct Arrived {
+    numbers: HashSet<u64>,
+    duplicated: u64,
+    reordered: u64,
+    longest_gap: Duration,
+}
+
+impl Flow {
+    /// Starts sending `per_second` datagrams from one namespace to an address of another.
+    pub fn start(from: &Namespace, to: &Namespace, address: IpAddr, per_second: u32) -> Result<Self> {
+        ensure!(per_second > 0, "a flow needs a rate");
+        let socket = to.within(move || UdpSocket::bind((address, 0)))??;
+        let target = socket.local_addr()?;
+        socket.set_read_timeout(Some(TICK))?;
+        let out = from.within(move || -> std::io::Result<_> {
+            let out = UdpSocket::bind(any(target))?;
+            out.connect(target)?;
+            Ok(out)
+        })??;
+        let stop = Arc::new(AtomicBool::new(false));
+        let done = Arc::new(AtomicBool::new(false));
+        let (stop_sender, done_receiver) = (stop.clone(), done.clone());
+        let receiver = std::thread::spawn(move || collect(&socket, &done_receiver));
+        let sender = std::thread::spawn(move || pace(&out, per_second, &stop_sender));
+        Ok(Self { stop, sender, receiver, done })
+    }
+
+    /// Stops sending, waits until nothing has arrived for a moment, and counts.
+    pub async fn stop(self) -> Result<FlowReport> {
+        tokio::task::spawn_blocking(move || {
+            self.stop.store(true, Ordering::Relaxed);
+            let sent = self.sender.join().map_err(|_| anyhow!("the sender panicked"))??;
+            self.done.store(true, Ordering::Relaxed);
+            let arrived = self.receiver.join().map_err(|_| anyhow!("the receiver panicked"))?;
+            let received = arrived.numbers.len() as u64;
+            let Arrived { duplicated, reordered, longest_gap, .. } = arrived;
+            Ok(FlowReport { sent, received, lost: sent - received, duplicated, reordered, longest_gap })
+        })
+        .await?
+    }
+}
+
+fn pace(socket: &UdpSocket, per_second: u32, stop: &AtomicBool) -> Result<u64> {
+    let start = Instant::now();
+    let mut payload = [0; 64];
+    let mut sent = 0_u64;
+    while !stop.load(Ordering::Relaxed) {
+        // By the clock and not by the pause: a late wake-up is caught up with.
+        let due = start + Duration::from_secs_f64(sent as f64 / f64::from(per_second));
+        std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        payload[..8].copy_from_slice(&sent.to_be_bytes());
+        // What the stack refuses (no route, an ICMP error of an earlier one) is lost like what the wire loses.
+        let _ = socket.send(&payload);
+        sent += 1;
+    }
+    Ok(sent)
+}
+
+fn collect(socket: &UdpSocket, done: &AtomicBool) -> Arrived {
+    const QUIET: Duration = Duration::from_millis(500);
+    let mut arrived = Arrived::default();
+    let (mut highest, mut last) = (0, None::<Instant>);
+    let mut buffer = [0; 2048];
+    let mut quiet_since = None::<Instant>;
+    loop {
+        let number = socket.recv(&mut buffer).ok().filter(|length| *length >= 8);
+        let Some(number) = number.and_then(|_| buffer[..8].try_into().ok()).map(u64::from_be_bytes) else {
+            let since = *quiet_since.get_or_insert_with(Instant::now);
+            if done.load(Ordering::Relaxed) && since.elapsed() >= QUIET {
+                return arrived;
+            }
+            continue;
+        };
+        quiet_since = None;
+        let now = Instant::now();
+        arrived.longest_gap = arrived.longest_gap.max(last.map_or(Duration::ZERO, |last| now - last));
+        last = Some(now);
+        if !arrived.numbers.insert(number) {
+            arrived.duplicated += 1;
+        } else if number < highest {
+            arrived.reordered += 1;
+        }
+        highest = highest.max(number);
+    }
+}

@@ -1,0 +1,398 @@
+//! What the demo shows and the tests assert: each function proves one promise with real packets, and gives what it saw in
+//! words, or an error that says what was seen instead.
+
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use kube::Api;
+use raven_api::GatewayNode;
+use raven_common::Verdict;
+use serde_json::Value;
+
+use crate::{
+    Lab, Pod,
+    agent::Agent,
+    capture::{Capture, Recording},
+    eventually,
+    namespace::Namespace,
+    probe::{self, Echo, Flow},
+    site::{Node, Pool},
+};
+
+/// A promise and whether it held.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Check {
+    /// The promise.
+    pub name: String,
+    /// It held.
+    pub ok: bool,
+    /// What was seen.
+    pub detail: String,
+}
+
+impl Check {
+    /// From what a proof gave.
+    pub fn new(name: impl Into<String>, result: Result<String>) -> Self {
+        let (ok, detail) = match result {
+            Ok(detail) => (true, detail),
+            Err(error) => (false, format!("{error:#}")),
+        };
+        Self { name: name.into(), ok, detail }
+    }
+}
+
+/// Bytes that only ever cross inside the tunnel; looked for on the internet.
+pub const MARKER: &[u8] = b"raven-marker-that-must-never-cross-in-clear";
+
+const ANSWER: Duration = Duration::from_secs(5);
+/// How long a fresh lab may take until every pair of pods talks.
+pub const CONVERGENCE: Duration = Duration::from_secs(60);
+
+/// The families by name; the index is that of [`Pod::addresses`].
+pub const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
+
+/// Packets per verdict on a node, over all gateways.
+pub type Counters = BTreeMap<Verdict, u64>;
+
+/// Reads the pinned counters of a node as an operator would: `bpftool map dump`.
+pub fn counters(node: &Node) -> Result<Counters> {
+    let dump = node.ns.run("bpftool", &["-j", "map", "dump", "pinned", "/sys/fs/bpf/raven/v1/maps/COUNTERS"])?;
+    let entries: Vec<Value> = serde_json::from_str(&dump).with_context(|| format!("bpftool's output on {}", node.name))?;
+    let mut counters = Counters::new();
+    for entry in &entries {
+        let entry = &entry["formatted"];
+        let number = entry["key"]["verdict"].as_u64().context("BTF names the field `verdict`")?;
+        let verdict = Verdict::from_number(u32::try_from(number)?).with_context(|| format!("verdict {number} has a name"))?;
+        let values = entry["values"].as_array().context("a per-CPU value")?;
+        let packets: u64 = values.iter().filter_map(|v| v["value"]["packets"].as_u64()).sum();
+        *counters.entry(verdict).or_default() += packets;
+    }
+    Ok(counters)
+}
+
+/// How much a verdict has grown.
+pub fn grown(before: &Counters, after: &Counters, verdict: Verdict) -> u64 {
+    after.get(&verdict).unwrap_or(&0) - before.get(&verdict).unwrap_or(&0)
+}
+
+/// The gateway node and an ordinary node of a pool of the default lab.
+fn gateway_and_ordinary<'a>(lab: &'a Lab, pool: &Pool) -> (&'a Node, &'a Node) {
+    let nodes: Vec<&Node> = lab.nodes.iter().filter(|n| n.pool == pool.spec.name).collect();
+    (nodes[0], nodes[1])
+}
+
+/// All unordered pairs of pools.
+pub fn pairs(lab: &Lab) -> Vec<(Pool, Pool)> {
+    let pools = &lab.pools;
+    (0..pools.len()).flat_map(|a| (a + 1..pools.len()).map(move |b| (pools[a].clone(), pools[b].clone()))).collect()
+}
+
+/// Without Raven no pod reaches another pool; else the rest would prove nothing.
+pub async fn isolated(lab: &Lab) -> Result<String> {
+    let mut tried = 0;
+    for (a, b) in pairs(lab) {
+        let (from, to) = (gateway_and_ordinary(lab, &a).1, gateway_and_ordinary(lab, &b).1);
+        for address in lab.pod(&to.name).addresses() {
+            let answer = probe::ping(&lab.pod(&from.name).ns, address).await?;
+            ensure!(answer.is_none(), "{} reaches {address} of {} without Raven", from.name, to.name);
+            tried += 1;
+        }
+    }
+    Ok(format!("{tried} of {tried} pings between pools stay without an answer"))
+}
+
+/// Waits until the gateways have met and every pair of pools talks.
+pub async fn converged(lab: &Lab) -> Result<String> {
+    let start = Instant::now();
+    for (a, b) in pairs(lab) {
+        let (from, to) = (gateway_and_ordinary(lab, &a).1, gateway_and_ordinary(lab, &b).1);
+        for address in lab.pod(&to.name).addresses() {
+            let what = format!("{} reaches {address} of {}", from.name, to.name);
+            eventually(CONVERGENCE, &what, || async { probe::ping(&lab.pod(&from.name).ns, address).await?.context("no answer") }).await?;
+        }
+    }
+    Ok(format!("every pair of pools talks {:.1} s after the last agent was started", start.elapsed().as_secs_f64()))
+}
+
+/// Pods of two pools reach each other by ICMP, TCP and UDP, both ways, from ordinary nodes and gateway nodes, and see each
+/// other's real addresses.
+pub async fn reach(lab: &Lab, a: &Pool, b: &Pool, family: usize) -> Result<String> {
+    let mut ttls = Vec::new();
+    let ((gateway_a, node_a), (gateway_b, node_b)) = (gateway_and_ordinary(lab, a), gateway_and_ordinary(lab, b));
+    for (from, to) in [(node_a, node_b), (node_b, node_a), (gateway_a, node_b), (node_b, gateway_a), (gateway_a, gateway_b)] {
+        let ttl = talk(lab.pod(&from.name), lab.pod(&to.name), family).await.with_context(|| format!("{} → {}", from.name, to.name))?;
+        ttls.push(ttl);
+    }
+    // Every router on the way takes one off: both nodes' stacks and each gateway node's redirect.
+    let hops = 64 - ttls[0];
+    let relayed = a.spec.number != 0 && b.spec.number != 0;
+    let expected = if relayed { 5 } else { 4 };
+    ensure!(hops == expected, "{} → {} takes {hops} hops, not {expected}", node_a.name, node_b.name);
+    let way =
+        if relayed { format!("{} → cloud → {}", a.spec.name, b.spec.name) } else { format!("{} → {}", a.spec.name, b.spec.name) };
+    Ok(format!("ICMP, TCP, UDP both ways, sources unchanged; {hops} hops by {way}"))
+}
+
+async fn talk(from: &Pod, to: &Pod, family: usize) -> Result<u8> {
+    let (source, target) = (from.addresses()[family], to.addresses()[family]);
+    let ttl = probe::ping(&from.ns, target).await?.with_context(|| format!("{target} does not answer a ping"))?;
+    let echo = Echo::start(&to.ns, target)?;
+    let payload: Vec<u8> = MARKER.iter().copied().cycle().take(10_000).collect();
+    let tcp = probe::tcp_echo(&from.ns, echo.address, &payload, ANSWER).await.context("TCP")?;
+    let udp = probe::udp_echo(&from.ns, echo.address, MARKER, ANSWER).await.context("UDP")?;
+    for seen in [tcp.ip(), udp.ip()] {
+        ensure!(seen == source, "the source {source} arrives as {seen}");
+    }
+    Ok(ttl)
+}
+
+/// A large transfer between ordinary nodes arrives bit for bit.
+pub async fn bulk(lab: &Lab, from: &str, to: &str, family: usize, bytes: u64) -> Result<String> {
+    let (from_pod, to_pod) = (lab.pod(from), lab.pod(to));
+    let within = Duration::from_secs(180);
+    let bulk = probe::bulk(&from_pod.ns, &to_pod.ns, to_pod.addresses()[family], bytes, within).await?;
+    ensure!(bulk.source.ip() == from_pod.addresses()[family], "it arrives from {}", bulk.source);
+    Ok(format!("{} MB bit for bit in {:.1} s", bytes / 1_000_000, bulk.elapsed.as_secs_f64()))
+}
+
+/// Counts what the gateway nodes' netfilter sees of ordinary nodes' pods, from now on.
+pub fn watch_netfilter(lab: &Lab) -> Result<()> {
+    for pool in &lab.pools {
+        let (gateway, ordinary) = gateway_and_ordinary(lab, pool);
+        let (v4, v6) = (ordinary.pod_cidr_v4(), ordinary.pod_cidr_v6());
+        let mut rules = "table inet watch { counter pods { }\n".to_owned();
+        for hook in ["prerouting", "input", "forward", "output", "postrouting"] {
+            rules += &format!(
+                "chain {hook} {{ type filter hook {hook} priority -400; ip saddr {v4} counter name pods; ip daddr {v4} counter name pods; \
+                 ip6 saddr {v6} counter name pods; ip6 daddr {v6} counter name pods; }}\n"
+            );
+        }
+        gateway.ns.nft(&(rules + "}\n"))?;
+        // What came before this node's programs were there; to delete what is not there is an error.
+        for address in ordinary.pods.iter().flat_map(Pod::addresses) {
+            gateway.ns.sh(&format!("for end in -s -d; do conntrack -D $end {address} 2>/dev/null || true; done"))?;
+        }
+    }
+    Ok(())
+}
+
+/// The transit of ordinary nodes' packets went through the redirect programs of all gateway nodes, and their netfilter and
+/// conntrack saw none of it. `before` is [`all_counters`] from before the traffic, after [`watch_netfilter`].
+pub fn redirected(lab: &Lab, before: &BTreeMap<String, Counters>, at_least: u64) -> Result<String> {
+    redirected_by(lab, before, at_least, Verdict::ToTunnelFast)
+}
+
+/// The same by a certain tier: `into` is [`Verdict::ToTunnelFast`], or [`Verdict::ToTunnel`] of the fallback tier.
+pub fn redirected_by(lab: &Lab, before: &BTreeMap<String, Counters>, at_least: u64, into: Verdict) -> Result<String> {
+    let by = if into == Verdict::ToTunnelFast { "uplink_xdp → uplink_ingress" } else { "overlay_ingress" };
+    let mut words = Vec::new();
+    for pool in &lab.pools {
+        let (gateway, ordinary) = gateway_and_ordinary(lab, pool);
+        let (before, after) = (&before[&gateway.name], counters(gateway)?);
+        let fast = grown(before, &after, into);
+        let back = grown(before, &after, Verdict::ToOverlay);
+        ensure!(fast >= at_least, "{}: {by} moved only {fast} packets ({after:?})", gateway.name);
+        ensure!(back >= at_least, "{}: tunnel_ingress moved only {back} packets ({after:?})", gateway.name);
+        for slow in Verdict::ALL.iter().filter(|v| v.is_stack()) {
+            let packets = grown(before, &after, *slow);
+            ensure!(packets == 0, "{}: {packets} packets took the slow way: {}", gateway.name, slow.as_str());
+        }
+        unseen(gateway, ordinary)?;
+        let relayed = grown(before, &after, Verdict::Relayed);
+        let relay = if relayed > 0 { format!(", {relayed} relayed") } else { String::new() };
+        words.push(format!("{}: {fast} to the tunnel ({by}), {back} back (tunnel_ingress){relay}", gateway.name));
+    }
+    Ok(words.join("; "))
+}
+
+/// Netfilter and conntrack of a gateway node have seen nothing of an ordinary node's pods.
+fn unseen(gateway: &Node, ordinary: &Node) -> Result<()> {
+    let listed = gateway.ns.run("nft", &["-j", "list", "counter", "inet", "watch", "pods"])?;
+    let listed: Value = serde_json::from_str(&listed)?;
+    let counter = listed["nftables"].as_array().and_then(|a| a.iter().find_map(|o| o.get("counter"))).context("nft lists the counter")?;
+    let packets = counter["packets"].as_u64().context("the counter counts packets")?;
+    ensure!(packets == 0, "{}: netfilter saw {packets} packets of the pods of {}", gateway.name, ordinary.name);
+    let flows = gateway.ns.run("conntrack", &["-L"])? + &gateway.ns.run("conntrack", &["-L", "-f", "ipv6"])?;
+    let pod = &ordinary.pods[0];
+    for address in [pod.v4.to_string(), pod.v6.to_string()] {
+        if let Some(line) = flows.lines().find(|l| l.contains(&format!("={address} "))) {
+            bail!("{}: conntrack has a flow of {}: {line}", gateway.name, ordinary.name);
+        }
+    }
+    Ok(())
+}
+
+/// Counters of all nodes, by name.
+pub fn all_counters(lab: &Lab) -> Result<BTreeMap<String, Counters>> {
+    lab.nodes.iter().map(|n| Ok((n.name.clone(), counters(n)?))).collect()
+}
+
+/// No node dropped anything that it should not have; `before` as in [`redirected`].
+pub fn no_drops(lab: &Lab, before: &BTreeMap<String, Counters>) -> Result<String> {
+    for node in &lab.nodes {
+        let after = counters(node)?;
+        for drop in Verdict::ALL.iter().filter(|v| v.is_drop()) {
+            let packets = grown(&before[&node.name], &after, *drop);
+            ensure!(packets == 0, "{}: {packets} packets dropped: {}", node.name, drop.as_str());
+        }
+    }
+    Ok(format!("no drop counter of {} nodes moved", lab.nodes.len()))
+}
+
+/// Starts to record the internet.
+pub async fn record(lab: &Lab) -> Result<Capture> {
+    Capture::internet(lab.site()).await
+}
+
+/// Nothing of what pods said, and no address of theirs, crossed the internet in clear; WireGuard did.
+pub fn encrypted(lab: &Lab, internet: &Recording) -> Result<String> {
+    internet.ensure_nothing_in_clear(lab.site(), MARKER)?;
+    let wireguard = internet.count("udp port 4500")?;
+    ensure!(wireguard > 0, "no WireGuard packet crossed");
+    Ok(format!("{wireguard} WireGuard packets crossed, no address and no byte of a pod in clear"))
+}
+
+/// Each gateway node has a live session with each peer that it should have.
+pub async fn handshakes(lab: &Lab) -> Result<String> {
+    let api: Api<GatewayNode> = Api::all(lab.cluster().client());
+    let expected = BTreeMap::from([("cloud-a", "2/2"), ("x-a", "1/1"), ("y-a", "1/1")]);
+    eventually(Duration::from_secs(30), "every gateway node reports its peers as live", || async {
+        let mut words = Vec::new();
+        for (node, peers) in &expected {
+            let status = api.get(node).await?.status.context("no status yet")?;
+            let seen = status.peer_summary.clone().unwrap_or_default();
+            ensure!(seen == *peers, "{node} has {seen} peers, not {peers}");
+            let by = status.wireguard_backend.unwrap_or_default();
+            words.push(format!("{node}: {seen} peers, {by}, {}", status.dataplane_tier.unwrap_or_default()));
+        }
+        Ok(words.join("; "))
+    })
+    .await
+}
+
+/// The largest packet that the path promises fits, and one byte more is answered with the right MTU.
+pub async fn mtu(lab: &Lab, from: &str, to: &str) -> Result<String> {
+    const MTU: u32 = 1420;
+    let (from, to) = (lab.pod(from), lab.pod(to));
+    for (target, headers) in [(IpAddr::V4(to.v4), 28), (IpAddr::V6(to.v6), 48)] {
+        let fits = (MTU - headers).to_string();
+        let answer = probe::ping_with(&from.ns, target, &["-M", "do", "-s", &fits]).await?;
+        ensure!(answer.is_some(), "a packet of {MTU} bytes to {target} gets no answer");
+        let too_big = (MTU - headers + 1).to_string();
+        let said = said_of(&from.ns, target, &too_big)?;
+        ensure!(said.contains(&format!("{MTU}")), "a packet of {} bytes to {target} does not bring the MTU back: {said}", MTU + 1);
+    }
+    Ok(format!("{MTU} bytes pass, {} bring `mtu {MTU}` back", MTU + 1))
+}
+
+/// What ping prints for one packet that must not be fragmented.
+fn said_of(from: &Namespace, target: IpAddr, size: &str) -> Result<String> {
+    let mut command = from.command("ping");
+    command.args(["-c", "2", "-i", "0.2", "-W", "1", "-M", "do", "-s", size, &target.to_string()]);
+    let output = command.output().context("run ping")?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr))
+}
+
+/// Agents are killed and come back under a flow of 1,000 packets a second; none is lost.
+pub async fn restart(lab: &Lab, agents: &mut [Agent], from: &str, to: &str, family: usize) -> Result<String> {
+    restart_under(lab, agents, from, to, family, 1000).await
+}
+
+/// The same under a flow of `rate` packets a second.
+pub async fn restart_under(lab: &Lab, agents: &mut [Agent], from: &str, to: &str, family: usize, rate: u32) -> Result<String> {
+    let (from_pod, to_pod) = (lab.pod(from), lab.pod(to));
+    let flow = Flow::start(&from_pod.ns, &to_pod.ns, to_pod.addresses()[family], rate)?;
+    // Traffic before, while and after: that is how long it lasts, not something that is waited for.
+    let end = tokio::time::Instant::now() + Duration::from_secs(3);
+    let mut killed = Vec::new();
+    for agent in agents.iter_mut() {
+        agent.kill()?;
+        killed.push(agent.node.name.clone());
+    }
+    for agent in agents.iter_mut() {
+        agent.restart()?;
+    }
+    for agent in agents.iter() {
+        ready(agent).await?;
+    }
+    tokio::time::sleep_until(end).await;
+    let report = flow.stop().await?;
+    ensure!(report.sent >= 2 * u64::from(rate), "only {} packets were sent meanwhile", report.sent);
+    if report.lost > 0 {
+        let gap = report.longest_gap.as_secs_f64() * 1e3;
+        bail!("{} of {} packets were lost, longest gap {gap:.0} ms; {}", report.lost, report.sent, discards(lab)?);
+    }
+    Ok(format!(
+        "{} packets sent, 0 lost, longest gap {:.0} ms; killed: {}",
+        report.sent,
+        report.longest_gap.as_secs_f64() * 1e3,
+        killed.join(", ")
+    ))
+}
+
+/// Where the stack and the devices say that they discarded packets: a full queue is no fault of ours.
+fn discards(lab: &Lab) -> Result<String> {
+    let mut words = Vec::new();
+    for ns in lab.namespaces() {
+        let script = "grep . /proc/net/dev | awk '$5 + $13 > 0 { print $1, $5, $13 }'; \
+                      awk '/^Udp: [0-9]/ && $4 + $6 + $7 > 0 { print \"udp\", $4, $6, $7 }' /proc/net/snmp; \
+                      awk '{ if ($2 != \"00000000\") print \"backlog\", $2 }' /proc/net/softnet_stat";
+        let said = ns.sh(script)?;
+        if !said.trim().is_empty() {
+            words.push(format!("{}: {}", ns.name, said.trim().replace('\n', ", ")));
+        }
+    }
+    Ok(format!("discarded by devices (received, sent), sockets and backlogs: {}", words.join("; ")))
+}
+
+/// Waits until an agent says that its dataplane is as planned.
+pub async fn ready(agent: &Agent) -> Result<()> {
+    let what = format!("the agent of {} is ready", agent.node.name);
+    eventually(Duration::from_secs(30), &what, || async {
+        let answer = http(&agent.node.ns, "[::1]:10275", "/readyz").await?;
+        ensure!(answer.starts_with("HTTP/1.1 200"), "it answers {}", answer.lines().next().unwrap_or_default());
+        Ok(())
+    })
+    .await
+}
+
+/// A plain GET inside a namespace; the whole answer.
+pub async fn http(ns: &Namespace, address: &str, path: &str) -> Result<String> {
+    let (address, path) = (address.to_owned(), path.to_owned());
+    ns.within_async(move || {
+        use std::io::{Read, Write};
+        let mut stream = std::net::TcpStream::connect(&address).with_context(|| format!("connect to {address}"))?;
+        stream.set_read_timeout(Some(ANSWER))?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    })
+    .await?
+}
+
+/// After `raven-agent cleanup` nothing of ours is left on a node.
+pub fn cleaned(lab: &Lab, agent: &mut Agent) -> Result<String> {
+    agent.kill()?;
+    let node = agent.node.clone();
+    let removed = lab.agent_command(&node.name, &["cleanup"])?;
+    for (what, command) in [
+        ("a device", "ip -o link show | grep raven || true"),
+        ("a route", "ip route show table 9027; ip -6 route show table 9027"),
+        ("a rule", "ip rule | grep 9027 || true; ip -6 rule | grep 9027 || true"),
+        ("a netfilter table", "nft list tables | grep raven || true"),
+        // The kernel's own are called maps.debug and progs.debug.
+        ("a filter", "for device in $(ls /sys/class/net); do tc filter show dev $device ingress 2>/dev/null || true; done"),
+        ("a pin", "ls /sys/fs/bpf | grep -v debug || true"),
+        ("a file", "ls /var/lib/raven"),
+        ("an engine", "ls /run/wireguard"),
+    ] {
+        let left = node.ns.sh(command)?;
+        ensure!(left.trim().is_empty(), "cleanup left {what} on {}: {left}", node.name);
+    }
+    Ok(format!("{} things removed, nothing left", removed.lines().count()))
+}

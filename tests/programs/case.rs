@@ -1,0 +1,152 @@
+//! One packet, and all that must come of it.
+
+use std::fmt::Write as _;
+
+use raven_agent::bpf::Hook;
+use raven_common::{
+    Verdict,
+    tables::{Count, GatewayId},
+};
+
+use crate::dataplane::{Context, Counters, Dataplane, TC_REDIRECT, TC_SHOT, TC_UNSPEC, XDP_DROP, XDP_PASS};
+
+/// A row of a table.
+#[derive(Clone, Debug)]
+pub struct Case {
+    name: String,
+    packet: Vec<u8>,
+    context: Context,
+    action: u32,
+    counted: Option<(GatewayId, Verdict)>,
+    meta: Vec<u8>,
+    out: Out,
+}
+
+/// What the packet must be afterwards.
+#[derive(Clone, Debug)]
+enum Out {
+    Unchanged,
+    Exactly(Vec<u8>),
+    /// Compared on real devices.
+    Elsewhere,
+}
+
+impl Case {
+    /// Until told otherwise: passes, unchanged, uncounted.
+    pub fn new(name: impl Into<String>, packet: Vec<u8>) -> Self {
+        let context = Context::default();
+        Self { name: name.into(), packet, context, action: TC_UNSPEC, counted: None, meta: Vec::new(), out: Out::Unchanged }
+    }
+
+    /// It is an aggregate.
+    pub fn aggregate(mut self, gso_segs: u32, gso_size: u32) -> Self {
+        self.context = Context { gso_segs, gso_size };
+        self
+    }
+
+    /// Passes on to whoever is next, counted.
+    pub fn passes(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
+        (self.action, self.counted) = (TC_UNSPEC, Some((gateway, verdict)));
+        self
+    }
+
+    /// Is redirected.
+    pub fn redirected(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
+        (self.action, self.counted) = (TC_REDIRECT, Some((gateway, verdict)));
+        self
+    }
+
+    /// Ends here.
+    pub fn dropped(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
+        (self.action, self.counted) = (TC_SHOT, Some((gateway, verdict)));
+        self
+    }
+
+    /// XDP: passes, uncounted.
+    pub fn xdp_passes(mut self) -> Self {
+        self.action = XDP_PASS;
+        self
+    }
+
+    /// XDP: dropped.
+    pub fn xdp_dropped(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
+        (self.action, self.counted) = (XDP_DROP, Some((gateway, verdict)));
+        self
+    }
+
+    /// The bytes afterwards.
+    pub fn becomes(mut self, packet: Vec<u8>) -> Self {
+        self.out = Out::Exactly(packet);
+        self
+    }
+
+    /// The bytes afterwards are no matter of a test run: the caller says where they are compared.
+    pub fn becomes_elsewhere(mut self) -> Self {
+        self.out = Out::Elsewhere;
+        self
+    }
+
+    /// XDP metadata afterwards.
+    pub fn with_meta(mut self, meta: Vec<u8>) -> Self {
+        self.meta = meta;
+        self
+    }
+
+    /// What is wrong, or nothing.
+    fn failure(&self, dataplane: &Dataplane, hook: Hook) -> Option<String> {
+        let before = dataplane.counters();
+        let ran = dataplane.run(hook, &self.packet, self.context);
+        let counted = difference(&before, &dataplane.counters());
+        let packets = u64::from(self.context.gso_segs.max(1));
+        let expected = self.counted.map(|key| (key, Count { packets, bytes: self.packet.len() as u64 })).into_iter().collect();
+        let mut text = String::new();
+        if ran.action != self.action {
+            let _ = writeln!(text, "  action {}, expected {}", ran.action as i32, self.action as i32);
+        }
+        if counted != expected {
+            let _ = writeln!(text, "  counted {counted:?}, expected {expected:?}");
+        }
+        text += &hex_difference("metadata", &self.meta, &ran.meta);
+        match &self.out {
+            Out::Unchanged => text += &hex_difference("packet", &self.packet, &ran.packet),
+            Out::Exactly(packet) => text += &hex_difference("packet", packet, &ran.packet),
+            Out::Elsewhere => {}
+        }
+        (!text.is_empty()).then(|| format!("{}:\n{text}", self.name))
+    }
+}
+
+/// Runs all cases and fails with all that do not hold.
+pub fn check(dataplane: &Dataplane, hook: Hook, cases: &[Case]) {
+    let failures: Vec<String> = cases.iter().filter_map(|case| case.failure(dataplane, hook)).collect();
+    assert!(failures.is_empty(), "{} of {} cases of {}:\n{}", failures.len(), cases.len(), hook.program(), failures.join("\n"));
+}
+
+/// What was counted between two looks.
+pub fn difference(before: &Counters, after: &Counters) -> Counters {
+    let grown = after.iter().filter_map(|(key, count)| {
+        let old = before.get(key).copied().unwrap_or_default();
+        let grown = Count { packets: count.packets - old.packets, bytes: count.bytes - old.bytes };
+        (grown != Count::default()).then_some((*key, grown))
+    });
+    grown.collect()
+}
+
+/// The lines of 16 bytes in which two packets differ; empty if they are the same.
+pub fn hex_difference(what: &str, expected: &[u8], seen: &[u8]) -> String {
+    if expected == seen {
+        return String::new();
+    }
+    let mut text = format!("  {what}: {} bytes, expected {}\n", seen.len(), expected.len());
+    let line = |bytes: &[u8], at: usize| -> String {
+        let end = bytes.len().min(at + 16);
+        bytes.get(at..end).unwrap_or_default().iter().map(|b| format!("{b:02x} ")).collect()
+    };
+    for at in (0..expected.len().max(seen.len())).step_by(16) {
+        let (want, have) = (line(expected, at), line(seen, at));
+        if want != have {
+            let _ = writeln!(text, "    {at:04x} expected {want}\n         seen     {have}");
+        }
+    }
+    text
+}

@@ -1,0 +1,215 @@
+//! The object, loaded for one test: nothing pinned, tables of [`crate::world`] in its maps.
+
+use std::collections::BTreeMap;
+
+use aya::{
+    Ebpf, EbpfLoader, TestRun, TestRunOptions,
+    maps::{Array, HashMap, LpmTrie, MapData, PerCpuHashMap, RingBuf, lpm_trie::Key},
+    programs::{SchedClassifier, TcAttachType, Xdp, XdpMode, tc},
+};
+use raven_agent::bpf::{Hook, object};
+use raven_common::{
+    Verdict,
+    tables::{Config, Count, CounterKey, DropSample, GatewayId, Local, NODE_IS_GATEWAY, Node, Remote},
+};
+
+use crate::world::{GATEWAY, LOCAL, LOST, ME, MEMBER, Net, REMOTE};
+
+/// Counters, summed over CPUs; without those that are zero.
+pub type Counters = BTreeMap<(GatewayId, Verdict), Count>;
+
+/// The kernel's numbers (linux/pkt_cls.h, linux/bpf.h), written down a second time on purpose.
+pub const TC_UNSPEC: u32 = u32::MAX;
+pub const TC_SHOT: u32 = 2;
+pub const TC_REDIRECT: u32 = 7;
+pub const XDP_DROP: u32 = 1;
+pub const XDP_PASS: u32 = 2;
+
+/// What a packet brings along besides its bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Context {
+    /// Payload bytes per segment, if it is an aggregate.
+    pub gso_size: u32,
+    /// How many packets the aggregate stands for.
+    pub gso_segs: u32,
+}
+
+impl Context {
+    /// `struct __sk_buff` of linux/bpf.h. All that we set: `gso_segs` at byte 164, `gso_size` at byte 176.
+    fn to_sk_buff(self) -> [u8; 192] {
+        let mut bytes = [0; 192];
+        bytes[164..168].copy_from_slice(&self.gso_segs.to_ne_bytes());
+        bytes[176..180].copy_from_slice(&self.gso_size.to_ne_bytes());
+        bytes
+    }
+}
+
+/// `struct xdp_md` of linux/bpf.h for a frame of this length: `data` at byte 0, `data_end` at 4, `data_meta` at 8, then
+/// three fields that stay zero. Offsets count from the start of the buffer.
+fn xdp_md(frame: usize) -> [u8; 24] {
+    let mut bytes = [0; 24];
+    bytes[4..8].copy_from_slice(&(frame as u32).to_ne_bytes());
+    bytes
+}
+
+/// What a program did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ran {
+    pub action: u32,
+    /// XDP metadata: what lies in front of the packet.
+    pub meta: Vec<u8>,
+    pub packet: Vec<u8>,
+}
+
+/// The loaded object.
+pub struct Dataplane {
+    ebpf: Ebpf,
+}
+
+impl Dataplane {
+    /// Loads every program and fills the maps.
+    pub fn load(config: Config) -> Self {
+        let ebpf = EbpfLoader::new().load(object()).expect("the object loads");
+        let mut dataplane = Self { ebpf };
+        for hook in Hook::ALL {
+            match hook {
+                Hook::UplinkXdp => dataplane.xdp_mut().load().expect("uplink_xdp loads"),
+                _ => dataplane.tc_mut(hook).load().unwrap_or_else(|e| panic!("{} loads: {e:?}", hook.program())),
+            }
+        }
+        dataplane.configure(config);
+        dataplane.fill(config);
+        dataplane
+    }
+
+    /// Changes what the programs know of their node.
+    pub fn configure(&mut self, config: Config) {
+        let mut map: Array<_, Config> = self.ebpf.map_mut("CONFIG").expect("CONFIG").try_into().expect("an array");
+        map.set(0, config, 0).expect("CONFIG takes the configuration");
+    }
+
+    fn fill(&mut self, config: Config) {
+        for (net, node) in LOCAL {
+            self.put("LOCAL4", "LOCAL6", net, Local { node });
+        }
+        for (net, gateway) in REMOTE {
+            // A gateway node is itself the way.
+            let via = if gateway == LOST || config.tunnel_ifindex != 0 { [0; 4] } else { GATEWAY };
+            self.put("REMOTE4", "REMOTE6", net, Remote { gateway, via });
+        }
+        let mut nodes: HashMap<_, [u8; 4], Node> = self.ebpf.map_mut("NODES").expect("NODES").try_into().expect("a hash");
+        for (node, flags) in [(ME, 0), (MEMBER, 0), (GATEWAY, NODE_IS_GATEWAY)] {
+            nodes.insert(node, Node { flags }, 0).expect("NODES takes a node");
+        }
+    }
+
+    /// Gives a remote net to another Gateway, or takes it away.
+    pub fn remote(&mut self, net: Net, gateway: Option<GatewayId>) {
+        if let Some(gateway) = gateway {
+            return self.put("REMOTE4", "REMOTE6", net, Remote { gateway, via: [0; 4] });
+        }
+        let mut trie: LpmTrie<_, [u8; 4], Remote> = self.ebpf.map_mut("REMOTE4").expect("REMOTE4").try_into().expect("a trie");
+        trie.remove(&Key::new(24, net.prefix4())).expect("it was there");
+        let mut trie: LpmTrie<_, [u8; 16], Remote> = self.ebpf.map_mut("REMOTE6").expect("REMOTE6").try_into().expect("a trie");
+        trie.remove(&Key::new(64, net.prefix6())).expect("it was there");
+    }
+
+    fn put<V: aya::Pod>(&mut self, v4: &str, v6: &str, net: Net, value: V) {
+        let mut trie: LpmTrie<_, [u8; 4], V> = self.ebpf.map_mut(v4).expect(v4).try_into().expect("a trie");
+        trie.insert(&Key::new(24, net.prefix4()), value, 0).expect("it takes a prefix");
+        let mut trie: LpmTrie<_, [u8; 16], V> = self.ebpf.map_mut(v6).expect(v6).try_into().expect("a trie");
+        trie.insert(&Key::new(64, net.prefix6()), value, 0).expect("it takes a prefix");
+    }
+
+    /// Runs a program once, without a device.
+    pub fn run(&self, hook: Hook, packet: &[u8], context: Context) -> Ran {
+        match hook {
+            Hook::UplinkXdp => self.run_xdp(packet),
+            _ => self.run_tc(hook, packet, context),
+        }
+    }
+
+    fn run_tc(&self, hook: Hook, packet: &[u8], context: Context) -> Ran {
+        let mut out = vec![0; 4096];
+        let options = TestRunOptions {
+            data_in: Some(packet),
+            data_out: Some(&mut out),
+            ctx_in: Some(&context.to_sk_buff()),
+            ..TestRunOptions::default()
+        };
+        let result = self.tc(hook).test_run(options).unwrap_or_else(|e| panic!("test run of {}: {e:?}", hook.program()));
+        out.truncate(result.data_size_out as usize);
+        Ran { action: result.return_value, meta: Vec::new(), packet: out }
+    }
+
+    fn run_xdp(&self, packet: &[u8]) -> Ran {
+        let mut out = vec![0; 4096];
+        let mut context = [0; 24];
+        let options = TestRunOptions {
+            data_in: Some(packet),
+            data_out: Some(&mut out),
+            ctx_in: Some(&xdp_md(packet.len())),
+            ctx_out: Some(&mut context),
+            ..TestRunOptions::default()
+        };
+        let result = self.xdp().test_run(options).unwrap_or_else(|e| panic!("test run of uplink_xdp: {e:?}"));
+        out.truncate(result.data_size_out as usize);
+        let [a, b, c, d, ..] = context;
+        let packet = out.split_off(u32::from_ne_bytes([a, b, c, d]) as usize);
+        Ran { action: result.return_value, meta: out, packet }
+    }
+
+    /// Samples of dropped packets that nobody has taken yet.
+    pub fn samples(&mut self) -> Vec<DropSample> {
+        let mut ring = RingBuf::try_from(self.ebpf.map_mut("EVENTS").expect("EVENTS")).expect("a ring buffer");
+        let mut samples = Vec::new();
+        while let Some(bytes) = ring.next() {
+            samples.push(DropSample::parse(&bytes).expect("a sample has a sample's length"));
+        }
+        samples
+    }
+
+    /// What was counted since the object was loaded.
+    pub fn counters(&self) -> Counters {
+        let map: PerCpuHashMap<&MapData, CounterKey, Count> =
+            self.ebpf.map("COUNTERS").expect("COUNTERS").try_into().expect("a per-CPU hash");
+        let entries = map.iter().map(|entry| {
+            let (key, values) = entry.expect("COUNTERS can be read");
+            let verdict = Verdict::from_number(key.verdict).unwrap_or_else(|| panic!("no verdict has the number {}", key.verdict));
+            let sum = values.iter().fold(Count::default(), |a, b| Count { packets: a.packets + b.packets, bytes: a.bytes + b.bytes });
+            ((key.gateway, verdict), sum)
+        });
+        entries.collect()
+    }
+
+    /// Attaches a program to a device of the thread's namespace, until the value is dropped.
+    pub fn attach(&mut self, hook: Hook, device: &str) {
+        if hook == Hook::UplinkXdp {
+            self.xdp_mut().attach(device, XdpMode::Driver).expect("uplink_xdp attaches");
+            return;
+        }
+        // Below Linux 6.6 filters need it; above it does no harm.
+        let _ = tc::qdisc_add_clsact(device);
+        let direction = match hook {
+            Hook::OverlayEgress | Hook::TunnelEgress => TcAttachType::Egress,
+            _ => TcAttachType::Ingress,
+        };
+        self.tc_mut(hook).attach(device, direction).unwrap_or_else(|e| panic!("{} attaches to {device}: {e:?}", hook.program()));
+    }
+
+    fn tc(&self, hook: Hook) -> &SchedClassifier {
+        self.ebpf.program(hook.program()).expect("the object has it").try_into().expect("a classifier")
+    }
+
+    fn tc_mut(&mut self, hook: Hook) -> &mut SchedClassifier {
+        self.ebpf.program_mut(hook.program()).expect("the object has it").try_into().expect("a classifier")
+    }
+
+    fn xdp(&self) -> &Xdp {
+        self.ebpf.program("uplink_xdp").expect("the object has it").try_into().expect("an XDP program")
+    }
+
+    fn xdp_mut(&mut self) -> &mut Xdp {
+        self.ebpf.program_mut("uplink_xdp").expect("the object has it").try_into().expect("an XDP program")
+    }
+}

@@ -1,0 +1,167 @@
+//! Mutated packets by the hundred thousand: whatever they are, nothing is forwarded to an address that is in no table, and
+//! every packet of a program that counts is counted once. Always the same ones: a failure names its number.
+
+use raven_agent::bpf::Hook;
+use raven_common::tables::{Config, Count};
+use raven_tests::privileged;
+
+use crate::{
+    dataplane::{Context, Dataplane, Ran, TC_REDIRECT, TC_SHOT, TC_UNSPEC, XDP_DROP, XDP_PASS},
+    packet::{Family, SYN, overlay, tcp, udp},
+    world::{self, EDGES, FARS, LOCAL, ME, MEMBER, MEMBERS, MINE, NOBODYS, Net, REMOTE},
+};
+
+/// Per program.
+const PACKETS: u64 = 100_000;
+
+/// A program, and what tells whether it forwarded a packet.
+struct Target {
+    hook: Hook,
+    config: Config,
+    /// Good packets to start from.
+    seeds: Vec<Vec<u8>>,
+    /// Where the (inner) IP header is, and where its Ethernet type, if it has one: else the version says the family.
+    l3: usize,
+    ethertype: usize,
+    /// True if the program sent the packet on, into the overlay or a tunnel.
+    forwarded: fn(&[u8], &Ran) -> bool,
+    /// True if this program counts every packet.
+    counts_all: bool,
+}
+
+#[test]
+fn no_mutated_packet_is_forwarded_to_an_address_in_no_table() {
+    if !privileged("no_mutated_packet_is_forwarded_to_an_address_in_no_table") {
+        return;
+    }
+    for target in targets() {
+        let dataplane = Dataplane::load(target.config);
+        let mut random = Random(0x7261_7665_6e21);
+        let mut forwarded = 0;
+        for number in 0..PACKETS {
+            let packet = mutated(&target.seeds, &mut random);
+            let ran = dataplane.run(target.hook, &packet, Context::default());
+            let what = || format!("{}: packet {number}: {packet:02x?} → {ran:02x?}", target.hook.program());
+            assert!([TC_UNSPEC, TC_SHOT, TC_REDIRECT, XDP_DROP, XDP_PASS].contains(&ran.action), "{}", what());
+            if (target.forwarded)(&packet, &ran) {
+                forwarded += 1;
+                assert!(is_known(&packet, &target), "{}", what());
+            }
+        }
+        // Not one: then the test would show nothing.
+        assert!((PACKETS / 100..PACKETS).contains(&forwarded), "{}: {forwarded} forwarded", target.hook.program());
+        let counted = dataplane.counters().values().fold(Count::default(), |a, b| Count { packets: a.packets + b.packets, ..a }).packets;
+        if target.counts_all {
+            assert_eq!(counted, PACKETS, "{}", target.hook.program());
+        }
+    }
+}
+
+fn targets() -> Vec<Target> {
+    let by = |build: &dyn Fn(Family, Net) -> Vec<u8>, to: &[Net]| -> Vec<Vec<u8>> {
+        Family::BOTH.iter().flat_map(|family| to.iter().map(|to| build(*family, *to))).collect()
+    };
+    let redirected = |_: &[u8], ran: &Ran| ran.action == TC_REDIRECT;
+    vec![
+        Target {
+            hook: Hook::OverlayEgress,
+            config: world::ordinary(),
+            seeds: by(&|family, to| tcp(family, MINE, to, SYN, &[1, 2, 4, 5, 180, 1, 1, 0]).frame(), &[EDGES, MEMBERS, NOBODYS]),
+            l3: 14,
+            ethertype: 12,
+            forwarded: |_, ran| ran.action == TC_UNSPEC,
+            counts_all: true,
+        },
+        Target {
+            hook: Hook::UplinkXdp,
+            config: world::gateway(),
+            seeds: by(&|family, to| overlay(MEMBER, ME, udp(family, MEMBERS, to).overlay_frame()).frame(), &[EDGES, MEMBERS, NOBODYS]),
+            l3: 64,
+            ethertype: 62,
+            forwarded: |packet, ran| ran.packet.len() < packet.len(),
+            counts_all: false,
+        },
+        Target {
+            hook: Hook::TunnelIngress,
+            config: world::gateway(),
+            seeds: by(&|family, to| udp(family, EDGES, to).bytes(), &[MEMBERS, FARS, MINE, NOBODYS]),
+            l3: 0,
+            // By the source address: see `Net`.
+            ethertype: 12,
+            forwarded: redirected,
+            counts_all: true,
+        },
+    ]
+}
+
+#[test]
+fn no_mutated_packet_is_redirected_by_the_other_programs() {
+    if !privileged("no_mutated_packet_is_redirected_by_the_other_programs") {
+        return;
+    }
+    let frames: Vec<Vec<u8>> = Family::BOTH.iter().map(|family| udp(*family, MEMBERS, EDGES).frame()).collect();
+    let packets = Family::BOTH.iter().map(|family| tcp(*family, MINE, EDGES, SYN, &[1, 2, 4, 5, 180, 1, 1, 0]).bytes()).collect();
+    // The first two without metadata, as everything in a test run; the third has no redirect at all.
+    for (hook, seeds) in [(Hook::UplinkIngress, frames.clone()), (Hook::OverlayIngress, frames), (Hook::TunnelEgress, packets)] {
+        let dataplane = Dataplane::load(world::gateway());
+        let mut random = Random(0x7261_7665_6e22);
+        let mut passed = 0;
+        for number in 0..PACKETS {
+            let packet = mutated(&seeds, &mut random);
+            let ran = dataplane.run(hook, &packet, Context::default());
+            assert!([TC_UNSPEC, TC_SHOT].contains(&ran.action), "{}: packet {number}: {packet:02x?} → {ran:02x?}", hook.program());
+            assert_eq!(ran.packet.len(), packet.len(), "{}: packet {number}: {packet:02x?}", hook.program());
+            passed += u64::from(ran.action == TC_UNSPEC);
+        }
+        let expected = match hook {
+            Hook::UplinkIngress => PACKETS..PACKETS + 1,
+            Hook::OverlayIngress => 0..1,
+            _ => PACKETS / 100..PACKETS,
+        };
+        assert!(expected.contains(&passed), "{}: {passed} passed", hook.program());
+    }
+}
+
+/// The oracle: is the destination of what the kernel must have taken this for in a table that this program forwards by?
+fn is_known(packet: &[u8], target: &Target) -> bool {
+    let ip = &packet[target.l3..];
+    let remote = REMOTE.iter().map(|(net, _)| *net);
+    let local = LOCAL.iter().map(|(net, _)| *net).filter(|_| target.hook == Hook::TunnelIngress);
+    remote.chain(local).any(|net| match packet[target.ethertype..target.ethertype + 2] {
+        [0x08, 0x00] => ip[16..19] == net.prefix4()[..3],
+        [0x86, 0xdd] => ip[24..32] == net.prefix6()[..8],
+        _ => false,
+    })
+}
+
+/// One of the good packets with a few bytes changed, cut or continued.
+fn mutated(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
+    let mut packet = seeds[random.below(seeds.len())].clone();
+    for _ in 0..random.below(5) {
+        let at = random.below(packet.len());
+        match random.below(4) {
+            0 => packet[at] = random.below(256) as u8,
+            1 => packet[at] ^= 1 << random.below(8),
+            2 => packet[at] = [0, 1, 0x7f, 0xff][random.below(4)],
+            // A test run refuses packets without a whole IP header at its place: those come by wire.
+            _ => packet.truncate(at.max(14 + 40)),
+        }
+    }
+    if random.below(16) == 0 {
+        packet.extend((0..random.below(64)).map(|i| i as u8));
+    }
+    packet
+}
+
+/// SplitMix64 (public domain, Sebastiano Vigna).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ z >> 31) % bound as u64) as usize
+    }
+}

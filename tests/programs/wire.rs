@@ -1,0 +1,283 @@
+//! Real devices, for what a test run cannot show: the node under test in one namespace (uplink, `raven0`, `raven-wg0` as a
+//! TUN device, programs attached), its pool's LAN in another, where the test itself sends and receives frames byte by byte.
+
+use std::{
+    array,
+    os::fd::{AsRawFd, OwnedFd},
+    path::Path,
+    process::Command,
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
+
+use boringtun::device::tun::TunSocket;
+use nix::{
+    errno::Errno,
+    ifaddrs::getifaddrs,
+    net::if_::if_nametoindex,
+    sys::{
+        socket::{
+            AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, recvfrom, sendto, setsockopt, socket,
+            sockopt::ReceiveTimeout,
+        },
+        time::TimeVal,
+    },
+};
+use raven_agent::bpf::Hook;
+use raven_common::{OVERLAY_MAC, OVERLAY_OVERHEAD, tables::Config};
+use raven_tests::Namespace;
+
+use crate::{
+    case::{difference, hex_difference},
+    dataplane::{Counters, Dataplane},
+    packet::{LAN_MAC, Overlay, UPLINK_MAC},
+};
+
+/// What happens at all happens at once; only a failing test waits this long.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The node, its programs, and ports to look at it.
+pub struct Wire {
+    /// What runs on the node.
+    pub dataplane: Dataplane,
+    /// `raven-wg0`, from the side of whoever encrypts.
+    tun: TunSocket,
+    /// Where to send what goes into `raven-wg0`: IPv4, IPv6.
+    into_tunnel: [LinkAddr; 2],
+    node: Namespace,
+    lan: Namespace,
+}
+
+impl Wire {
+    /// Builds it. Device numbers in `config` are replaced by the real ones, unless they are zero.
+    pub fn new(config: Config, hooks: &[Hook], mtu: u32) -> Self {
+        let [node, lan] = ["node", "lan"].map(namespace);
+        node.ip(&format!(
+            "link add uplink mtu {mtu} address {uplink} type veth peer name lan mtu {mtu} address {lan_mac} netns {lan}
+             link set lo up
+             address add 10.0.0.11/24 dev uplink
+             link set uplink up
+             link add raven0 address {overlay} type vxlan external dstport 4472
+             link set raven0 mtu {inner}
+             link set raven0 up
+             neigh add 10.0.0.10 lladdr {lan_mac} dev uplink nud permanent
+             neigh add 10.0.0.12 lladdr {lan_mac} dev uplink nud permanent",
+            uplink = text(UPLINK_MAC),
+            lan_mac = text(LAN_MAC),
+            overlay = text(OVERLAY_MAC),
+            lan = lan.name,
+            inner = mtu - OVERLAY_OVERHEAD as u32,
+        ))
+        .expect("the node's devices");
+        lan.ip("link set lan up").expect("the LAN's device");
+        let tun = node.within(|| TunSocket::new("raven-wg0")).expect("in the namespace").expect("a TUN device");
+        node.ip(&format!("link set raven-wg0 mtu {mtu}\nlink set raven-wg0 up")).expect("the tunnel device");
+        let into_tunnel = node.within(|| Port::open("raven-wg0")).map(|port| link_addresses(&tun, &port)).expect("in the namespace");
+        let hooks = hooks.to_vec();
+        let dataplane = node.within(move || attached(config, &hooks)).expect("in the namespace");
+        Self { dataplane, tun, into_tunnel, node, lan }
+    }
+
+    /// Gives a decrypted packet to `raven-wg0`.
+    pub fn decrypted(&self, packet: &[u8]) {
+        assert_eq!(self.tun.write4(packet), packet.len(), "the TUN device takes the packet");
+    }
+
+    /// Sends a packet out by `raven-wg0`, as the node's stack does.
+    pub fn send_into_tunnel(&self, packet: &[u8]) {
+        let address = self.into_tunnel[usize::from(packet[0] >> 4 == 6)];
+        let port = self.on_node("raven-wg0");
+        sendto(port.socket.as_raw_fd(), packet, &address, MsgFlags::empty()).expect("the tunnel takes the packet");
+    }
+
+    /// A port on a device of the node.
+    pub fn on_node(&self, device: &'static str) -> Port {
+        self.node.within(move || Port::open(device)).expect("in the namespace")
+    }
+
+    /// The port on the pool's LAN.
+    pub fn on_lan(&self) -> Port {
+        self.lan.within(|| Port::open("lan")).expect("in the namespace")
+    }
+
+    /// Sends to the node, as others on its LAN do.
+    pub fn lan_sender(&self) -> Sender {
+        self.lan.within(|| Sender::open("lan")).expect("in the namespace")
+    }
+
+    /// Sends out by `raven0`, as the node's stack does.
+    pub fn overlay_sender(&self) -> Sender {
+        self.node.within(|| Sender::open("raven0")).expect("in the namespace")
+    }
+
+    /// Does something and gives what was counted because of it. Waits until anything is counted, and two looks see the same:
+    /// packets and bytes are not added at once.
+    pub fn counted(&self, what: &str, act: impl FnOnce()) -> Counters {
+        let before = self.dataplane.counters();
+        act();
+        let end = Instant::now() + PATIENCE;
+        let mut last = Counters::new();
+        loop {
+            let counted = difference(&before, &self.dataplane.counters());
+            if !counted.is_empty() && counted == last {
+                return counted;
+            }
+            last = counted;
+            assert!(Instant::now() < end, "{what}: nothing was counted within {PATIENCE:?}");
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        for ns in [&self.node, &self.lan] {
+            delete(&ns.name);
+        }
+    }
+}
+
+/// Loads the object and attaches the programs, on a thread in the node's namespace.
+fn attached(config: Config, hooks: &[Hook]) -> Dataplane {
+    let real = |device: &str, given: u32| if given == 0 { 0 } else { if_nametoindex(device).expect("the device is there") };
+    let mut dataplane = Dataplane::load(Config {
+        uplink_ifindex: real("uplink", config.uplink_ifindex),
+        overlay_ifindex: real("raven0", config.overlay_ifindex),
+        tunnel_ifindex: real("raven-wg0", config.tunnel_ifindex),
+        ..config
+    });
+    for hook in hooks {
+        let device = match hook {
+            Hook::OverlayEgress | Hook::OverlayIngress => "raven0",
+            Hook::UplinkXdp | Hook::UplinkIngress => "uplink",
+            Hook::TunnelIngress | Hook::TunnelEgress => "raven-wg0",
+        };
+        dataplane.attach(*hook, device);
+    }
+    dataplane
+}
+
+/// The addresses of a device without Ethernet, as only the kernel can write them without `unsafe`: read from two packets
+/// that came in by it. They name a family, too.
+fn link_addresses(tun: &TunSocket, port: &Port) -> [LinkAddr; 2] {
+    let packets = [[0x45; 60], [0x60; 60]];
+    array::from_fn(|family| {
+        assert_eq!(tun.write4(&packets[family]), 60, "the TUN device takes the packet");
+        port.receive("a packet of the TUN device").1
+    })
+}
+
+/// Sees what passes a device, and sends on it: whole frames, as they are.
+pub struct Port {
+    device: &'static str,
+    index: usize,
+    socket: OwnedFd,
+}
+
+impl Port {
+    /// Opens a port in the thread's namespace.
+    fn open(device: &'static str) -> Self {
+        let index = if_nametoindex(device).expect("the device is there") as usize;
+        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll).expect("a packet socket");
+        setsockopt(&socket, ReceiveTimeout, &TimeVal::new(PATIENCE.as_secs() as i64, 0)).expect("a timeout");
+        Self { device, index, socket }
+    }
+
+    /// The next frame.
+    pub fn next(&self, what: &str) -> Vec<u8> {
+        self.receive(what).0
+    }
+
+    fn receive(&self, what: &str) -> (Vec<u8>, LinkAddr) {
+        let mut frame = vec![0; 1 << 16];
+        loop {
+            let (len, address) = recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut frame)
+                .unwrap_or_else(|e| panic!("{what}: nothing came by {} within {PATIENCE:?}: {e}", self.device));
+            let address = address.expect("a frame came by a device");
+            // The socket hears all devices of its namespace.
+            if address.ifindex() == self.index {
+                frame.truncate(len);
+                return (frame, address);
+            }
+        }
+    }
+
+    /// Fails unless the next frame is this one: also shows that none came before.
+    pub fn expect(&self, what: &str, frame: &[u8]) {
+        let difference = hex_difference("frame", frame, &self.next(what));
+        assert!(difference.is_empty(), "{what}: on {}:\n{difference}", self.device);
+    }
+
+    /// Fails unless the next frame is this overlay frame, whatever its outer source port, which is given back.
+    pub fn expect_overlay(&self, what: &str, overlay: &Overlay) -> u16 {
+        let seen = self.next(what);
+        let port = seen.get(34..36).map_or(0, |p| u16::from_be_bytes([p[0], p[1]]));
+        let expected = Overlay { ports: [port, overlay.ports[1]], ..overlay.clone() }.frame();
+        let difference = hex_difference("frame", &expected, &seen);
+        assert!(difference.is_empty(), "{what}: on {}:\n{difference}", self.device);
+        port
+    }
+}
+
+/// Sends frames on an Ethernet device of the thread's namespace.
+pub struct Sender {
+    socket: OwnedFd,
+    address: LinkAddr,
+}
+
+impl Sender {
+    fn open(device: &str) -> Self {
+        let index = if_nametoindex(device).expect("the device is there") as usize;
+        let addresses = getifaddrs().expect("addresses").filter_map(|i| i.address);
+        let address = addresses.filter_map(|a| a.as_link_addr().copied()).find(|a| a.ifindex() == index).expect("a link address");
+        // Without a protocol it hears nothing.
+        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None).expect("a packet socket");
+        Self { socket, address }
+    }
+
+    /// Sends a frame.
+    pub fn send(&self, frame: &[u8]) {
+        assert_eq!(self.try_send(frame), Ok(frame.len()), "the device takes the frame");
+    }
+
+    /// Sends a frame that a program of the device drops, which the kernel tells the sender so.
+    pub fn send_in_vain(&self, frame: &[u8]) {
+        assert_eq!(self.try_send(frame), Err(Errno::ENOBUFS), "the frame is dropped on its way out");
+    }
+
+    fn try_send(&self, frame: &[u8]) -> nix::Result<usize> {
+        sendto(self.socket.as_raw_fd(), frame, &self.address, MsgFlags::empty())
+    }
+}
+
+/// Makes a namespace without IPv6 of its own, so that nothing is on the wire but what a test put there.
+fn namespace(role: &str) -> Namespace {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    sweep();
+    let name = format!("rvp-{}-{}-{role}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let made = Command::new("ip").args(["netns", "add", &name]).status().expect("ip runs");
+    assert!(made.success(), "ip netns add {name}: {made}");
+    let ns = Namespace { name, mount: None };
+    ns.sh("for scope in all default; do echo 1 >/proc/sys/net/ipv6/conf/$scope/disable_ipv6; done").expect("IPv6 is switched off");
+    ns
+}
+
+/// Takes away what killed processes left.
+fn sweep() {
+    for entry in std::fs::read_dir("/run/netns").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name.strip_prefix("rvp-").and_then(|n| n.split('-').next());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid).exists()) {
+            delete(&name);
+        }
+    }
+}
+
+fn delete(name: &str) {
+    // Two tests may sweep at once: whoever is late finds nothing, which is what both want.
+    let _ = Command::new("ip").args(["netns", "del", name]).output();
+}
+
+fn text(mac: [u8; 6]) -> String {
+    mac.map(|b| format!("{b:02x}")).join(":")
+}

@@ -1,0 +1,82 @@
+//! What controller and API server would have told the agents, written where an agent keeps the last it heard.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use raven_api::gateway::{EndpointType, NodeInfo};
+use raven_api::{Gateway, GatewayNode, GatewayNodeSpec, GatewayStatus};
+use raven_tests::kubernetes::objects::default_gateway;
+use raven_tests::{Lab, Node, Pool};
+use serde_json::{Value, json};
+
+/// Gives each pool's first node a key and every node the snapshot; gives the names of the gateway nodes.
+pub(crate) fn write(lab: &Lab) -> Result<Vec<String>> {
+    let mut keys = BTreeMap::new();
+    for pool in &lab.pools {
+        let gateway = gateway_of(lab, pool)?;
+        let private = wg("genkey", "")?;
+        let path = gateway.dir.join("lib/wireguard.key");
+        let mut file = fs::OpenOptions::new().create_new(true).write(true).mode(0o600).open(&path)?;
+        file.write_all(format!("{private}\n").as_bytes())?;
+        keys.insert(gateway.name.clone(), wg("pubkey", &private)?);
+    }
+    let snapshot = snapshot(lab, &keys)?;
+    lab.nodes.iter().try_for_each(|node| put(node, &snapshot))?;
+    Ok(keys.into_keys().collect())
+}
+
+/// Writes a snapshot to where a node's agent finds it at its start.
+pub(crate) fn put(node: &Node, snapshot: &Value) -> Result<()> {
+    let path = node.dir.join("lib/topology.json");
+    fs::write(&path, serde_json::to_vec_pretty(snapshot)?).with_context(|| format!("write {}", path.display()))
+}
+
+/// A cluster in which no Gateway has any node.
+pub(crate) fn empty() -> Value {
+    json!({ "gateways": [], "gatewayNodes": [] })
+}
+
+fn gateway_of<'a>(lab: &'a Lab, pool: &Pool) -> Result<&'a Node> {
+    lab.nodes.iter().find(|n| n.pool == pool.spec.name).with_context(|| format!("pool {} has no node", pool.spec.name))
+}
+
+/// The Gateways with the status that the controller would have published, and what their nodes would have announced.
+fn snapshot(lab: &Lab, keys: &BTreeMap<String, String>) -> Result<Value> {
+    let mut gateways = Vec::new();
+    let mut announced = Vec::new();
+    for pool in &lab.pools {
+        let elected = gateway_of(lab, pool)?;
+        let mut gateway: Gateway = default_gateway(lab, pool);
+        let endpoints = gateway.spec.endpoints.iter();
+        let active = endpoints.filter(|e| e.type_ == EndpointType::Tunnel && e.node_name == elected.name).cloned().collect();
+        let nodes: Vec<NodeInfo> = lab.nodes_of(&pool.spec.name).map(info).collect();
+        gateway.status =
+            Some(GatewayStatus { node_count: i32::try_from(nodes.len())?, nodes, active_endpoints: active, ..GatewayStatus::default() });
+        gateways.push(gateway);
+        let spec = GatewayNodeSpec {
+            gateway: pool.spec.name.clone(),
+            public_key: keys.get(&elected.name).cloned(),
+            listen_port: Some(raven_api::DEFAULT_TUNNEL_PORT.into()),
+            addresses: vec![elected.lan_v4.to_string()],
+            version: "0".to_owned(),
+        };
+        announced.push(GatewayNode::new(&elected.name, spec));
+    }
+    Ok(json!({ "gateways": gateways, "gatewayNodes": announced }))
+}
+
+fn info(node: &Node) -> NodeInfo {
+    NodeInfo { node_name: node.name.clone(), private_ip: node.lan_v4.to_string(), subnets: vec![node.pod_cidr_v4(), node.pod_cidr_v6()] }
+}
+
+fn wg(what: &str, input: &str) -> Result<String> {
+    let mut child = Command::new("wg").arg(what).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("start wg")?;
+    child.stdin.take().context("standard input was asked for")?.write_all(input.as_bytes())?;
+    let done = child.wait_with_output()?;
+    ensure!(done.status.success(), "wg {what}: {}", done.status);
+    Ok(String::from_utf8(done.stdout)?.trim().to_owned())
+}

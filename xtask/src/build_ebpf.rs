@@ -1,0 +1,37 @@
+//! `cargo xtask build-ebpf`: the eBPF object, and what is in it.
+//!
+//! The ordinary build of raven-agent makes the same object with the same code (`raven-ebpf/toolchain.rs`) and embeds it.
+
+use std::{env, path::PathBuf};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    setup::{self, Need},
+    toolchain, workspace,
+};
+
+/// Arguments of `build-ebpf`.
+#[derive(clap::Args)]
+pub(crate) struct BuildEbpf {}
+
+impl BuildEbpf {
+    /// Builds it.
+    pub(crate) fn run(self) -> Result<()> {
+        setup::ensure(&[Need::Ebpf])?;
+        let toolchain = toolchain::find().map_err(anyhow::Error::msg)?;
+        println!("toolchain: {toolchain}");
+        let target = target_dir().join("ebpf");
+        let status = toolchain::command(&toolchain, &workspace(), &target).status().context("start cargo")?;
+        ensure!(status.success(), "the build of raven-ebpf failed: {status}");
+        let object = toolchain::object(&target);
+        let size = object.metadata().with_context(|| format!("look at {}", object.display()))?.len();
+        println!("object: {} ({size} bytes)", object.display());
+        Ok(())
+    }
+}
+
+/// Where cargo puts what it builds.
+pub(crate) fn target_dir() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}

@@ -1,0 +1,481 @@
+//! `cargo xtask test kernel`: the lab's L3 tests (`tests/vm`) in Debian's kernels, under QEMU.
+//!
+//! Kernels come as packages from the Debian archive that this machine's apt knows, by package lists of their own: the machine's
+//! own lists and packages stay as they are. Kept in `~/.cache/raven/kernels/<series>/`; delete a folder to get a newer one.
+
+use std::{
+    env, fmt, fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use raven_tests::qemu::{Image, Kernel, Machine};
+
+use crate::{build, setup, workspace};
+
+/// Longer than any of them takes on two cores that others use as well.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+/// A line of kernels that is tested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Series {
+    /// The oldest that we promise.
+    #[value(name = "5.10")]
+    V5_10,
+    /// Debian 12's own.
+    #[value(name = "6.1")]
+    V6_1,
+    /// Debian 13's own; the first of these with TCX.
+    #[value(name = "6.12")]
+    V6_12,
+    /// The newest that Debian has.
+    #[value(name = "newest")]
+    Newest,
+}
+
+impl Series {
+    pub(crate) const ALL: [Self; 4] = [Self::V5_10, Self::V6_1, Self::V6_12, Self::Newest];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::V5_10 => "5.10",
+            Self::V6_1 => "6.1",
+            Self::V6_12 => "6.12",
+            Self::Newest => "newest",
+        }
+    }
+
+    /// Where it may be, in order: in the archive of security updates or in the main one, and the suites there.
+    fn places(self) -> &'static [(Archive, &'static str)] {
+        match self {
+            Self::V5_10 => &[(Archive::Security, "bullseye-security"), (Archive::Main, "bullseye")],
+            Self::V6_1 => &[(Archive::Security, "bookworm-security"), (Archive::Main, "bookworm")],
+            Self::V6_12 => &[
+                (Archive::Security, "bookworm-security"),
+                (Archive::Security, "trixie-security"),
+                (Archive::Main, "bookworm-backports trixie"),
+            ],
+            Self::Newest => &[(Archive::Main, "trixie sid")],
+        }
+    }
+
+    /// True for the name of a package with a kernel of this series.
+    fn matches(self, package: &str) -> bool {
+        let Some(release) = package.strip_prefix("linux-image-").and_then(|p| p.strip_suffix(FLAVOUR)) else { return false };
+        let numbers: Vec<&str> = release.split(['.', '-', '+']).collect();
+        let whole = numbers.iter().take(3).filter(|n| !n.is_empty() && n.chars().all(|c| c.is_ascii_digit())).count() == 3;
+        whole && (self == Self::Newest || release.starts_with(&format!("{}.", self.name())))
+    }
+}
+
+impl fmt::Display for Series {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How the tests in one kernel ended.
+#[derive(Clone, Debug)]
+pub(crate) enum Outcome {
+    Ran { release: String, passed: u32, failed: u32, seconds: u64, accelerator: &'static str },
+    Failed(String),
+    Skipped(String),
+}
+
+impl Outcome {
+    pub(crate) fn passed(&self) -> bool {
+        matches!(self, Self::Ran { failed: 0, passed: 1.., .. })
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ran { release, passed, failed, seconds, accelerator } => {
+                write!(f, "{release}: {passed} passed, {failed} failed ({seconds} s, {accelerator})")
+            }
+            Self::Failed(why) => write!(f, "FAILED: {why}"),
+            Self::Skipped(why) => write!(f, "SKIPPED: {why}"),
+        }
+    }
+}
+
+/// Runs the tests in the kernels asked for, one after the other.
+pub(crate) fn run(wanted: &[Series]) -> Result<Vec<(Series, Outcome)>> {
+    let obstacle = obstacle();
+    if obstacle.is_none() {
+        build::binaries()?;
+        build::vm_tests()?;
+    }
+    let mut outcomes = Vec::new();
+    for series in wanted {
+        println!("\n=== kernel {series} ===");
+        let outcome = match &obstacle {
+            Some(why) => Outcome::Skipped(why.clone()),
+            None => match find_or_fetch(*series) {
+                Ok(kernel) => boot(*series, &kernel).unwrap_or_else(|error| Outcome::Failed(format!("{error:#}"))),
+                Err(error) => Outcome::Skipped(format!("{error:#}")),
+            },
+        };
+        println!("{series}: {outcome}");
+        outcomes.push((*series, outcome));
+    }
+    Ok(outcomes)
+}
+
+/// Why no kernel at all can be tested here.
+fn obstacle() -> Option<String> {
+    if env::consts::ARCH != "x86_64" {
+        return Some(format!("the kernels are for x86-64, and this is {}", env::consts::ARCH));
+    }
+    let needs = [setup::Need::Build, setup::Need::Ebpf, setup::Need::Lab, setup::Need::Vm];
+    setup::ensure(&needs).err().map(|error| format!("{error:#}"))
+}
+
+// === Kernels as packages ===
+
+const FLAVOUR: &str = "-cloud-amd64";
+
+/// A kernel of the series, from the cache or the archive.
+pub(crate) fn find_or_fetch(series: Series) -> Result<Kernel> {
+    let folder = cache()?.join(series.name());
+    if let Some(kernel) = find(&folder) {
+        return Ok(kernel);
+    }
+    eprintln!("fetching kernel {series} into {} (once)", folder.display());
+    let mirrors = mirrors()?;
+    let mut reasons = Vec::new();
+    for (archive, suites) in series.places() {
+        let result = mirrors.of(*archive).and_then(|mirror| fetch(series, &folder, mirror, suites));
+        match result {
+            Ok(kernel) => return Ok(kernel),
+            Err(error) => reasons.push(format!("{suites}: {error:#}")),
+        }
+    }
+    bail!("no kernel {series} to be had: {}", reasons.join("; "))
+}
+
+fn cache() -> Result<PathBuf> {
+    let base = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
+    Ok(base.context("neither HOME nor XDG_CACHE_HOME is set")?.join("raven/kernels"))
+}
+
+fn find(folder: &Path) -> Option<Kernel> {
+    let entries = fs::read_dir(folder.join("lib/modules")).ok()?;
+    let release = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).max()?;
+    let image = folder.join("vmlinuz");
+    image.is_file().then(|| Kernel { release, image, root: folder.to_owned() })
+}
+
+fn fetch(series: Series, folder: &Path, mirror: &str, suites: &str) -> Result<Kernel> {
+    let beside = folder.with_file_name(format!("{series}.new"));
+    let result = fetch_into(&beside, series, folder, mirror, suites);
+    let _ = fs::remove_dir_all(&beside);
+    result
+}
+
+fn fetch_into(beside: &Path, series: Series, folder: &Path, mirror: &str, suites: &str) -> Result<Kernel> {
+    let _ = fs::remove_dir_all(beside);
+    let apt = Apt::new(&beside.join("apt"), mirror, suites)?;
+    apt.run("apt-get", &["update", "-qq"])?;
+    let listed = apt.run("apt-cache", &["pkgnames", "linux-image-"])?;
+    let newest = listed.lines().filter(|name| series.matches(name)).max_by_key(|name| numbers(name));
+    let package = newest.context("the archive lists none")?;
+    let release = package.strip_prefix("linux-image-").context("an image's name")?;
+    // Newer packages bring image and modules in parts.
+    let depends = apt.run("apt-cache", &["depends", "--no-recommends", "--no-suggests", package])?;
+    let parts = depends.split_whitespace().filter(|word| word.starts_with("linux-") && word.ends_with(&format!("-{release}")));
+    let debs = beside.join("debs");
+    fs::create_dir_all(&debs)?;
+    for part in [package].into_iter().chain(parts) {
+        apt.command("apt-get", &["download", "-qq", part]).current_dir(&debs).output().context("start apt-get")?;
+    }
+    let root = beside.join("root");
+    for deb in fs::read_dir(&debs)?.flatten() {
+        said(Command::new("dpkg-deb").arg("-x").arg(deb.path()).arg(&root))?;
+    }
+    let modules = |place: &str| root.join(place).join(release);
+    let found = ["lib/modules", "usr/lib/modules"].into_iter().map(modules).find(|path| path.join("kernel").is_dir());
+    let found = found.with_context(|| format!("{package} has no modules"))?;
+    let images = [root.join("boot").join(format!("vmlinuz-{release}")), found.join("vmlinuz")];
+    let image = images.iter().find(|path| path.is_file()).with_context(|| format!("{package} has no image"))?;
+    let done = beside.join("done");
+    fs::create_dir_all(done.join("lib/modules"))?;
+    fs::rename(image, done.join("vmlinuz"))?;
+    fs::rename(&found, done.join("lib/modules").join(release))?;
+    let _ = fs::remove_dir_all(folder);
+    fs::rename(&done, folder)?;
+    find(folder).context("what was unpacked is not there")
+}
+
+/// The numbers in a name: 6.12.117 is newer than 6.12.99.
+fn numbers(name: &str) -> Vec<u64> {
+    name.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Archive {
+    Main,
+    Security,
+}
+
+/// Where this machine gets Debian packages from.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Mirrors {
+    main: Option<String>,
+    security: Option<String>,
+}
+
+impl Mirrors {
+    fn of(&self, archive: Archive) -> Result<&str> {
+        let (found, what) = match archive {
+            Archive::Main => (&self.main, "Debian's archive"),
+            Archive::Security => (&self.security, "Debian's security updates"),
+        };
+        found.as_deref().with_context(|| format!("this machine's apt does not know {what}"))
+    }
+}
+
+fn mirrors() -> Result<Mirrors> {
+    let mut files = vec![PathBuf::from("/etc/apt/sources.list")];
+    files.extend(fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten().flatten().map(|e| e.path()));
+    let texts = files.iter().filter_map(|file| fs::read_to_string(file).ok());
+    let mirrors = mirrors_in(&texts.collect::<Vec<_>>().join("\n"));
+    ensure!(mirrors != Mirrors::default(), "this machine's apt knows no Debian archive");
+    Ok(mirrors)
+}
+
+/// From apt's source files, of the old form and the new: addresses that end as every Debian mirror's do.
+fn mirrors_in(text: &str) -> Mirrors {
+    let mut mirrors = Mirrors::default();
+    for line in text.lines().filter(|line| line.starts_with("URIs:") || line.starts_with("deb ")) {
+        for word in line.split_whitespace().filter(|word| word.contains("://")) {
+            let place = match word.trim_end_matches('/').rsplit('/').next() {
+                Some("debian") => &mut mirrors.main,
+                Some("debian-security") => &mut mirrors.security,
+                _ => continue,
+            };
+            place.get_or_insert_with(|| word.to_owned());
+        }
+    }
+    mirrors
+}
+
+/// Apt with sources, lists and cache of its own.
+struct Apt {
+    options: Vec<String>,
+}
+
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+impl Apt {
+    fn new(dir: &Path, mirror: &str, suites: &str) -> Result<Self> {
+        for sub in ["lists/partial", "cache/archives/partial"] {
+            fs::create_dir_all(dir.join(sub))?;
+        }
+        let source = dir.join("kernel.sources");
+        let signed = if Path::new(KEYRING).is_file() { format!("Signed-By: {KEYRING}\n") } else { String::new() };
+        fs::write(&source, format!("Types: deb\nURIs: {mirror}\nSuites: {suites}\nComponents: main\n{signed}"))?;
+        let dir = dir.display();
+        let settings = [
+            format!("Dir::Etc::sourcelist={}", source.display()),
+            "Dir::Etc::sourceparts=-".to_owned(),
+            format!("Dir::State::lists={dir}/lists"),
+            format!("Dir::Cache={dir}/cache"),
+            "Acquire::Languages=none".to_owned(),
+            // Else lists that cannot be had are a warning.
+            "APT::Update::Error-Mode=any".to_owned(),
+            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
+            // The cache is in somebody's home, where apt's own user may not go.
+            "APT::Sandbox::User=root".to_owned(),
+        ];
+        Ok(Self { options: settings.into_iter().flat_map(|setting| ["-o".to_owned(), setting]).collect() })
+    }
+
+    fn command(&self, program: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program);
+        command.args(&self.options).args(arguments);
+        command
+    }
+
+    fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        said(&mut self.command(program, arguments))
+    }
+}
+
+/// Runs a command and gives its output.
+fn said(command: &mut Command) -> Result<String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let done = command.output().with_context(|| format!("start {program}"))?;
+    let error = String::from_utf8_lossy(&done.stderr);
+    ensure!(done.status.success(), "{program}: {}", error.lines().next().unwrap_or("no word why"));
+    Ok(String::from_utf8_lossy(&done.stdout).into_owned())
+}
+
+// === The machine ===
+
+/// What the lab, its tests and the agent call.
+const PROGRAMS: [&str; 42] = [
+    "sh",
+    "cat",
+    "cp",
+    "grep",
+    "head",
+    "ls",
+    "mkdir",
+    "rm",
+    "rmdir",
+    "sed",
+    "setsid",
+    "sleep",
+    "sort",
+    "tr",
+    "true",
+    "uname",
+    "dmesg",
+    "mount",
+    "umount",
+    "nsenter",
+    "unshare",
+    "modprobe",
+    "sysctl",
+    "ip",
+    "tc",
+    "bridge",
+    "nft",
+    "conntrack",
+    "wg",
+    "bpftool",
+    "ethtool",
+    "ping",
+    "tcpdump",
+    "find",
+    "stat",
+    "chmod",
+    "ln",
+    "mv",
+    "touch",
+    "wc",
+    "tail",
+    "awk",
+];
+
+fn boot(series: Series, kernel: &Kernel) -> Result<Outcome> {
+    println!("packing {} with the lab's programs", kernel.release);
+    let folder = workspace().join("target/vm").join(series.name());
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir_all(&folder)?;
+    let initramfs = folder.join("initramfs");
+    image(kernel, &folder)?.write(&initramfs)?;
+    let console = folder.join("console.log");
+    // Environment of the first process, and so of all.
+    let words = ["RAVEN_TEST_PATIENCE=4".to_owned(), "NO_COLOR=1".to_owned()].to_vec();
+    let machine = Machine { kernel: kernel.clone(), initramfs, words, deadline: DEADLINE, console };
+    let mut summary = Summary::default();
+    let ended = machine.run(|line| {
+        println!("  {line}");
+        summary.take(line);
+    })?;
+    println!("the whole console: {}", machine.console.display());
+    let Summary { release: Some(release), counts: Some((passed, failed)), complaint: None } = summary else {
+        bail!("{}", summary.complaint.unwrap_or_else(|| "the console has no result: the tests did not come to their end".to_owned()));
+    };
+    println!("kernel: {release}");
+    println!("{passed} passed, {failed} failed");
+    Ok(Outcome::Ran { release, passed, failed, seconds: ended.elapsed.as_secs(), accelerator: ended.accelerator })
+}
+
+fn image(kernel: &Kernel, folder: &Path) -> Result<Image> {
+    let mut image = Image::new();
+    for name in PROGRAMS {
+        let program = setup::on_path(name).with_context(|| format!("{name} is not on this machine"))?;
+        image.program(Path::new("usr/bin").join(name), &program)?;
+    }
+    // The kernel calls it by this name to load a module.
+    let modprobe = setup::on_path("modprobe").context("modprobe (kmod) is not on this machine")?;
+    image.program("usr/sbin/modprobe", &modprobe)?;
+    let beside = env::current_exe()?.parent().context("xtask lies in a folder")?.to_owned();
+    for (path, name) in [("init", "raven-vm-tests"), ("raven/raven-agent", "raven-agent")] {
+        // Without debug information, of which the machine would hold two copies in memory.
+        let stripped = folder.join(name);
+        said(Command::new("strip").arg("-o").arg(&stripped).arg(beside.join(name)))?;
+        image.program(path, &stripped)?;
+    }
+    image.modules(kernel, &folder.join("modules"))?;
+    Ok(image)
+}
+
+/// What the console tells of the end.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Summary {
+    release: Option<String>,
+    counts: Option<(u32, u32)>,
+    complaint: Option<String>,
+}
+
+impl Summary {
+    fn take(&mut self, line: &str) {
+        if let Some(release) = line.strip_prefix("kernel: ") {
+            self.release = Some(release.to_owned());
+        }
+        self.counts = counts(line).or(self.counts);
+        if line.contains("Kernel panic") || line.contains("Oops:") || line.contains("BUG:") {
+            self.complaint.get_or_insert_with(|| line.to_owned());
+        }
+    }
+}
+
+/// `N passed, M failed`, and nothing else on the line.
+fn counts(line: &str) -> Option<(u32, u32)> {
+    let (passed, failed) = line.split_once(" passed, ")?;
+    Some((passed.parse().ok()?, failed.strip_suffix(" failed")?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packages_of_a_series_are_known_by_their_names() {
+        for (package, series) in [
+            ("linux-image-5.10.0-46-cloud-amd64", Some(Series::V5_10)),
+            ("linux-image-6.1.0-56-cloud-amd64", Some(Series::V6_1)),
+            ("linux-image-6.12.117+deb12-cloud-amd64", Some(Series::V6_12)),
+            ("linux-image-7.2.13+deb14-cloud-amd64", None),
+            ("linux-image-6.12-cloud-amd64", None),
+            ("linux-image-6.12.117+deb12-cloud-amd64-unsigned", None),
+            ("linux-image-6.12.117+deb12-amd64", None),
+        ] {
+            for each in [Series::V5_10, Series::V6_1, Series::V6_12] {
+                assert_eq!(each.matches(package), Some(each) == series, "{package} {each}");
+            }
+        }
+        assert!(Series::Newest.matches("linux-image-7.2.13+deb14-cloud-amd64"));
+        assert!(!Series::Newest.matches("linux-image-cloud-amd64"));
+        let names = ["linux-image-6.12.99+deb12-cloud-amd64", "linux-image-6.12.117+deb12-cloud-amd64"];
+        assert_eq!(names.iter().max_by_key(|name| numbers(name)), Some(&names[1]));
+    }
+
+    #[test]
+    fn mirrors_are_found_in_both_forms_of_apts_sources() {
+        let new = "Types: deb\nURIs: http://mirror.test/debian\nSuites: x\n\nURIs: http://mirror.test/debian-security/\n";
+        let old =
+            "# deb http://no.test/debian x main\ndeb [arch=amd64] https://old.test/debian/ x main\ndeb https://other.test/things x main\n";
+        let (main, security) = (Some("http://mirror.test/debian".to_owned()), Some("http://mirror.test/debian-security/".to_owned()));
+        assert_eq!(mirrors_in(new), Mirrors { main, security });
+        assert_eq!(mirrors_in(old), Mirrors { main: Some("https://old.test/debian/".to_owned()), security: None });
+    }
+
+    #[test]
+    fn only_a_whole_line_is_a_result_and_a_panic_is_never_one() {
+        let mut summary = Summary::default();
+        for line in ["kernel: 5.10.0-46-cloud-amd64", "ok x: 3 passed, 0 failed", "12 passed, 1 failed"] {
+            summary.take(line);
+        }
+        assert_eq!((summary.release.as_deref(), summary.counts), (Some("5.10.0-46-cloud-amd64"), Some((12, 1))));
+        summary.take("[   12.1] Kernel panic - not syncing: Fatal exception");
+        assert!(summary.complaint.is_some());
+    }
+}
