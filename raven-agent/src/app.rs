@@ -69,7 +69,7 @@ pub async fn run(config: Run) -> Result<()> {
     tokio::spawn(drops.clone().read());
     tokio::spawn(observe::admin::serve(config.metric_bind_addr, latest.clone(), drops.clone()));
     tokio::spawn(observe::admin::serve(config.health_probe_addr, latest, drops));
-    let work = Loop { reconciler, inputs: inputs_seen, kernel_events, snapshot: config.state_dir.join(names::SNAPSHOT_FILE), reports };
+    let work = Loop { reconciler, feed: Feed::new(inputs_seen), kernel_events, snapshot: config.state_dir.join(names::SNAPSHOT_FILE), reports };
     tokio::select! {
         () = work.run() => Ok(()),
         result = stop() => result,
@@ -131,7 +131,7 @@ fn last_topology(config: &Run) -> Option<Inputs> {
 
 struct Loop<S> {
     reconciler: Reconciler,
-    inputs: watch::Receiver<Option<Inputs>>,
+    feed: Feed,
     kernel_events: S,
     snapshot: PathBuf,
     reports: watch::Sender<observe::Latest>,
@@ -144,11 +144,8 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
         let mut said = Vec::new();
         // Most runs come without new inputs (the kernel changed, or nothing did): what follows from the inputs alone is kept.
         let mut known: Option<Known> = None;
-        self.inputs.mark_changed();
         loop {
-            if self.inputs.has_changed().unwrap_or(known.is_none())
-                && let Some(inputs) = self.inputs.borrow_and_update().clone()
-            {
+            if let Some(inputs) = self.feed.take() {
                 known = Some(Known { topology: build(&inputs), inputs, saved: false });
             }
             if let Some(known) = &mut known {
@@ -158,7 +155,7 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
                 self.reports.send_replace(Some((report, self.reconciler.tunnel())));
             }
             tokio::select! {
-                changed = self.inputs.changed() => if changed.is_err() { std::future::pending::<()>().await },
+                () = self.feed.changed() => {}
                 Some(()) = self.kernel_events.next() => {}
                 _ = resync.tick() => {}
             }
@@ -184,6 +181,34 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
     fn save(&self, inputs: &Inputs) -> std::io::Result<()> {
         let same = snapshot::load(&self.snapshot).ok().flatten().as_ref() == Some(&snapshot::lean(inputs));
         if same { Ok(()) } else { snapshot::save(&self.snapshot, inputs) }
+    }
+}
+
+/// The inputs, each taken once.
+///
+/// To wait for a change of a `watch` channel is to have seen it, so `has_changed` says no right after: what was waited for is
+/// remembered here until it is taken.
+struct Feed {
+    inputs: watch::Receiver<Option<Inputs>>,
+    fresh: bool,
+}
+
+impl Feed {
+    fn new(inputs: watch::Receiver<Option<Inputs>>) -> Self {
+        Self { inputs, fresh: true }
+    }
+
+    /// Inputs that nobody has taken yet.
+    fn take(&mut self) -> Option<Inputs> {
+        std::mem::take(&mut self.fresh).then(|| self.inputs.borrow_and_update().clone()).flatten()
+    }
+
+    /// Waits for other inputs; for ever where nobody watches any more.
+    async fn changed(&mut self) {
+        match self.inputs.changed().await {
+            Ok(()) => self.fresh = true,
+            Err(_) => std::future::pending().await,
+        }
     }
 }
 
@@ -215,5 +240,22 @@ fn say(report: &Arc<Report>, said: &mut Vec<String>) {
             peers = report.plan.state.peers.len(),
             "the dataplane is as planned"
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn inputs_that_were_waited_for_are_taken_once() {
+        let (sender, receiver) = watch::channel(None);
+        let mut feed = Feed::new(receiver);
+        assert_eq!(feed.take(), None, "there are none yet");
+        let inputs = Inputs { gateways: vec![raven_api::Gateway::new("cloud", Default::default())], ..Inputs::default() };
+        sender.send_replace(Some(inputs.clone()));
+        feed.changed().await;
+        assert_eq!(feed.take(), Some(inputs));
+        assert_eq!(feed.take(), None, "taken already");
     }
 }
