@@ -24,7 +24,9 @@ use crate::{
     bpf::probe,
     config::Run,
     link::Links,
-    names, observe, snapshot,
+    names, observe,
+    proxy::{self, Proxy, stats::Stats},
+    snapshot,
     topology::{Inputs, Topology, build},
     tunnel, watch as api_watch,
 };
@@ -60,16 +62,33 @@ pub async fn run(config: Run) -> Result<()> {
 
     let (inputs, inputs_seen) = watch::channel(last_topology(&config));
     let (reports, latest) = watch::channel(None);
+    let (orders, proxied, stats) = (watch::Sender::default(), watch::Sender::new(None), Stats::default());
+    let proxy = proxy::Settings {
+        node: config.node_name.clone(),
+        state: config.state_dir.clone(),
+        secure: config.proxy_internal_secure_addr,
+        insecure: config.proxy_internal_insecure_addr,
+    };
+    let proxy = Proxy::new(proxy, client.clone(), orders.subscribe(), proxied.clone(), stats.clone());
+    tokio::spawn(proxy.run());
     if let Some(client) = client {
         let (watched, namespace, inputs) = (client.clone(), config.namespace.clone(), inputs.clone());
         tokio::spawn(async move { api_watch::run(watched, &namespace, inputs).await });
-        tokio::spawn(observe::publish(client, config.node_name.clone(), latest.clone()));
+        tokio::spawn(observe::publish(client, config.node_name.clone(), latest.clone(), proxied.subscribe()));
     }
     let drops = observe::Drops::default();
     tokio::spawn(drops.clone().read());
-    tokio::spawn(observe::admin::serve(config.metric_bind_addr, latest.clone(), drops.clone()));
-    tokio::spawn(observe::admin::serve(config.health_probe_addr, latest, drops));
-    let work = Loop { reconciler, feed: Feed::new(inputs_seen), kernel_events, snapshot: config.state_dir.join(names::SNAPSHOT_FILE), reports };
+    tokio::spawn(observe::admin::serve(config.metric_bind_addr, latest.clone(), drops.clone(), stats.clone()));
+    tokio::spawn(observe::admin::serve(config.health_probe_addr, latest, drops, stats));
+    let work = Loop {
+        node: config.node_name.clone(),
+        reconciler,
+        feed: Feed::new(inputs_seen),
+        kernel_events,
+        snapshot: config.state_dir.join(names::SNAPSHOT_FILE),
+        reports,
+        orders,
+    };
     tokio::select! {
         () = work.run() => Ok(()),
         result = stop() => result,
@@ -130,11 +149,13 @@ fn last_topology(config: &Run) -> Option<Inputs> {
 }
 
 struct Loop<S> {
+    node: String,
     reconciler: Reconciler,
     feed: Feed,
     kernel_events: S,
     snapshot: PathBuf,
     reports: watch::Sender<observe::Latest>,
+    orders: watch::Sender<proxy::Orders>,
 }
 
 impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
@@ -146,7 +167,9 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
         let mut known: Option<Known> = None;
         loop {
             if let Some(inputs) = self.feed.take() {
-                known = Some(Known { topology: build(&inputs), inputs, saved: false });
+                let topology = build(&inputs);
+                self.orders.send_replace((Arc::new(proxy::plan::plan(&topology, &self.node)), topology.proxy_ca.clone()));
+                known = Some(Known { topology, inputs, saved: false });
             }
             if let Some(known) = &mut known {
                 self.keep(known);

@@ -79,11 +79,17 @@ pub struct Run {
     #[arg(long = "protected-cidr")]
     pub protected: Vec<IpNet>,
     /// Address of the metrics server.
-    #[arg(long, default_value = ":10265", value_parser = listen_address)]
+    #[arg(long, env = "METRIC_BIND_ADDR", default_value = ":10265", value_parser = listen_address)]
     pub metric_bind_addr: SocketAddr,
     /// Address of /healthz and /readyz.
     #[arg(long, default_value = ":10275", value_parser = listen_address)]
     pub health_probe_addr: SocketAddr,
+    /// Where a cloud gateway node takes requests over TLS to kubelets; other TLS ports are beside it.
+    #[arg(long, env = "PROXY_INTERNAL_SECURE_ADDR", default_value = ":10263", value_parser = listen_address)]
+    pub proxy_internal_secure_addr: SocketAddr,
+    /// Where a cloud gateway node takes requests in plain HTTP.
+    #[arg(long, env = "PROXY_INTERNAL_INSECURE_ADDR", default_value = ":10264", value_parser = listen_address)]
+    pub proxy_internal_insecure_addr: SocketAddr,
     /// How to attach TC programs.
     #[arg(long, value_enum, default_value = "auto")]
     pub tc_attach: TcAttach,
@@ -129,10 +135,6 @@ pub struct Upstream {
     #[arg(long, hide = true)]
     proxy_metric_bind_addr: Option<String>,
     #[arg(long, hide = true)]
-    proxy_internal_secure_addr: Option<String>,
-    #[arg(long, hide = true)]
-    proxy_internal_insecure_addr: Option<String>,
-    #[arg(long, hide = true)]
     proxy_external_addr: Option<String>,
     #[arg(long, hide = true)]
     server_cert_dns_names: Option<String>,
@@ -145,7 +147,7 @@ impl Upstream {
     pub fn warnings(&self) -> Vec<String> {
         let routes = "routes and rules are watched all the time and put back at once";
         let driver = (self.vpn_driver.as_deref() != Some("wireguard")).then_some(self.vpn_driver.as_ref()).flatten();
-        let later = "the L7 proxy is not part of this version";
+        let names = "the proxy's certificate is for the addresses of the Gateway's status";
         let given = [
             ("vpn-driver", driver, "the tunnel is WireGuard"),
             ("vpn-bind-port", self.vpn_bind_port.as_ref(), "the port is the Gateway's spec.endpoints[].port"),
@@ -155,12 +157,10 @@ impl Upstream {
             ("keep-alive-timeout", self.keep_alive_timeout.as_ref(), "WireGuard has its own timers"),
             ("sync-raven-rules", self.sync_raven_rules.as_ref(), routes),
             ("sync-raven-rules-period", self.sync_raven_rules_period.as_ref(), routes),
-            ("proxy-metric-bind-addr", self.proxy_metric_bind_addr.as_ref(), later),
-            ("proxy-internal-secure-addr", self.proxy_internal_secure_addr.as_ref(), later),
-            ("proxy-internal-insecure-addr", self.proxy_internal_insecure_addr.as_ref(), later),
-            ("proxy-external-addr", self.proxy_external_addr.as_ref(), later),
-            ("server-cert-dns-names", self.server_cert_dns_names.as_ref(), later),
-            ("server-cert-ips", self.server_cert_ips.as_ref(), later),
+            ("proxy-metric-bind-addr", self.proxy_metric_bind_addr.as_ref(), "the proxy's metrics are those of --metric-bind-addr"),
+            ("proxy-external-addr", self.proxy_external_addr.as_ref(), "the port is the Gateway's spec.endpoints[].port"),
+            ("server-cert-dns-names", self.server_cert_dns_names.as_ref(), names),
+            ("server-cert-ips", self.server_cert_ips.as_ref(), names),
         ];
         given
             .iter()

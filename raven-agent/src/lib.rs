@@ -1,7 +1,7 @@
 //! The agent: one per node. `watch → topology → plan → diff → apply → observe`, each a module, in that order; a library
 //! with a thin `main.rs`, so that tests and benchmarks can link it.
 //!
-//! Pure: [`topology`], [`plan`], [`diff`]. Drivers, called by [`apply`] alone: [`bpf`], [`link`], [`tunnel`],
+//! [`proxy`] is the L7 half, which follows the same topology. Pure: [`topology`], [`plan`], [`diff`]. Drivers, called by [`apply`] alone: [`bpf`], [`link`], [`tunnel`],
 //! [`netfilter`]. Around them: [`snapshot`] (the last topology on disk), [`surroundings`] (what is not ours and in the way), [`observe`], [`cleanup`], [`config`], [`names`].
 
 #![forbid(unsafe_code)]
@@ -17,6 +17,7 @@ pub mod names;
 pub mod netfilter;
 pub mod observe;
 pub mod plan;
+pub mod proxy;
 pub mod snapshot;
 pub mod surroundings;
 pub mod topology;

@@ -6,4 +6,4 @@ mod metrics;
 mod publish;
 
 pub use drops::Drops;
-pub use publish::{Latest, run as publish};
+pub use publish::{Latest, Proxied, run as publish};

@@ -167,8 +167,10 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
 /// Prefixes that no Gateway may claim on this node: what `me` knows, the pool's own nodes, and every tunnel endpoint.
 fn guard(topology: &Topology, pool: &Pool, me: &Me) -> BTreeSet<IpNet> {
     let endpoints = topology.pools.values().flat_map(|p| p.gateways.values()).filter_map(|g| g.dial).map(|d| IpNet::from(d.ip()));
+    let proxies = topology.pools.values().flat_map(|p| p.proxies.values()).filter_map(|p| p.dial.as_ref());
+    let proxies = proxies.filter_map(|(host, _)| host.parse().ok()).map(|ip: IpAddr| IpNet::from(ip));
     let nodes = pool.members.values().map(|m| IpNet::from(IpAddr::V4(m.outer)));
-    me.protected.iter().copied().chain(endpoints).chain(nodes).collect()
+    me.protected.iter().copied().chain(endpoints).chain(proxies).chain(nodes).collect()
 }
 
 fn stranger(topology: &Topology, me: &Me) -> Vec<String> {

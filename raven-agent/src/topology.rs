@@ -13,6 +13,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use raven_api::proxy::Ports;
 
 pub use self::{
     build::{Inputs, build},
@@ -29,6 +30,10 @@ pub struct Topology {
     pub problems: Vec<String>,
     /// Cluster-wide settings.
     pub settings: Settings,
+    /// Ports of nodes that the L7 path reaches.
+    pub ports: Ports,
+    /// Certificates (PEM) of the CA that signs the proxies' certificates; empty until the controller has published one.
+    pub proxy_ca: String,
 }
 
 /// The nodes of one Gateway.
@@ -40,6 +45,8 @@ pub struct Pool {
     pub members: BTreeMap<String, Member>,
     /// Elected gateway nodes of the tunnel, by node name.
     pub gateways: BTreeMap<String, GatewayPeer>,
+    /// Elected gateway nodes of the L7 proxy, by node name.
+    pub proxies: BTreeMap<String, ProxyPeer>,
 }
 
 /// One node of a pool.
@@ -59,6 +66,15 @@ pub struct GatewayPeer {
     /// Where others reach it; `None`: nobody can dial it, it dials.
     pub dial: Option<SocketAddr>,
     /// UDP port that its tunnel listens on.
+    pub port: u16,
+}
+
+/// An elected gateway node of the L7 proxy.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProxyPeer {
+    /// Host (address or name) and TCP port where others dial it; `None`: nobody can, it dials.
+    pub dial: Option<(String, u16)>,
+    /// TCP port that it listens on.
     pub port: u16,
 }
 

@@ -1,16 +1,22 @@
-//! Watches Gateways, GatewayNodes and the two ConfigMaps; gives the latest [`Inputs`], coalesced, once all lists are complete.
+//! Watches Gateways, GatewayNodes and three ConfigMaps; gives the latest [`Inputs`], coalesced, once all lists are complete.
 //!
 //! Never Nodes or Pods: what ten thousand agents cost the API server stays small.
 
 use std::{fmt::Debug, time::Duration};
 
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{
+    StreamExt, TryStreamExt,
+    stream::{self, BoxStream},
+};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{
     Api, Client, Resource,
     runtime::{WatchStreamExt, reflector, watcher},
 };
-use raven_api::{Gateway, GatewayNode};
+use raven_api::{
+    Gateway, GatewayNode,
+    proxy::{CA_KEY, CA_NAME},
+};
 use serde::de::DeserializeOwned;
 use tokio::{
     sync::watch,
@@ -38,9 +44,10 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
     let (gateways, a) = reflected("Gateways", Api::<Gateway>::all(client.clone()), all());
     let (nodes, b) = reflected("GatewayNodes", Api::<GatewayNode>::all(client), all());
     let (switches, c) = reflected(SWITCHES, configs.clone(), named(SWITCHES));
-    let (agent, d) = reflected(AGENT_CONFIG, configs, named(AGENT_CONFIG));
-    let mut waiting = vec!["Gateways", "GatewayNodes", SWITCHES, AGENT_CONFIG];
-    let mut events = stream::select(stream::select(a, b), stream::select(c, d));
+    let (agent, d) = reflected(AGENT_CONFIG, configs.clone(), named(AGENT_CONFIG));
+    let (ca, e) = reflected(CA_NAME, configs, named(CA_NAME));
+    let mut waiting = vec!["Gateways", "GatewayNodes", SWITCHES, AGENT_CONFIG, CA_NAME];
+    let mut events = stream::select_all([a, b, c, d, e]);
     while let Some(seen) = events.next().await {
         waiting.retain(|list| Some(*list) != seen);
         if !waiting.is_empty() {
@@ -55,6 +62,7 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
             gateways: gateways.state().iter().map(|g| (**g).clone()).collect(),
             gateway_nodes: nodes.state().iter().map(|n| (**n).clone()).collect(),
             settings: Settings::parse(&data(&switches), &data(&agent)),
+            proxy_ca: data(&ca).remove(CA_KEY).unwrap_or_default(),
         });
         latest.send_if_modified(|have| {
             let changed = have.as_ref() != Some(&inputs);
@@ -66,7 +74,7 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
     }
 }
 
-fn reflected<K>(what: &'static str, api: Api<K>, config: watcher::Config) -> (reflector::Store<K>, impl stream::Stream<Item = Seen> + Unpin)
+fn reflected<K>(what: &'static str, api: Api<K>, config: watcher::Config) -> (reflector::Store<K>, BoxStream<'static, Seen>)
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
 {

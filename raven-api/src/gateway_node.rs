@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
     printcolumn = r#"{"name":"WireGuard","type":"string","jsonPath":".status.wireguardBackend","description":"kernel, or userspace where the kernel has none"}"#,
     printcolumn = r#"{"name":"Tier","type":"string","jsonPath":".status.dataplaneTier","description":"how packets enter the tunnel"}"#,
     printcolumn = r#"{"name":"Peers","type":"string","jsonPath":".status.peerSummary","description":"peers with a live session / all"}"#,
+    printcolumn = r#"{"name":"Proxy","type":"boolean","jsonPath":".status.proxy.ready","description":"the L7 proxy is ready"}"#,
     printcolumn = r#"{"name":"Ready","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].status"}"#,
     printcolumn = r#"{"name":"Message","type":"string","jsonPath":".status.conditions[?(@.type==\"Ready\")].message","priority":1}"#,
     printcolumn = r#"{"name":"Version","type":"string","jsonPath":".spec.version","priority":1}"#,
@@ -66,9 +67,26 @@ pub struct GatewayNodeStatus {
     /// The tunnel's peers, sorted by node name.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<PeerStatus>,
+    /// The L7 proxy of this node, where it was elected for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<ProxyStatus>,
     /// What works and what does not, in words.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
+}
+
+/// The L7 proxy of a gateway node.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct ProxyStatus {
+    /// In the cloud: it listens, with a certificate. At an edge: it has a tunnel to a cloud gateway node. Services lead to ready ones only.
+    pub ready: bool,
+    /// Why it is not, or who it has tunnels with.
+    #[serde(default)]
+    pub message: String,
+    /// Nodes at the other end of its tunnels, sorted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tunnels: Vec<String>,
 }
 
 /// One WireGuard peer as the node sees it.

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use crate::apply::Writer;
 use crate::config::{Config, Listen};
 use crate::lead::Elector;
+use crate::proxy::{self, grant::Granter, publish::Publisher};
 use crate::reconcile::Reconciler;
 use crate::watch::Settings;
 use crate::webhook::keep::Keeper;
@@ -78,6 +79,9 @@ pub async fn run(config: Config, client: Client, stop: CancellationToken) -> Res
     let (updates_tx, updates) = mpsc::channel(UPDATES);
     let (elector, mandate) = Elector::new(client.clone(), &config.namespace, &config.lease_name, &identity);
     let writer = Writer::new(client.clone(), &identity, mandate.clone());
+    let (cluster, changes) = proxy::follow::follow(client.clone(), &config.namespace);
+    let granter = Granter::new(client.clone(), config.namespace.clone(), cluster.clone(), mandate.clone(), &identity);
+    let publisher = Publisher::new(client.clone(), config.namespace.clone(), cluster, changes, mandate.clone());
     let settings = Settings { rules: config.auto_gateways, services: config.service_cidr.clone() };
     let reconciler = Reconciler::new(settings, writer, updates, mandate.clone(), ready_tx);
     tracing::info!(%identity, namespace = %config.namespace, lease = %config.lease_name, auto_gateways = config.auto_gateways, health = %config.health_probe_addr, "start");
@@ -93,6 +97,8 @@ pub async fn run(config: Config, client: Client, stop: CancellationToken) -> Res
     }
     parts.spawn("health", health::serve(listener, ready, stop.clone()));
     parts.spawn("reconciler", reconciler.run(stop.clone()));
+    parts.spawn("certificates of proxies", granter.run());
+    parts.spawn("services of proxies", publisher.run());
     parts.spawn("gateways", follow::follow_gateways(client.clone(), updates_tx.clone()));
     parts.spawn("nodes", follow::follow_nodes(client.clone(), updates_tx.clone()));
     parts.spawn("switches", follow::follow_switches(client.clone(), config.namespace.clone(), updates_tx.clone()));

@@ -1,7 +1,7 @@
 //! The benchmarks behind `cargo xtask bench`: ratios against a baseline that is measured in the same run.
 //!
-//! [`transit`] measures a gateway node's hop by itself ([`hop`] is its set-up), [`planning`] what `plan()` costs, [`memory`]
-//! what the programs keep resident.
+//! [`transit`] measures a gateway node's hop by itself ([`hop`] is its set-up), [`tunnel`] two gateway nodes end to end, [`planning`]
+//! what `plan()` costs, [`memory`] what the programs keep resident.
 
 #![forbid(unsafe_code)]
 
@@ -9,6 +9,7 @@ mod hop;
 mod memory;
 mod planning;
 mod transit;
+mod tunnel;
 
 use std::path::PathBuf;
 
@@ -39,6 +40,12 @@ enum Command {
         #[arg(long, default_value_t = 5)]
         runs: usize,
     },
+    /// Throughput between two gateway nodes, against bare WireGuard between the same two.
+    Tunnel {
+        /// How often each way is measured, in turn; the median counts.
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+    },
     /// What `plan()` costs, at 100, 1,000 and 10,000 nodes.
     Plan,
     /// What agent and controller keep resident.
@@ -50,6 +57,7 @@ fn main() -> Result<()> {
     let _ = arguments.bench;
     match arguments.command {
         Command::Transit { object, runs } => transit::run(&object, runs, arguments.json),
+        Command::Tunnel { runs } => tunnel::run(runs, arguments.json),
         Command::Plan => planning::run(arguments.json),
         Command::Memory => memory::run(arguments.json),
     }

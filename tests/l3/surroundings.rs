@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use kube::Api;
 use raven_api::GatewayNode;
-use raven_tests::{eventually, privileged};
+use raven_tests::{Lab, agent::binary, eventually, privileged, probe::Echo, proof};
 
 use crate::Running;
 
@@ -51,4 +51,59 @@ async fn what_stops_packets_is_named_with_the_remedy_and_forgotten_when_it_is_go
 
     running.on("x-a", "sysctl -qw net.ipv4.ip_forward=0");
     running.says("forwarding is named", |s, m| s == "False" && m.contains("net.ipv4.ip_forward=1")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strict_source_checks_of_the_node_stop_nothing() {
+    if !privileged("strict_source_checks_of_the_node_stop_nothing") {
+        return;
+    }
+    let running = Running::start().await.expect("the lab starts");
+    for node in ["x-a", "x-b", "cloud-a", "cloud-b"] {
+        // As hardened systems have it: `all`, and what devices that come later inherit.
+        running.on(node, "for name in all default eth0 cni0; do sysctl -qw net.ipv4.conf.$name.rp_filter=1; done");
+    }
+    let (cloud, edge) = (running.lab.pool("cloud").clone(), running.lab.pool("edge-x").clone());
+    running.check(proof::reach(&running.lab, &cloud, &edge, 0).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_port_that_is_taken_is_named_and_used_as_soon_as_it_is_free() {
+    if !privileged("a_port_that_is_taken_is_named_and_used_as_soon_as_it_is_free") {
+        return;
+    }
+    let mut running = Running::start().await.expect("the lab starts");
+    let node = running.lab.node("x-a").clone();
+    for (port, word) in [(4472, "raven0"), (4500, "raven-wg0")] {
+        running.agent("x-a").kill().expect("the agent dies");
+        running.check(running.lab.agent_command("x-a", &["cleanup", "--keep-state"]));
+        let taken = Echo::on(&node.ns, ([0, 0, 0, 0], port).into()).expect("somebody takes the port");
+        running.agent("x-a").restart().expect("the agent starts");
+        let what = format!("UDP {port} is named");
+        running.says(&what, |status, message| status == "False" && message.contains(&port.to_string()) && message.contains(word)).await;
+        drop(taken);
+        running.says("all is well again", |status, _| status == "True").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_cannot_work_here_says_what_it_lacks_and_ends() {
+    if !privileged("an_agent_that_cannot_work_here_says_what_it_lacks_and_ends") {
+        return;
+    }
+    let lab = Lab::builder().without_kubernetes().up().await.expect("the lab starts");
+    let agent = binary("raven-agent").expect("the agent is built");
+    let agent = agent.to_string_lossy();
+    let said = |script: &str| {
+        let done = lab.node("x-a").ns.command("sh").args(["-c", script]).output().expect("sh starts");
+        assert!(!done.status.success(), "{script} ends with an error");
+        String::from_utf8_lossy(&done.stderr).into_owned()
+    };
+    // Not root's all: what a container has whose manifest forgot a capability.
+    let without = said(&format!("exec setpriv --bounding-set=-sys_admin,-bpf --inh-caps=-all {agent} --node-name x-a --offline"));
+    assert!(without.contains("CAP_BPF"), "{without}");
+    let no_bpffs = said(&format!("mount -t tmpfs none /sys/fs/bpf; exec {agent} --node-name x-a --offline"));
+    assert!(no_bpffs.contains("is no BPF file system") && no_bpffs.contains("mount -t bpf"), "{no_bpffs}");
+    let nameless = said(&format!("exec env -u NODE_NAME {agent} --offline"));
+    assert!(nameless.contains("--node-name"), "{nameless}");
 }

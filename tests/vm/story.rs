@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::net::IpAddr;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -10,9 +9,7 @@ use raven_common::Verdict;
 use raven_tests::agent::Agent;
 use raven_tests::probe::{self, Echo};
 use raven_tests::proof::{self, Check, FAMILIES};
-use raven_tests::{Lab, Node, eventually};
-
-use crate::topology;
+use raven_tests::{Lab, Node, eventually, kernel_log, offline as topology};
 
 /// Emulation carries little.
 const BULK: u64 = 4_000_000;
@@ -28,7 +25,7 @@ pub(crate) async fn run() -> bool {
     if let Err(error) = whole(&mut story).await {
         story.note("the tests run to their end", Err(error));
     }
-    story.note("the kernel complains of nothing", kernel_log());
+    story.note("the kernel complains of nothing", kernel_log::quiet());
     println!("kernel: {}", release());
     println!("{} passed, {} failed", story.passed, story.failed);
     story.failed == 0
@@ -258,28 +255,6 @@ async fn left(node: &Node) -> Result<String> {
         Ok("no device, rule, table, filter or link is left".to_owned())
     })
     .await
-}
-
-/// What no kernel should say.
-const COMPLAINTS: [&str; 9] = [
-    "WARNING:",
-    "BUG:",
-    "Oops",
-    "general protection fault",
-    "refcount_t:",
-    "unregister_netdevice: waiting",
-    "Call Trace:",
-    "suspicious",
-    "scheduling while atomic",
-];
-
-fn kernel_log() -> Result<String> {
-    let log = Command::new("dmesg").output().context("start dmesg")?;
-    let log = String::from_utf8_lossy(&log.stdout);
-    ensure!(log.contains("Linux version") || log.lines().count() > 20, "dmesg says nothing");
-    let complaints: Vec<&str> = log.lines().filter(|line| COMPLAINTS.iter().any(|word| line.contains(word))).collect();
-    ensure!(complaints.is_empty(), "{}", complaints.join("\n"));
-    Ok(format!("{} lines, no warning among them", log.lines().count()))
 }
 
 fn show_logs(lab: &Lab) {

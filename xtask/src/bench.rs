@@ -19,7 +19,7 @@ pub(crate) struct Bench {
     /// JSON on standard output, and nothing else.
     #[arg(long)]
     json: bool,
-    /// How often each variant of `transit` is measured.
+    /// How often each variant of `transit` and `tunnel` is measured.
     #[arg(long, default_value_t = 5)]
     runs: usize,
 }
@@ -29,6 +29,8 @@ pub(crate) struct Bench {
 enum What {
     /// A gateway node's hop, against the kernel's ways. Needs root and Linux 5.18.
     Transit,
+    /// Throughput between two gateway nodes, against bare WireGuard between the same two. Needs root.
+    Tunnel,
     /// `plan()`: time and memory at 100, 1,000 and 10,000 nodes.
     Plan,
     /// Resident memory of agent and controller. Needs root.
@@ -53,6 +55,7 @@ impl Bench {
                 let object = toolchain::object(&target_dir().join("ebpf")).with_file_name("raven-bench");
                 bench.args(["transit", "--runs", &self.runs.to_string(), "--object"]).arg(object);
             }
+            What::Tunnel => drop(bench.args(["tunnel", "--runs", &self.runs.to_string()])),
             What::Plan => drop(bench.arg("plan")),
             What::Memory => drop(bench.arg("memory")),
         }

@@ -12,6 +12,7 @@ mod build;
 mod build_ebpf;
 mod crds;
 mod demo;
+mod fuzz;
 mod kernel;
 mod lab;
 mod setup;
@@ -37,6 +38,8 @@ enum Command {
     Demo(demo::Demo),
     /// Measure, as ratios against a baseline of the same run.
     Bench(bench::Bench),
+    /// Fuzz what reads bytes from outside.
+    Fuzz(fuzz::Fuzz),
     /// Run all tests that this machine can, or one level of them.
     Test(test::Test),
     /// Write the CRD manifests into deploy/crds/ from the Rust types.
@@ -67,6 +70,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::BuildEbpf(build) => build.run(),
         Command::Demo(demo) => demo.run(),
         Command::Bench(bench) => bench.run(),
+        Command::Fuzz(fuzz) => fuzz.run(),
         Command::Test(test) => test.run(),
         Command::Crds(crds) => crds.run(),
         Command::Lab(command) => lab::run(command),

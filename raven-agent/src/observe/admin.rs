@@ -8,19 +8,20 @@ use hyper_util::rt::TokioIo;
 use tokio::{net::TcpListener, sync::watch};
 
 use super::{Drops, metrics, publish::Latest};
+use crate::proxy::stats::Stats;
 
 /// Serves all paths on `address` until the process ends. An address that is taken is logged: no reason not to forward.
-pub async fn serve(address: SocketAddr, latest: watch::Receiver<Latest>, drops: Drops) {
+pub async fn serve(address: SocketAddr, latest: watch::Receiver<Latest>, drops: Drops, proxy: Stats) {
     let listener = match bind(address).await {
         Ok(listener) => listener,
         Err(e) => return tracing::error!("listen on {address}: {e}; metrics and health are not served there"),
     };
     loop {
         let Ok((stream, _)) = listener.accept().await else { continue };
-        let (latest, drops) = (latest.clone(), drops.clone());
+        let (latest, drops, proxy) = (latest.clone(), drops.clone(), proxy.clone());
         tokio::spawn(async move {
             let service = service_fn(move |request| {
-                let response = answer(&request, &latest, &drops);
+                let response = answer(&request, &latest, &drops, &proxy);
                 async move { Ok::<_, Infallible>(response) }
             });
             // A client that goes away early is its own business.
@@ -37,7 +38,7 @@ async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     }
 }
 
-fn answer<B>(request: &Request<B>, latest: &watch::Receiver<Latest>, drops: &Drops) -> Response<Full<Bytes>> {
+fn answer<B>(request: &Request<B>, latest: &watch::Receiver<Latest>, drops: &Drops, proxy: &Stats) -> Response<Full<Bytes>> {
     let report = latest.borrow().as_ref().map(|(report, _)| report.clone());
     match request.uri().path() {
         "/healthz" => text(StatusCode::OK, "ok\n".to_owned()),
@@ -46,7 +47,7 @@ fn answer<B>(request: &Request<B>, latest: &watch::Receiver<Latest>, drops: &Dro
             Some(r) if r.failures.is_empty() => text(StatusCode::OK, "ok\n".to_owned()),
             Some(r) => text(StatusCode::SERVICE_UNAVAILABLE, r.failures.join("\n") + "\n"),
         },
-        "/metrics" => match metrics::render(report.as_deref()) {
+        "/metrics" => match metrics::render(report.as_deref(), proxy) {
             Ok(metrics) => text(StatusCode::OK, metrics),
             Err(e) => text(StatusCode::INTERNAL_SERVER_ERROR, e),
         },

@@ -9,7 +9,7 @@ use prometheus_client::{
 };
 use raven_common::tables::NO_GATEWAY;
 
-use crate::{apply::Report, bpf};
+use crate::{apply::Report, bpf, proxy::stats::Stats};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Labels {
@@ -20,8 +20,9 @@ struct Labels {
 type Counters = Family<Labels, Counter<u64, AtomicU64>>;
 
 /// The metrics in OpenMetrics text.
-pub(super) fn render(report: Option<&Report>) -> Result<String, String> {
+pub(super) fn render(report: Option<&Report>, proxy: &Stats) -> Result<String, String> {
     let mut registry = Registry::default();
+    proxy.register(&mut registry);
     let (packets, bytes) = (Counters::default(), Counters::default());
     registry.register("raven_packets", "Packets by what was done with them and the Gateway they were for or from", packets.clone());
     registry.register("raven_bytes", "Bytes of these packets", bytes.clone());

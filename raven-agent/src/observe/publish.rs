@@ -1,4 +1,4 @@
-//! The GatewayNode of this node: made when it is elected, kept up to date, removed when it is not elected any more.
+//! The GatewayNode of this node: made when it is elected (for L3, L7 or both), kept up to date, removed when it is not elected any more.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -11,7 +11,7 @@ use kube::{
 use raven_api::{
     GatewayNode, GatewayNodeStatus, MANAGER_AGENT,
     condition::{self, ConditionType, Verdict},
-    gateway_node::{GatewayNodeSpec, PeerStatus},
+    gateway_node::{GatewayNodeSpec, PeerStatus, ProxyStatus},
 };
 use tokio::sync::watch;
 
@@ -32,20 +32,25 @@ const REFRESH: Duration = Duration::from_secs(300);
 pub type Latest = Option<(Arc<Report>, Option<Tunnel>)>;
 
 /// Publishes until the process ends. A failure is logged and tried again with the next period.
-pub async fn run(client: Client, node: String, mut latest: watch::Receiver<Latest>) {
+pub async fn run(client: Client, node: String, mut latest: watch::Receiver<Latest>, mut proxy: watch::Receiver<Option<Proxied>>) {
     let mut publisher = Publisher { api: Api::all(client), node, spec: None, status: None, written: None };
     let mut period = tokio::time::interval(PERIOD);
     loop {
         tokio::select! {
             changed = latest.changed() => if changed.is_err() { return },
+            Ok(()) = proxy.changed() => {}
             _ = period.tick() => {}
         }
         let Some((report, tunnel)) = latest.borrow_and_update().clone() else { continue };
-        if let Err(e) = publisher.publish(&report, tunnel).await {
+        let proxied = proxy.borrow_and_update().clone();
+        if let Err(e) = publisher.publish(&report, tunnel, proxied).await {
             tracing::warn!("publish GatewayNode {}: {e}; trying again in {PERIOD:?}", publisher.node);
         }
     }
 }
+
+/// The L7 half's word: for which Gateway, and how it goes.
+pub type Proxied = (String, ProxyStatus);
 
 struct Publisher {
     api: Api<GatewayNode>,
@@ -59,17 +64,17 @@ struct Publisher {
 type Seen = BTreeMap<PublicKey, (Peer, Option<Duration>)>;
 
 impl Publisher {
-    async fn publish(&mut self, report: &Report, tunnel: Option<Tunnel>) -> Result<(), kube::Error> {
-        if report.plan.role != Role::Gateway {
+    async fn publish(&mut self, report: &Report, tunnel: Option<Tunnel>, proxied: Option<Proxied>) -> Result<(), kube::Error> {
+        if report.plan.role != Role::Gateway && proxied.is_none() {
             return self.withdraw().await;
         }
-        self.publish_spec(spec(report)).await?;
+        self.publish_spec(spec(report, proxied.as_ref())).await?;
         let seen: Seen = match tunnel {
             Some(tunnel) => tunnel.sessions().await.unwrap_or_default(),
             None => Seen::default(),
         };
         let old = self.status.as_ref().map(|s| s.conditions.clone()).unwrap_or_default();
-        let status = status(report, &seen, &old, Timestamp::now());
+        let status = status(report, &seen, proxied.map(|(_, proxy)| proxy), &old, Timestamp::now());
         let due = self.written.is_none_or(|t| t.elapsed() > REFRESH);
         if due || self.status.as_ref().map(without_handshakes) != Some(without_handshakes(&status)) {
             self.publish_status(status).await?;
@@ -113,12 +118,13 @@ impl Publisher {
     }
 }
 
-fn spec(report: &Report) -> GatewayNodeSpec {
+fn spec(report: &Report, proxied: Option<&Proxied>) -> GatewayNodeSpec {
     GatewayNodeSpec {
-        gateway: report.plan.pool.clone().unwrap_or_default(),
-        public_key: Some(report.public_key.to_string()),
+        gateway: report.plan.pool.clone().or_else(|| proxied.map(|(gateway, _)| gateway.clone())).unwrap_or_default(),
+        // Others make a peer of whoever has one.
+        public_key: (report.plan.role == Role::Gateway).then(|| report.public_key.to_string()),
         listen_port: report.plan.tunnel.as_ref().map(|t| i32::from(t.port)),
-        addresses: vec![report.plan.config.node.to_string()],
+        addresses: Some(report.plan.config.node).filter(|a| !a.is_unspecified()).map(|a| a.to_string()).into_iter().collect(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     }
 }
@@ -126,6 +132,7 @@ fn spec(report: &Report) -> GatewayNodeSpec {
 fn status(
     report: &Report,
     seen: &Seen,
+    proxy: Option<ProxyStatus>,
     old: &[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition],
     now: Timestamp,
 ) -> GatewayNodeStatus {
@@ -150,6 +157,7 @@ fn status(
         tunnel_mtu: report.plan.tunnel.as_ref().and_then(|t| i32::try_from(t.mtu).ok()),
         peer_summary: Some(format!("{live}/{}", seen.len())),
         peers: list,
+        proxy,
         conditions: condition::merge(old, &[verdict(report)], None, now),
     }
 }

@@ -9,10 +9,11 @@ use ipnet::IpNet;
 use raven_api::{
     Gateway, GatewayNode,
     gateway::{Endpoint, EndpointType, NodeInfo},
+    proxy::{CONFIG_HOSTNAME, Ports},
 };
 use serde::{Deserialize, Serialize};
 
-use super::{GatewayPeer, Member, Pool, PublicKey, Settings, Topology};
+use super::{GatewayPeer, Member, Pool, ProxyPeer, PublicKey, Settings, Topology};
 
 /// What the agent knows of the cluster: the objects as the API server has them. This is also the snapshot on disk.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -27,6 +28,9 @@ pub struct Inputs {
     /// Cluster-wide settings.
     #[serde(default)]
     pub settings: Settings,
+    /// Certificates (PEM) of the CA that signs the proxies' certificates.
+    #[serde(default)]
+    pub proxy_ca: String,
 }
 
 /// The snapshot for these objects: the same for every order of them.
@@ -38,7 +42,12 @@ pub fn build(inputs: &Inputs) -> Topology {
         (created.is_none(), created, g.metadata.name.clone())
     });
     let keys = published_keys(&inputs.gateway_nodes);
-    let topology = Topology { settings: inputs.settings.clone(), ..Topology::default() };
+    let topology = Topology {
+        settings: inputs.settings.clone(),
+        ports: Ports::of(&inputs.gateways),
+        proxy_ca: inputs.proxy_ca.clone(),
+        ..Topology::default()
+    };
     let mut builder = Builder { keys, topology, ..Builder::default() };
     for gateway in gateways {
         builder.add(gateway);
@@ -85,6 +94,7 @@ impl Builder {
                 None => self.problem(format!("Gateway {name}: elected node {} is not one of its nodes", endpoint.node_name)),
             }
         }
+        pool.proxies = proxies(&pool, &status.active_endpoints);
         self.topology.pools.insert(name, pool);
     }
 
@@ -159,6 +169,22 @@ impl Builder {
             }
         }
     }
+}
+
+/// Elected proxy nodes of a pool. One that is no node of the pool is the controller's mistake, which the tunnel's part names.
+fn proxies(pool: &Pool, active: &[Endpoint]) -> BTreeMap<String, ProxyPeer> {
+    let elected = active.iter().filter(|e| e.type_ == EndpointType::Proxy);
+    let on = elected.filter(|e| e.config.get("enable-l7-proxy").is_none_or(|v| v != "false"));
+    on.filter_map(|endpoint| {
+        let outer = pool.members.get(&endpoint.node_name)?.outer;
+        let text = |value: Option<&String>| value.filter(|v| !v.is_empty()).cloned();
+        let host = text(endpoint.public_ip.as_ref()).or_else(|| text(endpoint.config.get(CONFIG_HOSTNAME)));
+        // A LAN-only installation: the node's own address is the public one.
+        let host = pool.exposed.then(|| host.unwrap_or_else(|| outer.to_string()));
+        let dial = host.map(|host| (host, endpoint.dialled_port()));
+        Some((endpoint.node_name.clone(), ProxyPeer { dial, port: endpoint.port_or_default() }))
+    })
+    .collect()
 }
 
 /// Not the whole address space, and not what never crosses a router.

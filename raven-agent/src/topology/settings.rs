@@ -15,23 +15,29 @@ pub const AGENT_CONFIG: &str = "raven-agent-config";
 pub struct Settings {
     /// `raven-cfg`, `enable-l3-tunnel`: off takes the dataplane down everywhere.
     pub l3: bool,
+    /// `raven-cfg`, `enable-l7-proxy`: off closes the proxy everywhere.
+    pub l7: bool,
     /// `raven-agent-config`, `forward-node-ip`: node addresses of other pools are reached, too.
     pub forward_node_ip: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { l3: true, forward_node_ip: false }
+        Self { l3: true, l7: true, forward_node_ip: false }
     }
 }
 
 impl Settings {
-    /// From the data of the two ConfigMaps; absent is empty. Only the word `false` switches L3 off, as in the controller: a
+    /// From the data of the two ConfigMaps; absent is empty. Only the word `false` switches a half off, as in the controller: a
     /// typing error must not cut a cluster's network.
     pub fn parse(switches: &BTreeMap<String, String>, agent: &BTreeMap<String, String>) -> Self {
         let is =
             |data: &BTreeMap<String, String>, key: &str, word: &str| data.get(key).is_some_and(|v| v.trim().eq_ignore_ascii_case(word));
-        Self { l3: !is(switches, "enable-l3-tunnel", "false"), forward_node_ip: is(agent, "forward-node-ip", "true") }
+        Self {
+            l3: !is(switches, "enable-l3-tunnel", "false"),
+            l7: !is(switches, "enable-l7-proxy", "false"),
+            forward_node_ip: is(agent, "forward-node-ip", "true"),
+        }
     }
 }
 
@@ -49,6 +55,8 @@ mod tests {
         assert_eq!(Settings::parse(&none, &none), Settings::default());
         assert!(Settings::parse(&data("enable-l3-tunnel", "flase"), &none).l3);
         assert!(!Settings::parse(&data("enable-l3-tunnel", " False"), &none).l3);
+        let l7_off = Settings::parse(&data("enable-l7-proxy", "false"), &none);
+        assert!(l7_off.l3 && !l7_off.l7, "either half by itself");
         assert!(Settings::parse(&none, &data("forward-node-ip", "true")).forward_node_ip);
     }
 }

@@ -6,16 +6,12 @@
 //! - the CA is renewed after two thirds of *its* life, and only put beside the old one; the serving certificate stays the old CA's until
 //!   its own time comes, months later, when the API server has long known both. An expired CA leaves the bundle.
 
-use jiff::{SignedDuration, Timestamp, tz::TimeZone};
-use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    PKCS_ECDSA_P256_SHA256,
-};
+use jiff::{SignedDuration, Timestamp};
+use rcgen::{Certificate, CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256};
 use serde::{Deserialize, Serialize};
 
-const DAY: SignedDuration = SignedDuration::from_hours(24);
-/// Life of a CA.
-pub const CA_LIFE: SignedDuration = SignedDuration::from_hours(10 * 365 * 24);
+use crate::authority::{self, CA_LIFE, NewAuthority, end, is_due, set_life};
+
 /// Life of a serving certificate.
 pub const SERVING_LIFE: SignedDuration = SignedDuration::from_hours(365 * 24);
 // Nobody compares it; two of them are told apart by their keys.
@@ -114,7 +110,7 @@ impl Material {
     }
 
     fn renewed(&self, names: &[String], now: Timestamp) -> Result<Self, rcgen::Error> {
-        let issuer = Issuer::new(ca_params(), KeyPair::from_pem(&self.ca_key)?);
+        let issuer = Issuer::new(authority::params(CA_NAME), KeyPair::from_pem(&self.ca_key)?);
         // A certificate outlives no CA.
         let not_after = end(now, SERVING_LIFE).min(self.authorities[0].not_after);
         let mut params = CertificateParams::new(names.to_vec())?;
@@ -130,47 +126,15 @@ impl Material {
     }
 }
 
-fn is_due(not_after: Timestamp, life: SignedDuration, now: Timestamp) -> bool {
-    not_after.duration_since(now) < life / 3
-}
-
 fn make_ca(now: Timestamp) -> Result<(Authority, String), rcgen::Error> {
-    let mut params = ca_params();
-    let not_after = end(now, CA_LIFE);
-    set_life(&mut params, now, not_after);
-    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-    let certificate = params.self_signed(&key)?.pem();
-    Ok((Authority { certificate, not_after }, key.serialize_pem()))
-}
-
-fn ca_params() -> CertificateParams {
-    let mut params = CertificateParams::default();
-    params.distinguished_name.push(DnType::CommonName, CA_NAME);
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
-    params
-}
-
-// Whole days: that is what rcgen takes without the `time` crate, and it is all that is needed.
-fn end(now: Timestamp, life: SignedDuration) -> Timestamp {
-    let seconds = (now + life).as_second();
-    Timestamp::from_second(seconds - seconds.rem_euclid(DAY.as_secs())).unwrap_or(now)
-}
-
-fn set_life(params: &mut CertificateParams, now: Timestamp, not_after: Timestamp) {
-    let midnight = |at: Timestamp| {
-        let date = at.to_zoned(TimeZone::UTC).date();
-        let part = |n: i8| u8::try_from(n).unwrap_or(1);
-        rcgen::date_time_ymd(date.year().into(), part(date.month()), part(date.day()))
-    };
-    // A day earlier: clocks differ.
-    params.not_before = midnight(now - DAY);
-    params.not_after = midnight(not_after);
+    let NewAuthority { certificate, key, not_after } = authority::make(CA_NAME, now)?;
+    Ok((Authority { certificate, not_after }, key))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::authority::DAY;
 
     fn names() -> Vec<String> {
         vec!["hook.kube-system.svc".to_owned(), "10.0.0.5".to_owned()]

@@ -5,7 +5,7 @@
 //! [`kubernetes`] starts etcd and the API server and writes the objects; [`agent`] starts the Raven binaries ([`process`]);
 //! [`probe`] and [`capture`] find out what works, [`eventually`] waits for it; [`evidence`] saves what a failed test leaves;
 //! [`teardown`] takes everything away, also when the lab's own process was killed. [`console`] is `raven-lab` and `cargo xtask lab`.
-//! [`qemu`] boots another kernel, for a lab inside it.
+//! [`qemu`] boots another kernel, for a lab inside it; [`offline`] feeds agents where there is no API server.
 //!
 //! Needs root. Several labs may run side by side.
 
@@ -22,8 +22,10 @@ pub mod capture;
 pub mod console;
 pub mod eventually;
 pub mod evidence;
+pub mod kernel_log;
 pub mod kubernetes;
 pub mod namespace;
+pub mod offline;
 pub mod probe;
 pub mod process;
 pub mod proof;

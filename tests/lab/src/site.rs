@@ -121,6 +121,7 @@ impl PoolSpec {
         let mut cloud = Self::new("cloud", "cloud", 0, 10);
         cloud.forwards = vec![
             cloud.forward(Protocol::Udp, 4500, 0),
+            cloud.forward(Protocol::Tcp, 10262, 0),
             Forward { protocol: Protocol::Tcp, public_port: API_PORT, to: CONTROL_PLANE, to_v6: None, port: API_PORT },
         ];
         vec![cloud, Self::new("edge-x", "x", 1, 20), Self::new("edge-y", "y", 2, 30)]
@@ -195,6 +196,11 @@ impl Node {
     /// Its pod prefix, IPv6.
     pub fn pod_cidr_v6(&self) -> String {
         format!("fd00:244:{}::/64", self.number)
+    }
+
+    /// The address of its bridge of pods: in its pod prefix, and its own.
+    pub fn bridge_v4(&self) -> Ipv4Addr {
+        self.pod_v4(1)
     }
 
     pub(crate) fn pod_v4(&self, host: u8) -> Ipv4Addr {

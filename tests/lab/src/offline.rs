@@ -1,4 +1,5 @@
-//! What controller and API server would have told the agents, written where an agent keeps the last it heard.
+//! Labs without an API server: what it and the controller would have told the agents, written where an agent keeps the last it
+//! heard. Agents run `--offline`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,12 +10,13 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use raven_api::gateway::{EndpointType, NodeInfo};
 use raven_api::{Gateway, GatewayNode, GatewayNodeSpec, GatewayStatus};
-use raven_tests::kubernetes::objects::default_gateway;
-use raven_tests::{Lab, Node, Pool};
 use serde_json::{Value, json};
 
+use crate::kubernetes::objects::default_gateway;
+use crate::{Lab, Node, Pool};
+
 /// Gives each pool's first node a key and every node the snapshot; gives the names of the gateway nodes.
-pub(crate) fn write(lab: &Lab) -> Result<Vec<String>> {
+pub fn write(lab: &Lab) -> Result<Vec<String>> {
     let mut keys = BTreeMap::new();
     for pool in &lab.pools {
         let gateway = gateway_of(lab, pool)?;
@@ -30,13 +32,13 @@ pub(crate) fn write(lab: &Lab) -> Result<Vec<String>> {
 }
 
 /// Writes a snapshot to where a node's agent finds it at its start.
-pub(crate) fn put(node: &Node, snapshot: &Value) -> Result<()> {
+pub fn put(node: &Node, snapshot: &Value) -> Result<()> {
     let path = node.dir.join("lib/topology.json");
     fs::write(&path, serde_json::to_vec_pretty(snapshot)?).with_context(|| format!("write {}", path.display()))
 }
 
 /// A cluster in which no Gateway has any node.
-pub(crate) fn empty() -> Value {
+pub fn empty() -> Value {
     json!({ "gateways": [], "gatewayNodes": [] })
 }
 

@@ -1,0 +1,247 @@
+//! The L7 half: requests of the cloud side for kubelets at sites that nobody can dial, through tunnels that the sites open.
+//!
+//! In the order of a request: [`entrance`] takes it on a cloud gateway node ([`hello`] reads the name in a ClientHello, [`http`] a Host
+//! header); [`plan`] says which node is meant; [`tunnels`] opens a stream to its site; there [`serve`] connects to the node; [`stream`]
+//! carries the bytes. TLS is passed on, never opened. Tunnels: [`dial`] at the edge, [`accept`] in the cloud, [`identity`] and [`enrol`]
+//! prove who is who. [`limits`] has every window, limit and time; [`stats`] counts.
+//!
+//! Runs beside L3 and without it: what it needs of the node is a TCP port.
+
+mod accept;
+mod dial;
+mod enrol;
+mod entrance;
+pub mod hello;
+mod http;
+mod identity;
+mod limits;
+pub mod plan;
+mod serve;
+pub mod stats;
+mod stream;
+mod tunnels;
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use kube::Client;
+use raven_api::{
+    gateway_node::ProxyStatus,
+    proxy::{KUBELET_PORT, secure_listener},
+};
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time::interval};
+
+use crate::observe::Proxied;
+
+use self::{
+    accept::Gate,
+    enrol::{Keeper, Purpose, Wanted},
+    entrance::{Entrance, Kind},
+    plan::{Plan, Role},
+    serve::Edge,
+    stats::Stats,
+    tunnels::Tunnels,
+};
+
+/// How often is tried again to listen on a port that was taken.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// What stays the same for the life of the process.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Name of this node.
+    pub node: String,
+    /// Folder for keys and certificates.
+    pub state: PathBuf,
+    /// Where requests over TLS to the kubelets' port come in.
+    pub secure: SocketAddr,
+    /// Where requests in plain HTTP come in.
+    pub insecure: SocketAddr,
+}
+
+/// What the proxy goes by: its plan, and the CA's certificates.
+pub type Orders = (Arc<Plan>, String);
+
+/// The L7 half of this node.
+pub struct Proxy {
+    settings: Settings,
+    client: Option<Client>,
+    orders: watch::Receiver<Orders>,
+    status: watch::Sender<Option<Proxied>>,
+    stats: Stats,
+}
+
+/// What is listened to, or done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Part {
+    Gate(u16),
+    Entrance(Kind),
+    Dialler,
+}
+
+impl Proxy {
+    /// A proxy that follows `orders`. `client`: none offline, where certificates are those on the disk.
+    pub fn new(
+        settings: Settings,
+        client: Option<Client>,
+        orders: watch::Receiver<Orders>,
+        status: watch::Sender<Option<Proxied>>,
+        stats: Stats,
+    ) -> Self {
+        Self { settings, client, orders, status, stats }
+    }
+
+    /// Runs until the task is dropped.
+    pub async fn run(mut self) {
+        let plan = watch::Sender::new(Arc::default());
+        let (wanted, identity, problem) = (watch::Sender::new(Wanted::default()), watch::Sender::new(None), watch::Sender::new(None));
+        let (clouds, up) = (watch::Sender::default(), watch::Sender::new(dial::Up::default()));
+        let tunnels = Tunnels::new(self.stats.clone());
+        let keeper = Keeper {
+            node: self.settings.node.clone(),
+            client: self.client.clone(),
+            state: self.settings.state.clone(),
+            wanted: wanted.subscribe(),
+            identity: identity.clone(),
+            problem: problem.clone(),
+        };
+        let _keeper = Task(tokio::spawn(keeper.run()));
+        let mut running: BTreeMap<Part, Task> = BTreeMap::new();
+        let (mut identity_seen, mut problem_seen, mut up_seen, mut ends) =
+            (identity.subscribe(), problem.subscribe(), up.subscribe(), tunnels.ends());
+        let mut again = interval(AGAIN);
+        loop {
+            let (order, ca) = self.orders.borrow_and_update().clone();
+            wanted.send_if_modified(|have| replace(have, (purpose(&order.role), ca)));
+            plan.send_if_modified(|have| replace(have, order.clone()));
+            if let Role::Edge(dialled) = &order.role {
+                clouds.send_if_modified(|have| replace(have, dialled.clone()));
+            }
+            let parts = parts(&order);
+            running.retain(|part, task| parts.contains(part) && !task.0.is_finished());
+            let mut failures = Vec::new();
+            for part in parts.into_iter().filter(|part| !running.contains_key(part)).collect::<Vec<_>>() {
+                let started = match part {
+                    Part::Gate(port) => self.listen(SocketAddr::new(self.settings.secure.ip(), port)).await.map(|listener| {
+                        let gate = Gate {
+                            plan: plan.subscribe(),
+                            identity: identity.subscribe(),
+                            tunnels: tunnels.clone(),
+                            stats: self.stats.clone(),
+                        };
+                        tokio::spawn(gate.run(listener))
+                    }),
+                    Part::Entrance(kind) => self.listen(self.address(kind)).await.map(|listener| {
+                        let entrance = Entrance { plan: plan.subscribe(), tunnels: tunnels.clone(), stats: self.stats.clone() };
+                        tokio::spawn(entrance.run(listener, kind))
+                    }),
+                    Part::Dialler => {
+                        let edge = Edge { plan: plan.subscribe(), stats: self.stats.clone() };
+                        Ok(tokio::spawn(dial::run(clouds.subscribe(), identity.subscribe(), edge, up.clone())))
+                    }
+                };
+                match started {
+                    Ok(task) => drop(running.insert(part, Task(task))),
+                    Err(e) => failures.push(e),
+                }
+            }
+            failures.extend(problem_seen.borrow_and_update().clone());
+            let has_identity = identity_seen.borrow_and_update().is_some();
+            let status = status(&order.role, has_identity, &up_seen.borrow_and_update(), &ends.borrow_and_update(), failures);
+            let status = status.map(|status| (order.directory.own_pool.clone(), status));
+            self.status.send_if_modified(|have| replace(have, status));
+            tokio::select! {
+                changed = self.orders.changed() => if changed.is_err() { return },
+                Ok(()) = identity_seen.changed() => {}
+                Ok(()) = problem_seen.changed() => {}
+                Ok(()) = up_seen.changed() => {}
+                Ok(()) = ends.changed() => {}
+                _ = again.tick() => {}
+            }
+        }
+    }
+
+    fn address(&self, kind: Kind) -> SocketAddr {
+        match kind {
+            Kind::Secure(KUBELET_PORT) => self.settings.secure,
+            Kind::Secure(port) => SocketAddr::new(self.settings.secure.ip(), secure_listener(port)),
+            Kind::Insecure => self.settings.insecure,
+            Kind::Dialled => SocketAddr::new(self.settings.secure.ip(), 0),
+        }
+    }
+
+    async fn listen(&self, address: SocketAddr) -> Result<TcpListener, String> {
+        let bound = match TcpListener::bind(address).await {
+            // `[::]` needs IPv6 in the kernel; without it, all of IPv4.
+            Err(_) if address.ip().is_unspecified() && address.is_ipv6() => TcpListener::bind(("0.0.0.0", address.port())).await,
+            bound => bound,
+        };
+        bound.map_err(|e| format!("listen on TCP port {}: {e} (does another program use it? `ss -ltnp`)", address.port()))
+    }
+}
+
+fn replace<T: PartialEq>(have: &mut T, want: T) -> bool {
+    let changed = *have != want;
+    if changed {
+        *have = want;
+    }
+    changed
+}
+
+fn purpose(role: &Role) -> Purpose {
+    match role {
+        Role::None => Purpose::None,
+        Role::Edge(_) => Purpose::Client,
+        Role::Cloud { names, .. } => Purpose::Server(names.clone()),
+    }
+}
+
+fn parts(plan: &Plan) -> Vec<Part> {
+    match &plan.role {
+        Role::None => Vec::new(),
+        Role::Edge(_) => vec![Part::Dialler],
+        Role::Cloud { port, .. } => {
+            let secure = plan.directory.ports.https.iter().map(|port| Part::Entrance(Kind::Secure(*port)));
+            [Part::Gate(*port), Part::Entrance(Kind::Insecure)].into_iter().chain(secure).collect()
+        }
+    }
+}
+
+fn status(
+    role: &Role,
+    has_identity: bool,
+    up: &dial::Up,
+    ends: &std::collections::BTreeSet<String>,
+    failures: Vec<String>,
+) -> Option<ProxyStatus> {
+    let (tunnels, ready, words): (Vec<String>, bool, String) = match role {
+        Role::None => return None,
+        Role::Cloud { .. } => {
+            let words =
+                if has_identity { format!("{} sites have a tunnel here", ends.len()) } else { "waiting for a certificate".to_owned() };
+            (ends.iter().cloned().collect(), has_identity && failures.is_empty(), words)
+        }
+        Role::Edge(clouds) => {
+            let missing: Vec<&str> = clouds.keys().filter(|cloud| !up.contains_key(*cloud)).map(String::as_str).collect();
+            let words = match (clouds.is_empty(), missing.as_slice()) {
+                (true, _) => "no exposed Gateway has an elected proxy node, so there is nobody to dial".to_owned(),
+                (false, []) => "a tunnel to every cloud gateway node".to_owned(),
+                (false, missing) => format!("no tunnel to {}", missing.join(", ")),
+            };
+            (up.keys().cloned().collect(), !up.is_empty(), words)
+        }
+    };
+    let message = failures.into_iter().chain([words]).collect::<Vec<_>>().join("; ");
+    Some(ProxyStatus { ready, message, tunnels })
+}
+
+/// Ends with the value.
+struct Task(JoinHandle<()>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+#[cfg(test)]
+mod tests;

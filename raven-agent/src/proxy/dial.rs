@@ -1,0 +1,234 @@
+//! The edge's side: keeps tunnels to every cloud gateway node, and serves them.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use tokio::{
+    net::TcpStream,
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, sleep, timeout},
+};
+use tokio_rustls::{TlsConnector, client::TlsStream, rustls::pki_types::ServerName};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    identity::{self, Identity},
+    limits,
+    serve::{Edge, serve},
+    stream,
+};
+
+/// Who is dialled: host and port, by node name.
+pub(crate) type Clouds = BTreeMap<String, (String, u16)>;
+
+/// Tunnels that are up, by cloud gateway node.
+pub(crate) type Up = BTreeMap<String, usize>;
+
+/// Why there is no tunnel.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("no certificate yet")]
+    NoIdentity,
+    #[error(transparent)]
+    Identity(#[from] identity::Error),
+    #[error("{0:?} is no name of a host")]
+    BadHost(String),
+    #[error("connect: {0}")]
+    Connect(std::io::Error),
+    #[error("TLS: {0}")]
+    Tls(std::io::Error),
+    #[error("no answer within {:?}", limits::HANDSHAKE)]
+    Silent,
+}
+
+impl Error {
+    /// True where the other side answered and refused, or we have nothing to show: soon again would not help.
+    fn is_refusal(&self) -> bool {
+        matches!(self, Self::Tls(_) | Self::Identity(_) | Self::BadHost(_))
+    }
+}
+
+/// Keeps tunnels to `clouds`, until the task is dropped; says in `up` which there are.
+pub(crate) async fn run(
+    mut clouds: watch::Receiver<Clouds>,
+    identity: watch::Receiver<Option<Arc<Identity>>>,
+    edge: Edge,
+    up: watch::Sender<Up>,
+) {
+    let mut tasks = JoinSet::new();
+    let mut dialled: BTreeMap<(String, String, u16), CancellationToken> = BTreeMap::new();
+    loop {
+        let wanted = clouds.borrow_and_update().clone();
+        dialled.retain(|(node, host, port), stop| {
+            let stays = wanted.get(node) == Some(&(host.clone(), *port));
+            if !stays {
+                stop.cancel();
+            }
+            stays
+        });
+        for (node, (host, port)) in wanted {
+            let key = (node.clone(), host.clone(), port);
+            if dialled.contains_key(&key) {
+                continue;
+            }
+            let stop = CancellationToken::new();
+            for _ in 0..limits::TUNNELS {
+                let (node, host) = (node.clone(), host.clone());
+                let slot = Slot { node, host, port, identity: identity.clone(), edge: edge.clone(), up: up.clone(), stop: stop.clone() };
+                tasks.spawn(slot.run());
+            }
+            dialled.insert(key, stop);
+        }
+        tokio::select! {
+            changed = clouds.changed() => if changed.is_err() { return },
+            Some(_) = tasks.join_next() => {}
+        }
+    }
+}
+
+/// One of the tunnels to one cloud gateway node.
+struct Slot {
+    node: String,
+    host: String,
+    port: u16,
+    identity: watch::Receiver<Option<Arc<Identity>>>,
+    edge: Edge,
+    up: watch::Sender<Up>,
+    stop: CancellationToken,
+}
+
+impl Slot {
+    async fn run(mut self) {
+        let stop = self.stop.clone();
+        let mut said = None;
+        let mut delays = None;
+        loop {
+            let outcome = tokio::select! {
+                outcome = self.connect() => outcome,
+                () = stop.cancelled() => return,
+            };
+            match outcome {
+                Ok(tunnel) => {
+                    tracing::info!(cloud = self.node, host = self.host, port = self.port, "tunnel up");
+                    (said, delays) = (None, None);
+                    let begin = Instant::now();
+                    self.hold(tunnel).await;
+                    // One that ends at once is no better than none.
+                    if begin.elapsed() > limits::PING {
+                        continue;
+                    }
+                    self.pause(delays.get_or_insert_with(|| backoff(limits::REDIAL_REFUSED))).await;
+                }
+                Err(Error::NoIdentity) => {
+                    tokio::select! {
+                        changed = self.identity.changed() => if changed.is_err() { return },
+                        () = stop.cancelled() => return,
+                    }
+                }
+                Err(e) => {
+                    let text = e.to_string();
+                    if said.as_ref() != Some(&text) {
+                        tracing::warn!(cloud = self.node, host = self.host, port = self.port, "no tunnel: {text}; trying again");
+                        said = Some(text);
+                        delays = None;
+                    }
+                    let range = if e.is_refusal() { limits::REDIAL_REFUSED } else { limits::REDIAL };
+                    self.pause(delays.get_or_insert_with(|| backoff(range))).await;
+                }
+            }
+            if stop.is_cancelled() {
+                return;
+            }
+        }
+    }
+
+    async fn pause(&mut self, delays: &mut impl Iterator<Item = Duration>) {
+        let delay = delays.next().unwrap_or(limits::REDIAL_REFUSED.1);
+        tokio::select! {
+            () = sleep(delay) => {}
+            // A new certificate may be what was missing.
+            _ = self.identity.changed() => {}
+            () = self.stop.cancelled() => {}
+        }
+    }
+
+    async fn connect(&mut self) -> Result<TlsStream<TcpStream>, Error> {
+        let identity = self.identity.borrow_and_update().clone().ok_or(Error::NoIdentity)?;
+        let name = ServerName::try_from(self.host.clone()).map_err(|_| Error::BadHost(self.host.clone()))?;
+        let connector = TlsConnector::from(identity.client()?);
+        let connect = async {
+            let tcp = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(Error::Connect)?;
+            stream::prepare(&tcp);
+            connector.connect(name, tcp).await.map_err(Error::Tls)
+        };
+        timeout(limits::HANDSHAKE, connect).await.unwrap_or(Err(Error::Silent))
+    }
+
+    /// Serves a tunnel. One that grows old, or whose certificate is replaced, is left to end with its last stream, while the next is made.
+    async fn hold(&mut self, tunnel: TlsStream<TcpStream>) {
+        let retire = CancellationToken::new();
+        let counted = Counted::new(&self.up, &self.node);
+        let mut served = Box::pin(serve(tunnel, self.edge.clone(), retire.clone()));
+        let old = limits::TUNNEL_LIFE.mul_f64(0.9 + 0.2 * jitter());
+        tokio::select! {
+            ended = &mut served => {
+                let why = ended.err().map(|e| e.to_string());
+                tracing::info!(cloud = self.node, why, "tunnel down");
+                return;
+            }
+            () = sleep(old) => tracing::debug!(cloud = self.node, "tunnel retired"),
+            _ = self.identity.changed() => tracing::info!(cloud = self.node, "another certificate: a new tunnel takes over"),
+            () = self.stop.cancelled() => {}
+        }
+        retire.cancel();
+        tokio::spawn(async move {
+            let _counted = counted;
+            let _ = served.await;
+        });
+    }
+}
+
+/// Between 0 and 1, another one for each slot and time: so that a thousand sites do not come at once.
+fn jitter() -> f64 {
+    static DRAWN: AtomicUsize = AtomicUsize::new(0);
+    use std::hash::{BuildHasher, Hasher};
+    let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
+    hasher.write_usize(DRAWN.fetch_add(1, Ordering::Relaxed));
+    (hasher.finish() >> 11) as f64 / (1u64 << 53) as f64
+}
+
+fn backoff((least, most): (Duration, Duration)) -> impl Iterator<Item = Duration> {
+    ExponentialBuilder::default().with_min_delay(least).with_max_delay(most).with_jitter().without_max_times().build()
+}
+
+/// Counts a tunnel as up until it is dropped.
+struct Counted {
+    up: watch::Sender<Up>,
+    node: String,
+}
+
+impl Counted {
+    fn new(up: &watch::Sender<Up>, node: &str) -> Self {
+        up.send_modify(|up| *up.entry(node.to_owned()).or_default() += 1);
+        Self { up: up.clone(), node: node.to_owned() }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.up.send_modify(|up| {
+            if let Some(count) = up.get_mut(&self.node) {
+                *count -= 1;
+            }
+            up.retain(|_, count| *count > 0);
+        });
+    }
+}

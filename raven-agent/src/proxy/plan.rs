@@ -1,0 +1,206 @@
+//! `plan(topology, me)` of the L7 half: what this node is to it, whom it dials, and which node a name or an address means. Pure.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use raven_api::proxy::Ports;
+
+use crate::topology::Topology;
+
+/// What this node is to the L7 path.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// Nothing.
+    #[default]
+    None,
+    /// In the cloud: takes requests and hands them to edges' tunnels.
+    Cloud {
+        /// TCP port where edges dial it.
+        port: u16,
+        /// Names and addresses by which they do: what its certificate is for.
+        names: BTreeSet<String>,
+    },
+    /// At an edge: dials these cloud gateway nodes (host and port, by node name), and serves them.
+    Edge(BTreeMap<String, (String, u16)>),
+}
+
+/// All that the proxy of this node does follows from this.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// What this node is.
+    pub role: Role,
+    /// Which node is meant.
+    pub directory: Directory,
+}
+
+/// Names and addresses of nodes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Directory {
+    /// The pool of this node.
+    pub own_pool: String,
+    /// Ports that are reached.
+    pub ports: Ports,
+    nodes: BTreeMap<String, Target>,
+    addresses: BTreeMap<IpAddr, BTreeSet<String>>,
+    /// Edge nodes that may bring a tunnel, and the pool for which.
+    proxies: BTreeMap<String, String>,
+}
+
+/// A node that somebody wants to reach.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Its name.
+    pub node: String,
+    /// Its pool.
+    pub pool: String,
+    /// Its address inside its pool.
+    pub address: IpAddr,
+}
+
+/// Why nobody is reached.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotFound {
+    /// No such node.
+    #[error("no node of this cluster is called {0:?}")]
+    Name(String),
+    /// No node has the address.
+    #[error("no node of this cluster has the address {0}")]
+    Address(IpAddr),
+    /// Several have it: never guessed.
+    #[error("the address {address} belongs to several nodes ({}): reach them by name", nodes.join(", "))]
+    Ambiguous {
+        /// The address.
+        address: IpAddr,
+        /// Who has it.
+        nodes: Vec<String>,
+    },
+    /// Not a port that the L7 path reaches.
+    #[error("port {0} is not one that Raven reaches on nodes (see proxyHTTPPort and proxyHTTPSPort of the exposed Gateways)")]
+    Port(u16),
+}
+
+impl Directory {
+    /// The node of this name, and whether the port is one of those that are reached.
+    pub fn by_name(&self, name: &str, port: u16) -> Result<&Target, NotFound> {
+        let target = self.nodes.get(name).ok_or_else(|| NotFound::Name(name.to_owned()))?;
+        self.allowed(target, port)
+    }
+
+    /// The one node that has this address.
+    pub fn by_address(&self, address: IpAddr, port: u16) -> Result<&Target, NotFound> {
+        let nodes = self.addresses.get(&address).ok_or(NotFound::Address(address))?;
+        match (nodes.len(), nodes.first().and_then(|name| self.nodes.get(name))) {
+            (1, Some(target)) => self.allowed(target, port),
+            _ => Err(NotFound::Ambiguous { address, nodes: nodes.iter().cloned().collect() }),
+        }
+    }
+
+    fn allowed<'a>(&self, target: &'a Target, port: u16) -> Result<&'a Target, NotFound> {
+        if self.ports.contains(port) { Ok(target) } else { Err(NotFound::Port(port)) }
+    }
+
+    /// The pool for which this edge node may bring a tunnel: it was elected for it.
+    pub fn pool_of_proxy(&self, node: &str) -> Option<&str> {
+        self.proxies.get(node).map(String::as_str)
+    }
+
+    /// Nodes of this pool.
+    pub fn own(&self) -> impl Iterator<Item = &Target> {
+        self.nodes.values().filter(|target| target.pool == self.own_pool)
+    }
+
+    /// Nodes of edge pools that have their address for themselves.
+    pub fn remote(&self) -> impl Iterator<Item = &Target> {
+        let alone = |target: &&Target| self.addresses.get(&target.address).is_some_and(|nodes| nodes.len() == 1);
+        self.nodes.values().filter(|target| target.pool != self.own_pool).filter(alone)
+    }
+}
+
+/// See the module's text.
+pub fn plan(topology: &Topology, me: &str) -> Plan {
+    let Some((own_pool, pool)) = topology.pool_of(me).filter(|_| topology.settings.l7) else { return Plan::default() };
+    let role = match pool.proxies.get(me) {
+        Some(own) if pool.exposed => Role::Cloud { port: own.port, names: own.dial.iter().map(|(host, _)| host.clone()).collect() },
+        Some(_) => Role::Edge(clouds(topology)),
+        None => Role::None,
+    };
+    Plan { role, directory: directory(topology, own_pool) }
+}
+
+fn clouds(topology: &Topology) -> BTreeMap<String, (String, u16)> {
+    let exposed = topology.pools.values().filter(|pool| pool.exposed);
+    exposed.flat_map(|pool| &pool.proxies).filter_map(|(node, proxy)| Some((node.clone(), proxy.dial.clone()?))).collect()
+}
+
+fn directory(topology: &Topology, own_pool: &str) -> Directory {
+    let mut directory = Directory { own_pool: own_pool.to_owned(), ports: topology.ports.clone(), ..Directory::default() };
+    for (name, pool) in &topology.pools {
+        for (node, member) in &pool.members {
+            let address = IpAddr::V4(member.outer);
+            directory.nodes.insert(node.clone(), Target { node: node.clone(), pool: name.clone(), address });
+            directory.addresses.entry(address).or_default().insert(node.clone());
+        }
+        if !pool.exposed {
+            directory.proxies.extend(pool.proxies.keys().map(|node| (node.clone(), name.clone())));
+        }
+    }
+    directory
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::topology::{Member, Pool, ProxyPeer};
+
+    fn pool(exposed: bool, nodes: &[(&str, [u8; 4])], proxy: &str) -> Pool {
+        let members = nodes.iter().map(|(name, ip)| ((*name).to_owned(), Member { outer: (*ip).into(), prefixes: BTreeSet::new() }));
+        let dial = exposed.then(|| ("198.51.100.10".to_owned(), 10262));
+        let proxies = BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, port: 10262 })]);
+        Pool { exposed, members: members.collect(), proxies, ..Pool::default() }
+    }
+
+    fn topology() -> Topology {
+        let pools = BTreeMap::from([
+            ("cloud".to_owned(), pool(true, &[("c1", [10, 0, 0, 1]), ("c2", [10, 0, 0, 2])], "c1")),
+            ("edge-x".to_owned(), pool(false, &[("x1", [10, 1, 0, 1]), ("x2", [192, 168, 0, 2])], "x1")),
+            ("edge-y".to_owned(), pool(false, &[("y1", [10, 2, 0, 1]), ("y2", [192, 168, 0, 2])], "y1")),
+        ]);
+        Topology { pools, ..Topology::default() }
+    }
+
+    #[test]
+    fn the_elected_have_a_role_and_nobody_else() {
+        let topology = topology();
+        assert_eq!(plan(&topology, "c1").role, Role::Cloud { port: 10262, names: BTreeSet::from(["198.51.100.10".to_owned()]) });
+        assert_eq!(plan(&topology, "x1").role, Role::Edge(BTreeMap::from([("c1".to_owned(), ("198.51.100.10".to_owned(), 10262))])));
+        for node in ["c2", "x2", "nobody"] {
+            assert_eq!(plan(&topology, node).role, Role::None, "{node}");
+        }
+        let mut off = topology;
+        off.settings.l7 = false;
+        assert_eq!(plan(&off, "c1"), Plan::default());
+    }
+
+    #[test]
+    fn an_address_that_two_nodes_have_is_never_guessed() {
+        let directory = plan(&topology(), "c1").directory;
+        assert_eq!(directory.by_address([10, 1, 0, 1].into(), 10250).map(|t| t.node.as_str()), Ok("x1"));
+        assert_eq!(directory.by_name("y2", 10255).map(|t| t.pool.as_str()), Ok("edge-y"));
+        let both = directory.by_address([192, 168, 0, 2].into(), 10250);
+        assert_eq!(both, Err(NotFound::Ambiguous { address: [192, 168, 0, 2].into(), nodes: vec!["x2".into(), "y2".into()] }));
+        assert!(directory.remote().all(|target| target.address != IpAddr::from([192, 168, 0, 2])));
+    }
+
+    #[test]
+    fn ports_and_names_that_are_not_listed_are_refused() {
+        let directory = plan(&topology(), "c1").directory;
+        assert_eq!(directory.by_name("x1", 22), Err(NotFound::Port(22)));
+        assert_eq!(directory.by_name("169.254.169.254", 10250), Err(NotFound::Name("169.254.169.254".into())));
+        assert_eq!(directory.by_address([127, 0, 0, 1].into(), 10250), Err(NotFound::Address([127, 0, 0, 1].into())));
+        assert_eq!(directory.pool_of_proxy("x1"), Some("edge-x"));
+        assert_eq!(directory.pool_of_proxy("x2"), None, "not elected");
+        assert_eq!(directory.pool_of_proxy("c1"), None, "the cloud is dialled");
+    }
+}

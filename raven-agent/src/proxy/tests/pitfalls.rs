@@ -1,0 +1,237 @@
+//! The traps of our own stack, PEERS.md §3.1, one test each: S1 to S4c.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::{Instant, timeout},
+};
+
+use super::{super::limits, SOON, world::World};
+
+/// Serves each stream of node x2 by `serve`.
+async fn node<F, Fut>(world: &World, serve: F)
+where
+    F: Fn(TcpStream, usize) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = ()> + Send + 'static,
+{
+    let listener = world.listen().await;
+    tokio::spawn(async move {
+        let mut number = 0;
+        while let Ok((client, _)) = listener.accept().await {
+            tokio::spawn(serve(client, number));
+            number += 1;
+        }
+    });
+}
+
+/// Writes without end, and counts what was taken.
+async fn flood(mut client: TcpStream, sent: Arc<AtomicU64>) {
+    let block = vec![7; 64 << 10];
+    while client.write_all(&block).await.is_ok() {
+        sent.fetch_add(block.len() as u64, Ordering::Relaxed);
+    }
+}
+
+/// Echoes.
+async fn echo(mut client: TcpStream) {
+    let (mut read, mut write) = client.split();
+    let _ = tokio::io::copy(&mut read, &mut write).await;
+}
+
+/// Waits until a counter does not move for half a second.
+async fn still(counter: &AtomicU64) -> u64 {
+    let mut last = (counter.load(Ordering::Relaxed), Instant::now());
+    loop {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        let now = counter.load(Ordering::Relaxed);
+        if now != last.0 {
+            last = (now, Instant::now());
+        } else if now > 0 && last.1.elapsed() > Duration::from_millis(500) {
+            return now;
+        }
+    }
+}
+
+/// One question and its answer by a fresh stream.
+async fn ask(world: &World) -> Duration {
+    let start = Instant::now();
+    let mut stream = world.open("x2").await.expect("a stream");
+    stream.write_all(b"ping").await.expect("sent");
+    let mut answer = [0; 4];
+    timeout(SOON, stream.read_exact(&mut answer)).await.expect("in time").expect("answered");
+    start.elapsed()
+}
+
+/// S1: a reader that stopped must stop the sender, and nobody's memory may grow with what it does not read.
+#[tokio::test(flavor = "multi_thread")]
+async fn s1_a_reader_that_stops_stops_its_sender() {
+    let world = World::start().await;
+    let sent = Arc::new(AtomicU64::new(0));
+    let counter = sent.clone();
+    node(&world, move |client, _| flood(client, counter.clone())).await;
+    let mut stream = world.open("x2").await.expect("a stream");
+    let taken = timeout(SOON * 3, still(&sent)).await.expect("the sender stops");
+    // Its window, the send buffer, and two sockets' buffers on loopback.
+    assert!(taken < 32 << 20, "{taken} bytes were taken though nobody reads");
+    // It goes on where it stopped.
+    let mut block = vec![0; 1 << 20];
+    timeout(SOON, stream.read_exact(&mut block)).await.expect("in time").expect("it goes on");
+    assert!(block.iter().all(|byte| *byte == 7));
+}
+
+/// S2: idle streams keep nothing that another one needs.
+#[tokio::test(flavor = "multi_thread")]
+async fn s2_idle_streams_hold_nobody_up() {
+    let world = World::start().await;
+    node(&world, |client, _| echo(client)).await;
+    let mut idle = Vec::new();
+    for _ in 0..500 {
+        let mut stream = world.open("x2").await.expect("a stream");
+        stream.write_all(b"x").await.expect("sent");
+        idle.push(stream);
+    }
+    let stream = world.open("x2").await.expect("a stream");
+    let (mut read, mut write) = tokio::io::split(stream);
+    const BULK: usize = 16 << 20;
+    let sender = tokio::spawn(async move {
+        let block = vec![3; 64 << 10];
+        for _ in 0..BULK / block.len() {
+            write.write_all(&block).await.expect("sent");
+        }
+        write.shutdown().await.expect("ended");
+    });
+    let mut back = Vec::new();
+    timeout(SOON * 3, read.read_to_end(&mut back)).await.expect("in time").expect("all of it");
+    sender.await.expect("sent");
+    assert_eq!(back.len(), BULK);
+    for mut stream in idle {
+        let mut byte = [0];
+        timeout(SOON, stream.read_exact(&mut byte)).await.expect("in time").expect("still there");
+    }
+}
+
+/// S3: never more streams than the other side allows: beyond, a clear refusal, and all is well when some have ended.
+#[tokio::test(flavor = "multi_thread")]
+async fn s3_more_streams_than_the_other_side_allows_block_nobody() {
+    let world = World::start().await;
+    node(&world, |client, _| echo(client)).await;
+    let mut open = Vec::new();
+    let most = (limits::STREAMS as usize - 1) * limits::TUNNELS;
+    let opening = (0..most).map(|_| world.open("x2"));
+    for stream in futures::future::join_all(opening).await {
+        open.push(stream.expect("there is room"));
+    }
+    let refused = timeout(limits::OPEN * 2, world.open("x2")).await.expect("told in time");
+    assert!(refused.is_err(), "there is no room");
+    open.truncate(most / 2);
+    ask(&world).await;
+}
+
+/// S4a and S4b of h2: streams that are reset in numbers, by either side, close no tunnel.
+#[tokio::test(flavor = "multi_thread")]
+async fn s4_thousands_of_resets_close_no_tunnel() {
+    let world = World::start().await;
+    let served = Arc::new(AtomicUsize::new(0));
+    let counter = served.clone();
+    node(&world, move |client, _| {
+        let number = counter.fetch_add(1, Ordering::Relaxed);
+        async move {
+            if number % 2 == 0 {
+                // The node's end is reset, as a kubelet's that is killed: RST instead of FIN.
+                let _ = socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO));
+            } else {
+                echo(client).await;
+            }
+        }
+    })
+    .await;
+    let before = world.numbers();
+    for _ in 0..30 {
+        let streams = futures::future::join_all((0..100).map(|_| world.open("x2"))).await;
+        for stream in streams {
+            // Gone before anything was said: reset from this side. The node's own reset may come first of all.
+            if let Err(e) = stream {
+                assert!(e.to_string().contains("reset by peer"), "{e}");
+            }
+        }
+    }
+    // Asked for, and given up before the answer.
+    for _ in 0..2000 {
+        let _ = timeout(Duration::from_micros(50), world.open("x2")).await;
+    }
+    assert_eq!(world.numbers(), before, "the same connections as before");
+}
+
+/// S4c and S4d of h2: small frames that nobody reads, in numbers, close no tunnel: key strokes of an `exec`, short lines of `logs -f`.
+#[tokio::test(flavor = "multi_thread")]
+async fn s4_small_frames_that_nobody_reads_close_no_tunnel() {
+    let world = World::start().await;
+    const FRAMES: usize = 20_000;
+    let sent = Arc::new(AtomicU64::new(0));
+    let counter = sent.clone();
+    node(&world, move |mut client, _| {
+        let counter = counter.clone();
+        async move {
+            let _ = client.set_nodelay(true);
+            for _ in 0..FRAMES {
+                if client.write_all(b"k").await.is_err() {
+                    return;
+                }
+                counter.fetch_add(1, Ordering::Relaxed);
+                tokio::task::yield_now().await;
+            }
+        }
+    })
+    .await;
+    let before = world.numbers();
+    let mut stream = world.open("x2").await.expect("a stream");
+    super::world::eventually("all of it is sent", || sent.load(Ordering::Relaxed) == FRAMES as u64).await;
+    let mut all = Vec::new();
+    timeout(SOON, stream.read_to_end(&mut all)).await.expect("in time").expect("all of it");
+    assert_eq!(all.len(), FRAMES);
+    assert_eq!(world.numbers(), before, "the same connections as before");
+}
+
+/// S4b of PEERS.md: stalled readers use up no window but their own.
+#[tokio::test(flavor = "multi_thread")]
+async fn s4b_stalled_readers_slow_nobody_down() {
+    let world = World::start().await;
+    let sent = Arc::new(AtomicU64::new(0));
+    let counter = sent.clone();
+    node(&world, move |client, number| {
+        let counter = counter.clone();
+        async move { if number < 40 { flood(client, counter).await } else { echo(client).await } }
+    })
+    .await;
+    let mut stalled = Vec::new();
+    for _ in 0..40 {
+        stalled.push(world.open("x2").await.expect("a stream"));
+    }
+    timeout(SOON * 3, still(&sent)).await.expect("all forty senders stop");
+    let slowest = futures::future::join_all((0..20).map(|_| ask(&world))).await.into_iter().max().expect("some");
+    assert!(slowest < Duration::from_secs(3), "a question took {slowest:?} beside stalled readers");
+    // S4c: what stalled readers held is given back when they go.
+    drop(stalled);
+    super::world::eventually("streams end", || world.edge_stats.open_streams() == 0).await;
+    ask(&world).await;
+}
+
+/// Ten thousand short requests: none is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_short_requests_are_all_answered() {
+    let world = World::start().await;
+    node(&world, |client, _| echo(client)).await;
+    let before = world.numbers();
+    for _ in 0..100 {
+        futures::future::join_all((0..100).map(|_| ask(&world))).await;
+    }
+    assert_eq!(world.numbers(), before);
+}

@@ -1,0 +1,297 @@
+//! One cloud gateway node, one edge with a gateway node and another node, on addresses of loopback.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU16, Ordering},
+    },
+    time::Duration,
+};
+
+use raven_api::proxy::Ports;
+use rcgen::{BasicConstraints, CertificateParams, CertificateSigningRequestParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+use tokio::{
+    io::AsyncReadExt,
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    time::{Instant, timeout},
+};
+use tokio_rustls::{
+    TlsAcceptor, TlsConnector,
+    rustls::{
+        self, ClientConfig, RootCertStore, ServerConfig,
+        crypto::ring,
+        pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
+    },
+};
+
+use super::super::{
+    accept::Gate,
+    dial,
+    entrance::{Entrance, Kind},
+    identity::{self, Identity},
+    plan::{Plan, Target, plan},
+    serve::Edge,
+    stats::Stats,
+    stream::Stream,
+    tunnels::{Error, Opened, Tunnels},
+};
+use crate::topology::{Member, Pool, ProxyPeer, Topology};
+
+/// How long anything may take.
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+/// Each world has a port of its own for its nodes: tests run side by side.
+static PORT: AtomicU16 = AtomicU16::new(0);
+
+/// A CA, with what it signs.
+pub(super) struct Ca {
+    issuer: Issuer<'static, KeyPair>,
+    pub(super) pem: String,
+}
+
+/// TLS of a node.
+pub(super) struct TlsServer {
+    pub(super) acceptor: TlsAcceptor,
+    pub(super) certificate: CertificateDer<'static>,
+}
+
+impl Ca {
+    pub(super) fn new() -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        let key = KeyPair::generate().expect("a key");
+        let pem = params.self_signed(&key).expect("a CA").pem();
+        Self { issuer: Issuer::new(params, key), pem }
+    }
+
+    /// As the controller signs it.
+    pub(super) fn pem_for(&self, names: &[&str], usage: ExtendedKeyUsagePurpose, until: (i32, u8, u8)) -> String {
+        let names: BTreeSet<String> = names.iter().map(|n| (*n).to_owned()).collect();
+        let (key, request) = identity::request("node", &names).expect("a request");
+        let mut request = CertificateSigningRequestParams::from_pem(&request).expect("it is one");
+        request.params.extended_key_usages = vec![usage];
+        request.params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        request.params.not_after = rcgen::date_time_ymd(until.0, until.1, until.2);
+        key + &request.signed_by(&self.issuer).expect("signed").pem()
+    }
+
+    pub(super) fn identity(&self, names: &[&str], usage: ExtendedKeyUsagePurpose) -> Identity {
+        let pem = self.pem_for(names, usage, (2099, 1, 1));
+        Identity::parse(pem.as_bytes(), &self.pem).expect("it is one").expect("this CA signed it")
+    }
+
+    /// A kubelet's TLS.
+    pub(super) fn tls_server(&self, name: &str) -> TlsServer {
+        let pem = self.pem_for(&[name], ExtendedKeyUsagePurpose::ServerAuth, (2099, 1, 1));
+        let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).expect("a certificate");
+        let key = PrivateKeyDer::from_pem_slice(pem.as_bytes()).expect("a key");
+        let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.clone()], key)
+            .expect("a certificate");
+        TlsServer { acceptor: TlsAcceptor::from(Arc::new(config)), certificate }
+    }
+}
+
+pub(super) struct World {
+    pub(super) ca: Ca,
+    pub(super) port: u16,
+    pub(super) gate: SocketAddr,
+    pub(super) secure: SocketAddr,
+    pub(super) insecure: SocketAddr,
+    pub(super) tunnels: Tunnels,
+    pub(super) cloud_stats: Stats,
+    pub(super) edge_stats: Stats,
+    cloud_plan: watch::Sender<Arc<Plan>>,
+    edge_plan: watch::Sender<Arc<Plan>>,
+    edge_identity: watch::Sender<Option<Arc<Identity>>>,
+    edge: Mutex<Option<tokio::task::JoinHandle<()>>>,
+    _cloud_identity: watch::Sender<Option<Arc<Identity>>>,
+}
+
+fn topology(port: u16) -> Topology {
+    let pool = |exposed, nodes: &[(&str, u8)], proxy: &str| {
+        let members =
+            nodes.iter().map(|(name, last)| ((*name).to_owned(), Member { outer: [127, 0, 0, *last].into(), prefixes: BTreeSet::new() }));
+        let dial = if exposed { Some(("127.0.0.1".to_owned(), 0)) } else { None };
+        let proxies = BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, port: 0 })]);
+        Pool { exposed, members: members.collect(), proxies, ..Pool::default() }
+    };
+    let pools = BTreeMap::from([
+        ("cloud".to_owned(), pool(true, &[("c1", 1)], "c1")),
+        ("edge-x".to_owned(), pool(false, &[("x1", 2), ("x2", 3)], "x1")),
+    ]);
+    let ports = Ports { http: BTreeSet::from([port + 1]), https: BTreeSet::from([port]) };
+    Topology { pools, ports, ..Topology::default() }
+}
+
+impl World {
+    /// Starts both halves and waits for the tunnels.
+    pub(super) async fn start() -> Self {
+        let port = 21_000 + 2 * PORT.fetch_add(1, Ordering::Relaxed);
+        let topology = topology(port);
+        let ca = Ca::new();
+        let cloud_plan = watch::Sender::new(Arc::new(plan(&topology, "c1")));
+        let edge_plan = watch::Sender::new(Arc::new(plan(&topology, "x1")));
+        let cloud_identity = watch::Sender::new(Some(Arc::new(ca.identity(&["127.0.0.1"], ExtendedKeyUsagePurpose::ServerAuth))));
+        let edge_identity = watch::Sender::new(Some(Arc::new(ca.identity(&["x1"], ExtendedKeyUsagePurpose::ClientAuth))));
+        let (cloud_stats, edge_stats) = (Stats::default(), Stats::default());
+        let tunnels = Tunnels::new(cloud_stats.clone());
+        let bind = || async { TcpListener::bind("127.0.0.1:0").await.expect("a port") };
+        let (gate, secure, insecure) = (bind().await, bind().await, bind().await);
+        let addresses = [&gate, &secure, &insecure].map(|l| l.local_addr().expect("an address"));
+        let keeper = Gate {
+            plan: cloud_plan.subscribe(),
+            identity: cloud_identity.subscribe(),
+            tunnels: tunnels.clone(),
+            stats: cloud_stats.clone(),
+        };
+        tokio::spawn(keeper.run(gate));
+        let entrance = Entrance { plan: cloud_plan.subscribe(), tunnels: tunnels.clone(), stats: cloud_stats.clone() };
+        tokio::spawn(entrance.clone().run(secure, Kind::Secure(port)));
+        tokio::spawn(entrance.run(insecure, Kind::Insecure));
+        let world = Self {
+            ca,
+            port,
+            gate: addresses[0],
+            secure: addresses[1],
+            insecure: addresses[2],
+            tunnels,
+            cloud_stats,
+            edge_stats,
+            cloud_plan,
+            edge_plan,
+            edge_identity,
+            edge: Mutex::default(),
+            _cloud_identity: cloud_identity,
+        };
+        world.start_edge();
+        world.connected().await;
+        world
+    }
+
+    fn start_edge(&self) {
+        let clouds = watch::Sender::new(BTreeMap::from([("c1".to_owned(), (self.gate.ip().to_string(), self.gate.port()))]));
+        let edge = Edge { plan: self.edge_plan.subscribe(), stats: self.edge_stats.clone() };
+        let (identity, up) = (self.edge_identity.subscribe(), watch::Sender::default());
+        let task = tokio::spawn(async move {
+            let run = dial::run(clouds.subscribe(), identity, edge, up);
+            run.await;
+        });
+        if let Some(old) = self.edge.lock().expect("nobody panics").replace(task) {
+            old.abort();
+        }
+    }
+
+    pub(super) async fn connected(&self) {
+        let ends = self.tunnels.ends();
+        eventually("the edge's tunnels", || ends.borrow().contains("x1")).await;
+    }
+
+    /// All tunnels break, and the edge dials again.
+    pub(super) fn cut(&mut self) {
+        self.tunnels.retain(|_, _| false);
+        self.start_edge();
+    }
+
+    /// The edge's node is elected no more.
+    pub(super) fn dismiss(&self) {
+        let mut topology = topology(self.port);
+        topology.pools.get_mut("edge-x").expect("it is there").proxies.clear();
+        self.cloud_plan.send_replace(Arc::new(plan(&topology, "c1")));
+    }
+
+    /// A listener on node x2.
+    pub(super) async fn listen(&self) -> TcpListener {
+        TcpListener::bind(("127.0.0.3", self.port)).await.expect("a port of its own")
+    }
+
+    /// The same, for plain HTTP.
+    pub(super) async fn listen_http(&self) -> TcpListener {
+        TcpListener::bind(("127.0.0.3", self.port + 1)).await.expect("a port of its own")
+    }
+
+    pub(super) async fn open(&self, node: &str) -> Result<Opened, Error> {
+        self.connect_anyway(node, self.port).await
+    }
+
+    /// Asks the edge for anything, as a cloud gateway node that somebody took over might.
+    pub(super) async fn connect_anyway(&self, node: &str, port: u16) -> Result<Opened, Error> {
+        let target = Target { node: node.to_owned(), pool: "edge-x".to_owned(), address: [127, 0, 0, 3].into() };
+        let stream = Stream { id: self.cloud_stats.next_id(), node: node.to_owned(), port };
+        self.tunnels.open(&target, &stream).await
+    }
+
+    /// A client that trusts anybody and tells whose certificate it saw, and what was said.
+    pub(super) async fn tls_client(&self, name: &str) -> std::io::Result<(CertificateDer<'static>, Vec<u8>)> {
+        let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_root_certificates(RootCertStore::empty())
+            .with_no_client_auth();
+        config.dangerous().set_certificate_verifier(Arc::new(Anybody));
+        let tcp = TcpStream::connect(self.secure).await?;
+        let name = ServerName::try_from(name.to_owned()).expect("a name");
+        let mut tls = timeout(PATIENCE, TlsConnector::from(Arc::new(config)).connect(name, tcp)).await.expect("in time")?;
+        let seen = tls.get_ref().1.peer_certificates().expect("a certificate")[0].clone().into_owned();
+        let mut text = Vec::new();
+        timeout(PATIENCE, tls.read_to_end(&mut text)).await.expect("in time")?;
+        Ok((seen, text))
+    }
+
+    /// Numbers of the tunnels that are up: another number is another connection.
+    pub(super) fn numbers(&self) -> Vec<u64> {
+        self.tunnels.numbers()
+    }
+}
+
+/// Waits for a condition, no longer than [`PATIENCE`].
+pub(super) async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !holds() {
+        assert!(Instant::now() < end, "{what}: not within {PATIENCE:?}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[derive(Debug)]
+struct Anybody;
+
+impl rustls::client::danger::ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: rustls::pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        ring::default_provider().signature_verification_algorithms.supported_schemes()
+    }
+}

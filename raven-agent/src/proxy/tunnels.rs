@@ -1,0 +1,256 @@
+//! The cloud's half: the tunnels that edges have brought, and streams through them.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+};
+
+use http_body_util::Empty;
+use hyper::{Method, Request, StatusCode, body::Bytes, client::conn::http2::SendRequest, header::HeaderValue, upgrade::Upgraded};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::watch,
+    time::{Instant, timeout, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    limits,
+    plan::Target,
+    serve::{REASON_HEADER, STREAM_HEADER},
+    stats::{Refusal, Stats},
+    stream::Stream,
+};
+
+/// Why a stream could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// Nobody of that site is connected.
+    #[error("no tunnel to Gateway {pool} (its gateway node dials here: is it up, and does it reach this address?)")]
+    NoTunnel {
+        /// Which site.
+        pool: String,
+    },
+    /// The edge answered, and said no.
+    #[error("gateway node {via} says: {reason}")]
+    Refused {
+        /// Who.
+        via: String,
+        /// What it said.
+        reason: String,
+        /// True if the node that was asked for does not answer; else the request is to blame.
+        unreachable: bool,
+    },
+}
+
+impl Error {
+    pub(crate) fn refusal(&self) -> Refusal {
+        match self {
+            Self::NoTunnel { .. } => Refusal::NoTunnel,
+            Self::Refused { unreachable: true, .. } => Refusal::Unreachable,
+            Self::Refused { .. } => Refusal::Unknown,
+        }
+    }
+}
+
+/// All tunnels of this node; clones share them.
+#[derive(Clone)]
+pub(crate) struct Tunnels {
+    shared: Arc<Shared>,
+    stats: Stats,
+}
+
+struct Shared {
+    by_pool: Mutex<BTreeMap<String, Vec<Arc<Tunnel>>>>,
+    next: AtomicU64,
+    /// Nodes at the other ends; who waits for a tunnel waits for a change of it.
+    ends: watch::Sender<BTreeSet<String>>,
+}
+
+struct Tunnel {
+    number: u64,
+    node: String,
+    sender: SendRequest<Empty<Bytes>>,
+    /// Streams that are open or being opened.
+    streams: AtomicU32,
+    close: CancellationToken,
+}
+
+/// A stream through a tunnel; gives its place back when it is dropped.
+pub(crate) struct Opened {
+    io: TokioIo<Upgraded>,
+    _place: Place,
+}
+
+impl AsyncRead for Opened {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Opened {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+struct Place(Arc<Tunnel>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Tunnels {
+    pub(crate) fn new(stats: Stats) -> Self {
+        let shared = Shared { by_pool: Mutex::default(), next: AtomicU64::new(0), ends: watch::Sender::default() };
+        Self { shared: Arc::new(shared), stats }
+    }
+
+    /// Nodes at the other ends.
+    pub(crate) fn ends(&self) -> watch::Receiver<BTreeSet<String>> {
+        self.shared.ends.subscribe()
+    }
+
+    /// Takes a connection that an edge gateway node dialled, for its pool, until it ends or is closed.
+    pub(crate) async fn take<S>(&self, node: &str, pool: &str, connection: S) -> hyper::Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (sender, connection) = limits::client().handshake(TokioIo::new(connection)).await?;
+        let number = self.shared.next.fetch_add(1, Ordering::Relaxed);
+        let close = CancellationToken::new();
+        let tunnel = Tunnel { number, node: node.to_owned(), sender, streams: AtomicU32::new(0), close: close.clone() };
+        self.change(|by_pool| by_pool.entry(pool.to_owned()).or_default().push(Arc::new(tunnel)));
+        self.stats.tunnel(1);
+        let registered = Registered { tunnels: self, pool, number };
+        tracing::info!(node, gateway = pool, tunnel = number, "tunnel up");
+        let ended = tokio::select! {
+            ended = connection => ended,
+            () = close.cancelled() => Ok(()),
+        };
+        drop(registered);
+        let why = ended.as_ref().err().map(ToString::to_string);
+        tracing::info!(node, gateway = pool, tunnel = number, why, "tunnel down");
+        ended
+    }
+
+    /// Closes the tunnels of nodes that may not have one (any more).
+    pub(crate) fn retain(&self, may: impl Fn(&str, &str) -> bool) {
+        for (pool, tunnels) in self.lock().iter() {
+            tunnels.iter().filter(|tunnel| !may(&tunnel.node, pool)).for_each(|tunnel| tunnel.close.cancel());
+        }
+    }
+
+    /// Opens a stream to a node of an edge pool, by whichever of its tunnels works.
+    pub(crate) async fn open(&self, target: &Target, stream: &Stream) -> Result<Opened, Error> {
+        let deadline = Instant::now() + limits::OPEN;
+        let mut changed = self.shared.ends.subscribe();
+        let mut tried = BTreeSet::new();
+        loop {
+            changed.mark_unchanged();
+            while let Some(place) = self.choose(&target.pool, &tried) {
+                tried.insert(place.0.number);
+                match timeout(limits::ATTEMPT, request(&place, stream)).await {
+                    Ok(Ok(io)) => return Ok(Opened { io: TokioIo::new(io), _place: place }),
+                    Ok(Err(Failure::Refused { reason, unreachable })) => {
+                        return Err(Error::Refused { via: place.0.node.clone(), reason, unreachable });
+                    }
+                    // Nothing of the client's has been sent: another tunnel may try.
+                    Ok(Err(Failure::Tunnel(e))) => tracing::debug!(%stream, tunnel = place.0.number, "try another tunnel: {e}"),
+                    Err(_) => tracing::debug!(%stream, tunnel = place.0.number, "try another tunnel: no answer"),
+                }
+            }
+            if timeout_at(deadline, changed.changed()).await.is_err() {
+                return Err(Error::NoTunnel { pool: target.pool.clone() });
+            }
+        }
+    }
+
+    /// Numbers of all tunnels.
+    #[cfg(test)]
+    pub(crate) fn numbers(&self) -> Vec<u64> {
+        self.lock().values().flatten().map(|tunnel| tunnel.number).collect()
+    }
+
+    /// The tunnel with the fewest streams that has not been tried.
+    fn choose(&self, pool: &str, tried: &BTreeSet<u64>) -> Option<Place> {
+        let by_pool = self.lock();
+        let tunnels = by_pool.get(pool)?.iter().filter(|t| !tried.contains(&t.number) && !t.sender.is_closed());
+        let fewest = tunnels.min_by_key(|t| t.streams.load(Ordering::Relaxed))?;
+        // Below what the edge allows: a stream that waits for another one to end would block those behind it.
+        let taken = fewest.streams.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < limits::STREAMS - 1).then_some(n + 1));
+        taken.is_ok().then(|| Place(fewest.clone()))
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Vec<Arc<Tunnel>>>> {
+        self.shared.by_pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<String, Vec<Arc<Tunnel>>>)) {
+        let mut by_pool = self.lock();
+        change(&mut by_pool);
+        // Sent also when the set is the same: a second tunnel of the same node is news to who waits.
+        self.shared.ends.send_replace(by_pool.values().flatten().map(|tunnel| tunnel.node.clone()).collect());
+    }
+}
+
+/// Takes a tunnel off the list, also when its task is dropped.
+struct Registered<'a> {
+    tunnels: &'a Tunnels,
+    pool: &'a str,
+    number: u64,
+}
+
+impl Drop for Registered<'_> {
+    fn drop(&mut self) {
+        self.tunnels.stats.tunnel(-1);
+        self.tunnels.change(|by_pool| {
+            if let Some(tunnels) = by_pool.get_mut(self.pool) {
+                tunnels.retain(|tunnel| tunnel.number != self.number);
+                if tunnels.is_empty() {
+                    by_pool.remove(self.pool);
+                }
+            }
+        });
+    }
+}
+
+enum Failure {
+    /// The edge answered.
+    Refused { reason: String, unreachable: bool },
+    /// The tunnel did not carry the question.
+    Tunnel(hyper::Error),
+}
+
+async fn request(place: &Place, stream: &Stream) -> Result<Upgraded, Failure> {
+    let mut request = Request::new(Empty::new());
+    *request.method_mut() = Method::CONNECT;
+    let bad = |e: &dyn std::fmt::Display| Failure::Refused { reason: format!("no request can be made of it: {e}"), unreachable: false };
+    *request.uri_mut() = format!("{}:{}", stream.node, stream.port).parse().map_err(|e| bad(&e))?;
+    request.headers_mut().insert(STREAM_HEADER, HeaderValue::from_str(&stream.id).map_err(|e| bad(&e))?);
+    let mut sender = place.0.sender.clone();
+    sender.ready().await.map_err(Failure::Tunnel)?;
+    let response = sender.send_request(request).await.map_err(Failure::Tunnel)?;
+    if response.status() != StatusCode::OK {
+        let reason = response.headers().get(REASON_HEADER).and_then(|r| r.to_str().ok()).unwrap_or("no reason given").to_owned();
+        return Err(Failure::Refused { reason, unreachable: response.status() == StatusCode::BAD_GATEWAY });
+    }
+    hyper::upgrade::on(response).await.map_err(Failure::Tunnel)
+}

@@ -1,0 +1,63 @@
+//! The hosts file for CoreDNS: names of edge nodes lead to the proxy's Service, names of cloud nodes to the nodes themselves. Pure.
+
+use std::{collections::BTreeSet, fmt::Write, net::IpAddr};
+
+use raven_api::Gateway;
+
+use crate::gateway::NodeFacts;
+
+/// The file: lines `IP<TAB>name`, sorted by name. `service`: the Service's addresses, none while L7 is off or it has none yet: then every
+/// name leads to its node.
+pub fn hosts<'a>(nodes: impl IntoIterator<Item = &'a NodeFacts>, gateways: &[Gateway], service: &[IpAddr]) -> String {
+    let edge: BTreeSet<&str> = gateways
+        .iter()
+        .filter(|g| g.spec.expose_type.is_edge())
+        .flat_map(|g| g.status.iter().flat_map(|s| &s.nodes))
+        .map(|node| node.node_name.as_str())
+        .collect();
+    let mut lines: BTreeSet<(&str, IpAddr)> = BTreeSet::new();
+    for node in nodes {
+        let name = node.name.as_str();
+        if edge.contains(name) && !service.is_empty() {
+            lines.extend(service.iter().map(|ip| (name, *ip)));
+        } else {
+            lines.extend(node.addresses().map(|ip| (name, ip)));
+        }
+    }
+    lines.iter().fold(String::new(), |mut file, (name, ip)| {
+        let _ = writeln!(file, "{ip}\t{name}");
+        file
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use raven_api::{
+        GatewaySpec, GatewayStatus,
+        gateway::{ExposeType, NodeInfo},
+    };
+    use serde_json::json;
+
+    use super::*;
+
+    fn node(name: &str, address: &str) -> NodeFacts {
+        let node = json!({"metadata": {"name": name}, "status": {"addresses": [{"type": "InternalIP", "address": address}]}});
+        NodeFacts::parse(&serde_json::from_value(node).expect("a Node")).expect("it has a name")
+    }
+
+    fn gateway(name: &str, expose_type: ExposeType, node: &str) -> Gateway {
+        let mut gateway = Gateway::new(name, GatewaySpec { expose_type, ..GatewaySpec::default() });
+        let info = NodeInfo { node_name: node.to_owned(), ..NodeInfo::default() };
+        gateway.status = Some(GatewayStatus { nodes: vec![info], ..GatewayStatus::default() });
+        gateway
+    }
+
+    #[test]
+    fn edge_names_lead_to_the_service_and_cloud_names_to_their_nodes() {
+        let nodes = [node("x-a", "10.1.0.11"), node("cloud-a", "10.0.0.11"), node("stray", "10.9.0.1")];
+        let gateways = [gateway("cloud", ExposeType::PublicIP, "cloud-a"), gateway("edge-x", ExposeType::Edge, "x-a")];
+        let service = ["10.96.0.7".parse().expect("an address")];
+        assert_eq!(hosts(&nodes, &gateways, &service), "10.0.0.11\tcloud-a\n10.9.0.1\tstray\n10.96.0.7\tx-a\n");
+        assert_eq!(hosts(&nodes, &gateways, &[]), "10.0.0.11\tcloud-a\n10.9.0.1\tstray\n10.1.0.11\tx-a\n");
+    }
+}

@@ -1,0 +1,209 @@
+//! Which Services and EndpointSlices lead to the gateway nodes. Pure: objects as server-side apply takes them.
+//!
+//! The internal Service has no selector: its slices, one per gateway node, hold those whose proxy says that it is ready. Gateways that are
+//! exposed by a load balancer get a Service each for every elected node.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use raven_api::{
+    Gateway, GatewayNode, LABEL_GATEWAY, MANAGER_CONTROLLER,
+    gateway::{Endpoint, EndpointType, ExposeType},
+    proxy::{
+        INTERNAL_INSECURE_PORT, INTERNAL_SERVICE, LABEL_DISCARD, LABEL_ENDPOINTS_NAME, LABEL_GATEWAY_TYPE, LOAD_BALANCER_PREFIX, Ports,
+        TUNNEL_LOAD_BALANCER_PREFIX, secure_listener,
+    },
+};
+use serde_json::{Value, json};
+
+/// Label by which our Services and slices are found again.
+pub const LABEL_MANAGED_BY: &str = "app.kubernetes.io/managed-by";
+
+/// Services and slices, by name.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Objects {
+    /// Services.
+    pub services: BTreeMap<String, Value>,
+    /// EndpointSlices.
+    pub slices: BTreeMap<String, Value>,
+}
+
+/// What there should be.
+pub fn desired(namespace: &str, gateways: &[Gateway], nodes: &[GatewayNode], l7: bool) -> Objects {
+    let mut objects = Objects::default();
+    let exposed = || gateways.iter().filter(|g| !g.spec.expose_type.is_edge());
+    if l7 {
+        let ports = Ports::of(gateways);
+        objects.services.insert(INTERNAL_SERVICE.to_owned(), internal_service(namespace, &ports));
+        let ready: BTreeSet<&str> = nodes.iter().filter(|n| is_ready(n)).filter_map(|n| n.metadata.name.as_deref()).collect();
+        for (node, address) in exposed().flat_map(|g| elected(g, EndpointType::Proxy)).filter(|(e, _)| ready.contains(e.node_name.as_str()))
+        {
+            let name = format!("{INTERNAL_SERVICE}-{}", node.node_name);
+            objects.slices.insert(name.clone(), slice(namespace, &name, INTERNAL_SERVICE, node, &address, internal_ports(&ports)));
+        }
+    }
+    for gateway in exposed().filter(|g| g.spec.expose_type == ExposeType::LoadBalancer) {
+        for (type_, prefix) in [(EndpointType::Proxy, LOAD_BALANCER_PREFIX), (EndpointType::Tunnel, TUNNEL_LOAD_BALANCER_PREFIX)] {
+            for (endpoint, address) in elected(gateway, type_).filter(|_| l7 || type_ == EndpointType::Tunnel) {
+                balanced(namespace, gateway, endpoint, &address, prefix, &mut objects);
+            }
+        }
+    }
+    objects
+}
+
+fn is_ready(node: &GatewayNode) -> bool {
+    node.status.as_ref().and_then(|s| s.proxy.as_ref()).is_some_and(|p| p.ready)
+}
+
+/// Elected nodes of a Gateway that have an address.
+fn elected(gateway: &Gateway, type_: EndpointType) -> impl Iterator<Item = (&Endpoint, String)> {
+    let status = gateway.status.as_ref();
+    let endpoints = status.into_iter().flat_map(|s| &s.active_endpoints).filter(move |e| e.type_ == type_);
+    endpoints.filter_map(move |endpoint| {
+        let node = status?.nodes.iter().find(|n| n.node_name == endpoint.node_name)?;
+        (!node.private_ip.is_empty()).then(|| (endpoint, node.private_ip.clone()))
+    })
+}
+
+fn internal_service(namespace: &str, ports: &Ports) -> Value {
+    let https = ports
+        .https
+        .iter()
+        .map(|port| json!({ "name": format!("https-{port}"), "port": port, "targetPort": secure_listener(*port), "protocol": "TCP" }));
+    let http = ports
+        .http
+        .iter()
+        .map(|port| json!({ "name": format!("http-{port}"), "port": port, "targetPort": INTERNAL_INSECURE_PORT, "protocol": "TCP" }));
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": { "name": INTERNAL_SERVICE, "namespace": namespace, "labels": { LABEL_MANAGED_BY: MANAGER_CONTROLLER, LABEL_DISCARD: "true" } },
+        "spec": { "type": "ClusterIP", "ports": http.chain(https).collect::<Vec<_>>() },
+    })
+}
+
+fn internal_ports(ports: &Ports) -> Vec<Value> {
+    let https =
+        ports.https.iter().map(|port| json!({ "name": format!("https-{port}"), "port": secure_listener(*port), "protocol": "TCP" }));
+    let http = ports.http.iter().map(|port| json!({ "name": format!("http-{port}"), "port": INTERNAL_INSECURE_PORT, "protocol": "TCP" }));
+    http.chain(https).collect()
+}
+
+fn slice(namespace: &str, name: &str, service: &str, node: &Endpoint, address: &str, ports: Vec<Value>) -> Value {
+    let family = if address.contains(':') { "IPv6" } else { "IPv4" };
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": { "name": name, "namespace": namespace, "labels": {
+            "kubernetes.io/service-name": service,
+            "endpointslice.kubernetes.io/managed-by": MANAGER_CONTROLLER,
+            LABEL_MANAGED_BY: MANAGER_CONTROLLER,
+            LABEL_ENDPOINTS_NAME: node.node_name,
+        } },
+        "addressType": family,
+        "endpoints": [{ "addresses": [address], "conditions": { "ready": true }, "nodeName": node.node_name }],
+        "ports": ports,
+    })
+}
+
+/// A Service of type LoadBalancer for one elected node, and its slice.
+fn balanced(namespace: &str, gateway: &Gateway, endpoint: &Endpoint, address: &str, prefix: &str, objects: &mut Objects) {
+    let owner = gateway.metadata.name.as_deref().unwrap_or_default();
+    let name = balancer_name(prefix, owner, &endpoint.node_name);
+    let (type_, protocol) = match endpoint.type_ {
+        EndpointType::Proxy => ("proxy", "TCP"),
+        EndpointType::Tunnel => ("tunnel", "UDP"),
+    };
+    let port = endpoint.port_or_default();
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": { "name": name, "namespace": namespace, "labels": {
+            LABEL_MANAGED_BY: MANAGER_CONTROLLER, LABEL_GATEWAY: owner, LABEL_GATEWAY_TYPE: type_, LABEL_ENDPOINTS_NAME: endpoint.node_name,
+        } },
+        "spec": {
+            "type": "LoadBalancer", "externalTrafficPolicy": "Local",
+            "ports": [{ "name": type_, "port": port, "targetPort": port, "protocol": protocol }],
+        },
+    });
+    let ports = vec![json!({ "name": type_, "port": port, "protocol": protocol })];
+    objects.slices.insert(name.clone(), slice(namespace, &name, &name, endpoint, address, ports));
+    objects.services.insert(name, service);
+}
+
+/// `<prefix>-<gateway>-<8 hex>`; the hash is of the node's name, so that a node keeps its load balancer. A Service's name has at most 63
+/// characters.
+pub fn balancer_name(prefix: &str, gateway: &str, node: &str) -> String {
+    // FNV-1a: short, and the same for ever.
+    let hash = node.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    let room = 63 - prefix.len() - 10;
+    let gateway: String = gateway.chars().map(|c| if c == '.' { '-' } else { c }).take(room).collect();
+    format!("{prefix}-{gateway}-{hash:08x}")
+}
+
+#[cfg(test)]
+mod tests {
+    use raven_api::{
+        GatewayNodeSpec, GatewayNodeStatus, GatewaySpec, GatewayStatus,
+        gateway::{NodeInfo, ProxyConfig},
+        gateway_node::ProxyStatus,
+    };
+
+    use super::*;
+
+    fn gateway(expose_type: ExposeType) -> Gateway {
+        let proxy_config =
+            Some(ProxyConfig { replicas: 2, proxy_http_port: Some("9100".to_owned()), proxy_https_port: Some("9443".to_owned()) });
+        let mut gateway = Gateway::new("cloud", GatewaySpec { expose_type, proxy_config, ..GatewaySpec::default() });
+        let info = |name: &str, ip: &str| NodeInfo { node_name: name.to_owned(), private_ip: ip.to_owned(), subnets: vec![] };
+        let endpoint = |name: &str, type_| Endpoint { node_name: name.to_owned(), type_, ..Endpoint::default() };
+        gateway.status = Some(GatewayStatus {
+            nodes: vec![info("a", "10.0.0.1"), info("b", "10.0.0.2")],
+            active_endpoints: vec![
+                endpoint("a", EndpointType::Tunnel),
+                endpoint("a", EndpointType::Proxy),
+                endpoint("b", EndpointType::Proxy),
+            ],
+            ..GatewayStatus::default()
+        });
+        gateway
+    }
+
+    fn node(name: &str, ready: bool) -> GatewayNode {
+        let mut node = GatewayNode::new(name, GatewayNodeSpec::default());
+        node.status =
+            Some(GatewayNodeStatus { proxy: Some(ProxyStatus { ready, ..ProxyStatus::default() }), ..GatewayNodeStatus::default() });
+        node
+    }
+
+    #[test]
+    fn only_ready_proxies_are_behind_the_service() {
+        let gateways = [gateway(ExposeType::PublicIP)];
+        let objects = desired("kube-system", &gateways, &[node("a", true), node("b", false)], true);
+        assert_eq!(objects.slices.keys().collect::<Vec<_>>(), ["x-raven-proxy-internal-svc-a"]);
+        let slice = &objects.slices["x-raven-proxy-internal-svc-a"];
+        assert_eq!(slice["endpoints"][0]["addresses"], json!(["10.0.0.1"]));
+        assert_eq!(slice["metadata"]["labels"]["kubernetes.io/service-name"], INTERNAL_SERVICE);
+        let ports: Vec<(&str, u64)> = slice["ports"]
+            .as_array()
+            .expect("ports")
+            .iter()
+            .map(|p| (p["name"].as_str().expect("a name"), p["port"].as_u64().expect("a port")))
+            .collect();
+        assert_eq!(ports, [("http-9100", 10264), ("http-10255", 10264), ("https-9443", 29443), ("https-10250", 10263)]);
+        let service = &objects.services[INTERNAL_SERVICE];
+        assert!(service["spec"].get("selector").is_none());
+        assert_eq!(service["spec"]["ports"].as_array().map(Vec::len), Some(4));
+    }
+
+    #[test]
+    fn a_load_balancer_per_elected_node_where_the_gateway_asks_for_it() {
+        let gateways = [gateway(ExposeType::LoadBalancer)];
+        let objects = desired("kube-system", &gateways, &[], true);
+        let names: Vec<&String> = objects.services.keys().filter(|name| *name != INTERNAL_SERVICE).collect();
+        assert_eq!(names.len(), 3, "{names:?}");
+        let tunnel = &objects.services[&balancer_name(TUNNEL_LOAD_BALANCER_PREFIX, "cloud", "a")];
+        assert_eq!(tunnel["spec"]["ports"][0], json!({"name": "tunnel", "port": 4500, "targetPort": 4500, "protocol": "UDP"}));
+        assert_eq!(tunnel["spec"]["externalTrafficPolicy"], "Local");
+        let off = desired("kube-system", &gateways, &[], false);
+        assert_eq!(off.services.len(), 1, "L7 is off: only the tunnel's is left");
+        assert!(balancer_name(LOAD_BALANCER_PREFIX, &"g".repeat(100), "n").len() <= 63);
+    }
+}

@@ -1,0 +1,115 @@
+//! `bench tunnel`: throughput of one TCP connection between two gateway nodes through Raven, and through bare WireGuard of the same
+//! kind between the same two hosts. The two ways alternate within a run; medians count.
+
+use std::{process::Command, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use comfy_table::{Table, presets::ASCII_MARKDOWN};
+use raven_tests::{Lab, Node, PoolSpec, Protocol, agent, eventually, namespace::Namespace, offline, probe, process::Process, proof};
+
+/// How long one measurement lasts, seconds.
+const SECONDS: &str = "3";
+/// The bare device, its port, and its two ends.
+const BARE: &str = "bare0";
+const BARE_PORT: u16 = 4501;
+const BARE_ENDS: [&str; 2] = ["172.31.255.1", "172.31.255.2"];
+/// What Raven gives its own, bytes.
+const MTU: &str = "1420";
+
+/// Runs it.
+pub fn run(runs: usize, json: bool) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let measured = runtime.block_on(measure(runs))?;
+    let Measured { backend, raven, bare } = &measured;
+    let ratio = raven / bare;
+    if json {
+        println!(
+            "{}",
+            serde_json::json!({ "wireguard": backend, "raven_mbit": raven.round(), "bare_mbit": bare.round(), "ratio": (ratio * 1000.0).round() / 1000.0 })
+        );
+        return Ok(());
+    }
+    let mut table = Table::new();
+    table.load_style(ASCII_MARKDOWN).set_header(["way", "WireGuard", "Mbit/s", "× bare"]);
+    table.add_row(["Raven".to_owned(), (*backend).to_owned(), format!("{raven:.0}"), format!("{ratio:.2}")]);
+    table.add_row(["bare WireGuard".to_owned(), (*backend).to_owned(), format!("{bare:.0}"), "1.00".to_owned()]);
+    println!("{table}");
+    Ok(())
+}
+
+struct Measured {
+    backend: &'static str,
+    /// Mbit/s.
+    raven: f64,
+    bare: f64,
+}
+
+async fn measure(runs: usize) -> Result<Measured> {
+    ensure!(runs > 0, "--runs 0 measures nothing");
+    let mut pools = PoolSpec::three();
+    pools.truncate(2);
+    let forward = pools[0].forward(Protocol::Udp, BARE_PORT, 0);
+    pools[0].forwards.push(forward);
+    let lab = Lab::builder().pools(pools).without_kubernetes().up().await?;
+    offline::write(&lab)?;
+    let _cloud = lab.start_agent_with("cloud-a", vec!["--offline".to_owned()])?;
+    let _edge = lab.start_agent_with("x-a", vec!["--offline".to_owned()])?;
+    let (server, client) = (lab.node("cloud-a"), lab.node("x-a"));
+    let target = server.bridge_v4();
+    let answers = || async { probe::ping(&client.ns, target.into()).await?.context("no answer") };
+    eventually(proof::CONVERGENCE, "the two hosts meet through Raven", answers).await?;
+    let (backend, _engines) = bare(&lab, server, client).await?;
+    let mut listener = server.ns.command("iperf3");
+    listener.arg("-s");
+    let listener = Process::start("iperf3", &lab.logs(), listener)?;
+    let (mut raven, mut bare) = (Vec::new(), Vec::new());
+    for _ in 0..runs {
+        raven.push(mbit(&client.ns, &target.to_string()).await?);
+        bare.push(mbit(&client.ns, BARE_ENDS[0]).await?);
+    }
+    drop(listener);
+    Ok(Measured { backend, raven: median(raven), bare: median(bare) })
+}
+
+/// Bare WireGuard between the two hosts, of the kind that this kernel has.
+async fn bare(lab: &Lab, server: &Node, client: &Node) -> Result<(&'static str, Vec<Process>)> {
+    let mut engines = Vec::new();
+    let mut backend = "kernel";
+    for node in [server, client] {
+        if node.ns.sh(&format!("ip link add {BARE} type wireguard 2>/dev/null")).is_err() {
+            backend = "userspace";
+            let mut engine = node.ns.command(agent::binary("raven-agent")?);
+            engine.args(["wireguard-engine", BARE]);
+            engines.push(Process::start(format!("bare-{}", node.name), &lab.logs(), engine)?);
+            let up = || async { node.ns.run("wg", &["show", BARE]) };
+            eventually(Duration::from_secs(10), "the bare engine answers", up).await?;
+        }
+        node.ns.sh(&format!("umask 077; wg genkey > /run/raven/{BARE}.key; wg pubkey < /run/raven/{BARE}.key > /run/raven/{BARE}.pub"))?;
+    }
+    let public = |node: &Node| node.ns.sh(&format!("cat /run/raven/{BARE}.pub")).map(|key| key.trim().to_owned());
+    let dialled = format!("endpoint {}:{BARE_PORT} persistent-keepalive 15", lab.cloud().public_v4);
+    for (node, own, peer, more) in [(server, 0, public(client)?, String::new()), (client, 1, public(server)?, dialled)] {
+        let (address, other) = (BARE_ENDS[own], BARE_ENDS[1 - own]);
+        node.ns.sh(&format!(
+            "wg set {BARE} private-key /run/raven/{BARE}.key listen-port {BARE_PORT} peer {peer} allowed-ips {other}/32 {more}
+             ip addr add {address}/24 dev {BARE}; ip link set {BARE} mtu {MTU} up"
+        ))?;
+    }
+    let answers = || async { probe::ping(&client.ns, BARE_ENDS[0].parse()?).await?.context("no answer") };
+    eventually(Duration::from_secs(20), "the two hosts meet through bare WireGuard", answers).await?;
+    Ok((backend, engines))
+}
+
+async fn mbit(from: &Namespace, to: &str) -> Result<f64> {
+    let mut command: Command = from.command("iperf3");
+    command.args(["-J", "-t", SECONDS, "-c", to]);
+    let done = tokio::process::Command::from(command).output().await.context("start iperf3")?;
+    let said: serde_json::Value = serde_json::from_slice(&done.stdout).context("iperf3 prints JSON")?;
+    let bits = said["end"]["sum_received"]["bits_per_second"].as_f64();
+    Ok(bits.with_context(|| format!("iperf3 to {to}: {}", said["error"]))? / 1e6)
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}

@@ -1,0 +1,70 @@
+//! `cargo xtask fuzz`: everything that reads bytes from outside, under libFuzzer, each target for a while. Works on stable Rust:
+//! the coverage that libFuzzer steers by is an ordinary LLVM pass.
+
+use std::{fs, path::PathBuf, process::Command};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{
+    setup::{self, Need},
+    workspace,
+};
+
+/// Arguments of `fuzz`.
+#[derive(clap::Args)]
+pub(crate) struct Fuzz {
+    /// One target; all when left out.
+    target: Option<String>,
+    /// How long each runs.
+    #[arg(long, default_value_t = 60)]
+    seconds: u32,
+}
+
+/// As cargo-fuzz has them, without a sanitizer (which only nightly offers): what is fuzzed is safe Rust.
+const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+    -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1";
+
+const HOST: &str = "x86_64-unknown-linux-gnu";
+
+impl Fuzz {
+    /// Builds and runs; an error if a target found something, which then lies in `target/fuzz/artifacts/`.
+    pub(crate) fn run(self) -> Result<()> {
+        setup::ensure(&[Need::Build, Need::Ebpf])?;
+        let folder = workspace().join("tests/fuzz");
+        let target = workspace().join("target/fuzz");
+        // With a target named, build scripts and macros keep their ordinary flags.
+        let status = Command::new("cargo")
+            .args(["build", "--release", "--target", HOST, "--manifest-path"])
+            .arg(folder.join("Cargo.toml"))
+            .env("CARGO_TARGET_DIR", &target)
+            .env("RUSTFLAGS", FLAGS)
+            .status()
+            .context("start cargo")?;
+        ensure!(status.success(), "the fuzz targets do not build");
+        let names = match self.target {
+            Some(name) => vec![name],
+            None => names(&folder)?,
+        };
+        for name in names {
+            let (corpus, artifacts) = (target.join("corpus").join(&name), target.join("artifacts").join(&name));
+            fs::create_dir_all(&corpus)?;
+            fs::create_dir_all(&artifacts)?;
+            println!("\n=== fuzz {name}, {} s ===", self.seconds);
+            let mut fuzzer = Command::new(target.join(HOST).join("release").join(&name));
+            fuzzer.arg(&corpus).args([folder.join("corpus").join(&name)].iter().filter(|seeds| seeds.is_dir()));
+            fuzzer.args([format!("-max_total_time={}", self.seconds), format!("-artifact_prefix={}/", artifacts.display())]);
+            fuzzer.args(["-print_final_stats=1", "-verbosity=0", "-rss_limit_mb=2048", "-timeout=10"]);
+            let status = fuzzer.status().with_context(|| format!("start fuzz target {name}"))?;
+            ensure!(status.success(), "fuzz target {name} found something: see {}", artifacts.display());
+        }
+        Ok(())
+    }
+}
+
+fn names(folder: &PathBuf) -> Result<Vec<String>> {
+    let files = fs::read_dir(folder.join("fuzz_targets")).with_context(|| format!("list {}", folder.display()))?;
+    let mut names: Vec<String> = files.flatten().filter_map(|file| Some(file.path().file_stem()?.to_string_lossy().into_owned())).collect();
+    names.sort();
+    Ok(names)
+}
