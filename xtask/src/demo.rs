@@ -53,7 +53,7 @@ impl Demo {
 
     async fn tell(&self, story: &mut Story) -> Result<()> {
         story.say("looking for tools");
-        setup::ensure(&[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes])?;
+        setup::ensure(&[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet])?;
         story.say("building raven-controller and raven-agent (the eBPF programs with it)");
         build::binaries()?;
         story.say("building the lab: a cloud pool and two edge pools behind NAT, two nodes each, and a Kubernetes API server");

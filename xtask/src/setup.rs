@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use raven_tests::kubernetes::binaries::Binaries;
+use raven_tests::kubernetes::binaries::{Binaries, NodeBinaries};
 
 use crate::kernel::{self, Series};
 use crate::toolchain::{self, Toolchain};
@@ -28,7 +28,7 @@ pub(crate) struct Setup {
 impl Setup {
     /// Sets everything up.
     pub(crate) fn run(self) -> Result<()> {
-        let all = [Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Vm];
+        let all = [Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet, Need::Vm];
         if self.check {
             let missing: Vec<String> = all.iter().flat_map(|need| need.missing()).collect();
             ensure!(missing.is_empty(), "missing: {}", missing.join(", "));
@@ -65,6 +65,8 @@ pub(crate) enum Need {
     Lab,
     /// etcd, kube-apiserver, kubectl.
     Kubernetes,
+    /// kubelet, containerd, kube-proxy, CoreDNS, and what they run with.
+    Kubelet,
     /// What boots other kernels; the kernels themselves are fetched when one is tested.
     Vm,
 }
@@ -80,6 +82,9 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
     }
     if needs.contains(&Need::Kubernetes) {
         Binaries::find_or_build()?;
+    }
+    if needs.contains(&Need::Kubelet) {
+        NodeBinaries::find_or_build()?;
     }
     Ok(())
 }
@@ -107,6 +112,7 @@ impl Need {
                 tool("sysctl", "procps"),
             ],
             Self::Kubernetes => Vec::new(),
+            Self::Kubelet => vec![tool("runc", "runc"), tool("busybox", "busybox-static"), tool("curl", "curl")],
             Self::Vm => vec![
                 tool("qemu-system-x86_64", "qemu-system-x86"),
                 tool("depmod", "kmod"),
@@ -129,6 +135,9 @@ impl Need {
         }
         if self == Self::Kubernetes && !matches!(Binaries::find(), Ok(Some(_))) {
             missing.push("etcd, kube-apiserver, kubectl (KUBEBUILDER_ASSETS, or Go to build them)".to_owned());
+        }
+        if self == Self::Kubelet && !matches!(NodeBinaries::find(), Ok(Some(_))) {
+            missing.push("kubelet, containerd, kube-proxy, CoreDNS (Go to build them)".to_owned());
         }
         missing
     }

@@ -43,7 +43,7 @@ impl Level {
             Self::Unit | Self::Bpf => &[Need::Build, Need::Ebpf],
             // Level `kernel` skips what it cannot have: it looks for that itself.
             Self::Kernel => &[],
-            Self::Lab => &[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes],
+            Self::Lab => &[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet],
         }
     }
 
@@ -54,7 +54,9 @@ impl Level {
             Self::Unit => &["--workspace", "--lib", "--bins", "--exclude", "raven-ebpf"],
             Self::Bpf => &["-p", "raven-tests", "--test", "programs"],
             // One at a time: timing and CPU belong to the lab that is measured.
-            Self::Lab => &["-p", "raven-tests", "--test", "lab", "--test", "control", "--test", "l3", "--", "--test-threads=1"],
+            Self::Lab => {
+                &["-p", "raven-tests", "--test", "lab", "--test", "control", "--test", "l3", "--test", "l7", "--", "--test-threads=1"]
+            }
             Self::Kernel => &[],
         }
     }

@@ -14,7 +14,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 
 use crate::eventually;
-use crate::namespace::output;
+use crate::namespace::{Namespace, output};
 use crate::process::Process;
 use crate::site::{API_PORT, CONTROL_PLANE, Site};
 use binaries::Binaries;
@@ -54,6 +54,7 @@ impl Cluster {
         let dir = site.dir.join("kubernetes");
         fs::create_dir_all(&dir)?;
         let public = site.cloud().public_v4.to_string();
+        let cloud = site.nodes_of(&site.cloud().spec.name).map(|node| node.lan_v4.to_string());
         let names = [
             CONTROL_PLANE.to_string(),
             public,
@@ -62,7 +63,7 @@ impl Cluster {
             FIRST_SERVICE.to_owned(),
             "kubernetes.default.svc".to_owned(),
         ];
-        let certificates = Certificates::make(&dir, names.to_vec())?;
+        let certificates = Certificates::make(&dir, names.into_iter().chain(cloud).collect())?;
         let kubeconfig = site.dir.join("kubeconfig");
         let server = format!("https://{}:{API_PORT}", site.host_link.control_plane);
         fs::write(&kubeconfig, certificates.admin_kubeconfig(&server))?;
@@ -80,6 +81,38 @@ impl Cluster {
             identity::policy_in_force(&cluster).await?;
         }
         Ok(cluster)
+    }
+
+    /// A serving certificate and its key (PEM), of the CA that API servers know kubelets by.
+    pub fn sign_server(&self, name: &str, names: Vec<String>) -> Result<(String, String)> {
+        self.certificates.sign_server(name, names)
+    }
+
+    /// A file of the control plane's certificates.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.kubeconfig.with_file_name("kubernetes").join(name)
+    }
+
+    /// The administrator's kubeconfig for a server.
+    pub fn admin_kubeconfig(&self, server: &str) -> String {
+        self.certificates.admin_kubeconfig(server)
+    }
+
+    /// Where a node reaches the API server.
+    pub fn server_for(&self, site: &Site, edge: bool) -> String {
+        let address = if edge { site.cloud().public_v4 } else { CONTROL_PLANE };
+        format!("https://{address}:{API_PORT}")
+    }
+
+    /// kubectl itself.
+    pub fn kubectl_program(&self) -> PathBuf {
+        self.binaries.kubectl.clone()
+    }
+
+    /// A further API server on the same etcd.
+    pub fn api_server_at(&self, ns: &Namespace, address: std::net::Ipv4Addr, port: u16, run: &Path) -> Command {
+        let etcd = format!("http://{CONTROL_PLANE}:2379");
+        api_server_command(ns.command(&self.binaries.api_server), &etcd, address, port, &self.kubeconfig.with_file_name("kubernetes"), run)
     }
 
     /// A client with all rights.
@@ -142,27 +175,36 @@ fn etcd(site: &Site, binaries: &Binaries, dir: &Path) -> Command {
     command.arg("--data-dir").arg(dir.join("etcd"));
     // A lab does not outlive a power cut; without fsync the API server is ready in a second.
     command.args(["--unsafe-no-fsync", "--log-level=warn"]);
-    command.args(["--listen-client-urls=http://127.0.0.1:2379", "--advertise-client-urls=http://127.0.0.1:2379"]);
+    // Also for API servers on other nodes of the cloud.
+    command.arg(format!("--listen-client-urls=http://127.0.0.1:2379,http://{CONTROL_PLANE}:2379"));
+    command.arg("--advertise-client-urls=http://127.0.0.1:2379");
     command.args(["--listen-peer-urls=http://127.0.0.1:2380", "--initial-advertise-peer-urls=http://127.0.0.1:2380"]);
     command.arg("--initial-cluster=default=http://127.0.0.1:2380");
     command
 }
 
 fn api_server(site: &Site, binaries: &Binaries, dir: &Path) -> Command {
-    let mut command = site.control_plane.command(&binaries.api_server);
+    let command = site.control_plane.command(&binaries.api_server);
+    api_server_command(command, "http://127.0.0.1:2379", CONTROL_PLANE, API_PORT, dir, &dir.join("run"))
+}
+
+fn api_server_command(mut command: Command, etcd: &str, address: std::net::Ipv4Addr, port: u16, dir: &Path, run: &Path) -> Command {
     let file = |flag: &str, name: &str| format!("--{flag}={}", dir.join(name).display());
     command.args([
-        "--etcd-servers=http://127.0.0.1:2379".to_owned(),
-        format!("--advertise-address={CONTROL_PLANE}"),
-        format!("--secure-port={API_PORT}"),
+        format!("--etcd-servers={etcd}"),
+        format!("--advertise-address={address}"),
+        format!("--secure-port={port}"),
         format!("--service-cluster-ip-range={SERVICES}"),
         "--authorization-mode=RBAC".to_owned(),
         "--allow-privileged".to_owned(),
         "--service-account-issuer=https://kubernetes.default.svc".to_owned(),
-        file("cert-dir", "run"),
+        format!("--cert-dir={}", run.display()),
         file("tls-cert-file", "server.crt"),
         file("tls-private-key-file", "server.key"),
         file("client-ca-file", "ca.crt"),
+        file("kubelet-certificate-authority", "ca.crt"),
+        file("kubelet-client-certificate", "kubelet-client.crt"),
+        file("kubelet-client-key", "kubelet-client.key"),
         file("service-account-key-file", "service-account.pub"),
         file("service-account-signing-key-file", "service-account.key"),
     ]);

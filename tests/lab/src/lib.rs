@@ -2,7 +2,8 @@
 //! Tests, benchmarks and the demo share it.
 //!
 //! In the order a lab comes to life: [`site`] says what it consists of; [`wire`] builds namespaces, links, routes and NAT;
-//! [`kubernetes`] starts etcd and the API server and writes the objects; [`agent`] starts the Raven binaries ([`process`]);
+//! [`kubernetes`] starts etcd and the API server and writes the objects; [`agent`] starts the Raven binaries ([`process`]); [`kubelet`] real kubelets and further API
+//! servers, where a test needs them;
 //! [`probe`] and [`capture`] find out what works, [`eventually`] waits for it; [`evidence`] saves what a failed test leaves;
 //! [`teardown`] takes everything away, also when the lab's own process was killed. [`console`] is `raven-lab` and `cargo xtask lab`.
 //! [`qemu`] boots another kernel, for a lab inside it; [`offline`] feeds agents where there is no API server.
@@ -23,6 +24,8 @@ pub mod console;
 pub mod eventually;
 pub mod evidence;
 pub mod kernel_log;
+pub mod kubectl;
+pub mod kubelet;
 pub mod kubernetes;
 pub mod namespace;
 pub mod offline;

@@ -1,5 +1,5 @@
 //! Finds etcd, kube-apiserver and kubectl: `KUBEBUILDER_ASSETS` (the envtest convention), then the cache, else built from Go modules
-//! (tests/kubernetes/go.mod). The official release archives are not tried: nothing but package registries is reached from where
+//! (tests/kubernetes/go.mod); and what runs on nodes that have a kubelet, from the cache or built (tests/kubernetes/node/go.mod). The official release archives are not tried: nothing but package registries is reached from where
 //! this is developed, and a download that nobody could test is worse than none.
 
 use std::fs::{self, File};
@@ -31,14 +31,17 @@ impl Binaries {
             ensure!(found.is_some(), "KUBEBUILDER_ASSETS={} lacks etcd, kube-apiserver or kubectl", assets.display());
             return Ok(found);
         }
-        Ok(Self::inside(&cache_dir()?, "server", "the cache"))
+        Ok(Self::inside(&CONTROL_PLANE.cache_dir()?, "server", "the cache"))
     }
 
     /// Those that are there, else built into the cache (minutes; progress on standard error).
     pub fn find_or_build() -> Result<Self> {
         match Self::find()? {
             Some(found) => Ok(found),
-            None => build(&cache_dir()?),
+            None => {
+                let dir = CONTROL_PLANE.build(|| Ok(Self::find()?.is_some()))?;
+                Self::inside(&dir, "server", "Go modules, built just now").context("the build left a program out")
+            }
         }
     }
 
@@ -54,41 +57,110 @@ impl Binaries {
     }
 }
 
-/// The Go module that names the commands.
-fn module_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("kubernetes")
+/// What runs on a node that has a kubelet.
+#[derive(Clone, Debug)]
+pub struct NodeBinaries {
+    /// The folder that holds all of them: containerd looks for its shim beside itself.
+    pub dir: PathBuf,
 }
 
-/// `~/.cache/raven/kubernetes/<version>-<hash of go.sum>/`.
-fn cache_dir() -> Result<PathBuf> {
-    let sums = fs::read(module_dir().join("go.sum")).context("read tests/kubernetes/go.sum")?;
-    let hash: String = Sha256::digest(sums).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    let home = std::env::var_os("HOME").context("HOME is not set")?;
-    Ok(Path::new(&home).join(".cache/raven/kubernetes").join(format!("{}-{hash}", version()?)))
-}
-
-/// The Kubernetes version that go.mod asks for, `v1.37.2`.
-fn version() -> Result<String> {
-    let module = fs::read_to_string(module_dir().join("go.mod")).context("read tests/kubernetes/go.mod")?;
-    let line = module.lines().find_map(|line| line.trim().strip_prefix("k8s.io/kubernetes v"));
-    let version = line.and_then(|rest| rest.split_whitespace().next()).context("go.mod requires no k8s.io/kubernetes")?;
-    Ok(format!("v{version}"))
-}
-
-fn build(dir: &Path) -> Result<Binaries> {
-    let parent = dir.parent().context("the cache has a parent")?;
-    fs::create_dir_all(parent)?;
-    // Two labs that start at once build once.
-    let lock = File::create(parent.join(".lock"))?;
-    lock.lock().context("lock the cache")?;
-    if let Some(found) = Binaries::find()? {
-        return Ok(found);
+impl NodeBinaries {
+    /// Those that are there already.
+    pub fn find() -> Result<Option<Self>> {
+        let dir = NODE.cache_dir()?;
+        let all = ["kubelet", "containerd", "containerd-shim-runc-v2", "ctr", "kube-proxy", "coredns"];
+        Ok(all.iter().all(|name| dir.join(name).is_file()).then_some(Self { dir }))
     }
-    eprintln!("building etcd, kube-apiserver and kubectl from Go modules into {} (5 to 10 minutes, once)", dir.display());
-    let unfinished = tempdir_beside(dir)?;
-    go_build(&unfinished)?;
-    fs::rename(&unfinished, dir).with_context(|| format!("move what was built to {}", dir.display()))?;
-    Binaries::inside(dir, "server", "Go modules, built just now").context("the build left a program out")
+
+    /// Those that are there, else built into the cache (minutes; progress on standard error).
+    pub fn find_or_build() -> Result<Self> {
+        if let Some(found) = Self::find()? {
+            return Ok(found);
+        }
+        NODE.build(|| Ok(Self::find()?.is_some()))?;
+        Self::find()?.context("the build left a program out")
+    }
+
+    /// One of them.
+    pub fn program(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+}
+
+/// A Go module that names commands.
+struct Module {
+    folder: &'static str,
+    /// Of the cache's folder.
+    suffix: &'static str,
+    what: &'static str,
+}
+
+const CONTROL_PLANE: Module = Module { folder: "kubernetes", suffix: "", what: "etcd, kube-apiserver and kubectl" };
+const NODE: Module = Module { folder: "kubernetes/node", suffix: "-node", what: "kubelet, containerd, kube-proxy and CoreDNS" };
+
+impl Module {
+    fn folder(&self) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join(self.folder)
+    }
+
+    /// `~/.cache/raven/kubernetes/<version>-<hash of go.sum>/`.
+    fn cache_dir(&self) -> Result<PathBuf> {
+        let sums = fs::read(self.folder().join("go.sum")).with_context(|| format!("read tests/{}/go.sum", self.folder))?;
+        let hash: String = Sha256::digest(sums).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+        let home = std::env::var_os("HOME").context("HOME is not set")?;
+        Ok(Path::new(&home).join(".cache/raven/kubernetes").join(format!("{}{}-{hash}", self.version()?, self.suffix)))
+    }
+
+    /// The Kubernetes version that go.mod asks for, `v1.37.2`.
+    fn version(&self) -> Result<String> {
+        let module = fs::read_to_string(self.folder().join("go.mod")).with_context(|| format!("read tests/{}/go.mod", self.folder))?;
+        let line = module.lines().find_map(|line| line.trim().strip_prefix("k8s.io/kubernetes v"));
+        let version = line.and_then(|rest| rest.split_whitespace().next()).context("go.mod requires no k8s.io/kubernetes")?;
+        Ok(format!("v{version}"))
+    }
+
+    /// Builds all of them into the cache, unless somebody else did meanwhile; gives the folder.
+    fn build(&self, there: impl Fn() -> Result<bool>) -> Result<PathBuf> {
+        let dir = self.cache_dir()?;
+        let parent = dir.parent().context("the cache has a parent")?;
+        fs::create_dir_all(parent)?;
+        // Two labs that start at once build once.
+        let lock = File::create(parent.join(".lock"))?;
+        lock.lock().context("lock the cache")?;
+        if there()? {
+            return Ok(dir);
+        }
+        eprintln!("building {} from Go modules into {} (5 to 10 minutes, once)", self.what, dir.display());
+        let unfinished = tempdir_beside(&dir)?;
+        self.go_build(&unfinished)?;
+        fs::rename(&unfinished, &dir).with_context(|| format!("move what was built to {}", dir.display()))?;
+        Ok(dir)
+    }
+
+    fn go_build(&self, into: &Path) -> Result<()> {
+        let version = self.version()?;
+        let mut parts = version.trim_start_matches('v').split('.');
+        let (major, minor) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+        // Without a version kubectl refuses to talk.
+        let base = "-X k8s.io/component-base/version";
+        let flags = format!("-s -w {base}.gitVersion={version} {base}.gitMajor={major} {base}.gitMinor={minor}");
+        let mut go = Command::new("go")
+            .args(["build", "-v", "-trimpath", "-ldflags", &flags, "-o"])
+            .arg(format!("{}/", into.display()))
+            .arg("tool")
+            .current_dir(self.folder())
+            .env("CGO_ENABLED", "0")
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("start go (is Go 1.26 or newer installed? or set KUBEBUILDER_ASSETS)")?;
+        let said = show_progress(BufReader::new(go.stderr.take().context("standard error was asked for")?))?;
+        let status = go.wait()?;
+        if !status.success() {
+            bail!("go build: {status}; it ended with:\n{}", said.join("\n"));
+        }
+        Ok(())
+    }
 }
 
 fn tempdir_beside(dir: &Path) -> Result<PathBuf> {
@@ -100,31 +172,6 @@ fn tempdir_beside(dir: &Path) -> Result<PathBuf> {
     }
     fs::create_dir_all(&path)?;
     Ok(path)
-}
-
-fn go_build(into: &Path) -> Result<()> {
-    let version = version()?;
-    let mut parts = version.trim_start_matches('v').split('.');
-    let (major, minor) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-    // Without a version kubectl refuses to talk.
-    let base = "-X k8s.io/component-base/version";
-    let flags = format!("-s -w {base}.gitVersion={version} {base}.gitMajor={major} {base}.gitMinor={minor}");
-    let mut go = Command::new("go")
-        .args(["build", "-v", "-trimpath", "-ldflags", &flags, "-o"])
-        .arg(format!("{}/", into.display()))
-        .arg("tool")
-        .current_dir(module_dir())
-        .env("CGO_ENABLED", "0")
-        .stdin(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .context("start go (is Go 1.26 or newer installed? or set KUBEBUILDER_ASSETS)")?;
-    let said = show_progress(BufReader::new(go.stderr.take().context("standard error was asked for")?))?;
-    let status = go.wait()?;
-    if !status.success() {
-        bail!("go build: {status}; it ended with:\n{}", said.join("\n"));
-    }
-    Ok(())
 }
 
 /// `go build -v` names each package that it compiles: counts them, and gives the last lines for an error message.

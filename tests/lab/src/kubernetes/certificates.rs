@@ -8,9 +8,12 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 
+/// Who the API server is to kubelets.
+pub const KUBELET_CLIENT: &str = "kube-apiserver-kubelet-client";
+
 /// What kubeconfigs are made of; the API server reads the rest from files.
-#[derive(Debug)]
 pub(crate) struct Certificates {
+    issuer: Issuer<'static, KeyPair>,
     ca: String,
     admin: String,
     admin_key: String,
@@ -32,9 +35,15 @@ impl Certificates {
         let mut admin = CertificateParams::default();
         admin.distinguished_name.push(DnType::OrganizationName, "system:masters");
         let (admin, admin_key) = sign(admin, "raven-lab-admin", ExtendedKeyUsagePurpose::ClientAuth, &issuer)?;
+        // The API server's own, towards kubelets.
+        let mut kubelets = CertificateParams::default();
+        kubelets.distinguished_name.push(DnType::OrganizationName, "system:masters");
+        let (kubelets, kubelets_key) = sign(kubelets, KUBELET_CLIENT, ExtendedKeyUsagePurpose::ClientAuth, &issuer)?;
         let tokens = KeyPair::generate()?;
         let files = [
             ("ca.crt", &ca),
+            ("kubelet-client.crt", &kubelets),
+            ("kubelet-client.key", &kubelets_key),
             ("server.crt", &server),
             ("server.key", &server_key),
             ("service-account.key", &tokens.serialize_pem()),
@@ -43,7 +52,12 @@ impl Certificates {
         for (name, content) in files {
             fs::write(dir.join(name), content)?;
         }
-        Ok(Self { ca, admin, admin_key })
+        Ok(Self { issuer, ca, admin, admin_key })
+    }
+
+    /// A serving certificate and its key, PEM.
+    pub(crate) fn sign_server(&self, name: &str, names: Vec<String>) -> Result<(String, String)> {
+        sign(CertificateParams::new(names)?, name, ExtendedKeyUsagePurpose::ServerAuth, &self.issuer)
     }
 
     /// A kubeconfig with the administrator's certificate.

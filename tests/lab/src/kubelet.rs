@@ -1,0 +1,294 @@
+//! Nodes of the lab with a real kubelet on containerd, and further real API servers on cloud nodes, with kube-proxy and CoreDNS beside
+//! them: what the L7 path has to do with.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::{ConfigMap, Node as NodeObject, Pod, ServiceAccount};
+use kube::api::{Api, Patch, PatchParams};
+use raven_api::proxy::{DNS_CONFIG_MAP, DNS_KEY};
+use serde_json::json;
+
+use crate::kubernetes::binaries::NodeBinaries;
+use crate::namespace::output;
+use crate::process::Process;
+use crate::site::Node;
+use crate::{Lab, eventually};
+
+/// The image of all pods: busybox and nothing else, made on the spot.
+pub const IMAGE: &str = "raven.test/busybox:1";
+/// Port of further API servers.
+pub const SECOND_API_PORT: u16 = 7443;
+
+const SOON: Duration = Duration::from_secs(60);
+
+/// A node's kubelet and containerd.
+#[derive(Debug)]
+pub struct Kubelet {
+    /// The node.
+    pub node: String,
+    _containerd: Process,
+    _kubelet: Process,
+}
+
+/// An API server on a cloud node, and what it needs to find kubelets by name.
+#[derive(Debug)]
+pub struct SecondApiServer {
+    /// The administrator's kubeconfig for it.
+    pub kubeconfig: PathBuf,
+    kubectl: PathBuf,
+    process: Process,
+    _others: Vec<Process>,
+}
+
+/// How an API server addresses kubelets: `--kubelet-preferred-address-types`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prefer {
+    /// By node name.
+    Hostname,
+    /// By node address.
+    InternalIP,
+}
+
+impl SecondApiServer {
+    /// A kubectl command against it.
+    pub fn kubectl(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.kubectl);
+        command.arg("--kubeconfig").arg(&self.kubeconfig).args(args);
+        command.env("KUBECACHEDIR", self.kubeconfig.with_extension("cache")).env("NO_PROXY", "*");
+        command
+    }
+
+    /// Ends it; what is beside it goes with it.
+    pub fn kill(mut self) -> Result<()> {
+        self.process.kill()
+    }
+}
+
+impl Lab {
+    /// Starts containerd and kubelet on a node and waits until the kubelet has registered it.
+    pub async fn start_kubelet(&self, name: &str) -> Result<Kubelet> {
+        let binaries = tokio::task::spawn_blocking(NodeBinaries::find_or_build).await??;
+        let node = self.node(name);
+        let dir = node.dir.join("kubelet");
+        fs::create_dir_all(dir.join("root"))?;
+        let socket = dir.join("containerd.sock");
+        fs::write(dir.join("containerd.toml"), containerd_config(&dir))?;
+        let mut command = node.ns.command(binaries.program("containerd"));
+        command.args(["--config"]).arg(dir.join("containerd.toml")).env("PATH", path_with(&binaries.dir));
+        let containerd = Process::start(format!("containerd-{name}"), &self.logs(), command)?;
+        let ctr = |args: &[&str]| {
+            let mut command = node.ns.command(binaries.program("ctr"));
+            command.arg("--address").arg(&socket).args(args);
+            output(&mut command)
+        };
+        eventually(SOON, "containerd answers", || async { ctr(&["version"]) }).await?;
+        let image = image(&dir)?;
+        ctr(&["-n", "k8s.io", "images", "import", "--local", &image.to_string_lossy()]).context("import the image")?;
+        let kubelet = self.kubelet(node, &dir, &socket, &binaries)?;
+        let api: Api<NodeObject> = Api::all(self.cluster().client());
+        eventually(SOON, &format!("the kubelet of {name} has registered"), || async {
+            let status = api.get(name).await?.status.context("a status")?;
+            let port = status.daemon_endpoints.and_then(|d| d.kubelet_endpoint).map(|e| e.port);
+            ensure!(port == Some(10250), "the kubelet's port is {port:?}");
+            Ok(())
+        })
+        .await?;
+        Ok(Kubelet { node: name.to_owned(), _containerd: containerd, _kubelet: kubelet })
+    }
+
+    fn kubelet(&self, node: &Node, dir: &Path, socket: &Path, binaries: &NodeBinaries) -> Result<Process> {
+        let names = vec![node.name.clone(), node.lan_v4.to_string()];
+        let (certificate, key) = self.cluster().sign_server(&format!("system:node:{}", node.name), names)?;
+        let file = |name: &str, content: &str| -> Result<PathBuf> {
+            let path = dir.join(name);
+            fs::write(&path, content).with_context(|| format!("write {}", path.display()))?;
+            Ok(path)
+        };
+        let (certificate, key) = (file("kubelet.crt", &certificate)?, file("kubelet.key", &key)?);
+        let edge = node.pool != self.cloud().spec.name;
+        let server = self.cluster().server_for(self, edge);
+        let kubeconfig = file("kubeconfig", &self.cluster().admin_kubeconfig(&server))?;
+        let config = json!({
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "kind": "KubeletConfiguration",
+            "authentication": { "anonymous": { "enabled": false }, "webhook": { "enabled": true }, "x509": { "clientCAFile": self.cluster().file("ca.crt") } },
+            "authorization": { "mode": "Webhook" },
+            "cgroupDriver": "cgroupfs",
+            "cgroupsPerQOS": false,
+            "enforceNodeAllocatable": [],
+            "failCgroupV1": false,
+            "failSwapOn": false,
+            "containerRuntimeEndpoint": format!("unix://{}", socket.display()),
+            "podLogsDir": dir.join("logs"),
+            "readOnlyPort": 10255,
+            "registerNode": true,
+            "resolvConf": "",
+            "evictionHard": { "nodefs.available": "0%", "imagefs.available": "0%", "memory.available": "1Mi" },
+            "tlsCertFile": certificate,
+            "tlsPrivateKeyFile": key,
+            "volumePluginDir": dir.join("plugins"),
+        });
+        let config = file("kubelet.json", &config.to_string())?;
+        let mut command = node.ns.command(binaries.program("kubelet"));
+        command.arg("--config").arg(config).arg("--kubeconfig").arg(kubeconfig);
+        command.arg("--hostname-override").arg(&node.name).arg("--node-ip").arg(node.lan_v4.to_string());
+        command.arg("--root-dir").arg(dir.join("root"));
+        command.env("PATH", path_with(&binaries.dir));
+        Process::start(format!("kubelet-{}", node.name), &self.logs(), command)
+    }
+
+    /// Runs a pod of one busybox container on a node's own network, and waits until it runs.
+    pub async fn run_pod(&self, node: &str, name: &str, script: &str) -> Result<()> {
+        let client = self.cluster().client();
+        let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), "default");
+        let account = json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": { "name": "default" } });
+        accounts.patch("default", &PatchParams::apply("raven-lab"), &Patch::Apply(&account)).await.context("make the default account")?;
+        let pods: Api<Pod> = Api::namespaced(client, "default");
+        let pod = json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": { "name": name },
+            "spec": {
+                "nodeName": node, "hostNetwork": true, "automountServiceAccountToken": false, "enableServiceLinks": false,
+                "terminationGracePeriodSeconds": 1,
+                "tolerations": [{ "operator": "Exists" }],
+                "containers": [{ "name": "main", "image": IMAGE, "imagePullPolicy": "IfNotPresent", "stdin": true, "command": ["/bin/sh", "-c", script] }],
+            },
+        });
+        pods.patch(name, &PatchParams::apply("raven-lab").force(), &Patch::Apply(&pod))
+            .await
+            .with_context(|| format!("make Pod {name}"))?;
+        eventually(SOON, &format!("Pod {name} runs on {node}"), || async {
+            let status = pods.get(name).await?.status.context("a status")?;
+            ensure!(status.phase.as_deref() == Some("Running"), "{:?}: {:?}", status.phase, status.container_statuses);
+            Ok(())
+        })
+        .await
+    }
+
+    /// A further API server, on a cloud node. With [`Prefer::Hostname`] it has what such a cluster has: CoreDNS with the hosts file that
+    /// the controller keeps, and kube-proxy for the proxy's Service.
+    pub async fn api_server_on(&self, name: &str, prefer: Prefer) -> Result<SecondApiServer> {
+        let binaries = tokio::task::spawn_blocking(NodeBinaries::find_or_build).await??;
+        let node = self.node(name);
+        let dir = node.dir.join("api-server");
+        fs::create_dir_all(&dir)?;
+        let mut others = Vec::new();
+        if prefer == Prefer::Hostname {
+            others = self.names_and_services(node, &dir, &binaries).await?;
+        }
+        let mut command = self.cluster().api_server_at(&node.ns, node.lan_v4, SECOND_API_PORT, &dir);
+        command.arg(format!("--kubelet-preferred-address-types={prefer:?}"));
+        let mut process = Process::start(format!("kube-apiserver-{name}"), &self.logs(), command)?;
+        let kubeconfig = dir.join("kubeconfig");
+        fs::write(&kubeconfig, self.cluster().admin_kubeconfig(&format!("https://{}:{SECOND_API_PORT}", node.lan_v4)))?;
+        let kubectl = self.cluster().kubectl_program();
+        let ready = || {
+            let alive = process.ensure_running();
+            let mut command = node.ns.command(&kubectl);
+            command.arg("--kubeconfig").arg(&kubeconfig).args(["get", "--raw", "/readyz"]);
+            async move {
+                alive?;
+                output(&mut command)
+            }
+        };
+        eventually(SOON, &format!("the API server on {name} is ready"), ready).await?;
+        Ok(SecondApiServer { kubeconfig, kubectl: self.wrapped_kubectl(node, &dir)?, process, _others: others })
+    }
+
+    /// kubectl inside a node's namespace, as one program.
+    fn wrapped_kubectl(&self, node: &Node, dir: &Path) -> Result<PathBuf> {
+        use std::os::unix::fs::PermissionsExt;
+        let path = dir.join("kubectl");
+        let program = self.cluster().kubectl_program();
+        fs::write(&path, format!("#!/bin/sh\nexec {} {} \"$@\"\n", node.ns.nsenter().join(" "), program.display()))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        Ok(path)
+    }
+
+    async fn names_and_services(&self, node: &Node, dir: &Path, binaries: &NodeBinaries) -> Result<Vec<Process>> {
+        let api: Api<ConfigMap> = Api::namespaced(self.cluster().client(), raven_api::DEFAULT_NAMESPACE);
+        let hosts = eventually(SOON, "the controller has written the hosts file", || async {
+            let hosts = api.get(DNS_CONFIG_MAP).await?.data.and_then(|mut data| data.remove(DNS_KEY)).context("no data")?;
+            ensure!(hosts.lines().any(|line| line.starts_with("10.96.")), "no name leads to the Service yet: {hosts}");
+            Ok(hosts)
+        })
+        .await?;
+        // As the kubelet mounts it into CoreDNS.
+        fs::write(dir.join("tunnel-nodes"), hosts)?;
+        let corefile = format!(
+            ".:53 {{\n  bind {}\n  errors\n  hosts {} {{\n    reload 300ms\n  }}\n}}\n",
+            node.lan_v4,
+            dir.join("tunnel-nodes").display()
+        );
+        fs::write(dir.join("Corefile"), corefile)?;
+        let mut coredns = node.ns.command(binaries.program("coredns"));
+        coredns.arg("-conf").arg(dir.join("Corefile"));
+        let coredns = Process::start(format!("coredns-{}", node.name), &self.logs(), coredns)?;
+        fs::write(dir.join("resolv.conf"), format!("nameserver {}\n", node.lan_v4))?;
+        node.ns.sh(&format!("mount --bind {} /etc/resolv.conf", dir.join("resolv.conf").display())).context("give the node its own DNS")?;
+        let kubeconfig = dir.join("kube-proxy.kubeconfig");
+        fs::write(&kubeconfig, self.cluster().admin_kubeconfig(&self.cluster().server_for(self, false)))?;
+        let mut kube_proxy = node.ns.command(binaries.program("kube-proxy"));
+        kube_proxy.arg("--kubeconfig").arg(&kubeconfig).arg("--hostname-override").arg(&node.name).args([
+            "--proxy-mode=nftables",
+            "--conntrack-max-per-core=0",
+            "--conntrack-min=0",
+            "--conntrack-tcp-timeout-established=0s",
+            "--conntrack-tcp-timeout-close-wait=0s",
+        ]);
+        let kube_proxy = Process::start(format!("kube-proxy-{}", node.name), &self.logs(), kube_proxy)?;
+        // The Service range has to be routable at all for its DNAT to be reached: the default route does that.
+        Ok(vec![coredns, kube_proxy])
+    }
+}
+
+fn path_with(dir: &Path) -> String {
+    format!("{}:{}:/usr/sbin:/sbin", dir.display(), std::env::var("PATH").unwrap_or_default())
+}
+
+fn containerd_config(dir: &Path) -> String {
+    let dir = dir.display();
+    format!(
+        r#"version = 3
+root = "{dir}/containerd"
+state = "{dir}/containerd-run"
+disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.tracing.processor.v1.otlp", "io.containerd.nri.v1.nri"]
+[grpc]
+  address = "{dir}/containerd.sock"
+[ttrpc]
+  address = "{dir}/containerd.sock.ttrpc"
+[plugins."io.containerd.cri.v1.images"]
+  [plugins."io.containerd.cri.v1.images".pinned_images]
+    sandbox = "{IMAGE}"
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["{dir}/cni"]
+    conf_dir = "{dir}/cni"
+"#
+    )
+}
+
+/// An image archive (docker's form) with a static busybox, made on the spot.
+fn image(dir: &Path) -> Result<PathBuf> {
+    let script = format!(
+        r#"cd {dir}; rm -rf image; mkdir -p image/layer/bin image/layer/tmp image/layer/etc image/layer/proc image/layer/sys image/layer/dev; cd image
+cp "$(command -v busybox)" layer/bin/busybox
+for applet in $(layer/bin/busybox --list); do [ $applet = busybox ] || ln -s busybox layer/bin/$applet; done
+echo 'root:x:0:0:root:/:/bin/sh' > layer/etc/passwd
+tar -C layer --owner 0 --group 0 -cf layer.tar .
+sum=$(sha256sum layer.tar | cut -d' ' -f1)
+cat > config.json <<EOF
+{{"architecture":"amd64","os":"linux","config":{{"Cmd":["/bin/sleep","2147483647"],"Env":["PATH=/bin"]}},"rootfs":{{"type":"layers","diff_ids":["sha256:$sum"]}}}}
+EOF
+echo '[{{"Config":"config.json","RepoTags":["{IMAGE}"],"Layers":["layer.tar"]}}]' > manifest.json
+tar -cf ../image.tar manifest.json config.json layer.tar
+"#,
+        dir = dir.display()
+    );
+    output(Command::new("sh").args(["-ec", &script])).context("make the image")?;
+    Ok(dir.join("image.tar"))
+}
