@@ -55,7 +55,12 @@ pub async fn run(config: Run) -> Result<()> {
     tracing::info!(%release, ?settings, version = env!("CARGO_PKG_VERSION"), "starting");
     let key = tunnel::load_or_make_key(&config.state_dir.join(names::KEY_FILE))?;
     let (links, kernel_events) = Links::connect()?;
-    let mut reconciler = Reconciler::new(settings, links, key)?;
+    let dialled = proxy::listen_transparently();
+    if let Err(e) = &dialled {
+        tracing::warn!("listen for connections by address: {e}; kubelets of edge nodes are reached by name only");
+    }
+    let dialled = dialled.ok();
+    let mut reconciler = Reconciler::new(settings, links, key, dialled.as_ref().and_then(|l| l.try_clone().ok()))?;
     if let Some(flush) = reconciler.take_trace() {
         tokio::spawn(trace(flush));
     }
@@ -69,7 +74,7 @@ pub async fn run(config: Run) -> Result<()> {
         secure: config.proxy_internal_secure_addr,
         insecure: config.proxy_internal_insecure_addr,
     };
-    let proxy = Proxy::new(proxy, client.clone(), orders.subscribe(), proxied.clone(), stats.clone());
+    let proxy = Proxy::new(proxy, client.clone(), orders.subscribe(), proxied.clone(), stats.clone(), dialled);
     tokio::spawn(proxy.run());
     if let Some(client) = client {
         let (watched, namespace, inputs) = (client.clone(), config.namespace.clone(), inputs.clone());

@@ -1,20 +1,21 @@
 //! Brings the kernel to what the plan says: reads what is there, diffs, runs the steps. One failed step never stops the
 //! others; what failed is reported and tried again with the next run.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
 
 use futures::{StreamExt, stream};
 use tokio::time::Instant;
 
+use raven_common::tables::KubeletAddress;
 use wireguard_control::Key;
 
 use crate::{
     bpf::{self, Attached, Bpf, Hook, probe::Release},
     config::{TcAttach, Tier},
     diff::{State, Step, diff},
-    link::{Links, Uplink, set_sysctls},
+    link::{self, Links, Uplink, Way, set_sysctls},
     names, netfilter,
-    plan::{Indexes, Me, Plan, Role, plan},
+    plan::{Detour, Indexes, Me, Plan, Role, plan},
     surroundings,
     topology::{PublicKey, Topology},
     tunnel::{self, Backend, Tunnel},
@@ -88,6 +89,8 @@ pub struct Reconciler {
     bpf: Bpf,
     key: Key,
     tunnel: Option<Tunnel>,
+    /// The proxy's listener for connections by address.
+    listener: Option<std::net::TcpListener>,
     /// What was found around us, and when: netfilter's rules can be many, so they are not read at every run.
     surroundings: Option<(Instant, Vec<String>)>,
 }
@@ -131,11 +134,11 @@ impl Notes {
 
 impl Reconciler {
     /// Loads the programs and takes over what an earlier agent left.
-    pub fn new(settings: Settings, links: Links, key: Key) -> Result<Self, bpf::Error> {
+    pub fn new(settings: Settings, links: Links, key: Key, listener: Option<std::net::TcpListener>) -> Result<Self, bpf::Error> {
         let mut bpf = Bpf::open(settings.tcx())?;
         // An earlier agent may have died between a change and this.
         bpf.next_generation()?;
-        Ok(Self { settings, links, bpf, key, tunnel: None, surroundings: None })
+        Ok(Self { settings, links, bpf, key, tunnel: None, listener, surroundings: None })
     }
 
     /// See [`Bpf::take_trace`].
@@ -164,6 +167,9 @@ impl Reconciler {
             // Nothing can be decided without the uplink; what works goes on working.
             (None, _) => {}
         }
+        if uplink.is_some() || member.is_none() {
+            self.detour(plan.detour.as_ref(), &mut notes).await;
+        }
         Arc::new(Report {
             plan,
             failures: notes.failures,
@@ -175,6 +181,40 @@ impl Reconciler {
             public_key: tunnel::public(&self.key),
             uplink,
         })
+    }
+
+    /// Connections to edge nodes' kubelets by address: whoever takes them is there before they are sent there, and goes after.
+    async fn detour(&mut self, plan: Option<&Detour>, notes: &mut Notes) {
+        let overlay = match plan {
+            Some(detour) if !detour.here => self.links.find(names::OVERLAY).await.ok().flatten().map(|found| found.index),
+            _ => None,
+        };
+        let here = plan.filter(|detour| detour.here).zip(self.listener.as_ref());
+        if let Some((detour, listener)) = here {
+            let addresses = detour.nodes.iter().flat_map(|(address, name)| {
+                let key = |port: &u16| KubeletAddress { address: address.octets(), port: *port, _pad: 0 };
+                detour.ports.iter().map(move |port| (key(port), name.clone()))
+            });
+            let addresses: BTreeMap<KubeletAddress, String> = addresses.collect();
+            notes.take(self.bpf.set_kubelets(&addresses).map(|n| n > 0));
+            let attached = self.bpf.intercept(listener);
+            if let Err(e) = attached {
+                // By name everything works: said, and no reason to call the node unready for L3.
+                return notes.surroundings.push(format!("kubelets of edge nodes are not reached by address here, only by name: {e}"));
+            }
+            notes.take(attached);
+        }
+        let way = if here.is_some() { Some(Way::Local) } else { overlay.map(Way::Overlay) };
+        let want = plan.zip(way).map(|(detour, way)| link::Detour {
+            way,
+            addresses: detour.nodes.keys().copied().collect(),
+            ports: detour.ports.clone(),
+            source: detour.source,
+        });
+        notes.take(self.links.ensure_detour(want.as_ref()).await.map(|n| n > 0));
+        if here.is_none() {
+            notes.take(self.bpf.intercept_nothing());
+        }
     }
 
     fn me(&self, uplink: Option<&Uplink>) -> Me {

@@ -4,6 +4,7 @@
 //! pinned maps over with their contents and replaces an attached program only if it is another one, in place.
 
 mod attach;
+mod intercept;
 pub mod probe;
 mod tables;
 
@@ -82,7 +83,7 @@ pub fn object() -> &'static [u8] {
 }
 
 /// Names of all maps, as `maps.rs` of raven-ebpf has them.
-pub const MAPS: [&str; 14] = [
+pub const MAPS: [&str; 16] = [
     "CONFIG",
     "REMOTE4",
     "REMOTE6",
@@ -97,6 +98,8 @@ pub const MAPS: [&str; 14] = [
     "HANDSHAKES",
     "EVENTS",
     "SAMPLED",
+    "KUBELETS",
+    "PROXY",
 ];
 
 /// Magic number of a BPF file system (linux/magic.h).

@@ -12,6 +12,7 @@ pub async fn run(state_dir: &Path, keep_state: bool) -> (Vec<String>, Vec<String
         Ok((links, _)) => links,
         Err(e) => return (Vec::new(), vec![e.to_string()]),
     };
+    done.note("detours", links.ensure_detour(None).await.map(|n| n > 0));
     done.note("rules", links.delete_rules().await.map(|n| n > 0));
     bpf::detach_uplink_filter();
     done.note(names::TUNNEL, tunnel::remove(&links).await);

@@ -1,6 +1,7 @@
 //! The driver of devices, addresses, routes and rules, over rtnetlink. Reads what is there and changes only the difference;
 //! deletes only what carries our name, table or protocol number.
 
+mod detour;
 mod device;
 mod route;
 
@@ -18,6 +19,7 @@ use rtnetlink::{Handle, MulticastGroup, new_multicast_connection, packet_core::N
 use crate::names;
 
 pub use self::{
+    detour::{Detour, Way},
     device::{Found, set_sysctls},
     route::Hop,
 };
@@ -56,9 +58,9 @@ fn hint(source: &rtnetlink::Error) -> &'static str {
     match source {
         // EPERM
         rtnetlink::Error::NetlinkError(e) if e.raw_code() == -1 => " (the agent needs CAP_NET_ADMIN)",
-        // EADDRINUSE
+        // EADDRINUSE: of our devices only the overlay has a port of the kernel's.
         rtnetlink::Error::NetlinkError(e) if e.raw_code() == -98 => {
-            " (another device or program has the UDP port; `ss -lunp` and `ip -d link show type vxlan` say which)"
+            " (another device or program has UDP port 4472, the overlay's; `ss -lunp` and `ip -d link show type vxlan` say which)"
         }
         _ => "",
     }
@@ -163,7 +165,9 @@ fn concerns_us(payload: &NetlinkPayload<RouteNetlinkMessage>) -> bool {
             )
             .unwrap_or(false)
         }
-        NetlinkPayload::InnerMessage(NewRoute(route) | DelRoute(route)) => route::table_of(route) == names::TABLE,
+        NetlinkPayload::InnerMessage(NewRoute(route) | DelRoute(route)) => {
+            matches!(route::table_of(route), names::TABLE | names::DETOUR_TABLE)
+        }
         NetlinkPayload::InnerMessage(NewRule(_) | DelRule(_)) => true,
         _ => false,
     }

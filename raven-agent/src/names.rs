@@ -15,6 +15,11 @@ pub const RULE_PRIORITY: u32 = 100;
 /// Protocol number of our routes and rules (`ip route show proto 152`): free in iproute2's rt_protos.
 pub const ROUTE_PROTOCOL: u8 = 152;
 
+/// Table of addresses of other pools' nodes, for kubelet ports alone.
+pub const DETOUR_TABLE: u32 = 9029;
+/// Rules that lead there, one per port: before [`RULE_PRIORITY`], so that L7 goes by L7's way.
+pub const DETOUR_PRIORITY: u32 = 99;
+
 /// Next hop of overlay routes: one entry in the neighbour table, however many destinations. Never seen on a wire.
 pub const OVERLAY_NEXT_HOP4: Ipv4Addr = Ipv4Addr::new(169, 254, 200, 1);
 /// The same for IPv6.

@@ -19,10 +19,12 @@ use raven_common::{OVERLAY_OVERHEAD, TUNNEL_OVERHEAD, tables};
 
 use crate::{
     diff::State,
+    proxy::{self, plan::DetourTo},
     topology::{Pool, Topology},
 };
 
 pub use self::path::gateway_ids;
+pub(crate) use self::path::weight;
 
 /// What a plan depends on besides the topology: this node, as it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,8 +69,23 @@ pub struct Plan {
     pub gateway_names: BTreeMap<u32, String>,
     /// Who a peer is, for status and logs.
     pub peer_names: BTreeMap<crate::topology::PublicKey, PeerName>,
+    /// Connections that the L7 half takes by address.
+    pub detour: Option<Detour>,
     /// What could not be done, one sentence each.
     pub problems: Vec<String>,
+}
+
+/// Connections to kubelet ports of edge nodes, by address: see [`proxy::plan::Detour`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Detour {
+    /// To this node's proxy; else to the gateway node, by the overlay.
+    pub here: bool,
+    /// Names of the nodes, by address.
+    pub nodes: BTreeMap<Ipv4Addr, String>,
+    /// TCP ports.
+    pub ports: BTreeSet<u16>,
+    /// Source of host processes' packets.
+    pub source: Ipv4Addr,
 }
 
 /// A peer's names.
@@ -119,8 +136,12 @@ fn tunnel_mtu(uplink_mtu: u32) -> u32 {
 
 /// See the module's text.
 pub fn plan(topology: &Topology, me: &Me) -> Plan {
+    let detour = proxy::plan::plan(topology, &me.node).detour;
     if !topology.settings.l3 {
-        return nothing(me, Vec::new());
+        // Either half works by itself; the overlay is the other one's.
+        let here = detour.filter(|d| d.to == DetourTo::Here);
+        let own = topology.pool_of(&me.node).map(|(_, pool)| pool.members[&me.node].outer);
+        return Plan { detour: here.zip(own).map(|(d, own)| taken(&d, me, own)), ..nothing(me, Vec::new()) };
     }
     let Some((name, pool)) = topology.pool_of(&me.node) else { return nothing(me, stranger(topology, me)) };
     let member = &pool.members[&me.node];
@@ -136,13 +157,20 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     let prefixes = || member.prefixes.iter().filter(|p| **p != own);
     let sources: Vec<IpAddr> = prefixes().map(|prefix| routes::source(prefix, &me.addresses)).collect();
     let mtu = tunnel_mtu(me.uplink_mtu);
-    let state = State {
+    let own_v4 = sources.iter().find_map(|s| if let IpAddr::V4(s) = s { Some(*s) } else { None });
+    let detour = detour.as_ref().map(|d| match d.to {
+        DetourTo::Here => taken(d, me, member.outer),
+        DetourTo::Gateway(_) => taken(d, me, own_v4.unwrap_or(member.outer)),
+    });
+    let l7 = proxy::plan::plan(topology, &me.node).detour.filter(|_| role == Role::Ordinary);
+    let mut state = State {
         routes: routes::routes(&paths, role, &sources, mtu),
         peers: if role == Role::Gateway { peers::peers(&paths, pool) } else { BTreeMap::new() },
         remote: maps::remote(&paths, role, &me.node, pool),
         local: maps::local(pool),
         nodes: maps::nodes(pool),
     };
+    state.remote.extend(l7.iter().zip(&detour).flat_map(|(d, taken)| maps::detoured(topology, d, taken)));
     Plan {
         role,
         pool: Some(name.to_owned()),
@@ -160,7 +188,23 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
         },
         gateway_names: gateway_ids(topology).into_iter().map(|(name, id)| (id, name)).collect(),
         peer_names: peers::names(topology),
+        detour,
         problems,
+    }
+}
+
+/// What is taken by address on this node, less what it needs itself.
+fn taken(detour: &proxy::plan::Detour, me: &Me, source: Ipv4Addr) -> Detour {
+    let free = |address: &Ipv4Addr| {
+        !me.protected.iter().any(|p| p.contains(&IpAddr::V4(*address))) && !me.addresses.contains(&IpAddr::V4(*address))
+    };
+    let nodes = detour.nodes.iter().filter(|(address, _)| free(address));
+    let names = |nodes: &[(String, String)]| nodes.iter().map(|(node, _)| node.as_str()).collect::<Vec<_>>().join(" or ");
+    Detour {
+        here: detour.to == DetourTo::Here,
+        nodes: nodes.map(|(address, nodes)| (*address, names(nodes))).collect(),
+        ports: detour.ports.clone(),
+        source,
     }
 }
 
@@ -193,6 +237,7 @@ fn nothing(me: &Me, problems: Vec<String>) -> Plan {
         config: Config { node: Ipv4Addr::UNSPECIFIED, tunnel_mtu: tunnel_mtu(me.uplink_mtu), relay: false, tunnel_port: 0 },
         gateway_names: BTreeMap::new(),
         peer_names: BTreeMap::new(),
+        detour: None,
         problems,
     }
 }

@@ -68,6 +68,19 @@ pub struct Proxy {
     orders: watch::Receiver<Orders>,
     status: watch::Sender<Option<Proxied>>,
     stats: Stats,
+    dialled: Option<std::net::TcpListener>,
+}
+
+/// A listener for connections to other nodes' addresses, which routing and the program `kubelet_lookup` bring here. Transparent, so that
+/// the answers may have these addresses (ip(7), IP_TRANSPARENT; needs CAP_NET_ADMIN). Nobody else reaches it: it is on loopback.
+pub fn listen_transparently() -> std::io::Result<std::net::TcpListener> {
+    use socket2::{Domain, Socket, Type};
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    socket.set_ip_transparent_v4(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
+    socket.listen(1024)?;
+    Ok(socket.into())
 }
 
 /// What is listened to, or done.
@@ -79,15 +92,17 @@ enum Part {
 }
 
 impl Proxy {
-    /// A proxy that follows `orders`. `client`: none offline, where certificates are those on the disk.
+    /// A proxy that follows `orders`. `client`: none offline, where certificates are those on the disk. `dialled`: from
+    /// [`listen_transparently`].
     pub fn new(
         settings: Settings,
         client: Option<Client>,
         orders: watch::Receiver<Orders>,
         status: watch::Sender<Option<Proxied>>,
         stats: Stats,
+        dialled: Option<std::net::TcpListener>,
     ) -> Self {
-        Self { settings, client, orders, status, stats }
+        Self { settings, client, orders, status, stats, dialled }
     }
 
     /// Runs until the task is dropped.
@@ -130,7 +145,7 @@ impl Proxy {
                         };
                         tokio::spawn(gate.run(listener))
                     }),
-                    Part::Entrance(kind) => self.listen(self.address(kind)).await.map(|listener| {
+                    Part::Entrance(kind) => self.entrance(kind).await.map(|listener| {
                         let entrance = Entrance { plan: plan.subscribe(), tunnels: tunnels.clone(), stats: self.stats.clone() };
                         tokio::spawn(entrance.run(listener, kind))
                     }),
@@ -160,13 +175,19 @@ impl Proxy {
         }
     }
 
-    fn address(&self, kind: Kind) -> SocketAddr {
-        match kind {
+    async fn entrance(&self, kind: Kind) -> Result<TcpListener, String> {
+        let by_name = match kind {
             Kind::Secure(KUBELET_PORT) => self.settings.secure,
             Kind::Secure(port) => SocketAddr::new(self.settings.secure.ip(), secure_listener(port)),
             Kind::Insecure => self.settings.insecure,
-            Kind::Dialled => SocketAddr::new(self.settings.secure.ip(), 0),
-        }
+            Kind::Dialled => {
+                let listener = self.dialled.as_ref().ok_or_else(|| "kubelets are not reached by address: see the log".to_owned())?;
+                // Another handle of the same socket: it is the one that the program hands connections to.
+                let handle = listener.try_clone().and_then(TcpListener::from_std);
+                return handle.map_err(|e| format!("use the listener for connections by address: {e}"));
+            }
+        };
+        self.listen(by_name).await
     }
 
     async fn listen(&self, address: SocketAddr) -> Result<TcpListener, String> {
@@ -201,7 +222,7 @@ fn parts(plan: &Plan) -> Vec<Part> {
         Role::Edge(_) => vec![Part::Dialler],
         Role::Cloud { port, .. } => {
             let secure = plan.directory.ports.https.iter().map(|port| Part::Entrance(Kind::Secure(*port)));
-            [Part::Gate(*port), Part::Entrance(Kind::Insecure)].into_iter().chain(secure).collect()
+            [Part::Gate(*port), Part::Entrance(Kind::Insecure), Part::Entrance(Kind::Dialled)].into_iter().chain(secure).collect()
         }
     }
 }

@@ -206,10 +206,31 @@ impl DropSample {
     }
 }
 
+/// `KUBELETS`: key. Connections to this address and port end in the proxy of this gateway node.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct KubeletAddress {
+    /// A node of another pool, network order.
+    pub address: [u8; 4],
+    /// TCP port, host order.
+    pub port: u16,
+    /// Fills up.
+    pub _pad: u16,
+}
+
+/// `KUBELETS`: value.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KubeletNode {
+    /// The node's name, cut to fit, zeros behind it; for people, the proxy goes by the address.
+    pub node: [u8; 64],
+}
+
 /// See [`DropSample`].
 pub const SAMPLE_PERIOD_NS: u64 = 10_000_000;
 
 const _: () = assert!(size_of::<Config>() == 32 && size_of::<Path<[u8; 4]>>() == 20 && size_of::<Path<[u8; 16]>>() == 44);
+const _: () = assert!(size_of::<KubeletAddress>() == 8 && size_of::<KubeletNode>() == 64);
 const _: () = assert!(size_of::<Handshakes>() == 16 && size_of::<DropSample>() == 64);
 const _: () = assert!(size_of::<CounterKey>() == 8 && size_of::<Count>() == 16 && size_of::<Unwrapped>() == 8);
 
@@ -217,7 +238,7 @@ const _: () = assert!(size_of::<CounterKey>() == 8 && size_of::<Count>() == 16 &
 mod pod {
     use crate::generator::Generator;
 
-    use super::{Config, Count, CounterKey, DropSample, Handshakes, Local, Node, PrefixKey, Remote};
+    use super::{Config, Count, CounterKey, DropSample, Handshakes, KubeletAddress, KubeletNode, Local, Node, PrefixKey, Remote};
 
     macro_rules! pod {
         ($($type:ty),*) => {$(
@@ -227,5 +248,6 @@ mod pod {
         )*};
     }
 
-    pod!(Remote, Local, Node, Config, CounterKey, Count, Handshakes, DropSample, Generator, PrefixKey<[u8; 4]>, PrefixKey<[u8; 16]>);
+    pod!(Remote, Local, Node, Config, CounterKey, Count, Handshakes, DropSample, Generator, KubeletAddress, KubeletNode);
+    pod!(PrefixKey<[u8; 4]>, PrefixKey<[u8; 16]>);
 }

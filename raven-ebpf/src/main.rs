@@ -3,7 +3,7 @@
 //!
 //! The way of a packet, in the order of the modules: [`overlay_egress`] on an ordinary node → [`uplink_xdp`] and
 //! [`uplink_ingress`] on its gateway node (or [`overlay_ingress`], the fallback tier) → WireGuard → [`tunnel_ingress`]
-//! on the other pool's gateway node → [`overlay_ingress`] on the node that has the destination.
+//! on the other pool's gateway node → [`overlay_ingress`] on the node that has the destination. [`kubelet_lookup`] is the L7 half's.
 //!
 //! Licence of the object: Dual MIT/GPL, as GPL-only helpers ask. All programs load on Linux 5.10.
 
@@ -14,6 +14,7 @@ mod access;
 mod count;
 mod forward;
 mod guard;
+mod kubelet_lookup;
 mod maps;
 mod overlay_egress;
 mod overlay_ingress;
@@ -29,8 +30,8 @@ mod uplink_xdp;
 
 use aya_ebpf::{
     bindings::{TC_ACT_REDIRECT, TC_ACT_SHOT, TC_ACT_UNSPEC, xdp_action},
-    macros::{classifier, xdp},
-    programs::{TcContext, XdpContext},
+    macros::{classifier, sk_lookup, xdp},
+    programs::{SkLookupContext, TcContext, XdpContext},
 };
 use raven_common::{Verdict, header::ETH_LEN};
 
@@ -136,6 +137,12 @@ pub fn uplink_xdp(ctx: XdpContext) -> u32 {
         }
         None => xdp_action::XDP_PASS,
     }
+}
+
+/// sk_lookup of the node's network namespace, cloud gateway nodes. Since Linux 5.9.
+#[sk_lookup]
+pub fn kubelet_lookup(ctx: SkLookupContext) -> u32 {
+    kubelet_lookup::run(&ctx)
 }
 
 #[cfg(not(target_arch = "bpf"))]

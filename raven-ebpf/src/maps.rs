@@ -3,12 +3,13 @@
 //! `bpftool map dump` shows their fields by name.
 
 use aya_ebpf::{
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, lpm_trie::Key},
+    bindings::BPF_F_NO_PREALLOC,
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, SockMap, lpm_trie::Key},
     macros::btf_map,
 };
 use raven_common::{
     header::{Ip, Ipv4, Ipv6},
-    tables::{Config, Count, CounterKey, DropSample, Handshakes, Local, Node, PATHS, Path, Remote},
+    tables::{Config, Count, CounterKey, DropSample, Handshakes, KubeletAddress, KubeletNode, Local, Node, PATHS, Path, Remote},
 };
 
 /// Prefixes per trie and family: ten thousand nodes with a dozen prefixes each. Tries take memory by use, not by size.
@@ -71,6 +72,15 @@ pub static EVENTS: RingBuf<DropSample, 262_144> = RingBuf::new();
 /// When this CPU last wrote a sample, nanoseconds since boot.
 #[btf_map]
 pub static SAMPLED: PerCpuArray<u64, 1> = PerCpuArray::new();
+
+/// Addresses and ports of other pools' nodes that the proxy of this gateway node answers for. Written by the agent. Full: the agent
+/// reports the node that has no place; it is still reached by name.
+#[btf_map]
+pub static KUBELETS: HashMap<KubeletAddress, KubeletNode, 131_072, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+
+/// The proxy's listener, while an agent runs: the kernel takes it out when it is closed.
+#[btf_map]
+pub static PROXY: SockMap<1> = SockMap::new();
 
 /// The node's configuration; all zero until the agent has written it.
 #[inline(always)]

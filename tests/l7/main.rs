@@ -2,12 +2,19 @@
 
 #![forbid(unsafe_code)]
 
+mod certificates;
 mod kubectl;
+mod outages;
+
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use raven_tests::{Lab, LabBuilder, agent::Agent, process::Process};
 
-/// A lab in which everything runs, and a kubelet on x-b with a pod.
+/// How long something may take that needs no more than a few messages.
+const SOON: Duration = Duration::from_secs(40);
+
+/// A lab in which everything runs.
 struct Running {
     agents: Vec<Agent>,
     _controller: Process,
@@ -21,6 +28,10 @@ impl Running {
         let controller = lab.start_controller().await?;
         let agents = lab.start_agents().await?;
         Ok(Self { agents, _controller: controller, lab })
+    }
+
+    fn agent(&mut self, node: &str) -> &mut Agent {
+        self.agents.iter_mut().find(|a| a.node.name == node).expect("every node has an agent")
     }
 
     /// Fails the test with what was seen, after saving what there is to look at.

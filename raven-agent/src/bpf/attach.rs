@@ -217,12 +217,12 @@ pub(crate) fn detach_uplink_filter() {
     }
 }
 
-fn tag_of(program: u32) -> Option<u64> {
+pub(super) fn tag_of(program: u32) -> Option<u64> {
     loaded_programs().flatten().find(|p| p.id() == program).map(|p| p.tag())
 }
 
 /// An error with its causes: aya keeps the errno one level down.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

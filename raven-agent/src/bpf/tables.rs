@@ -81,7 +81,7 @@ impl Bpf {
         Ok(true)
     }
 
-    fn map<'a, T>(&'a mut self, name: &'static str) -> Result<T, Error>
+    pub(super) fn map<'a, T>(&'a mut self, name: &'static str) -> Result<T, Error>
     where
         T: TryFrom<&'a mut Map>,
         T::Error: std::fmt::Display,

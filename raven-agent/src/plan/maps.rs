@@ -1,15 +1,21 @@
 //! Contents of the eBPF maps.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use ipnet::IpNet;
 use raven_common::tables::{Local, NODE_IS_GATEWAY, Node, Remote};
 
 use super::{
-    Role,
-    path::{Path, owner},
+    Detour, Role,
+    path::{Path, gateway_ids, owner},
 };
-use crate::topology::Pool;
+use crate::{
+    proxy::{self, plan::DetourTo},
+    topology::{Pool, Topology},
+};
 
 /// Remote prefixes. On an ordinary node they go by the gateway node that owns this node; without one `via` is zero
 /// and the program drops, counted.
@@ -20,6 +26,16 @@ pub(super) fn remote(paths: &BTreeMap<&str, Path>, role: Role, me: &str, own: &P
     };
     let entry = |path: &Path, prefix: &IpNet| (*prefix, Remote { gateway: path.id, via });
     paths.values().flat_map(|path| path.prefixes.values().flatten().map(move |prefix| entry(path, prefix))).collect()
+}
+
+/// Addresses of edge nodes whose kubelets are reached by this pool's proxy: on an ordinary node the overlay brings them to the
+/// gateway node, which has no entry for them and hands them to its own stack.
+pub(super) fn detoured(topology: &Topology, detour: &proxy::plan::Detour, taken: &Detour) -> BTreeMap<IpNet, Remote> {
+    let DetourTo::Gateway(via) = detour.to else { return BTreeMap::new() };
+    let ids = gateway_ids(topology);
+    let pool_of = |address: &Ipv4Addr| detour.nodes.get(address).and_then(|nodes| nodes.first()).and_then(|(_, pool)| ids.get(pool));
+    let entries = taken.nodes.keys().filter_map(|address| Some((address, *pool_of(address)?)));
+    entries.map(|(address, gateway)| (IpNet::from(IpAddr::V4(*address)), Remote { gateway, via: via.octets() })).collect()
 }
 
 /// Prefixes of this pool.

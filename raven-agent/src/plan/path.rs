@@ -93,7 +93,7 @@ pub(super) fn owner<'a>(pool: &'a Pool, member: &str) -> Option<&'a str> {
 }
 
 /// FNV-1a over the parts, with a separator that no Kubernetes name contains; the finalizer of SplitMix64 spreads it.
-fn weight(parts: &[&str]) -> u64 {
+pub(crate) fn weight(parts: &[&str]) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for byte in parts.iter().flat_map(|p| p.bytes().chain([b'/'])) {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);

@@ -2,12 +2,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
 };
 
 use raven_api::proxy::Ports;
 
-use crate::topology::Topology;
+use crate::{
+    plan::weight,
+    topology::{Pool, Topology},
+};
 
 /// What this node is to the L7 path.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,6 +36,8 @@ pub struct Plan {
     pub role: Role,
     /// Which node is meant.
     pub directory: Directory,
+    /// In the cloud: what is reached by address.
+    pub detour: Option<Detour>,
 }
 
 /// Names and addresses of nodes.
@@ -46,6 +51,26 @@ pub struct Directory {
     addresses: BTreeMap<IpAddr, BTreeSet<String>>,
     /// Edge nodes that may bring a tunnel, and the pool for which.
     proxies: BTreeMap<String, String>,
+}
+
+/// Connections to edge nodes' kubelet ports, by address, that leave the ordinary way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Detour {
+    /// Where to.
+    pub to: DetourTo,
+    /// The edge nodes by address; an address that several have is here too, so that who dials it is told so.
+    pub nodes: BTreeMap<Ipv4Addr, Vec<(String, String)>>,
+    /// TCP ports.
+    pub ports: BTreeSet<u16>,
+}
+
+/// Where connections by address go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DetourTo {
+    /// This is the gateway node: to its proxy.
+    Here,
+    /// To this gateway node of the pool, by the overlay.
+    Gateway(Ipv4Addr),
 }
 
 /// A node that somebody wants to reach.
@@ -105,17 +130,6 @@ impl Directory {
     pub fn pool_of_proxy(&self, node: &str) -> Option<&str> {
         self.proxies.get(node).map(String::as_str)
     }
-
-    /// Nodes of this pool.
-    pub fn own(&self) -> impl Iterator<Item = &Target> {
-        self.nodes.values().filter(|target| target.pool == self.own_pool)
-    }
-
-    /// Nodes of edge pools that have their address for themselves.
-    pub fn remote(&self) -> impl Iterator<Item = &Target> {
-        let alone = |target: &&Target| self.addresses.get(&target.address).is_some_and(|nodes| nodes.len() == 1);
-        self.nodes.values().filter(|target| target.pool != self.own_pool).filter(alone)
-    }
 }
 
 /// See the module's text.
@@ -126,7 +140,30 @@ pub fn plan(topology: &Topology, me: &str) -> Plan {
         Some(_) => Role::Edge(clouds(topology)),
         None => Role::None,
     };
-    Plan { role, directory: directory(topology, own_pool) }
+    Plan { role, directory: directory(topology, own_pool), detour: detour(topology, pool, me) }
+}
+
+/// Addresses of this pool's own nodes are never taken.
+fn detour(topology: &Topology, own: &Pool, me: &str) -> Option<Detour> {
+    if !own.exposed {
+        return None;
+    }
+    let to = match own.proxies.contains_key(me) {
+        true => DetourTo::Here,
+        false => {
+            let nearest = own.proxies.keys().max_by_key(|proxy| weight(&[me, proxy]))?;
+            DetourTo::Gateway(own.members.get(nearest)?.outer)
+        }
+    };
+    let taken: BTreeSet<Ipv4Addr> = own.members.values().map(|member| member.outer).collect();
+    let mut nodes: BTreeMap<Ipv4Addr, Vec<(String, String)>> = BTreeMap::new();
+    for (name, pool) in topology.pools.iter().filter(|(_, pool)| !pool.exposed) {
+        for (node, member) in pool.members.iter().filter(|(_, member)| !taken.contains(&member.outer)) {
+            nodes.entry(member.outer).or_default().push((node.clone(), name.clone()));
+        }
+    }
+    let ports = topology.ports.https.union(&topology.ports.http).copied().collect();
+    Some(Detour { to, nodes, ports })
 }
 
 fn clouds(topology: &Topology) -> BTreeMap<String, (String, u16)> {
@@ -152,7 +189,7 @@ fn directory(topology: &Topology, own_pool: &str) -> Directory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::topology::{Member, Pool, ProxyPeer};
+    use crate::topology::{Member, ProxyPeer};
 
     fn pool(exposed: bool, nodes: &[(&str, [u8; 4])], proxy: &str) -> Pool {
         let members = nodes.iter().map(|(name, ip)| ((*name).to_owned(), Member { outer: (*ip).into(), prefixes: BTreeSet::new() }));
@@ -190,7 +227,18 @@ mod tests {
         assert_eq!(directory.by_name("y2", 10255).map(|t| t.pool.as_str()), Ok("edge-y"));
         let both = directory.by_address([192, 168, 0, 2].into(), 10250);
         assert_eq!(both, Err(NotFound::Ambiguous { address: [192, 168, 0, 2].into(), nodes: vec!["x2".into(), "y2".into()] }));
-        assert!(directory.remote().all(|target| target.address != IpAddr::from([192, 168, 0, 2])));
+    }
+
+    #[test]
+    fn the_cloud_takes_edge_nodes_by_address_and_the_edge_takes_nobody() {
+        let topology = topology();
+        let here = plan(&topology, "c1").detour.expect("a gateway node");
+        assert_eq!((here.to, here.ports), (DetourTo::Here, BTreeSet::from([10250, 10255])));
+        assert_eq!(here.nodes[&Ipv4Addr::new(10, 1, 0, 1)], [("x1".to_owned(), "edge-x".to_owned())]);
+        assert_eq!(here.nodes[&Ipv4Addr::new(192, 168, 0, 2)].len(), 2, "both, so that who dials it is told");
+        assert!(!here.nodes.contains_key(&Ipv4Addr::new(10, 0, 0, 2)), "its own pool");
+        assert_eq!(plan(&topology, "c2").detour.map(|d| d.to), Some(DetourTo::Gateway([10, 0, 0, 1].into())));
+        assert_eq!(plan(&topology, "x1").detour, None);
     }
 
     #[test]

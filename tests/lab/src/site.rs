@@ -101,6 +101,8 @@ pub struct PoolSpec {
     pub forwards: Vec<Forward>,
     /// How it translates what goes out.
     pub nat: Nat,
+    /// Number of its LAN, where that is not its own: two sites made of one image have the same addresses.
+    pub lan: Option<u8>,
 }
 
 impl PoolSpec {
@@ -113,6 +115,7 @@ impl PoolSpec {
             nodes: vec![format!("{short}-a"), format!("{short}-b")],
             forwards: Vec::new(),
             nat: Nat::default(),
+            lan: None,
         }
     }
 
@@ -134,7 +137,7 @@ impl PoolSpec {
     }
 
     pub(crate) fn lan_v4(&self, host: u8) -> Ipv4Addr {
-        Ipv4Addr::new(10, self.number, 0, host)
+        Ipv4Addr::new(10, self.lan.unwrap_or(self.number), 0, host)
     }
 
     pub(crate) fn lan_v6(&self, host: u8) -> Ipv6Addr {
