@@ -3,8 +3,8 @@
 //! The node's routing brings such connections here, as if the address were its own (`raven-agent/src/link/detour.rs`): those that are
 //! forwarded to it and those of its own processes and pods alike, which no TC hook sees all of. Runs once per connection, at its SYN.
 //!
-//! Without a listener (no agent runs) the connection is refused. It must not end at the next best socket: the gateway node has a kubelet
-//! of its own on that port.
+//! Without a listener (no agent runs) the SYN is dropped, and the client's next one, a second later, may find the new agent. It must not
+//! end at the next best socket: the gateway node has a kubelet of its own on that port.
 
 use aya_ebpf::{
     bindings::sk_action::{SK_DROP, SK_PASS},

@@ -144,7 +144,7 @@ async fn s4_thousands_of_resets_close_no_tunnel() {
     node(&world, move |client, _| {
         let number = counter.fetch_add(1, Ordering::Relaxed);
         async move {
-            if number % 2 == 0 {
+            if number.is_multiple_of(2) {
                 // The node's end is reset, as a kubelet's that is killed: RST instead of FIN.
                 let _ = socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO));
             } else {
