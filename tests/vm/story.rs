@@ -80,6 +80,7 @@ async fn tell(story: &mut Story, lab: &Lab, gateways: &[String], agents: &mut [A
     pairs(story, lab).await;
     story.note("nothing crossed the internet in clear", internet.stop().await.and_then(|seen| proof::encrypted(lab, &seen)));
     story.note("host processes reach pods of other pools, and back", hosts(lab).await);
+    story.note("connections to kubelets of other pools are taken by address", intercepted(lab));
     story.note("MTU: cloud-b, y-b", proof::mtu(lab, "cloud-b", "y-b").await);
     story.note("MTU: x-a, cloud-a", proof::mtu(lab, "x-a", "cloud-a").await);
     for (n, family) in FAMILIES.iter().enumerate() {
@@ -192,6 +193,18 @@ async fn hosts(lab: &Lab) -> Result<String> {
     Ok(format!("by {}", seen.join(", ")))
 }
 
+/// A connection to an edge node's kubelet port is accepted by the proxy of the cloud's gateway node: from that node itself, from a pod on
+/// it and from an ordinary node. (There is no tunnel here: it is closed again.) Without the program nobody could answer at all.
+fn intercepted(lab: &Lab) -> Result<String> {
+    let kubelet = std::net::SocketAddr::from((lab.node("x-b").lan_v4, 10250));
+    for ns in [&lab.node("cloud-a").ns, &lab.pod("cloud-a").ns, &lab.node("cloud-b").ns] {
+        let connected = ns.within(move || std::net::TcpStream::connect_timeout(&kubelet, ANSWER))?;
+        connected.with_context(|| format!("{kubelet} from {}", ns.name))?;
+    }
+    let taken = lab.node("cloud-a").ns.sh("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/KUBELETS | grep -c port")?;
+    Ok(format!("accepted from the gateway node, its pod and an ordinary node; {} addresses and ports", taken.trim()))
+}
+
 /// The lab's prefixes are /24 and /64.
 fn in_prefix(node: &Node, address: IpAddr) -> bool {
     match (address, node.pods[0].addresses()) {
@@ -222,6 +235,7 @@ fn attached(lab: &Lab, gateways: &[String], xdp: bool) -> Result<String> {
         let links = node.ns.sh("ls /sys/fs/bpf/raven/v1/links | sed 's/-[0-9]*$//' | sort")?;
         let mut expected: Vec<&str> = if tcx { hooks(gateway).iter().map(|(_, _, program)| *program).collect() } else { Vec::new() };
         expected.extend((gateway && xdp).then_some("uplink_xdp"));
+        expected.extend((gateway && node.pool == lab.cloud().spec.name).then_some("kubelet_lookup"));
         expected.sort_unstable();
         ensure!(links.lines().collect::<Vec<_>>() == expected, "{}: pinned links are {links}, not {expected:?}", node.name);
         let on_uplink = node.ns.run("ip", &["-d", "link", "show", "eth0"])?;

@@ -8,6 +8,8 @@ use anyhow::{Result, bail};
 use comfy_table::{Cell, Color, ContentArrangement, Table, presets::UTF8_HORIZONTAL_ONLY};
 use raven_tests::{
     Lab,
+    kubectl::{self, POD, SCRIPT},
+    kubelet::Prefer,
     proof::{self, Check, FAMILIES},
 };
 
@@ -98,6 +100,25 @@ async fn prove(lab: &Lab, story: &mut Story) -> Result<()> {
     story.prove("nothing was dropped", proof::no_drops(lab, &before));
     let internet = internet.stop().await?;
     story.prove("nothing crossed the internet in clear", proof::encrypted(lab, &internet));
+    kubelets(lab, story).await
+}
+
+/// The other half: kubectl, through real API servers, to a real kubelet at a site that nobody can dial.
+async fn kubelets(lab: &Lab, story: &mut Story) -> Result<()> {
+    story.say("starting a real kubelet with containerd on x-b, behind its site's NAT, and a pod there");
+    let _kubelet = lab.start_kubelet("x-b").await?;
+    lab.run_pod("x-b", POD, SCRIPT).await?;
+    for (node, prefer, way) in [
+        ("cloud-b", Prefer::Hostname, "by name, API server on an ordinary node"),
+        ("cloud-a", Prefer::InternalIP, "by address, API server on the gateway node"),
+        ("cloud-b", Prefer::InternalIP, "by address, API server on an ordinary node"),
+    ] {
+        story.say(&format!("starting an API server on {node} that addresses kubelets {}", way.split(',').next().unwrap_or_default()));
+        let server = lab.api_server_on(node, prefer).await?;
+        let megabytes = if prefer == Prefer::Hostname { 100 } else { 5 };
+        kubectl::all(&server, way, megabytes).into_iter().for_each(|check| story.note(check));
+        server.kill()?;
+    }
     Ok(())
 }
 

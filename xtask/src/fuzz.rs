@@ -1,7 +1,7 @@
 //! `cargo xtask fuzz`: everything that reads bytes from outside, under libFuzzer, each target for a while. Works on stable Rust:
 //! the coverage that libFuzzer steers by is an ordinary LLVM pass.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
@@ -62,7 +62,7 @@ impl Fuzz {
     }
 }
 
-fn names(folder: &PathBuf) -> Result<Vec<String>> {
+fn names(folder: &Path) -> Result<Vec<String>> {
     let files = fs::read_dir(folder.join("fuzz_targets")).with_context(|| format!("list {}", folder.display()))?;
     let mut names: Vec<String> = files.flatten().filter_map(|file| Some(file.path().file_stem()?.to_string_lossy().into_owned())).collect();
     names.sort();

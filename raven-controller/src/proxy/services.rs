@@ -34,7 +34,7 @@ pub fn desired(namespace: &str, gateways: &[Gateway], nodes: &[GatewayNode], l7:
     if l7 {
         let ports = Ports::of(gateways);
         objects.services.insert(INTERNAL_SERVICE.to_owned(), internal_service(namespace, &ports));
-        let ready: BTreeSet<&str> = nodes.iter().filter(|n| is_ready(n)).filter_map(|n| n.metadata.name.as_deref()).collect();
+        let ready = ready(nodes);
         for (node, address) in exposed().flat_map(|g| elected(g, EndpointType::Proxy)).filter(|(e, _)| ready.contains(e.node_name.as_str()))
         {
             let name = format!("{INTERNAL_SERVICE}-{}", node.node_name);
@@ -51,8 +51,15 @@ pub fn desired(namespace: &str, gateways: &[Gateway], nodes: &[GatewayNode], l7:
     objects
 }
 
-fn is_ready(node: &GatewayNode) -> bool {
-    node.status.as_ref().and_then(|s| s.proxy.as_ref()).is_some_and(|p| p.ready)
+/// Gateway nodes whose proxy is ready: they say so, and if there are edges with tunnels at all, one of them has a tunnel there. An agent
+/// that died says what it said last; its tunnels' other ends know better.
+fn ready(nodes: &[GatewayNode]) -> BTreeSet<&str> {
+    let proxies = nodes.iter().filter_map(|n| Some((n.metadata.name.as_deref()?, n.status.as_ref()?.proxy.as_ref()?)));
+    let ready: Vec<_> = proxies.filter(|(_, proxy)| proxy.ready).collect();
+    let names: BTreeSet<&str> = ready.iter().map(|(name, _)| *name).collect();
+    // Edges are those at the other ends of somebody's tunnels; each end names the other.
+    let seen: BTreeSet<&str> = ready.iter().flat_map(|(_, proxy)| proxy.tunnels.iter().map(String::as_str)).collect();
+    if seen.is_empty() { names } else { names.intersection(&seen).copied().collect() }
 }
 
 /// Elected nodes of a Gateway that have an address.
@@ -191,6 +198,20 @@ mod tests {
         let service = &objects.services[INTERNAL_SERVICE];
         assert!(service["spec"].get("selector").is_none());
         assert_eq!(service["spec"]["ports"].as_array().map(Vec::len), Some(4));
+    }
+
+    #[test]
+    fn a_proxy_that_no_edge_sees_any_more_is_not_ready() {
+        let with = |name: &str, tunnels: &[&str]| {
+            let mut node = node(name, true);
+            let proxy = node.status.as_mut().and_then(|s| s.proxy.as_mut()).expect("it has one");
+            proxy.tunnels = tunnels.iter().map(|t| (*t).to_owned()).collect();
+            node
+        };
+        // What `a` said last is that x1 is there; x1 says that it is not.
+        let nodes = [with("a", &["x1"]), with("b", &["x1"]), with("x1", &["b"])];
+        let objects = desired("kube-system", &[gateway(ExposeType::PublicIP)], &nodes, true);
+        assert_eq!(objects.slices.keys().collect::<Vec<_>>(), ["x-raven-proxy-internal-svc-b"]);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use raven_api::gateway::{EndpointType, NodeInfo};
+use raven_api::gateway::{Endpoint, EndpointType, NodeInfo};
 use raven_api::{Gateway, GatewayNode, GatewayNodeSpec, GatewayStatus};
 use serde_json::{Value, json};
 
@@ -54,7 +54,9 @@ fn snapshot(lab: &Lab, keys: &BTreeMap<String, String>) -> Result<Value> {
         let elected = gateway_of(lab, pool)?;
         let mut gateway: Gateway = default_gateway(lab, pool);
         let endpoints = gateway.spec.endpoints.iter();
-        let active = endpoints.filter(|e| e.type_ == EndpointType::Tunnel && e.node_name == elected.name).cloned().collect();
+        let tunnel = endpoints.filter(|e| e.type_ == EndpointType::Tunnel && e.node_name == elected.name).cloned();
+        let proxy = Endpoint { node_name: elected.name.clone(), type_: EndpointType::Proxy, ..Endpoint::default() };
+        let active = tunnel.chain([proxy]).collect();
         let nodes: Vec<NodeInfo> = lab.nodes_of(&pool.spec.name).map(info).collect();
         gateway.status =
             Some(GatewayStatus { node_count: i32::try_from(nodes.len())?, nodes, active_endpoints: active, ..GatewayStatus::default() });
