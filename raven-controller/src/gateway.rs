@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 
 use raven_api::gateway::EndpointType;
 
-pub use inputs::{BlockFacts, GatewayFacts, GatewayName, Inputs, NodeFacts, NodeName, PoolFacts, Switches};
+pub use inputs::{BalancerFacts, BlockFacts, GatewayFacts, GatewayName, Inputs, NodeFacts, NodeName, PoolFacts, Switches};
 pub use status::Decision;
 
 /// Everything that should be, as far as the controller has a say in it.
@@ -58,8 +58,10 @@ pub fn decide(inputs: &Inputs) -> Decisions {
 fn draft<'a>(inputs: &'a Inputs, gateway: &'a GatewayFacts, membership: &membership::Membership) -> status::Draft<'a> {
     let (nodes, mut refusals) = membership.pool_of(inputs, gateway);
     let (addressed, unaddressed): (Vec<_>, Vec<_>) = nodes.iter().copied().partition(|node| node.address.is_some());
-    let tunnel = elect::elect(gateway, EndpointType::Tunnel, &addressed, inputs.switches.l3);
-    let proxy = elect::elect(gateway, EndpointType::Proxy, &addressed, inputs.switches.l7);
+    let mut tunnel = elect::elect(gateway, EndpointType::Tunnel, &addressed, inputs.switches.l3);
+    let mut proxy = elect::elect(gateway, EndpointType::Proxy, &addressed, inputs.switches.l7);
+    tunnel.balance(inputs, gateway);
+    proxy.balance(inputs, gateway);
     refusals.extend(elect::unknown_nodes(inputs, gateway, &nodes));
     status::Draft {
         gateway,

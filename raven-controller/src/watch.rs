@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{ConfigMap, Node};
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -23,12 +23,13 @@ use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use raven_api::Gateway;
 use raven_api::pool::{NodePoolSpec, NodePoolStatus};
+use raven_api::proxy::LABEL_GATEWAY_TYPE;
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
 use crate::config::CONFIG_MAP;
 use crate::gateway::inputs::parse_prefix;
-use crate::gateway::{BlockFacts, GatewayFacts, GatewayName, Inputs, NodeFacts, NodeName, PoolFacts, Switches};
+use crate::gateway::{BalancerFacts, BlockFacts, GatewayFacts, GatewayName, Inputs, NodeFacts, NodeName, PoolFacts, Switches};
 
 /// A kind of somebody else's, whose CRD may be absent, come and go.
 #[derive(Debug)]
@@ -94,6 +95,10 @@ pub enum Update {
     ApiServer(Event<EndpointSlice>),
     /// They cannot be known.
     NoApiServer,
+    /// About our Services of type LoadBalancer.
+    Balancer(Event<Service>),
+    /// They cannot be known.
+    NoBalancers,
     /// About ConfigMap `raven-cfg`.
     Switches(Event<ConfigMap>),
     /// The ConfigMap cannot be read: its defaults hold until it can.
@@ -108,6 +113,12 @@ pub async fn follow_gateways(client: Client, updates: mpsc::Sender<Update>) {
 /// Follows all Nodes.
 pub async fn follow_nodes(client: Client, updates: mpsc::Sender<Update>) {
     follow(Api::<Node>::all(client), watcher::Config::default(), &updates, Update::Node, None).await;
+}
+
+/// Follows our Services of type LoadBalancer: their addresses are what others dial.
+pub async fn follow_balancers(client: Client, namespace: String, updates: mpsc::Sender<Update>) {
+    let ours = watcher::Config::default().labels(LABEL_GATEWAY_TYPE);
+    follow(Api::<Service>::namespaced(client, &namespace), ours, &updates, Update::Balancer, Some(|| Update::NoBalancers)).await;
 }
 
 /// Follows the one ConfigMap with the switches.
@@ -345,6 +356,7 @@ pub struct World {
     pools: Cache<String, PoolFacts>,
     switches: Cache<String, Switches>,
     blocks: Cache<String, BlockFacts>,
+    balancers: Cache<String, BalancerFacts>,
     services: Cache<String, Vec<IpNet>>,
     api_servers: Cache<String, Vec<IpAddr>>,
     settings: Settings,
@@ -370,6 +382,7 @@ impl World {
             pools: Cache::new(),
             switches: Cache::new(),
             blocks: Cache::new(),
+            balancers: Cache::new(),
             services: Cache::new(),
             api_servers: Cache::new(),
             settings,
@@ -378,9 +391,9 @@ impl World {
 
     /// Everything has been listed once: only then a decision means anything.
     pub fn complete(&self) -> bool {
-        let Self { gateways, nodes, pools, switches, blocks, services, api_servers, settings: _ } = self;
+        let Self { gateways, nodes, pools, switches, blocks, balancers, services, api_servers, settings: _ } = self;
         let own = gateways.complete && nodes.complete && switches.complete;
-        own && pools.complete && blocks.complete && services.complete && api_servers.complete
+        own && pools.complete && blocks.complete && balancers.complete && services.complete && api_servers.complete
     }
 
     /// Takes an update in. True if something changed that a decision could depend on.
@@ -398,6 +411,8 @@ impl World {
             Update::Services(event) => self.services.absorb(event, parse_services),
             Update::ApiServer(event) => self.api_servers.absorb(event, parse_api_server),
             // What was known stays known while it cannot be read: a guard is not taken down for a hiccup.
+            Update::Balancer(event) => self.balancers.absorb(event, |service| (service.name_any(), BalancerFacts::parse(&service))),
+            Update::NoBalancers => self.balancers.begin(),
             Update::NoServices => self.services.begin(),
             Update::NoApiServer => self.api_servers.begin(),
             Update::Switches(event) => {
@@ -427,6 +442,7 @@ impl World {
             pools: self.pools.facts.clone(),
             switches: self.switches.facts.values().next().map(|s| **s).unwrap_or_default(),
             blocks: self.blocks.facts.clone(),
+            balancers: self.balancers.facts.values().map(|facts| (**facts).clone()).collect(),
             services: self.services.facts.values().flat_map(|list| list.iter()).chain(&self.settings.services).copied().collect(),
             api_servers: self.api_servers.facts.values().flat_map(|list| list.iter()).copied().collect(),
             rules: self.settings.rules,
@@ -557,7 +573,7 @@ mod tests {
         world.absorb(Update::Gateway(Event::InitDone));
         world.absorb(Update::Node(Event::InitDone));
         world.absorb(Update::NoPools);
-        for other in [Update::NoBlocks, Update::NoServices, Update::NoApiServer, Update::NoSwitches] {
+        for other in [Update::NoBlocks, Update::NoBalancers, Update::NoServices, Update::NoApiServer, Update::NoSwitches] {
             assert!(!world.complete());
             world.absorb(other);
         }

@@ -11,6 +11,7 @@ mod election;
 mod leaders;
 mod pools;
 mod protected;
+mod proxies;
 mod schema;
 mod stage;
 mod versions;

@@ -7,11 +7,13 @@
 //! NotReady at once), its tunnel may well carry traffic, and taking it down would help nobody, since there is no one to replace it.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
-use raven_api::gateway::{Endpoint, EndpointType};
+use raven_api::gateway::{Endpoint, EndpointType, ExposeType};
+use raven_api::proxy::CONFIG_HOSTNAME;
 
 use super::NodeName;
-use super::inputs::{GatewayFacts, Inputs, NodeFacts};
+use super::inputs::{BalancerFacts, GatewayFacts, Inputs, NodeFacts};
 use super::status::Refusal;
 
 /// Key in an elected tunnel endpoint's `config`: the ConfigMap's switch, as upstream's agents read it.
@@ -40,6 +42,24 @@ impl Election {
     /// How many of the elected are ready.
     pub fn ready(&self) -> usize {
         if self.kept { 0 } else { self.elected.len() }
+    }
+}
+
+impl Election {
+    /// Gives each of the elected the address of its load balancer, where the Gateway is exposed by one and nobody wrote an address.
+    pub fn balance(&mut self, inputs: &Inputs, gateway: &GatewayFacts) {
+        if gateway.resource.spec.expose_type != ExposeType::LoadBalancer {
+            return;
+        }
+        for endpoint in self.elected.iter_mut().filter(|e| e.public_ip.as_deref().is_none_or(str::is_empty)) {
+            let of = |b: &&BalancerFacts| b.gateway == gateway.name && b.type_ == self.type_ && b.node.as_str() == endpoint.node_name;
+            let Some(balancer) = inputs.balancers.iter().find(of) else { continue };
+            if balancer.host.parse::<IpAddr>().is_ok() {
+                endpoint.public_ip = Some(balancer.host.clone());
+            } else {
+                endpoint.config.insert(CONFIG_HOSTNAME.to_owned(), balancer.host.clone());
+            }
+        }
     }
 }
 

@@ -10,11 +10,13 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::core::v1::{Node, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::core::Selector;
-use raven_api::gateway::Gateway;
+use raven_api::LABEL_GATEWAY;
+use raven_api::gateway::{EndpointType, Gateway};
 use raven_api::pool::{NodePoolSpec, NodePoolStatus};
+use raven_api::proxy::{LABEL_ENDPOINTS_NAME, LABEL_GATEWAY_TYPE};
 
 /// Label on a Gateway that a pool rule made: ours to delete. A person who removes it takes the Gateway over.
 pub const LABEL_MANAGED_BY: &str = "app.kubernetes.io/managed-by";
@@ -180,6 +182,37 @@ fn parse_selector(gateway: &Gateway) -> Result<Option<Selector>, String> {
     Ok(Some(selector).filter(|s| !s.selects_all()))
 }
 
+/// One of our Services of type LoadBalancer that has got an address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BalancerFacts {
+    /// The Gateway that it is for.
+    pub gateway: GatewayName,
+    /// The gateway node behind it.
+    pub node: NodeName,
+    /// `proxy` or `tunnel`.
+    pub type_: EndpointType,
+    /// Address or name by which it is reached.
+    pub host: String,
+}
+
+impl BalancerFacts {
+    /// The facts; none while it has no address, or is none of ours.
+    pub fn parse(service: &Service) -> Option<Self> {
+        let labels = service.metadata.labels.as_ref()?;
+        let type_ = match labels.get(LABEL_GATEWAY_TYPE)?.as_str() {
+            "proxy" => EndpointType::Proxy,
+            "tunnel" => EndpointType::Tunnel,
+            _ => return None,
+        };
+        let ingress = service.status.as_ref()?.load_balancer.as_ref()?.ingress.as_ref()?;
+        let given = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+        // An address before a name: nobody has to resolve it.
+        let host = ingress.iter().find_map(|i| given(&i.ip)).or_else(|| ingress.iter().find_map(|i| given(&i.hostname)))?;
+        let (gateway, node) = (labels.get(LABEL_GATEWAY)?.as_str().into(), labels.get(LABEL_ENDPOINTS_NAME)?.as_str().into());
+        Some(Self { gateway, node, type_, host })
+    }
+}
+
 /// A NodePool of OpenYurt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PoolFacts {
@@ -255,6 +288,8 @@ pub struct Inputs {
     pub pools: BTreeMap<String, Arc<PoolFacts>>,
     /// Calico's blocks, by the name of the BlockAffinity; empty also where the CRD is not installed.
     pub blocks: BTreeMap<String, Arc<BlockFacts>>,
+    /// Load balancers that have an address.
+    pub balancers: Vec<BalancerFacts>,
     /// Ranges of Service addresses.
     pub services: BTreeSet<IpNet>,
     /// Addresses of the API server.

@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use raven_api::condition::{self, ConditionType, Verdict};
 use raven_api::gateway::{Endpoint, EndpointType, ExposeType, Gateway, GatewayStatus, NodeInfo};
+use raven_api::proxy::CONFIG_HOSTNAME;
 use raven_api::{ANNOTATION_EXTRA_CIDRS, LABEL_GATEWAY};
 
 use super::elect::Election;
@@ -242,7 +243,12 @@ impl Draft<'_> {
     }
 
     fn without_public_ip(&self) -> Vec<&str> {
-        let without = self.tunnel.elected.iter().chain(&self.proxy.elected).filter(|e| e.public_ip.as_deref().is_none_or(str::is_empty));
+        let without = self
+            .tunnel
+            .elected
+            .iter()
+            .chain(&self.proxy.elected)
+            .filter(|e| e.public_ip.as_deref().is_none_or(str::is_empty) && !e.config.contains_key(CONFIG_HOSTNAME));
         let mut names: Vec<&str> = without.map(|e| e.node_name.as_str()).collect();
         names.sort_unstable();
         names.dedup();

@@ -39,6 +39,8 @@ for ns in /run/netns/$id-*; do
   [ -e "$ns" ] && ip netns del "${{ns##*/}}"
 done
 while umount -l "$dir" 2>/dev/null; do :; done
+# What containerd made for pods; one that somebody uses stays.
+find /sys/fs/cgroup -depth -type d -path '*/k8s.io*' -exec rmdir {{}} \; 2>/dev/null
 rm -rf "$dir"
 rmdir {LABS} 2>/dev/null
 exit 0
