@@ -63,15 +63,15 @@ pub(crate) async fn read(client: &mut (impl AsyncRead + Unpin)) -> Result<Hello,
     }
 }
 
-/// The parser by itself, for bytes that are there: public for the fuzzer.
+/// The parser by itself, for bytes that are there.
 #[derive(Default)]
-pub struct Parser {
+struct Parser {
     acceptor: Acceptor,
 }
 
 impl Parser {
     /// Takes more bytes. `None`: not complete yet; else the name, if the client gives one.
-    pub(crate) fn take(&mut self, bytes: &[u8]) -> Result<Option<Option<String>>, Error> {
+    fn take(&mut self, bytes: &[u8]) -> Result<Option<Option<String>>, Error> {
         let mut rest = Cursor::new(bytes);
         while (rest.position() as usize) < bytes.len() {
             // What it does not take is too much for it.
@@ -87,7 +87,15 @@ impl Parser {
     }
 }
 
-/// For the fuzzer: takes the bytes in one piece; true if they are a ClientHello.
-pub fn is_hello(bytes: &[u8]) -> bool {
-    matches!(Parser::default().take(bytes), Ok(Some(_)))
+/// For the fuzzer: true if these pieces are a ClientHello.
+pub fn is_hello(pieces: &[&[u8]]) -> bool {
+    let mut parser = Parser::default();
+    for piece in pieces {
+        match parser.take(piece) {
+            Ok(Some(_)) => return true,
+            Ok(None) => {}
+            Err(_) => return false,
+        }
+    }
+    false
 }

@@ -235,3 +235,54 @@ async fn ten_thousand_short_requests_are_all_answered() {
     }
     assert_eq!(world.numbers(), before);
 }
+
+/// A thousand `logs -f` by one site's tunnels, and one that is never read: the others keep their rate, and memory stays bounded.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_logs_flow_beside_one_that_is_never_read() {
+    const LOGS: usize = 1000;
+    const LINES: usize = 5;
+    const EVERY: Duration = Duration::from_secs(1);
+    let world = World::start().await;
+    let sent = Arc::new(AtomicU64::new(0));
+    let counter = sent.clone();
+    node(&world, move |mut client, number| {
+        let counter = counter.clone();
+        async move {
+            if number == 0 {
+                return flood(client, counter).await;
+            }
+            let mut period = tokio::time::interval(EVERY);
+            for line in 0..LINES {
+                period.tick().await;
+                if client.write_all(format!("line {line}\n").as_bytes()).await.is_err() {
+                    return;
+                }
+            }
+        }
+    })
+    .await;
+    let unread = world.open("x2").await.expect("a stream");
+    timeout(SOON * 3, still(&sent)).await.expect("its sender stops");
+    let mut open = Vec::new();
+    // Not all at once: the node's queue of connections holds a thousand and twenty-four.
+    for _ in 0..LOGS / 100 {
+        open.extend(futures::future::join_all((0..100).map(|_| world.open("x2"))).await);
+    }
+    let logs = futures::future::join_all(open.into_iter().map(|log| async {
+        let mut log = log.expect("a stream");
+        let (begin, mut text) = (Instant::now(), String::new());
+        timeout(SOON * 3, log.read_to_string(&mut text)).await.expect("in time").expect("all of it");
+        assert_eq!(text.lines().count(), LINES);
+        begin.elapsed()
+    }))
+    .await;
+    let slowest = logs.into_iter().max().expect("some");
+    let written = EVERY * u32::try_from(LINES).expect("a small number");
+    println!(
+        "{LOGS} logs of {written:?}: the slowest took {slowest:?}; {} bytes were taken for the one that is never read",
+        sent.load(Ordering::Relaxed)
+    );
+    assert!(slowest < written * 4, "{slowest:?}");
+    assert!(sent.load(Ordering::Relaxed) < 32 << 20, "its sender stays stopped");
+    drop(unread);
+}

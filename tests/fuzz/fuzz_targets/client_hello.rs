@@ -1,0 +1,11 @@
+//! What a client says first on a TLS port: in one piece and in two it is the same thing.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use raven_agent::proxy::hello;
+
+fuzz_target!(|bytes: &[u8]| {
+    let whole = hello::is_hello(&[bytes]);
+    let (a, b) = bytes.split_at(bytes.len() / 2);
+    assert_eq!(whole, hello::is_hello(&[a, b]));
+});
