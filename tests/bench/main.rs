@@ -1,6 +1,6 @@
 //! The benchmarks behind `cargo xtask bench`: ratios against a baseline that is measured in the same run.
 //!
-//! [`transit`] measures a gateway node's hop by itself ([`hop`] is its set-up), [`tunnel`] two gateway nodes end to end, [`planning`]
+//! [`transit`] measures a gateway node's hop by itself ([`hop`] is its set-up), [`tunnel`] two gateway nodes end to end, [`proxy`] the L7 tunnel, [`planning`]
 //! what `plan()` costs, [`memory`] what the programs keep resident.
 
 #![forbid(unsafe_code)]
@@ -8,6 +8,7 @@
 mod hop;
 mod memory;
 mod planning;
+mod proxy;
 mod transit;
 mod tunnel;
 
@@ -46,6 +47,12 @@ enum Command {
         #[arg(long, default_value_t = 5)]
         runs: usize,
     },
+    /// The L7 tunnel, against a direct TCP connection.
+    Proxy {
+        /// How often each way is measured, in turn; the median counts.
+        #[arg(long, default_value_t = 3)]
+        runs: usize,
+    },
     /// What `plan()` costs, at 100, 1,000 and 10,000 nodes.
     Plan,
     /// What agent and controller keep resident.
@@ -58,6 +65,7 @@ fn main() -> Result<()> {
     match arguments.command {
         Command::Transit { object, runs } => transit::run(&object, runs, arguments.json),
         Command::Tunnel { runs } => tunnel::run(runs, arguments.json),
+        Command::Proxy { runs } => proxy::run(runs, arguments.json),
         Command::Plan => planning::run(arguments.json),
         Command::Memory => memory::run(arguments.json),
     }

@@ -19,7 +19,7 @@ pub(crate) struct Bench {
     /// JSON on standard output, and nothing else.
     #[arg(long)]
     json: bool,
-    /// How often each variant of `transit` and `tunnel` is measured.
+    /// How often each variant of `transit`, `tunnel` and `proxy` is measured.
     #[arg(long, default_value_t = 5)]
     runs: usize,
 }
@@ -31,6 +31,8 @@ enum What {
     Transit,
     /// Throughput between two gateway nodes, against bare WireGuard between the same two. Needs root.
     Tunnel,
+    /// The L7 tunnel, against a direct TCP connection. Needs root.
+    Proxy,
     /// `plan()`: time and memory at 100, 1,000 and 10,000 nodes.
     Plan,
     /// Resident memory of agent and controller. Needs root.
@@ -56,6 +58,7 @@ impl Bench {
                 bench.args(["transit", "--runs", &self.runs.to_string(), "--object"]).arg(object);
             }
             What::Tunnel => drop(bench.args(["tunnel", "--runs", &self.runs.to_string()])),
+            What::Proxy => drop(bench.args(["proxy", "--runs", &self.runs.to_string()])),
             What::Plan => drop(bench.arg("plan")),
             What::Memory => drop(bench.arg("memory")),
         }
