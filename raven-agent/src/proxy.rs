@@ -36,6 +36,7 @@ use self::{
     accept::Gate,
     enrol::{Keeper, Purpose, Wanted},
     entrance::{Entrance, Kind},
+    identity::Identity,
     plan::{Plan, Role},
     serve::Edge,
     stats::Stats,
@@ -107,72 +108,75 @@ impl Proxy {
 
     /// Runs until the task is dropped.
     pub async fn run(mut self) {
-        let plan = watch::Sender::new(Arc::default());
-        let (wanted, identity, problem) = (watch::Sender::new(Wanted::default()), watch::Sender::new(None), watch::Sender::new(None));
-        let (clouds, up) = (watch::Sender::default(), watch::Sender::new(dial::Up::default()));
-        let tunnels = Tunnels::new(self.stats.clone());
+        let wires = Wires::new(self.stats.clone());
         let keeper = Keeper {
             node: self.settings.node.clone(),
             client: self.client.clone(),
             state: self.settings.state.clone(),
-            wanted: wanted.subscribe(),
-            identity: identity.clone(),
-            problem: problem.clone(),
+            wanted: wires.wanted.subscribe(),
+            identity: wires.identity.clone(),
+            problem: wires.problem.clone(),
         };
         let _keeper = Task(tokio::spawn(keeper.run()));
         let mut running: BTreeMap<Part, Task> = BTreeMap::new();
-        let (mut identity_seen, mut problem_seen, mut up_seen, mut ends) =
-            (identity.subscribe(), problem.subscribe(), up.subscribe(), tunnels.ends());
+        let (mut identity, mut problem) = (wires.identity.subscribe(), wires.problem.subscribe());
+        let (mut up, mut ends) = (wires.up.subscribe(), wires.tunnels.ends());
         let mut again = interval(AGAIN);
         loop {
-            let (order, ca) = self.orders.borrow_and_update().clone();
-            wanted.send_if_modified(|have| replace(have, (purpose(&order.role), ca)));
-            plan.send_if_modified(|have| replace(have, order.clone()));
-            if let Role::Edge(dialled) = &order.role {
-                clouds.send_if_modified(|have| replace(have, dialled.clone()));
-            }
-            let parts = parts(&order);
-            running.retain(|part, task| parts.contains(part) && !task.0.is_finished());
-            let mut failures = Vec::new();
-            for part in parts.into_iter().filter(|part| !running.contains_key(part)).collect::<Vec<_>>() {
-                let started = match part {
-                    Part::Gate(port) => self.listen(SocketAddr::new(self.settings.secure.ip(), port)).await.map(|listener| {
-                        let gate = Gate {
-                            plan: plan.subscribe(),
-                            identity: identity.subscribe(),
-                            tunnels: tunnels.clone(),
-                            stats: self.stats.clone(),
-                        };
-                        tokio::spawn(gate.run(listener))
-                    }),
-                    Part::Entrance(kind) => self.entrance(kind).await.map(|listener| {
-                        let entrance = Entrance { plan: plan.subscribe(), tunnels: tunnels.clone(), stats: self.stats.clone() };
-                        tokio::spawn(entrance.run(listener, kind))
-                    }),
-                    Part::Dialler => {
-                        let edge = Edge { plan: plan.subscribe(), stats: self.stats.clone() };
-                        Ok(tokio::spawn(dial::run(clouds.subscribe(), identity.subscribe(), edge, up.clone())))
-                    }
-                };
-                match started {
-                    Ok(task) => drop(running.insert(part, Task(task))),
-                    Err(e) => failures.push(e),
-                }
-            }
-            failures.extend(problem_seen.borrow_and_update().clone());
-            let has_identity = identity_seen.borrow_and_update().is_some();
-            let status = status(&order.role, has_identity, &up_seen.borrow_and_update(), &ends.borrow_and_update(), failures);
-            let status = status.map(|status| (order.directory.own_pool.clone(), status));
+            let (plan, ca) = self.orders.borrow_and_update().clone();
+            wires.tell(&plan, ca);
+            let mut failures = self.run_parts(&plan, &wires, &mut running).await;
+            failures.extend(problem.borrow_and_update().clone());
+            let listens = running.contains_key(&Part::Entrance(Kind::Secure(KUBELET_PORT)));
+            let ready = identity.borrow_and_update().is_some() && listens;
+            let status = status(&plan.role, ready, &up.borrow_and_update(), &ends.borrow_and_update(), failures);
+            let status = status.map(|status| (plan.directory.own_pool.clone(), status));
             self.status.send_if_modified(|have| replace(have, status));
             tokio::select! {
                 changed = self.orders.changed() => if changed.is_err() { return },
-                Ok(()) = identity_seen.changed() => {}
-                Ok(()) = problem_seen.changed() => {}
-                Ok(()) = up_seen.changed() => {}
+                Ok(()) = identity.changed() => {}
+                Ok(()) = problem.changed() => {}
+                Ok(()) = up.changed() => {}
                 Ok(()) = ends.changed() => {}
                 _ = again.tick() => {}
             }
         }
+    }
+
+    /// Starts what should run and does not, ends what should not; gives what could not be started.
+    async fn run_parts(&self, plan: &Plan, wires: &Wires, running: &mut BTreeMap<Part, Task>) -> Vec<String> {
+        let parts = parts(plan, self.dialled.is_some());
+        running.retain(|part, task| parts.contains(part) && !task.0.is_finished());
+        let mut failures = Vec::new();
+        for part in parts {
+            if running.contains_key(&part) {
+                continue;
+            }
+            match self.start(part, wires).await {
+                Ok(task) => drop(running.insert(part, Task(task))),
+                Err(e) => failures.push(e),
+            }
+        }
+        failures
+    }
+
+    async fn start(&self, part: Part, wires: &Wires) -> Result<JoinHandle<()>, String> {
+        let (plan, stats) = (wires.plan.subscribe(), self.stats.clone());
+        Ok(match part {
+            Part::Gate(port) => {
+                let listener = self.listen(SocketAddr::new(self.settings.secure.ip(), port)).await?;
+                let gate = Gate { plan, identity: wires.identity.subscribe(), tunnels: wires.tunnels.clone(), stats };
+                tokio::spawn(gate.run(listener))
+            }
+            Part::Entrance(kind) => {
+                let listener = self.entrance(kind).await?;
+                tokio::spawn(Entrance { plan, tunnels: wires.tunnels.clone(), stats }.run(listener, kind))
+            }
+            Part::Dialler => {
+                let (clouds, identity) = (wires.clouds.subscribe(), wires.identity.subscribe());
+                tokio::spawn(dial::run(clouds, identity, Edge { plan, stats }, wires.up.clone()))
+            }
+        })
     }
 
     async fn entrance(&self, kind: Kind) -> Result<TcpListener, String> {
@@ -181,7 +185,7 @@ impl Proxy {
             Kind::Secure(port) => SocketAddr::new(self.settings.secure.ip(), secure_listener(port)),
             Kind::Insecure => self.settings.insecure,
             Kind::Dialled => {
-                let listener = self.dialled.as_ref().ok_or_else(|| "kubelets are not reached by address: see the log".to_owned())?;
+                let listener = self.dialled.as_ref().ok_or_else(|| "there is no listener for connections by address".to_owned())?;
                 // Another handle of the same socket: it is the one that the program hands connections to.
                 let handle = listener.try_clone().and_then(TcpListener::from_std);
                 return handle.map_err(|e| format!("use the listener for connections by address: {e}"));
@@ -197,6 +201,45 @@ impl Proxy {
             bound => bound,
         };
         bound.map_err(|e| format!("listen on TCP port {}: {e} (does another program use it? `ss -ltnp`)", address.port()))
+    }
+}
+
+/// What joins the parts: each is written in one place and followed in others.
+struct Wires {
+    plan: watch::Sender<Arc<Plan>>,
+    /// What a certificate is needed for; the keeper follows it …
+    wanted: watch::Sender<Wanted>,
+    /// … and writes these two.
+    identity: watch::Sender<Option<Arc<Identity>>>,
+    problem: watch::Sender<Option<String>>,
+    /// Whom the dialler dials, and who is up.
+    clouds: watch::Sender<dial::Clouds>,
+    up: watch::Sender<dial::Up>,
+    tunnels: Tunnels,
+}
+
+impl Wires {
+    fn new(stats: Stats) -> Self {
+        Self {
+            plan: watch::Sender::default(),
+            wanted: watch::Sender::default(),
+            identity: watch::Sender::default(),
+            problem: watch::Sender::default(),
+            clouds: watch::Sender::default(),
+            up: watch::Sender::default(),
+            tunnels: Tunnels::new(stats),
+        }
+    }
+
+    fn tell(&self, plan: &Arc<Plan>, ca: String) {
+        self.wanted.send_if_modified(|have| replace(have, (purpose(&plan.role), ca)));
+        self.plan.send_if_modified(|have| replace(have, plan.clone()));
+        match &plan.role {
+            Role::Edge(clouds) => drop(self.clouds.send_if_modified(|have| replace(have, clouds.clone()))),
+            // Whoever takes tunnels closes those that may not be; where nobody does, none may.
+            Role::None => self.tunnels.retain(|_, _| false),
+            Role::Cloud { .. } => {}
+        }
     }
 }
 
@@ -216,20 +259,21 @@ fn purpose(role: &Role) -> Purpose {
     }
 }
 
-fn parts(plan: &Plan) -> Vec<Part> {
+fn parts(plan: &Plan, dialled: bool) -> Vec<Part> {
     match &plan.role {
         Role::None => Vec::new(),
         Role::Edge(_) => vec![Part::Dialler],
         Role::Cloud { port, .. } => {
             let secure = plan.directory.ports.https.iter().map(|port| Part::Entrance(Kind::Secure(*port)));
-            [Part::Gate(*port), Part::Entrance(Kind::Insecure), Part::Entrance(Kind::Dialled)].into_iter().chain(secure).collect()
+            let dialled = dialled.then_some(Part::Entrance(Kind::Dialled));
+            [Part::Gate(*port), Part::Entrance(Kind::Insecure)].into_iter().chain(dialled).chain(secure).collect()
         }
     }
 }
 
 fn status(
     role: &Role,
-    has_identity: bool,
+    ready: bool,
     up: &dial::Up,
     ends: &std::collections::BTreeSet<String>,
     failures: Vec<String>,
@@ -237,9 +281,8 @@ fn status(
     let (tunnels, ready, words): (Vec<String>, bool, String) = match role {
         Role::None => return None,
         Role::Cloud { .. } => {
-            let words =
-                if has_identity { format!("{} sites have a tunnel here", ends.len()) } else { "waiting for a certificate".to_owned() };
-            (ends.iter().cloned().collect(), has_identity && failures.is_empty(), words)
+            let words = if ready { format!("{} gateway nodes of sites have a tunnel here", ends.len()) } else { "not ready".to_owned() };
+            (ends.iter().cloned().collect(), ready, words)
         }
         Role::Edge(clouds) => {
             let missing: Vec<&str> = clouds.keys().filter(|cloud| !up.contains_key(*cloud)).map(String::as_str).collect();
