@@ -38,17 +38,25 @@ async fn neither_heartbeats_nor_a_restart_cause_a_write() {
 async fn the_controller_may_do_its_work_and_no_more() {
     play("the_controller_may_do_its_work_and_no_more", async |stage| {
         let account = "--as=system:serviceaccount:kube-system:raven-controller";
-        let may = |verb: &str, what: &str| {
+        let may_in = |namespace: &str, verb: &str, what: &str| {
             let (resource, sub) = what.split_once('/').unwrap_or((what, ""));
             let subresource = format!("--subresource={sub}");
-            let answer = stage.lab.cluster().kubectl(&["auth", "can-i", verb, resource, &subresource, "-n", "kube-system", account]);
+            let answer = stage.lab.cluster().kubectl(&["auth", "can-i", verb, resource, &subresource, "-n", namespace, account]);
             // kubectl ends with 1 to say no.
             answer.is_ok_and(|text| text.trim() == "yes")
         };
-        let gateways = "gateways.raven.openyurt.io";
-        for (verb, what) in
-            [("list", "nodes"), ("create", gateways), ("patch", &format!("{gateways}/status")), ("create", "leases.coordination.k8s.io")]
-        {
+        let may = |verb: &str, what: &str| may_in("kube-system", verb, what);
+        let (gateways, slices) = ("gateways.raven.openyurt.io", "endpointslices.discovery.k8s.io");
+        let requests = "certificatesigningrequests.certificates.k8s.io";
+        for (verb, what) in [
+            ("list", "nodes"),
+            ("create", gateways),
+            ("patch", &format!("{gateways}/status")),
+            ("create", "leases.coordination.k8s.io"),
+            ("patch", "services"),
+            ("patch", slices),
+            ("patch", &format!("{requests}/approval")),
+        ] {
             assert!(may(verb, what), "{verb} {what}");
         }
         let never = [
@@ -59,11 +67,18 @@ async fn the_controller_may_do_its_work_and_no_more() {
             ("get", "secrets"),
             ("create", "secrets"),
             ("patch", "customresourcedefinitions.apiextensions.k8s.io"),
-            ("list", "endpointslices.discovery.k8s.io"),
+            ("create", "configmaps"),
+            ("delete", "configmaps"),
+            ("create", requests),
+            ("patch", requests),
             ("list", "pods"),
         ];
         for (verb, what) in never {
             assert!(!may(verb, what), "{verb} {what}");
+        }
+        // Services and slices are Raven's business in its own namespace only.
+        for (verb, what) in [("list", slices), ("patch", slices), ("patch", "services"), ("create", "services")] {
+            assert!(!may_in("default", verb, what), "{verb} {what} in namespace default");
         }
         Ok(())
     })
