@@ -21,7 +21,10 @@ pub async fn run(state_dir: &Path, keep_state: bool) -> (Vec<String>, Vec<String
     done.note("programs and maps", bpf::remove_pins());
     if !keep_state {
         for file in [names::KEY_FILE, names::SNAPSHOT_FILE] {
-            done.note(file, remove_file(&state_dir.join(file)));
+            done.note(file, unless_missing(fs::remove_file(state_dir.join(file))));
+        }
+        for folder in [names::PROXY_CLIENT_DIR, names::PROXY_SERVER_DIR] {
+            done.note(folder, unless_missing(fs::remove_dir_all(state_dir.join(folder))));
         }
     }
     (done.removed, done.failed)
@@ -43,8 +46,9 @@ impl Outcome {
     }
 }
 
-fn remove_file(path: &Path) -> io::Result<bool> {
-    match fs::remove_file(path) {
+/// True: it was there.
+fn unless_missing(removed: io::Result<()>) -> io::Result<bool> {
+    match removed {
         Ok(()) => Ok(true),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(e),

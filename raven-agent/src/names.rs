@@ -45,3 +45,7 @@ pub const STATE_DIR: &str = "/var/lib/raven";
 pub const KEY_FILE: &str = "wireguard.key";
 /// The last topology, in [`STATE_DIR`].
 pub const SNAPSHOT_FILE: &str = "topology.json";
+/// Keys and certificates of the proxy, in [`STATE_DIR`]: of a node that dials …
+pub const PROXY_CLIENT_DIR: &str = "proxy.client";
+/// … and of one that is dialled. As upstream has its folders.
+pub const PROXY_SERVER_DIR: &str = "proxy.server";

@@ -10,7 +10,15 @@ async fn cleanup_leaves_nothing_behind() {
         return;
     }
     let mut running = Running::start().await.expect("the lab starts");
-    for node in ["x-a", "x-b"] {
+    // Both halves, at their gateway nodes and without: what dials, what is dialled, and what is neither.
+    for (node, folder) in [("x-a", "proxy.client"), ("cloud-a", "proxy.server")] {
+        let ns = &running.lab.node(node).ns;
+        let signed = raven_tests::eventually(std::time::Duration::from_secs(30), &format!("{node} has a certificate"), || async {
+            Ok(ns.sh(&format!("ls /var/lib/raven/{folder}/pki/identity.pem"))?)
+        });
+        running.check(signed.await);
+    }
+    for node in ["x-a", "x-b", "cloud-a"] {
         let index = running.agents.iter().position(|a| a.node.name == node).expect("an agent");
         let mut agent = running.agents.swap_remove(index);
         let result = proof::cleaned(&running.lab, &mut agent);

@@ -95,6 +95,8 @@ async fn tell(story: &mut Story, lab: &Lab, gateways: &[String], agents: &mut [A
     story.note("all agents restarted with --tier tc", restarted(lab, agents, 0).await);
     story.note("no program is at XDP any more", attached(lab, gateways, false));
     let before_tc = proof::all_counters(lab)?;
+    // Connections that ended at the gateway node itself (`intercepted`) are seen there, as they should be: anew.
+    proof::watch_netfilter(lab)?;
     bulks(story, lab).await;
     let redirected = proof::redirected_by(lab, &before_tc, 100, Verdict::ToTunnel);
     story.note("fallback tier: redirected, netfilter and conntrack saw nothing", redirected);

@@ -17,6 +17,7 @@ use raven_api::proxy::{SIGNER_CLIENT, SIGNER_SERVER};
 use tokio::{sync::watch, time::sleep};
 
 use super::identity::{self, Identity};
+use crate::names;
 
 /// How long a certificate is asked for, seconds: an edge that sees no API server for a month goes on all the same.
 const LIFE: i32 = 90 * 24 * 3600;
@@ -101,14 +102,13 @@ impl Keeper {
                 self.identity.send_replace(None);
                 return Ok(());
             }
-            // As upstream has its folders.
-            Purpose::Client => (SIGNER_CLIENT, BTreeSet::from([self.node.clone()]), "proxy.client/pki"),
-            Purpose::Server(names) => (SIGNER_SERVER, names.clone(), "proxy.server/pki"),
+            Purpose::Client => (SIGNER_CLIENT, BTreeSet::from([self.node.clone()]), names::PROXY_CLIENT_DIR),
+            Purpose::Server(names) => (SIGNER_SERVER, names.clone(), names::PROXY_SERVER_DIR),
         };
         if ca.is_empty() {
             return Err(Error::NoCa);
         }
-        let path = self.state.join(folder).join("identity.pem");
+        let path = self.state.join(folder).join("pki/identity.pem");
         let now = Timestamp::now();
         let stored = match identity::load(&path)? {
             // One that cannot be read is made anew.

@@ -164,7 +164,8 @@ pub fn watch_netfilter(lab: &Lab) -> Result<()> {
     for pool in &lab.pools {
         let (gateway, ordinary) = gateway_and_ordinary(lab, pool);
         let (v4, v6) = (ordinary.pod_cidr_v4(), ordinary.pod_cidr_v6());
-        let mut rules = "table inet watch { counter pods { }\n".to_owned();
+        // One from an earlier call goes: what was seen between the two is nobody's business.
+        let mut rules = "table inet watch { }\ndelete table inet watch\ntable inet watch { counter pods { }\n".to_owned();
         for hook in ["prerouting", "input", "forward", "output", "postrouting"] {
             rules += &format!(
                 "chain {hook} {{ type filter hook {hook} priority -400; ip saddr {v4} counter name pods; ip daddr {v4} counter name pods; \
@@ -382,8 +383,8 @@ pub fn cleaned(lab: &Lab, agent: &mut Agent) -> Result<String> {
     let removed = lab.agent_command(&node.name, &["cleanup"])?;
     for (what, command) in [
         ("a device", "ip -o link show | grep raven || true"),
-        ("a route", "ip route show table 9027; ip -6 route show table 9027"),
-        ("a rule", "ip rule | grep 9027 || true; ip -6 rule | grep 9027 || true"),
+        ("a route", "for table in 9027 9029; do ip route show table $table; ip -6 route show table $table; done"),
+        ("a rule", "ip rule | grep -e 9027 -e 9029 || true; ip -6 rule | grep -e 9027 -e 9029 || true"),
         ("a netfilter table", "nft list tables | grep raven || true"),
         // The kernel's own are called maps.debug and progs.debug.
         ("a filter", "for device in $(ls /sys/class/net); do tc filter show dev $device ingress 2>/dev/null || true; done"),
