@@ -190,13 +190,15 @@ impl Reconciler {
             _ => None,
         };
         let here = plan.filter(|detour| detour.here).zip(self.listener.as_ref());
-        if let Some((detour, listener)) = here {
+        if let Some(detour) = plan {
             let addresses = detour.nodes.iter().flat_map(|(address, name)| {
                 let key = |port: &u16| KubeletAddress { address: address.octets(), port: *port, _pad: 0 };
                 detour.ports.iter().map(move |port| (key(port), name.clone()))
             });
             let addresses: BTreeMap<KubeletAddress, String> = addresses.collect();
             notes.take(self.bpf.set_kubelets(&addresses).map(|n| n > 0));
+        }
+        if let Some((_, listener)) = here {
             let attached = self.bpf.intercept(listener);
             if let Err(e) = attached {
                 // By name everything works: said, and no reason to call the node unready for L3.
@@ -214,6 +216,9 @@ impl Reconciler {
         notes.take(self.links.ensure_detour(want.as_ref()).await.map(|n| n > 0));
         if here.is_none() {
             notes.take(self.bpf.intercept_nothing());
+        }
+        if plan.is_none() {
+            notes.take(self.bpf.set_kubelets(&BTreeMap::new()).map(|n| n > 0));
         }
     }
 

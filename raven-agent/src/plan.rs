@@ -137,18 +137,21 @@ fn tunnel_mtu(uplink_mtu: u32) -> u32 {
 /// See the module's text.
 pub fn plan(topology: &Topology, me: &Me) -> Plan {
     let detour = proxy::plan::plan(topology, &me.node).detour;
-    if !topology.settings.l3 {
-        // Either half works by itself; the overlay is the other one's.
-        let here = detour.filter(|d| d.to == DetourTo::Here);
-        let own = topology.pool_of(&me.node).map(|(_, pool)| pool.members[&me.node].outer);
-        return Plan { detour: here.zip(own).map(|(d, own)| taken(&d, me, own)), ..nothing(me, Vec::new()) };
-    }
+    let l3 = topology.settings.l3;
     let Some((name, pool)) = topology.pool_of(&me.node) else { return nothing(me, stranger(topology, me)) };
+    if !l3 && detour.is_none() {
+        return nothing(me, Vec::new());
+    }
     let member = &pool.members[&me.node];
-    let role = if pool.gateways.contains_key(&me.node) { Role::Gateway } else { Role::Ordinary };
+    let own_gateway = pool.gateways.get(&me.node).filter(|_| l3);
+    let role = if own_gateway.is_some() { Role::Gateway } else { Role::Ordinary };
     let mut problems = topology.problems.clone();
-    let guard = guard(topology, pool, me);
-    let paths = path::paths(topology, name, pool, &guard, &mut problems);
+    // Either half works by itself: without L3 no other pool is reached, and the overlay of the cloud's pool carries the L7 half's
+    // connections by address to its gateway nodes.
+    let paths = match l3 {
+        true => path::paths(topology, name, pool, &guard(topology, pool, me), &mut problems),
+        false => BTreeMap::new(),
+    };
     if pool.usable().next().is_none() && role == Role::Ordinary && !paths.is_empty() {
         problems.push(format!("Gateway {name} has no gateway node that has published a key: traffic to other pools is dropped here"));
     }
@@ -158,11 +161,10 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     let sources: Vec<IpAddr> = prefixes().map(|prefix| routes::source(prefix, &me.addresses)).collect();
     let mtu = tunnel_mtu(me.uplink_mtu);
     let own_v4 = sources.iter().find_map(|s| if let IpAddr::V4(s) = s { Some(*s) } else { None });
-    let detour = detour.as_ref().map(|d| match d.to {
+    let by_address = detour.as_ref().map(|d| match d.to {
         DetourTo::Here => taken(d, me, member.outer),
         DetourTo::Gateway(_) => taken(d, me, own_v4.unwrap_or(member.outer)),
     });
-    let l7 = proxy::plan::plan(topology, &me.node).detour.filter(|_| role == Role::Ordinary);
     let mut state = State {
         routes: routes::routes(&paths, role, &sources, mtu),
         peers: if role == Role::Gateway { peers::peers(&paths, pool) } else { BTreeMap::new() },
@@ -170,7 +172,10 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
         local: maps::local(pool),
         nodes: maps::nodes(pool),
     };
-    state.remote.extend(l7.iter().zip(&detour).flat_map(|(d, taken)| maps::detoured(topology, d, taken)));
+    for (prefix, remote) in detour.iter().zip(&by_address).flat_map(|(d, taken)| maps::detoured(topology, d, taken)) {
+        // Where L3 carries node addresses it carries these connections, too.
+        state.remote.entry(prefix).or_insert(remote);
+    }
     Plan {
         role,
         pool: Some(name.to_owned()),
@@ -178,17 +183,17 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
             mtu: me.uplink_mtu.saturating_sub(OVERLAY_OVERHEAD as u32).max(1280),
             addresses: prefixes().map(routes::own_address).collect(),
         }),
-        tunnel: pool.gateways.get(&me.node).map(|gateway| Tunnel { mtu, port: gateway.port }),
+        tunnel: own_gateway.map(|gateway| Tunnel { mtu, port: gateway.port }),
         state,
         config: Config {
             node: member.outer,
             tunnel_mtu: mtu,
             relay: pool.exposed,
-            tunnel_port: pool.gateways.get(&me.node).map_or(0, |g| g.port),
+            tunnel_port: own_gateway.map_or(0, |g| g.port),
         },
         gateway_names: gateway_ids(topology).into_iter().map(|(name, id)| (id, name)).collect(),
         peer_names: peers::names(topology),
-        detour,
+        detour: by_address,
         problems,
     }
 }

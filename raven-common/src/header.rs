@@ -29,6 +29,8 @@ pub trait Ip: Copy {
     fn source(&self) -> Self::Addr;
     /// Destination address.
     fn destination(&self) -> Self::Addr;
+    /// The source is this IPv4 address.
+    fn is_from(&self, node: [u8; 4]) -> bool;
     /// The destination is a group (RFC 5771, RFC 4291 §2.7).
     fn is_multicast(&self) -> bool;
     /// TTL or hop limit.
@@ -110,6 +112,10 @@ impl Ip for Ipv4 {
         self.destination
     }
     #[inline(always)]
+    fn is_from(&self, node: [u8; 4]) -> bool {
+        self.source == node
+    }
+    #[inline(always)]
     fn is_multicast(&self) -> bool {
         self.destination[0] & 0xf0 == 0xe0
     }
@@ -173,6 +179,10 @@ impl Ip for Ipv6 {
     #[inline(always)]
     fn destination(&self) -> [u8; 16] {
         self.destination
+    }
+    #[inline(always)]
+    fn is_from(&self, _: [u8; 4]) -> bool {
+        false
     }
     #[inline(always)]
     fn is_multicast(&self) -> bool {

@@ -46,6 +46,8 @@ verdicts! {
     FromStack = 7, "from-stack";
     /// `overlay_egress`: what the kernel says to neighbours (MLD, on every new device). Ends here, as nothing is lost: no drop.
     Multicast = 8, "multicast";
+    /// `overlay_ingress`: from a node of this pool to a kubelet of another one; this node's proxy takes it.
+    ToProxy = 9, "to-proxy";
 
     /// To the stack: TTL or hop limit is spent, the stack answers with an ICMP error.
     StackTtl = 16, "stack-ttl";

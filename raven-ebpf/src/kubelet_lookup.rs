@@ -10,9 +10,8 @@ use aya_ebpf::{
     bindings::sk_action::{SK_DROP, SK_PASS},
     programs::SkLookupContext,
 };
-use raven_common::tables::KubeletAddress;
 
-use crate::maps::{KUBELETS, PROXY};
+use crate::maps::{self, PROXY};
 
 /// `AF_INET`.
 const INET: u32 = 2;
@@ -27,9 +26,7 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
     if family != INET || protocol != TCP {
         return SK_PASS;
     }
-    let key = KubeletAddress { address: address.to_ne_bytes(), port: port as u16, _pad: 0 };
-    // SAFETY: only whether there is an entry counts; nothing of it is read.
-    if unsafe { KUBELETS.get(&key) }.is_none() {
+    if !maps::is_kubelet(address.to_ne_bytes(), port as u16) {
         return SK_PASS;
     }
     match PROXY.redirect_sk_lookup(ctx, 0, 0) {

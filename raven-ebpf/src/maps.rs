@@ -73,8 +73,9 @@ pub static EVENTS: RingBuf<DropSample, 262_144> = RingBuf::new();
 #[btf_map]
 pub static SAMPLED: PerCpuArray<u64, 1> = PerCpuArray::new();
 
-/// Addresses and ports of other pools' nodes that the proxy of this gateway node answers for. Written by the agent. Full: the agent
-/// reports the node that has no place; it is still reached by name.
+/// Addresses and ports of other pools' nodes that a proxy of this pool answers for: this node's, or on an ordinary node that of the
+/// gateway node to which the overlay brings the connection. Written by the agent. Full: the agent reports the node that has no place; it
+/// is still reached by name.
 #[btf_map]
 pub static KUBELETS: HashMap<KubeletAddress, KubeletNode, 131_072, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
@@ -107,6 +108,15 @@ pub trait Tables: Ip {
     fn path(&self) -> Option<*mut Path<Self::Addr>>;
     /// The same on its way out of it.
     fn back(&self) -> Option<*mut Path<Self::Addr>>;
+    /// A proxy of this pool takes connections to the packet's destination and this TCP port (host order).
+    fn is_for_proxy(&self, port: u16) -> bool;
+}
+
+/// True if [`KUBELETS`] has this address and port.
+#[inline(always)]
+pub fn is_kubelet(address: [u8; 4], port: u16) -> bool {
+    // SAFETY: only whether there is an entry counts; nothing of it is read.
+    unsafe { KUBELETS.get(&KubeletAddress { address, port, _pad: 0 }) }.is_some()
 }
 
 /// Spreads addresses over the paths: a multiplication by the golden ratio, whose upper bits are the best.
@@ -149,6 +159,10 @@ impl Tables for Ipv4 {
     fn back(&self) -> Option<*mut Path<[u8; 4]>> {
         BACK4.get_ptr_mut(slot(mix4(self)))
     }
+    #[inline(always)]
+    fn is_for_proxy(&self, port: u16) -> bool {
+        is_kubelet(self.destination, port)
+    }
 }
 
 impl Tables for Ipv6 {
@@ -167,5 +181,9 @@ impl Tables for Ipv6 {
     #[inline(always)]
     fn back(&self) -> Option<*mut Path<[u8; 16]>> {
         BACK6.get_ptr_mut(slot(mix6(self)))
+    }
+    #[inline(always)]
+    fn is_for_proxy(&self, _: u16) -> bool {
+        false
     }
 }

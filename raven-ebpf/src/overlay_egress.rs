@@ -46,11 +46,17 @@ fn leave<I: Tables>(skb: &Skb) -> Option<Result<Seen, Seen>> {
     }
 }
 
+/// From the node's own address (one without pods has no other) to a kubelet of another pool: the proxy's node takes it.
+#[inline(always)]
+fn own_to_proxy<I: Tables>(skb: &Skb, config: &Config, header: &I) -> bool {
+    header.is_from(config.node) && skb.tcp_port(ETH_LEN, header).is_some_and(|port| header.is_for_proxy(port))
+}
+
 #[inline(always)]
 fn encapsulate<I: Tables>(skb: &Skb, config: &Config, header: &I, remote: Remote) -> Result<Seen, Seen> {
     let seen = |verdict| Seen::new(verdict, remote.gateway);
     // The gateway node would drop it as spoofed; here, where the cause is (a masquerading CNI), it is easier to find.
-    if I::local(header.source()).is_none_or(|l| l.node != config.node) {
+    if I::local(header.source()).is_none_or(|l| l.node != config.node) && !own_to_proxy(skb, config, header) {
         return Err(seen(Verdict::DropSourceNotMine));
     }
     if remote.via == [0; 4] {

@@ -2,12 +2,13 @@
 //!
 //! On an ordinary node: from a gateway node of this pool, with a source in another pool → the stack, where kube-proxy and
 //! the CNI's policy are. On a gateway node this is the fallback tier: from a node of this pool, with a source that this
-//! node has → straight into the tunnel.
+//! node has → straight into the tunnel. On a proxy's node: from a node of this pool, to another pool's kubelet → the stack, where
+//! [`crate::kubelet_lookup`] hands the connection to the proxy.
 
 use raven_common::{
     OVERLAY_VNI, Verdict,
     header::{ETH_LEN, Ipv4, Ipv6},
-    tables::{CONFIG_TUNNEL_REDIRECT, Config, NODE_IS_GATEWAY, Node},
+    tables::{CONFIG_TUNNEL_REDIRECT, Config, NODE_IS_GATEWAY, Node, Remote},
 };
 
 use crate::{
@@ -39,6 +40,8 @@ fn admit<I: Tables>(skb: &Skb, outer: [u8; 4], node: Node) -> Result<Seen, Seen>
     match I::local(header.source()) {
         Some(owner) if owner.node == outer => from_member(skb, &config, &header),
         Some(_) => Err(Verdict::DropSpoofedInner.into()),
+        // The node itself, by its own address: to the proxy it may, and nowhere else.
+        None if header.is_from(outer) && is_for_proxy(skb, &header) => Ok(Verdict::ToProxy.into()),
         None => from_gateway(&config, &header, node),
     }
 }
@@ -57,13 +60,25 @@ fn from_gateway<I: Tables>(config: &Config, header: &I, node: Node) -> Result<Se
     }
 }
 
-/// From a node of this pool: into the tunnel.
+#[inline(always)]
+fn is_for_proxy<I: Tables>(skb: &Skb, header: &I) -> bool {
+    skb.tcp_port(ETH_LEN, header).is_some_and(|port| header.is_for_proxy(port))
+}
+
+/// From a node of this pool: into the tunnel, or to the proxy. (Either may be on a node without the other.)
 #[inline(always)]
 fn from_member<I: Tables>(skb: &Skb, config: &Config, header: &I) -> Result<Seen, Seen> {
-    if config.tunnel_ifindex == 0 {
-        return Err(Verdict::DropNotFromGateway.into());
+    let remote = I::remote(header.destination()).filter(|_| config.tunnel_ifindex != 0);
+    match remote {
+        Some(remote) => into_tunnel(skb, config, header, remote),
+        None if is_for_proxy(skb, header) => Ok(Verdict::ToProxy.into()),
+        None if config.tunnel_ifindex != 0 => Err(Verdict::StackNotRemote.into()),
+        None => Err(Verdict::DropNotFromGateway.into()),
     }
-    let remote = I::remote(header.destination()).ok_or(Verdict::StackNotRemote)?;
+}
+
+#[inline(always)]
+fn into_tunnel<I: Tables>(skb: &Skb, config: &Config, header: &I, remote: Remote) -> Result<Seen, Seen> {
     let seen = |verdict| Seen::new(verdict, remote.gateway);
     if header.ttl() <= 1 {
         return Err(seen(Verdict::StackTtl));

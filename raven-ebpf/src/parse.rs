@@ -88,6 +88,13 @@ impl Skb {
         if header.is_sound() && plausible { Ok(header) } else { Err(Verdict::DropMalformed.into()) }
     }
 
+    /// Destination port (host order) of the packet whose IP header is at `l3`, if it is TCP and unfragmented.
+    #[inline(always)]
+    pub fn tcp_port<I: Ip>(&self, l3: usize, header: &I) -> Option<u16> {
+        let port: [u8; 2] = self.ctx.load(l3 + header.tcp_offset()? + 2).ok()?;
+        Some(u16::from_be_bytes(port))
+    }
+
     /// True if the packet, or each segment of an aggregate, is at most `mtu` bytes from its IP header on.
     #[inline(always)]
     pub fn fits<I: Ip>(&self, l3: usize, header: &I, mtu: u32) -> bool {

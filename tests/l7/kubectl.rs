@@ -56,9 +56,15 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
         };
         running.check(eventually(SOON, &format!("L3 is off on {node}"), gone).await);
     }
-    let server = running.check(lab.api_server_on("cloud-a", Prefer::InternalIP).await);
-    report(&running, &kubectl::all(&server, "by address, L3 off", 5));
-    running.check(server.kill());
+    for (node, prefer, way) in [
+        ("cloud-b", Prefer::Hostname, "by name, L3 off"),
+        ("cloud-a", Prefer::InternalIP, "by address, from the gateway node, L3 off"),
+        ("cloud-b", Prefer::InternalIP, "by address, from an ordinary node, L3 off"),
+    ] {
+        let server = running.check(lab.api_server_on(node, prefer).await);
+        report(&running, &kubectl::all(&server, way, 5));
+        running.check(server.kill());
+    }
 }
 
 fn report(running: &Running, checks: &[Check]) {

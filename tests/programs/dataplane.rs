@@ -10,10 +10,10 @@ use aya::{
 use raven_agent::bpf::{Hook, object};
 use raven_common::{
     Verdict,
-    tables::{Config, Count, CounterKey, DropSample, GatewayId, Local, NODE_IS_GATEWAY, Node, Remote},
+    tables::{Config, Count, CounterKey, DropSample, GatewayId, KubeletAddress, KubeletNode, Local, NODE_IS_GATEWAY, Node, Remote},
 };
 
-use crate::world::{GATEWAY, LOCAL, LOST, ME, MEMBER, Net, REMOTE};
+use crate::world::{GATEWAY, KUBELET, KUBELET_PORT, LOCAL, LOST, ME, MEMBER, Net, REMOTE};
 
 /// Counters, summed over CPUs; without those that are zero.
 pub type Counters = BTreeMap<(GatewayId, Verdict), Count>;
@@ -101,6 +101,14 @@ impl Dataplane {
         for (node, flags) in [(ME, 0), (MEMBER, 0), (GATEWAY, NODE_IS_GATEWAY)] {
             nodes.insert(node, Node { flags }, 0).expect("NODES takes a node");
         }
+        let mut kubelets: HashMap<_, KubeletAddress, KubeletNode> = self.ebpf.map_mut("KUBELETS").expect("KUBELETS").try_into().expect("a hash");
+        let address = KubeletAddress { address: KUBELET.pod4(), port: KUBELET_PORT, _pad: 0 };
+        kubelets.insert(address, KubeletNode { node: [b'x'; 64] }, 0).expect("KUBELETS takes a node");
+    }
+
+    /// Sends connections to kubelets by the overlay, as on an ordinary node.
+    pub fn detour(&mut self, gateway: GatewayId, via: [u8; 4]) {
+        self.put("REMOTE4", "REMOTE6", KUBELET, Remote { gateway, via });
     }
 
     /// Gives a remote net to another Gateway, or takes it away.

@@ -7,9 +7,9 @@ use raven_tests::privileged;
 use crate::{
     case::{Case, check},
     dataplane::Dataplane,
-    packet::{ACK, Family, Packet, SYN, assert_from_vxlan_device, assert_sound, ethernet, tcp, udp},
+    packet::{ACK, Family, Packet, SYN, assert_from_vxlan_device, assert_sound, ethernet, sent_by, tcp, udp},
     wire::Wire,
-    world::{self, EDGE, EDGES, FAR, FARS, GATEWAY, LOST, LOSTS, ME, MEMBERS, MINE, NOBODYS, NONE, TUNNEL_MTU},
+    world::{self, EDGE, EDGES, FAR, FARS, GATEWAY, KUBELET, LOST, LOSTS, ME, MEMBER, MEMBERS, MINE, NOBODYS, NONE, TUNNEL_MTU},
 };
 
 /// Leaves with a tunnel key, as `after`.
@@ -70,6 +70,30 @@ fn what_may_not_leave_is_dropped_unchanged_and_counted() {
         ]);
     }
     check(&dataplane, Hook::OverlayEgress, &cases);
+}
+
+#[test]
+fn a_node_by_its_own_address_reaches_the_proxy_and_nobody_else() {
+    if !privileged("a_node_by_its_own_address_reaches_the_proxy_and_nobody_else") {
+        return;
+    }
+    let mut dataplane = Dataplane::load(world::ordinary());
+    dataplane.detour(EDGE, GATEWAY);
+    let frame = |packet: &Packet, source: [u8; 4]| sent_by(packet.frame(), source);
+    let segment = tcp(Family::V4, MINE, KUBELET, ACK, &[]);
+    let datagram = udp(Family::V4, MINE, KUBELET);
+    check(
+        &dataplane,
+        Hook::OverlayEgress,
+        &[
+            Case::new("its pod", segment.frame()).passes(EDGE, Verdict::Encapsulated).becomes(segment.overlay_frame()),
+            Case::new("itself", frame(&segment, ME)).passes(EDGE, Verdict::Encapsulated).becomes(sent_by(segment.overlay_frame(), ME)),
+            Case::new("another node", frame(&segment, MEMBER)).dropped(EDGE, Verdict::DropSourceNotMine),
+            Case::new("itself, no TCP", frame(&datagram, ME)).dropped(EDGE, Verdict::DropSourceNotMine),
+            Case::new("itself, to another pool's pod", frame(&tcp(Family::V4, MINE, EDGES, ACK, &[]), ME))
+                .dropped(EDGE, Verdict::DropSourceNotMine),
+        ],
+    );
 }
 
 /// Packets whose headers contradict themselves or the packet's length: dropped, for no Gateway. `l3`: where the IP header is.

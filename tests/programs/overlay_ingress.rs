@@ -11,9 +11,9 @@ use raven_tests::privileged;
 use crate::{
     case::{Case, check},
     dataplane::Dataplane,
-    packet::{ACK, Family, Overlay, Packet, ethernet, overlay, tcp, udp},
+    packet::{ACK, Family, Overlay, Packet, ethernet, overlay, sent_by, tcp, udp},
     wire::{Port, Sender, Wire},
-    world::{self, EDGE, EDGES, FAR, FARS, GATEWAY, GATEWAYS, ME, MEMBER, MEMBERS, MINE, NOBODYS, NONE, STRANGER, TUNNEL_MTU},
+    world::{self, EDGE, EDGES, FAR, FARS, GATEWAY, GATEWAYS, KUBELET, ME, MEMBER, MEMBERS, MINE, NOBODYS, NONE, STRANGER, TUNNEL_MTU},
 };
 
 #[test]
@@ -189,5 +189,34 @@ fn an_ordinary_node_takes_packets_for_its_pods_from_gateway_nodes_alone() {
         check("a member's own, which is for gateway nodes", MEMBER, udp(family, MEMBERS, EDGES), NONE, Verdict::DropNotFromGateway);
         check("a gateway node's own", GATEWAY, udp(family, GATEWAYS, MINE), NONE, Verdict::DropNotFromGateway);
         check("spoofed", GATEWAY, udp(family, MEMBERS, MINE), NONE, Verdict::DropSpoofedInner);
+    }
+}
+
+#[test]
+fn connections_to_kubelets_of_other_pools_are_handed_to_the_proxy_with_a_tunnel_and_without() {
+    if !privileged("connections_to_kubelets_of_other_pools_are_handed_to_the_proxy_with_a_tunnel_and_without") {
+        return;
+    }
+    for (config, otherwise) in [(world::gateway(), Verdict::StackNotRemote), (world::ordinary(), Verdict::DropNotFromGateway)] {
+        let node = Node::new(config);
+        let inner = |packet: Packet| packet.overlay_frame();
+        let segment = tcp(Family::V4, MEMBERS, KUBELET, ACK, &[]);
+        let by_itself = |source: [u8; 4], packet: &Packet| sent_by(packet.overlay_frame(), source);
+        let table = [
+            ("of a member's pod", MEMBER, inner(segment.clone()), Verdict::ToProxy),
+            ("of the member itself", MEMBER, by_itself(MEMBER, &segment), Verdict::ToProxy),
+            ("of a member that says it is another", MEMBER, by_itself(GATEWAY, &segment), Verdict::DropSpoofedInner),
+            ("of a member that says it is this node", MEMBER, by_itself(ME, &segment), Verdict::DropSpoofedInner),
+            ("of a member with another's pod", MEMBER, inner(tcp(Family::V4, GATEWAYS, KUBELET, ACK, &[])), Verdict::DropSpoofedInner),
+            ("of a stranger", STRANGER, inner(segment.clone()), Verdict::DropOuterNotInPool),
+            ("no TCP", MEMBER, inner(udp(Family::V4, MEMBERS, KUBELET)), otherwise),
+            ("a fragment, which shows no port", MEMBER, inner(segment.clone().fragment(1)), otherwise),
+            ("to nobody", MEMBER, inner(tcp(Family::V4, MEMBERS, NOBODYS, ACK, &[])), otherwise),
+            ("IPv6", MEMBER, inner(tcp(Family::V6, MEMBERS, KUBELET, ACK, &[])), otherwise),
+            ("of the member itself, to nobody", MEMBER, by_itself(MEMBER, &tcp(Family::V4, MEMBERS, NOBODYS, ACK, &[])), Verdict::DropSpoofedInner),
+        ];
+        for (name, outer, frame, verdict) in table {
+            node.check(&format!("{name} ({otherwise:?})"), &overlay(outer, ME, frame), NONE, verdict);
+        }
     }
 }

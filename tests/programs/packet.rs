@@ -206,6 +206,16 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     !(sum as u16)
 }
 
+/// The frame of an IPv4 packet, from another address: the header's checksum is right again, that of the transport is nobody's business.
+pub fn sent_by(mut frame: Vec<u8>, source: [u8; 4]) -> Vec<u8> {
+    let header = &mut frame[14..34];
+    header[10..12].fill(0);
+    header[12..16].copy_from_slice(&source);
+    let sum = checksum(&[header]);
+    header[10..12].copy_from_slice(&sum.to_be_bytes());
+    frame
+}
+
 /// An Ethernet frame.
 pub fn ethernet(to: [u8; 6], from: [u8; 6], ethertype: [u8; 2], payload: &[u8]) -> Vec<u8> {
     [&to[..], &from, &ethertype, payload].concat()

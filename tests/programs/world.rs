@@ -41,6 +41,10 @@ pub const FARS: Net = Net(102);
 pub const LOSTS: Net = Net(103);
 /// In no table.
 pub const NOBODYS: Net = Net(200);
+/// In no table but that of the kubelets, whose TCP port is that of all our segments. IPv4 only.
+pub const KUBELET: Net = Net(201);
+/// See [`KUBELET`].
+pub const KUBELET_PORT: u16 = 443;
 
 impl Net {
     /// The IPv4 prefix, a /24.

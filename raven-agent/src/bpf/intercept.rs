@@ -53,10 +53,14 @@ impl Bpf {
         Ok(true)
     }
 
-    /// Takes the program away, and all addresses. True: it was there.
+    /// Takes the program away. True: it was there.
     pub fn intercept_nothing(&mut self) -> Result<bool, Error> {
-        let changed = self.set_kubelets(&BTreeMap::new())?;
-        Ok(fs::remove_file(self.lookup_pin()).is_ok() || changed > 0)
+        let failed = |e: std::io::Error| Error::Program { action: "detach", program: PROGRAM, place: String::new(), reason: e.to_string() };
+        match fs::remove_file(self.lookup_pin()) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+            Err(e) => Err(failed(e)),
+        }
     }
 
     /// Brings the addresses to what they should be; gives how many were changed.

@@ -3,7 +3,7 @@
 use proptest::{collection, prelude::*, sample::Index};
 use raven_api::{
     Gateway, GatewayNode, GatewaySpec, GatewayStatus,
-    gateway::{Endpoint, ExposeType, NodeInfo},
+    gateway::{Endpoint, EndpointType, ExposeType, NodeInfo},
     gateway_node::GatewayNodeSpec,
 };
 
@@ -257,6 +257,45 @@ fn l3_switched_off_plans_nothing_and_complains_of_nothing() {
     inputs.settings.l3 = false;
     let plan = plan(&build(&inputs), &me(0, 0));
     assert_eq!((plan.role, plan.problems), (Role::None, vec![]));
+}
+
+#[test]
+fn without_l3_the_clouds_overlay_carries_connections_to_kubelets_and_nothing_else() {
+    let mut inputs = inputs(&three_pools());
+    let proxy = Endpoint { node_name: node_name(0, 0), type_: EndpointType::Proxy, ..Endpoint::default() };
+    inputs.gateways[0].status.as_mut().expect("a status").active_endpoints.push(proxy);
+    inputs.settings.l3 = false;
+    let topology = build(&inputs);
+    let [gateway, ordinary, edge] = [me(0, 0), me(0, 1), me(1, 0)].map(|me| plan(&topology, &me));
+    assert_eq!(edge.role, Role::None);
+    let detour = gateway.detour.expect("the proxy's node");
+    assert!(detour.here && gateway.state.remote.is_empty());
+    let via = gateway.config.node.octets();
+    for plan in [&gateway.tunnel, &ordinary.tunnel] {
+        assert_eq!(*plan, None);
+    }
+    assert!(gateway.overlay.is_some() && ordinary.overlay.is_some());
+    assert!(ordinary.state.routes.is_empty() && ordinary.state.peers.is_empty(), "{:?}", ordinary.state);
+    let kubelets: BTreeSet<IpNet> = ordinary.detour.expect("an ordinary node").nodes.keys().map(|a| IpNet::from(IpAddr::V4(*a))).collect();
+    assert_eq!(ordinary.state.remote.keys().copied().collect::<BTreeSet<_>>(), kubelets);
+    assert!(!kubelets.is_empty() && ordinary.state.remote.values().all(|remote| remote.via == via));
+}
+
+#[test]
+fn a_proxy_on_another_node_than_the_tunnel_is_reached_from_everywhere_in_its_pool() {
+    let mut sites = three_pools();
+    sites[0].nodes = 3;
+    let mut inputs = inputs(&sites);
+    let proxy = Endpoint { node_name: node_name(0, 2), type_: EndpointType::Proxy, ..Endpoint::default() };
+    inputs.gateways[0].status.as_mut().expect("a status").active_endpoints.push(proxy);
+    let topology = build(&inputs);
+    let [tunnel, ordinary, proxy] = [me(0, 0), me(0, 1), me(0, 2)].map(|me| plan(&topology, &me));
+    let edge: IpNet = "192.168.1.10/32".parse().expect("a prefix");
+    assert_eq!((tunnel.role, proxy.role), (Role::Gateway, Role::Ordinary));
+    assert!(proxy.detour.expect("takes them").here && !proxy.state.remote.contains_key(&edge), "what it takes it does not send on");
+    for plan in [tunnel, ordinary] {
+        assert_eq!(plan.state.remote.get(&edge).map(|remote| remote.via), Some(proxy.config.node.octets()));
+    }
 }
 
 #[test]
