@@ -9,7 +9,7 @@ use raven_api::condition::ConditionType;
 use raven_api::gateway::{EndpointType, GatewayStatus};
 
 use super::inputs::Inputs;
-use super::status::{NO_READY_NODE, Refusal, SHOWN, enumerate, type_name};
+use super::status::{BY_NAME_ONLY, NO_READY_NODE, Refusal, SHOWN, enumerate, type_name};
 use super::{GatewayName, NodeName};
 
 /// An Event about a Gateway, before it is published.
@@ -36,7 +36,7 @@ pub fn notices<'a>(old: Option<&GatewayStatus>, refusals: &'a [Refusal]) -> impl
 pub fn changes(inputs: &Inputs, gateway: &GatewayName, old: Option<&GatewayStatus>, new: &GatewayStatus) -> Vec<Change> {
     let elections = [EndpointType::Tunnel, EndpointType::Proxy];
     let moved = elections.into_iter().filter_map(|type_| moved(inputs, gateway, type_, old, new));
-    moved.chain(kept(old, new)).chain(refused(old, new)).collect()
+    moved.chain(kept(old, new)).chain(refused(old, new)).chain(ambiguous(old, new)).collect()
 }
 
 fn moved(inputs: &Inputs, gateway: &GatewayName, type_: EndpointType, old: Option<&GatewayStatus>, new: &GatewayStatus) -> Option<Change> {
@@ -94,6 +94,16 @@ fn refused(old: Option<&GatewayStatus>, new: &GatewayStatus) -> Option<Change> {
         return (!said).then(|| Change { warning: true, reason: after.reason.clone(), note: after.message.clone() });
     }
     was_refused.then(|| Change { warning: false, reason: after.reason.clone(), note: after.message.clone() })
+}
+
+// By such an address nobody is reached; connections to it are refused at the cloud's gateway nodes, and counted.
+fn ambiguous(old: Option<&GatewayStatus>, new: &GatewayStatus) -> Option<Change> {
+    let note = |status: &GatewayStatus| -> Option<String> {
+        let ready = condition(status, ConditionType::Ready)?;
+        ready.message.split("; ").find(|note| note.starts_with(BY_NAME_ONLY)).map(str::to_owned)
+    };
+    let now = note(new)?;
+    (old.and_then(note).as_ref() != Some(&now)).then(|| Change { warning: true, reason: "NodeAddressAmbiguous".to_owned(), note: now })
 }
 
 fn condition(status: &GatewayStatus, type_: ConditionType) -> Option<&Condition> {

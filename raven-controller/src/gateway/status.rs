@@ -3,7 +3,9 @@
 //! A [`Draft`] collects what the parts found out about one Gateway; [`Draft::finish`] makes a [`Decision`] of it, which becomes a
 //! `GatewayStatus` once the present one (for the transition times) and the time are known. One writer: nobody else writes status.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use jiff::Timestamp;
@@ -70,11 +72,16 @@ pub struct Draft<'a> {
     pub refusals: Vec<Refusal>,
 }
 
+/// Beginning of the note about nodes whose address nodes of other pools have, too: the Event about it is found by it.
+pub const BY_NAME_ONLY: &str = "kubelets reached by name only";
+
 /// What one Gateway has to know of the others.
 #[derive(Debug, Default)]
 pub struct ClusterView {
     /// Exposed Gateways, and whether others find an elected tunnel node there.
     exposed: Vec<(GatewayName, bool)>,
+    /// InternalIPs that nodes of several pools have, and who has them.
+    shared: BTreeMap<IpAddr, Vec<(GatewayName, NodeName)>>,
 }
 
 impl ClusterView {
@@ -83,7 +90,7 @@ impl ClusterView {
         let exposed = drafts.iter().filter(|d| d.is_exposed());
         let mut exposed: Vec<_> = exposed.map(|d| (d.gateway.name.clone(), !d.tunnel.elected.is_empty())).collect();
         exposed.sort();
-        Self { exposed }
+        Self { exposed, shared: shared_addresses(drafts) }
     }
 }
 
@@ -113,6 +120,18 @@ impl Decision {
             observed_generation: generation,
         }
     }
+}
+
+fn shared_addresses(drafts: &[Draft<'_>]) -> BTreeMap<IpAddr, Vec<(GatewayName, NodeName)>> {
+    let mut by_address: BTreeMap<IpAddr, Vec<(GatewayName, NodeName)>> = BTreeMap::new();
+    for draft in drafts {
+        for (node, address) in draft.nodes.iter().filter_map(|(node, _)| Some((node, node.address?))) {
+            by_address.entry(address).or_default().push((draft.gateway.name.clone(), node.name.clone()));
+        }
+    }
+    by_address.retain(|_, owners| owners.iter().any(|(gateway, _)| *gateway != owners[0].0));
+    by_address.values_mut().for_each(|owners| owners.sort());
+    by_address
 }
 
 // === impl Draft ===
@@ -162,7 +181,7 @@ impl Draft<'_> {
     fn ready(&self, cluster: &ClusterView, switches: Switches) -> Verdict {
         let l3 = switches.l3 && self.tunnel.wanted > 0;
         let l7 = switches.l7 && self.proxy.wanted > 0;
-        let notes = self.notes(switches);
+        let notes = self.notes(cluster, switches);
         let say = |ok, reason, first: String| {
             let all: Vec<&str> = std::iter::once(first.as_str()).chain(notes.iter().map(String::as_str)).collect();
             verdict(ConditionType::Ready, ok, reason, join_capped(&all, "; "))
@@ -256,7 +275,7 @@ impl Draft<'_> {
     }
 
     // Things that stop nothing and explain much.
-    fn notes(&self, switches: Switches) -> Vec<String> {
+    fn notes(&self, cluster: &ClusterView, switches: Switches) -> Vec<String> {
         let mut notes = Vec::new();
         let without = self.without_public_ip();
         if self.gateway.resource.spec.expose_type == ExposeType::PublicIP && !without.is_empty() {
@@ -269,12 +288,30 @@ impl Draft<'_> {
         if !bare.is_empty() && bare.len() < self.nodes.len() {
             notes.push(format!("without a pod prefix: {}", enumerate(&bare)));
         }
+        notes.extend(self.by_name_only(cluster).filter(|_| switches.l7));
         for (on, key) in [(switches.l3, super::elect::CONFIG_L3), (switches.l7, super::elect::CONFIG_L7)] {
             if !on {
                 notes.push(format!("ConfigMap {} says {key}=false", crate::config::CONFIG_MAP));
             }
         }
         notes
+    }
+
+    // Sites that are clones of one image have the same addresses: which of them is meant by such an address is never guessed.
+    fn by_name_only(&self, cluster: &ClusterView) -> Option<String> {
+        if self.is_exposed() {
+            return None;
+        }
+        let shared: Vec<String> = self
+            .nodes
+            .iter()
+            .filter_map(|(node, _)| {
+                let address = node.address?;
+                let (gateway, other) = cluster.shared.get(&address)?.iter().find(|(gateway, _)| *gateway != self.gateway.name)?;
+                Some(format!("{} ({address}, which node {other} of Gateway {gateway} has, too)", node.name))
+            })
+            .collect();
+        (!shared.is_empty()).then(|| format!("{BY_NAME_ONLY}: {}", enumerate(&shared)))
     }
 
     fn gateway_nodes(&self) -> String {

@@ -4,6 +4,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, ObjectMeta, Time};
 use raven_api::gateway::{Endpoint, EndpointType, ExposeType, Gateway, GatewaySpec};
 use raven_api::{LABEL_EDGE_WORKER, LABEL_GATEWAY};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::gateway::inputs::{LABEL_MANAGED_BY, parse_prefix};
@@ -47,12 +48,19 @@ pub(super) fn annotated(mut gateway: Gateway, cidrs: &str) -> Gateway {
     gateway
 }
 
+/// One for each name, of the range for benchmarks (RFC 2544).
+fn address_of(name: &str) -> IpAddr {
+    let sum = name.bytes().fold(0u16, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
+    let [high, low] = sum.to_be_bytes();
+    IpAddr::from([198, 18, high, low])
+}
+
 /// A ready node with one pod prefix.
 pub(super) fn node(name: &str, cidr: &str) -> NodeFacts {
     NodeFacts {
         name: name.into(),
         labels: Default::default(),
-        address: "192.0.2.1".parse().ok(),
+        address: Some(address_of(name)),
         other_addresses: Vec::new(),
         pod_cidrs: vec![parse_prefix(cidr)],
         ready: true,

@@ -539,6 +539,32 @@ fn events_tell_who_replaced_whom_and_why_and_nothing_twice() {
 }
 
 #[test]
+fn sites_with_the_same_addresses_are_told_that_names_are_needed_once() {
+    let clone = |name: &str, pool: &str, cidr: &str| {
+        let mut node = member(pool, name, cidr);
+        node.address = "192.168.1.10".parse().ok();
+        node
+    };
+    let before = two_pools().gateway(gateway("far", 3)).apply(1);
+    let after = before.clone().node(clone("e1", "edge", "10.2.1.0/24")).node(clone("f1", "far", "10.3.1.0/24")).apply(2);
+    let ready = |cluster: &Cluster, name: &str| {
+        let status = cluster.resource(name).status.clone().expect("applied");
+        status.conditions.into_iter().find(|c| c.type_ == "Ready").expect("a condition").message
+    };
+    let note = "kubelets reached by name only: e1 (192.168.1.10, which node f1 of Gateway far has, too)";
+    assert!(ready(&after, "edge").contains(note), "{}", ready(&after, "edge"));
+    assert!(!ready(&after, "cloud").contains("by name only"), "the cloud's own nodes are reached directly");
+    let said = |before: &Cluster, after: &Cluster| {
+        let old = before.resource("edge").status.clone();
+        let new = after.resource("edge").status.clone().expect("applied");
+        changes(&after.0, &"edge".into(), old.as_ref(), &new).into_iter().filter(|c| c.reason == "NodeAddressAmbiguous").collect::<Vec<_>>()
+    };
+    let event = said(&before, &after);
+    assert_eq!((event.len(), event[0].warning, event[0].note.as_str()), (1, true, note));
+    assert!(said(&after, &after.clone().apply(3)).is_empty(), "nothing twice");
+}
+
+#[test]
 fn the_gateway_that_keeps_what_another_claims_is_told_once() {
     let before = two_pools().apply(1);
     let after = before.clone().node(member("edge", "e1", "10.1.1.128/25"));
