@@ -1,4 +1,4 @@
-//! HTTP for machines: `/metrics` and `/drops` on one address, `/healthz` and `/readyz` on another.
+//! HTTP for machines: `/metrics`, `/drops` and `/tunnels` on one address, `/healthz` and `/readyz` on another.
 
 use std::{convert::Infallible, net::SocketAddr};
 
@@ -51,8 +51,9 @@ fn answer<B>(request: &Request<B>, latest: &watch::Receiver<Latest>, drops: &Dro
             Ok(metrics) => text(StatusCode::OK, metrics),
             Err(e) => text(StatusCode::INTERNAL_SERVER_ERROR, e),
         },
+        "/tunnels" => text(StatusCode::OK, proxy.tunnels()),
         "/drops" => text(StatusCode::OK, drops.render(report.as_deref())),
-        _ => text(StatusCode::NOT_FOUND, "not here: /metrics, /drops, /healthz, /readyz\n".to_owned()),
+        _ => text(StatusCode::NOT_FOUND, "not here: /metrics, /drops, /tunnels, /healthz, /readyz\n".to_owned()),
     }
 }
 

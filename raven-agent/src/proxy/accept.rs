@@ -88,7 +88,7 @@ async fn admit(
     acceptor: TlsAcceptor,
     plan: &watch::Receiver<Arc<Plan>>,
 ) -> Result<(TlsStream<TcpStream>, String, String), (Refusal, String)> {
-    stream::prepare(&connection);
+    stream::prepare_tunnel(&connection);
     let tunnel = acceptor.accept(connection).await.map_err(|e| (Refusal::Unauthenticated, format!("TLS: {e}")))?;
     let certificate = tunnel.get_ref().1.peer_certificates().and_then(<[_]>::first);
     let certificate = certificate.ok_or_else(|| (Refusal::Unauthenticated, "it shows no certificate".to_owned()))?;

@@ -166,7 +166,7 @@ impl Slot {
         let connector = TlsConnector::from(identity.client()?);
         let connect = async {
             let tcp = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(Error::Connect)?;
-            stream::prepare(&tcp);
+            stream::prepare_tunnel(&tcp);
             connector.connect(name, tcp).await.map_err(Error::Tls)
         };
         timeout(limits::HANDSHAKE, connect).await.unwrap_or(Err(Error::Silent))
@@ -175,8 +175,10 @@ impl Slot {
     /// Serves a tunnel. One that grows old, or whose certificate is replaced, is left to end with its last stream, while the next is made.
     async fn hold(&mut self, tunnel: TlsStream<TcpStream>) {
         let retire = CancellationToken::new();
+        let gateway = self.edge.plan.borrow().directory.pool_of(&self.node).unwrap_or_default().to_owned();
+        let shown = self.edge.stats.tunnel(&gateway, &self.node);
         let counted = Counted::new(&self.up, &self.node);
-        let mut served = Box::pin(serve(tunnel, self.edge.clone(), retire.clone()));
+        let mut served = Box::pin(serve(tunnel, self.edge.clone(), shown.tunnel.clone(), retire.clone()));
         let old = limits::TUNNEL_LIFE.mul_f64(0.9 + 0.2 * jitter());
         tokio::select! {
             ended = &mut served => {
@@ -189,8 +191,9 @@ impl Slot {
             () = self.stop.cancelled() => {}
         }
         retire.cancel();
+        shown.tunnel.retire();
         tokio::spawn(async move {
-            let _counted = counted;
+            let _shown_and_counted = (shown, counted);
             let _ = served.await;
         });
     }

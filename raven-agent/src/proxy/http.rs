@@ -18,7 +18,7 @@ use super::{
     limits,
     plan::Target,
     stats::Refusal,
-    stream::Stream,
+    stream::{Account, Stream},
 };
 
 type Body = BoxBody<Bytes, hyper::Error>;
@@ -100,14 +100,10 @@ async fn forward(
     let stream = Stream { id: entrance.stats.next_id(), node: target.node.clone(), port };
     let way = entrance.open(&target, &stream).await?;
     let failed = |e: hyper::Error| (Refusal::Unreachable, format!("node {} on port {port}: {e}", target.node));
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(way.into_bytes())).await.map_err(failed)?;
-    let (stats, about) = (entrance.stats.clone(), stream.clone());
-    tokio::spawn(async move {
-        stats.opened();
-        let ended = connection.await;
-        stats.closed(0, 0);
-        tracing::debug!(stream = about.id, node = about.node, port = about.port, ended = ?ended.err(), "request");
-    });
+    let account = Account::open(stream, &entrance.stats);
+    let node = TokioIo::new(account.count(way.into_bytes()));
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(node).await.map_err(failed)?;
+    tokio::spawn(async move { account.close(connection.await.err()) });
     let path = request.uri().path_and_query().map_or("/", |p| p.as_str()).parse();
     *request.uri_mut() = path.map_err(|e| (Refusal::Malformed, format!("the request's path: {e}")))?;
     HOP.iter().for_each(|name| drop(request.headers_mut().remove(name)));

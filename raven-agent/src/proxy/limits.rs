@@ -23,10 +23,17 @@ pub(crate) const TUNNELS: usize = 2;
 /// A tunnel's life; then a new one takes over, and the old one ends with its last stream. What a connection counts over its life (h2's
 /// guards do) never grows old.
 pub(crate) const TUNNEL_LIFE: Duration = Duration::from_secs(3600);
-/// How often a tunnel is pinged, and how long an answer may take: a dead one is noticed within five seconds.
+/// How often a tunnel is pinged.
 pub(crate) const PING: Duration = Duration::from_secs(2);
-/// See [`PING`].
-pub(crate) const PONG: Duration = Duration::from_secs(3);
+/// How long nothing of what was sent may be acknowledged: with [`PING`], a dead link is noticed within five seconds.
+pub(crate) const UNACKNOWLEDGED: Duration = Duration::from_secs(3);
+/// How long the answer to a ping may take where packets do arrive: for a process that hangs. It may wait behind a stream's whole window
+/// ([`STREAM_WINDOW`]) on a thin link.
+pub(crate) const PONG: Duration = Duration::from_secs(30);
+/// What may lie unsent in a tunnel's socket, bytes.
+pub(crate) const UNSENT: u32 = 128 << 10;
+/// How often a tunnel is asked for an answer of its other end, to know how long that takes. For people: nothing follows from it.
+pub(crate) const PROBE: Duration = Duration::from_secs(15);
 
 /// TCP connect and TLS handshake of a tunnel.
 pub(crate) const HANDSHAKE: Duration = Duration::from_secs(5);

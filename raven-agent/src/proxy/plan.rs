@@ -126,6 +126,11 @@ impl Directory {
         if self.ports.contains(port) { Ok(target) } else { Err(NotFound::Port(port)) }
     }
 
+    /// The pool of a node.
+    pub fn pool_of(&self, node: &str) -> Option<&str> {
+        self.nodes.get(node).map(|target| target.pool.as_str())
+    }
+
     /// The pool for which this edge node may bring a tunnel: it was elected for it.
     pub fn pool_of_proxy(&self, node: &str) -> Option<&str> {
         self.proxies.get(node).map(String::as_str)

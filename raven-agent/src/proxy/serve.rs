@@ -17,12 +17,14 @@ use tokio_util::sync::CancellationToken;
 use super::{
     limits,
     plan::Plan,
-    stats::{Refusal, Stats},
+    stats::{Refusal, Stats, TunnelStats},
     stream::{self, Stream},
 };
 
 /// Header with a stream's id.
 pub(super) const STREAM_HEADER: &str = "raven-stream";
+/// What the cloud's side asks for to know how long an answer takes.
+pub(super) const PROBE_URI: &str = "http://raven/";
 /// Header with the reason of a refusal, in words.
 pub(super) const REASON_HEADER: &str = "raven-reason";
 
@@ -36,13 +38,13 @@ pub(crate) struct Edge {
 }
 
 /// Serves a tunnel until it ends; told to retire, it takes no new streams and ends with its last one.
-pub(crate) async fn serve<S>(tunnel: S, edge: Edge, retire: CancellationToken) -> hyper::Result<()>
+pub(crate) async fn serve<S>(tunnel: S, edge: Edge, stats: Arc<TunnelStats>, retire: CancellationToken) -> hyper::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let service = service_fn(move |request| {
-        let edge = edge.clone();
-        async move { Ok::<_, Infallible>(answer(request, edge).await) }
+        let (edge, stats) = (edge.clone(), stats.clone());
+        async move { Ok::<_, Infallible>(answer(request, edge, stats).await) }
     });
     let mut connection = std::pin::pin!(limits::server().serve_connection(TokioIo::new(tunnel), service));
     tokio::select! {
@@ -52,10 +54,16 @@ where
     connection.await
 }
 
-async fn answer(request: Request<Incoming>, edge: Edge) -> Answer {
+async fn answer(request: Request<Incoming>, edge: Edge, tunnel: Arc<TunnelStats>) -> Answer {
+    if request.method() == Method::OPTIONS {
+        return Response::new(Empty::new());
+    }
     match connect(&request, &edge).await {
         Ok((stream, node)) => {
+            // HTTP/2 has let no more through than it may.
+            let place = tunnel.take_place(u32::MAX);
             tokio::spawn(async move {
+                let _place = place;
                 match hyper::upgrade::on(request).await {
                     // Seen from here the tunnel is the client.
                     Ok(tunnel) => stream::carry(stream, TokioIo::new(tunnel), node, &[], &edge.stats).await,

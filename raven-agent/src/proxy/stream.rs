@@ -38,48 +38,55 @@ impl fmt::Display for Stream {
     }
 }
 
-/// Carries a stream to its end, counts it and says how it ended. `first`: what the client has sent already.
-pub(crate) async fn carry<C, N>(stream: Stream, client: C, mut node: N, first: &[u8], stats: &Stats)
+/// Carries a stream to its end. `first`: what the client has sent already.
+pub(crate) async fn carry<C, N>(stream: Stream, mut client: C, node: N, first: &[u8], stats: &Stats)
 where
     C: AsyncRead + AsyncWrite + Unpin,
     N: AsyncRead + AsyncWrite + Unpin,
 {
-    let start = Instant::now();
-    let mut client = Counted::new(client);
-    let (sent, received) = (client.read.clone(), client.written.clone());
-    stats.opened();
-    let _open = Open { stats, sent: sent.clone(), received: received.clone(), first: first.len() as u64 };
+    let account = Account::open(stream, stats);
+    let mut node = account.count(node);
     let result = async {
         tokio::io::AsyncWriteExt::write_all(&mut node, first).await?;
         copy_bidirectional_with_sizes(&mut client, &mut node, limits::CHUNK, limits::CHUNK).await
     };
-    let ended = match result.await {
-        Ok(_) => "closed".to_owned(),
-        Err(e) => e.to_string(),
-    };
-    tracing::info!(
-        stream = stream.id,
-        node = stream.node,
-        port = stream.port,
-        sent = sent.load(Ordering::Relaxed) + first.len() as u64,
-        received = received.load(Ordering::Relaxed),
-        seconds = start.elapsed().as_secs_f64(),
-        ended,
-        "stream"
-    );
+    account.close(result.await.err());
 }
 
-/// Counts the stream as closed, also when its task is dropped.
-struct Open<'a> {
-    stats: &'a Stats,
+/// The books of one stream: counted as open until it is closed, or its task dropped; then the log says how it went.
+pub(crate) struct Account {
+    stream: Stream,
+    stats: Stats,
+    begin: Instant,
     sent: Arc<AtomicU64>,
     received: Arc<AtomicU64>,
-    first: u64,
+    ended: String,
 }
 
-impl Drop for Open<'_> {
+impl Account {
+    pub(crate) fn open(stream: Stream, stats: &Stats) -> Self {
+        stats.opened();
+        let (stats, begin) = (stats.clone(), Instant::now());
+        Self { stream, stats, begin, sent: Arc::default(), received: Arc::default(), ended: "the process stops".to_owned() }
+    }
+
+    /// The node's end, whose bytes are the stream's.
+    pub(crate) fn count<S>(&self, node: S) -> Counted<S> {
+        Counted { inner: node, read: self.received.clone(), written: self.sent.clone() }
+    }
+
+    /// The end, and why, if it was not in good order.
+    pub(crate) fn close(mut self, error: Option<impl fmt::Display>) {
+        self.ended = error.map_or_else(|| "closed".to_owned(), |e| e.to_string());
+    }
+}
+
+impl Drop for Account {
     fn drop(&mut self) {
-        self.stats.closed(self.sent.load(Ordering::Relaxed) + self.first, self.received.load(Ordering::Relaxed));
+        let (sent, received) = (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed));
+        self.stats.closed(sent, received);
+        let Stream { id, node, port } = &self.stream;
+        tracing::info!(stream = id, node, port, sent, received, seconds = self.begin.elapsed().as_secs_f64(), ended = self.ended, "stream");
     }
 }
 
@@ -91,17 +98,24 @@ pub(crate) fn prepare(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
 }
 
+/// The same for a connection that carries a tunnel, at both ends.
+///
+/// Pings see to it that there is always something under way, and the kernel ends the connection when nothing at all of it is acknowledged
+/// in time (TCP_USER_TIMEOUT, tcp(7)): a dead link is told from a thin one, on which a ping's answer waits behind what a `kubectl cp`
+/// sends. What has not been sent yet waits in its own stream, not in the socket, where a key stroke would wait behind it
+/// (TCP_NOTSENT_LOWAT).
+pub(crate) fn prepare_tunnel(connection: &TcpStream) {
+    let _ = connection.set_nodelay(true);
+    let socket = SockRef::from(connection);
+    let _ = socket.set_tcp_user_timeout(Some(limits::UNACKNOWLEDGED));
+    let _ = socket.set_tcp_notsent_lowat(limits::UNSENT);
+}
+
 /// Counts what passes.
-struct Counted<S> {
+pub(crate) struct Counted<S> {
     inner: S,
     read: Arc<AtomicU64>,
     written: Arc<AtomicU64>,
-}
-
-impl<S> Counted<S> {
-    fn new(inner: S) -> Self {
-        Self { inner, read: Arc::default(), written: Arc::default() }
-    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {

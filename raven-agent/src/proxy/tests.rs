@@ -112,6 +112,55 @@ async fn tunnels_come_back_and_requests_wait_for_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn certificates_and_the_ca_are_replaced_and_no_stream_is_dropped() {
+    let world = World::start().await;
+    let node = world.listen().await;
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = node.accept().await {
+            tokio::spawn(async move {
+                let (mut read, mut write) = client.split();
+                tokio::io::copy(&mut read, &mut write).await
+            });
+        }
+    });
+    let mut stream = world.open("x2").await.expect("a stream");
+    let mut says = async |word: &[u8]| {
+        let mut back = vec![0; word.len()];
+        stream.write_all(word).await.expect("sent");
+        timeout(SOON, stream.read_exact(&mut back)).await.expect("in time").expect("answered");
+        assert_eq!(back, word);
+    };
+    says(b"before").await;
+    let (first, second) = (&world.ca, world::Ca::new());
+    // As the controller does it: everybody knows the new one before it signs, and the old one until its certificates are over.
+    let both = second.pem.clone() + &first.pem;
+    for (signed_by, known) in [(first, &both), (&second, &both), (&second, &second.pem)] {
+        let before = world.numbers();
+        world.rotate(signed_by, known);
+        world::eventually("new tunnels take over", || world.numbers().iter().filter(|number| !before.contains(number)).count() >= 2).await;
+        says(b"the old stream, by the old tunnel").await;
+        let mut another = timeout(SOON, world.open("x2")).await.expect("in time").expect("a new stream");
+        another.write_all(b"x").await.expect("sent");
+        let mut byte = [0];
+        timeout(SOON, another.read_exact(&mut byte)).await.expect("in time").expect("a new stream, by a new tunnel");
+    }
+    assert_eq!(world.cloud_stats.refusals(Refusal::Unauthenticated), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tunnels_are_shown_with_their_streams_and_how_long_an_answer_takes() {
+    let world = World::start().await;
+    let _node = world.listen().await;
+    let _stream = world.open("x2").await.expect("a stream");
+    world::eventually("each tunnel was asked for an answer", || world.cloud_stats.tunnels().matches("rttMs").count() == 2).await;
+    for (stats, gateway, node) in [(&world.cloud_stats, "edge-x", "x1"), (&world.edge_stats, "cloud", "c1")] {
+        let shown = stats.tunnels();
+        assert_eq!(shown.matches(&format!("\"gateway\":\"{gateway}\",\"node\":\"{node}\",\"state\":\"up\"")).count(), 2, "{shown}");
+        assert_eq!(shown.matches("\"streams\":1").count(), 1, "{shown}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_is_not_elected_any_more_loses_its_tunnel() {
     let world = World::start().await;
     world.dismiss();

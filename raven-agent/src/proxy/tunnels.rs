@@ -2,30 +2,28 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
     io,
     pin::Pin,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
 };
 
 use http_body_util::Empty;
-use hyper::{Method, Request, StatusCode, body::Bytes, client::conn::http2::SendRequest, header::HeaderValue, upgrade::Upgraded};
+use hyper::{Method, Request, StatusCode, Uri, body::Bytes, client::conn::http2::SendRequest, header::HeaderValue, upgrade::Upgraded};
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::watch,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, MissedTickBehavior, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
     limits,
     plan::Target,
-    serve::{REASON_HEADER, STREAM_HEADER},
-    stats::{Refusal, Stats},
+    serve::{PROBE_URI, REASON_HEADER, STREAM_HEADER},
+    stats::{Place, Refusal, Stats, TunnelStats},
     stream::Stream,
 };
 
@@ -69,7 +67,6 @@ pub(crate) struct Tunnels {
 
 struct Shared {
     by_pool: Mutex<BTreeMap<String, Vec<Arc<Tunnel>>>>,
-    next: AtomicU64,
     /// Nodes at the other ends; who waits for a tunnel waits for a change of it.
     ends: watch::Sender<BTreeSet<String>>,
 }
@@ -78,8 +75,7 @@ struct Tunnel {
     number: u64,
     node: String,
     sender: SendRequest<Empty<Bytes>>,
-    /// Streams that are open or being opened.
-    streams: AtomicU32,
+    stats: Arc<TunnelStats>,
     close: CancellationToken,
 }
 
@@ -109,17 +105,9 @@ impl AsyncWrite for Opened {
     }
 }
 
-struct Place(Arc<Tunnel>);
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.0.streams.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 impl Tunnels {
     pub(crate) fn new(stats: Stats) -> Self {
-        let shared = Shared { by_pool: Mutex::default(), next: AtomicU64::new(0), ends: watch::Sender::default() };
+        let shared = Shared { by_pool: Mutex::default(), ends: watch::Sender::default() };
         Self { shared: Arc::new(shared), stats }
     }
 
@@ -134,16 +122,18 @@ impl Tunnels {
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let (sender, connection) = limits::client().handshake(TokioIo::new(connection)).await?;
-        let number = self.shared.next.fetch_add(1, Ordering::Relaxed);
+        let shown = self.stats.tunnel(pool, node);
+        let number = shown.number;
         let close = CancellationToken::new();
-        let tunnel = Tunnel { number, node: node.to_owned(), sender, streams: AtomicU32::new(0), close: close.clone() };
+        let probe = probe(sender.clone(), shown.tunnel.clone());
+        let tunnel = Tunnel { number, node: node.to_owned(), sender, stats: shown.tunnel.clone(), close: close.clone() };
         self.change(|by_pool| by_pool.entry(pool.to_owned()).or_default().push(Arc::new(tunnel)));
-        self.stats.tunnel(1);
         let registered = Registered { tunnels: self, pool, number };
         tracing::info!(node, gateway = pool, tunnel = number, "tunnel up");
         let ended = tokio::select! {
             ended = connection => ended,
             () = close.cancelled() => Ok(()),
+            never = probe => match never {},
         };
         drop(registered);
         let why = ended.as_ref().err().map(ToString::to_string);
@@ -165,16 +155,16 @@ impl Tunnels {
         let mut tried = BTreeSet::new();
         loop {
             changed.mark_unchanged();
-            while let Some(place) = self.choose(&target.pool, &tried) {
-                tried.insert(place.0.number);
-                match timeout(limits::ATTEMPT, request(&place, stream)).await {
+            while let Some((tunnel, place)) = self.choose(&target.pool, &tried) {
+                tried.insert(tunnel.number);
+                match timeout(limits::ATTEMPT, request(&tunnel, stream)).await {
                     Ok(Ok(io)) => return Ok(Opened { io: TokioIo::new(io), _place: place }),
                     Ok(Err(Failure::Refused { reason, unreachable })) => {
-                        return Err(Error::Refused { via: place.0.node.clone(), reason, unreachable });
+                        return Err(Error::Refused { via: tunnel.node.clone(), reason, unreachable });
                     }
                     // Nothing of the client's has been sent: another tunnel may try.
-                    Ok(Err(Failure::Tunnel(e))) => tracing::debug!(%stream, tunnel = place.0.number, "try another tunnel: {e}"),
-                    Err(_) => tracing::debug!(%stream, tunnel = place.0.number, "try another tunnel: no answer"),
+                    Ok(Err(Failure::Tunnel(e))) => tracing::debug!(%stream, tunnel = tunnel.number, "try another tunnel: {e}"),
+                    Err(_) => tracing::debug!(%stream, tunnel = tunnel.number, "try another tunnel: no answer"),
                 }
             }
             if timeout_at(deadline, changed.changed()).await.is_err() {
@@ -190,13 +180,13 @@ impl Tunnels {
     }
 
     /// The tunnel with the fewest streams that has not been tried.
-    fn choose(&self, pool: &str, tried: &BTreeSet<u64>) -> Option<Place> {
+    fn choose(&self, pool: &str, tried: &BTreeSet<u64>) -> Option<(Arc<Tunnel>, Place)> {
         let by_pool = self.lock();
         let tunnels = by_pool.get(pool)?.iter().filter(|t| !tried.contains(&t.number) && !t.sender.is_closed());
-        let fewest = tunnels.min_by_key(|t| t.streams.load(Ordering::Relaxed))?;
+        let fewest = tunnels.min_by_key(|t| t.stats.streams())?;
         // Below what the edge allows: a stream that waits for another one to end would block those behind it.
-        let taken = fewest.streams.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < limits::STREAMS - 1).then_some(n + 1));
-        taken.is_ok().then(|| Place(fewest.clone()))
+        let place = fewest.stats.take_place(limits::STREAMS - 1)?;
+        Some((fewest.clone(), place))
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Vec<Arc<Tunnel>>>> {
@@ -220,7 +210,6 @@ struct Registered<'a> {
 
 impl Drop for Registered<'_> {
     fn drop(&mut self) {
-        self.tunnels.stats.tunnel(-1);
         self.tunnels.change(|by_pool| {
             if let Some(tunnels) = by_pool.get_mut(self.pool) {
                 tunnels.retain(|tunnel| tunnel.number != self.number);
@@ -239,13 +228,29 @@ enum Failure {
     Tunnel(hyper::Error),
 }
 
-async fn request(place: &Place, stream: &Stream) -> Result<Upgraded, Failure> {
+/// Asks the other end for an answer now and then, and notes how long it takes.
+async fn probe(mut sender: SendRequest<Empty<Bytes>>, stats: Arc<TunnelStats>) -> Infallible {
+    let mut period = tokio::time::interval(limits::PROBE);
+    period.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        period.tick().await;
+        let mut question = Request::new(Empty::new());
+        *question.method_mut() = Method::OPTIONS;
+        *question.uri_mut() = Uri::from_static(PROBE_URI);
+        let begin = Instant::now();
+        if sender.ready().await.is_ok() && sender.send_request(question).await.is_ok() {
+            stats.took(begin.elapsed());
+        }
+    }
+}
+
+async fn request(tunnel: &Tunnel, stream: &Stream) -> Result<Upgraded, Failure> {
     let mut request = Request::new(Empty::new());
     *request.method_mut() = Method::CONNECT;
     let bad = |e: &dyn std::fmt::Display| Failure::Refused { reason: format!("no request can be made of it: {e}"), unreachable: false };
     *request.uri_mut() = format!("{}:{}", stream.node, stream.port).parse().map_err(|e| bad(&e))?;
     request.headers_mut().insert(STREAM_HEADER, HeaderValue::from_str(&stream.id).map_err(|e| bad(&e))?);
-    let mut sender = place.0.sender.clone();
+    let mut sender = tunnel.sender.clone();
     sender.ready().await.map_err(Failure::Tunnel)?;
     let response = sender.send_request(request).await.map_err(Failure::Tunnel)?;
     if response.status() != StatusCode::OK {

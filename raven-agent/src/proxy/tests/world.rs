@@ -110,7 +110,7 @@ pub(super) struct World {
     edge_plan: watch::Sender<Arc<Plan>>,
     edge_identity: watch::Sender<Option<Arc<Identity>>>,
     edge: Mutex<Option<tokio::task::JoinHandle<()>>>,
-    _cloud_identity: watch::Sender<Option<Arc<Identity>>>,
+    cloud_identity: watch::Sender<Option<Arc<Identity>>>,
 }
 
 fn topology(port: u16) -> Topology {
@@ -167,7 +167,7 @@ impl World {
             edge_plan,
             edge_identity,
             edge: Mutex::default(),
-            _cloud_identity: cloud_identity,
+            cloud_identity,
         };
         world.start_edge();
         world.connected().await;
@@ -203,6 +203,16 @@ impl World {
         let mut topology = topology(self.port);
         topology.pools.get_mut("edge-x").expect("it is there").proxies.clear();
         self.cloud_plan.send_replace(Arc::new(plan(&topology, "c1")));
+    }
+
+    /// Another certificate at each end, by a CA of which both know already (`ca`: its PEM and that of the CA before).
+    pub(super) fn rotate(&self, by: &Ca, ca: &str) {
+        let identity = |names: &[&str], usage| {
+            let pem = by.pem_for(names, usage, (2099, 1, 1));
+            Some(Arc::new(Identity::parse(pem.as_bytes(), ca).expect("it is one").expect("one of these CAs signed it")))
+        };
+        self.cloud_identity.send_replace(identity(&["127.0.0.1"], ExtendedKeyUsagePurpose::ServerAuth));
+        self.edge_identity.send_replace(identity(&["x1"], ExtendedKeyUsagePurpose::ClientAuth));
     }
 
     /// A listener on node x2.
