@@ -185,12 +185,7 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
         }),
         tunnel: own_gateway.map(|gateway| Tunnel { mtu, port: gateway.port }),
         state,
-        config: Config {
-            node: member.outer,
-            tunnel_mtu: mtu,
-            relay: pool.exposed,
-            tunnel_port: own_gateway.map_or(0, |g| g.port),
-        },
+        config: Config { node: member.outer, tunnel_mtu: mtu, relay: pool.exposed, tunnel_port: own_gateway.map_or(0, |g| g.port) },
         gateway_names: gateway_ids(topology).into_iter().map(|(name, id)| (id, name)).collect(),
         peer_names: peers::names(topology),
         detour: by_address,

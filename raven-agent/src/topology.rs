@@ -76,6 +76,8 @@ pub struct ProxyPeer {
     pub dial: Option<(String, u16)>,
     /// TCP port that it listens on.
     pub port: u16,
+    /// It works, as far as it can be seen from outside. Of exposed pools only.
+    pub ready: bool,
 }
 
 impl Topology {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use crate::Gateway;
+use crate::{Gateway, GatewayNode};
 
 /// Where a cloud gateway node listens for requests over TLS, which name their node by SNI.
 pub const INTERNAL_SECURE_PORT: u16 = 10263;
@@ -75,6 +75,17 @@ impl Ports {
     pub fn contains(&self, port: u16) -> bool {
         self.http.contains(&port) || self.https.contains(&port)
     }
+}
+
+/// Gateway nodes whose proxy is ready: they say so, and if there are edges with tunnels at all, one of them has a tunnel there. An agent
+/// that died says what it said last; its tunnels' other ends know better.
+pub fn ready(nodes: &[GatewayNode]) -> BTreeSet<&str> {
+    let proxies = nodes.iter().filter_map(|n| Some((n.metadata.name.as_deref()?, n.status.as_ref()?.proxy.as_ref()?)));
+    let ready: Vec<_> = proxies.filter(|(_, proxy)| proxy.ready).collect();
+    let names: BTreeSet<&str> = ready.iter().map(|(name, _)| *name).collect();
+    // Edges are those at the other ends of somebody's tunnels; each end names the other.
+    let seen: BTreeSet<&str> = ready.iter().flat_map(|(_, proxy)| proxy.tunnels.iter().map(String::as_str)).collect();
+    if seen.is_empty() { names } else { names.intersection(&seen).copied().collect() }
 }
 
 /// What is no port is left out: the schema lets nothing else through than digits and commas.

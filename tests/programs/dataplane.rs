@@ -101,7 +101,8 @@ impl Dataplane {
         for (node, flags) in [(ME, 0), (MEMBER, 0), (GATEWAY, NODE_IS_GATEWAY)] {
             nodes.insert(node, Node { flags }, 0).expect("NODES takes a node");
         }
-        let mut kubelets: HashMap<_, KubeletAddress, KubeletNode> = self.ebpf.map_mut("KUBELETS").expect("KUBELETS").try_into().expect("a hash");
+        let mut kubelets: HashMap<_, KubeletAddress, KubeletNode> =
+            self.ebpf.map_mut("KUBELETS").expect("KUBELETS").try_into().expect("a hash");
         let address = KubeletAddress { address: KUBELET.pod4(), port: KUBELET_PORT, _pad: 0 };
         kubelets.insert(address, KubeletNode { node: [b'x'; 64] }, 0).expect("KUBELETS takes a node");
     }

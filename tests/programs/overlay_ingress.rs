@@ -213,7 +213,12 @@ fn connections_to_kubelets_of_other_pools_are_handed_to_the_proxy_with_a_tunnel_
             ("a fragment, which shows no port", MEMBER, inner(segment.clone().fragment(1)), otherwise),
             ("to nobody", MEMBER, inner(tcp(Family::V4, MEMBERS, NOBODYS, ACK, &[])), otherwise),
             ("IPv6", MEMBER, inner(tcp(Family::V6, MEMBERS, KUBELET, ACK, &[])), otherwise),
-            ("of the member itself, to nobody", MEMBER, by_itself(MEMBER, &tcp(Family::V4, MEMBERS, NOBODYS, ACK, &[])), Verdict::DropSpoofedInner),
+            (
+                "of the member itself, to nobody",
+                MEMBER,
+                by_itself(MEMBER, &tcp(Family::V4, MEMBERS, NOBODYS, ACK, &[])),
+                Verdict::DropSpoofedInner,
+            ),
         ];
         for (name, outer, frame, verdict) in table {
             node.check(&format!("{name} ({otherwise:?})"), &overlay(outer, ME, frame), NONE, verdict);

@@ -45,7 +45,7 @@ enum Error {
     Connect(std::io::Error),
     #[error("TLS: {0}")]
     Tls(std::io::Error),
-    #[error("no answer within {:?}", limits::HANDSHAKE)]
+    #[error("no answer (is the address right, and TCP open on the way to it?)")]
     Silent,
 }
 
@@ -82,7 +82,16 @@ pub(crate) async fn run(
             let stop = CancellationToken::new();
             for _ in 0..limits::TUNNELS {
                 let (node, host) = (node.clone(), host.clone());
-                let slot = Slot { node, host, port, identity: identity.clone(), edge: edge.clone(), up: up.clone(), stop: stop.clone() };
+                let slot = Slot {
+                    node,
+                    host,
+                    port,
+                    identity: identity.clone(),
+                    edge: edge.clone(),
+                    up: up.clone(),
+                    stop: stop.clone(),
+                    attempts: 0,
+                };
                 tasks.spawn(slot.run());
             }
             dialled.insert(key, stop);
@@ -103,6 +112,7 @@ struct Slot {
     edge: Edge,
     up: watch::Sender<Up>,
     stop: CancellationToken,
+    attempts: usize,
 }
 
 impl Slot {
@@ -164,12 +174,12 @@ impl Slot {
         let identity = self.identity.borrow_and_update().clone().ok_or(Error::NoIdentity)?;
         let name = ServerName::try_from(self.host.clone()).map_err(|_| Error::BadHost(self.host.clone()))?;
         let connector = TlsConnector::from(identity.client()?);
-        let connect = async {
-            let tcp = TcpStream::connect((self.host.as_str(), self.port)).await.map_err(Error::Connect)?;
-            stream::prepare_tunnel(&tcp);
-            connector.connect(name, tcp).await.map_err(Error::Tls)
-        };
-        timeout(limits::HANDSHAKE, connect).await.unwrap_or(Err(Error::Silent))
+        let patience = limits::DIAL[self.attempts % limits::DIAL.len()];
+        self.attempts += 1;
+        let tcp = timeout(patience, TcpStream::connect((self.host.as_str(), self.port))).await;
+        let tcp = tcp.map_err(|_| Error::Silent)?.map_err(Error::Connect)?;
+        stream::prepare_tunnel(&tcp);
+        timeout(limits::HANDSHAKE, connector.connect(name, tcp)).await.map_err(|_| Error::Silent)?.map_err(Error::Tls)
     }
 
     /// Serves a tunnel. One that grows old, or whose certificate is replaced, is left to end with its last stream, while the next is made.

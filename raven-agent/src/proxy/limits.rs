@@ -37,6 +37,10 @@ pub(crate) const PROBE: Duration = Duration::from_secs(15);
 
 /// TCP connect and TLS handshake of a tunnel.
 pub(crate) const HANDSHAKE: Duration = Duration::from_secs(5);
+/// How long an edge waits for the answer to its SYN, attempt by attempt, over and over. Short ones, because the kernel repeats a SYN after
+/// 1, 3 and 7 s, and a link that comes back is to be noticed within the second; a long one now and then, for a link that is that slow.
+pub(crate) const DIAL: [Duration; 4] =
+    [Duration::from_millis(1500), Duration::from_millis(1500), Duration::from_millis(1500), Duration::from_secs(5)];
 /// Redials: from, to.
 pub(crate) const REDIAL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 /// The same where the other side answered, and refused: a certificate or an election has to change first.

@@ -156,7 +156,10 @@ fn detour(topology: &Topology, own: &Pool, me: &str) -> Option<Detour> {
     let to = match own.proxies.contains_key(me) {
         true => DetourTo::Here,
         false => {
-            let nearest = own.proxies.keys().max_by_key(|proxy| weight(&[me, proxy]))?;
+            // Where nobody seems to be ready that may be our own view: as if all were.
+            let any_ready = own.proxies.values().any(|proxy| proxy.ready);
+            let usable = own.proxies.iter().filter(|(_, proxy)| proxy.ready || !any_ready);
+            let (nearest, _) = usable.max_by_key(|(proxy, _)| weight(&[me, proxy]))?;
             DetourTo::Gateway(own.members.get(nearest)?.outer)
         }
     };
@@ -199,7 +202,7 @@ mod tests {
     fn pool(exposed: bool, nodes: &[(&str, [u8; 4])], proxy: &str) -> Pool {
         let members = nodes.iter().map(|(name, ip)| ((*name).to_owned(), Member { outer: (*ip).into(), prefixes: BTreeSet::new() }));
         let dial = exposed.then(|| ("198.51.100.10".to_owned(), 10262));
-        let proxies = BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, port: 10262 })]);
+        let proxies = BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, port: 10262, ready: false })]);
         Pool { exposed, members: members.collect(), proxies, ..Pool::default() }
     }
 
@@ -244,6 +247,24 @@ mod tests {
         assert!(!here.nodes.contains_key(&Ipv4Addr::new(10, 0, 0, 2)), "its own pool");
         assert_eq!(plan(&topology, "c2").detour.map(|d| d.to), Some(DetourTo::Gateway([10, 0, 0, 1].into())));
         assert_eq!(plan(&topology, "x1").detour, None);
+    }
+
+    #[test]
+    fn a_proxy_that_works_is_preferred_and_where_none_seems_to_any_will_do() {
+        let mut topology = topology();
+        let cloud = topology.pools.get_mut("cloud").expect("it is there");
+        cloud.members.insert("c3".to_owned(), Member { outer: [10, 0, 0, 3].into(), prefixes: BTreeSet::new() });
+        cloud.proxies.insert("c3".to_owned(), ProxyPeer { dial: None, port: 10262, ready: false });
+        let way = |topology: &Topology| plan(topology, "c2").detour.expect("an ordinary node").to;
+        let by_hash = way(&topology);
+        for (ready, other, address) in [("c1", "c3", [10, 0, 0, 1]), ("c3", "c1", [10, 0, 0, 3])] {
+            let proxies = &mut topology.pools.get_mut("cloud").expect("it is there").proxies;
+            proxies.get_mut(ready).expect("elected").ready = true;
+            proxies.get_mut(other).expect("elected").ready = false;
+            assert_eq!(way(&topology), DetourTo::Gateway(address.into()));
+        }
+        topology.pools.get_mut("cloud").expect("it is there").proxies.values_mut().for_each(|proxy| proxy.ready = true);
+        assert_eq!(way(&topology), by_hash, "both ready: as if nothing had been said");
     }
 
     #[test]

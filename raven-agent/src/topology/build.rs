@@ -1,7 +1,7 @@
 //! API objects → [`Topology`]. Bad input is left out and named in `problems`; it never stops the rest.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
@@ -31,6 +31,9 @@ pub struct Inputs {
     /// Certificates (PEM) of the CA that signs the proxies' certificates.
     #[serde(default)]
     pub proxy_ca: String,
+    /// Nodes of exposed Gateways whose L7 proxy works, as far as it can be seen from outside.
+    #[serde(default)]
+    pub ready_proxies: BTreeSet<String>,
 }
 
 /// The snapshot for these objects: the same for every order of them.
@@ -48,7 +51,7 @@ pub fn build(inputs: &Inputs) -> Topology {
         proxy_ca: inputs.proxy_ca.clone(),
         ..Topology::default()
     };
-    let mut builder = Builder { keys, topology, ..Builder::default() };
+    let mut builder = Builder { keys, topology, ready_proxies: inputs.ready_proxies.clone(), ..Builder::default() };
     for gateway in gateways {
         builder.add(gateway);
     }
@@ -66,6 +69,7 @@ struct Builder {
     taken: BTreeMap<IpNet, String>,
     nodes: BTreeMap<String, String>,
     key_owners: BTreeMap<PublicKey, String>,
+    ready_proxies: BTreeSet<String>,
 }
 
 impl Builder {
@@ -94,7 +98,7 @@ impl Builder {
                 None => self.problem(format!("Gateway {name}: elected node {} is not one of its nodes", endpoint.node_name)),
             }
         }
-        pool.proxies = proxies(&pool, &status.active_endpoints);
+        pool.proxies = proxies(&pool, &status.active_endpoints, &self.ready_proxies);
         self.topology.pools.insert(name, pool);
     }
 
@@ -172,7 +176,7 @@ impl Builder {
 }
 
 /// Elected proxy nodes of a pool. One that is no node of the pool is the controller's mistake, which the tunnel's part names.
-fn proxies(pool: &Pool, active: &[Endpoint]) -> BTreeMap<String, ProxyPeer> {
+fn proxies(pool: &Pool, active: &[Endpoint], ready: &BTreeSet<String>) -> BTreeMap<String, ProxyPeer> {
     let elected = active.iter().filter(|e| e.type_ == EndpointType::Proxy);
     let on = elected.filter(|e| e.config.get("enable-l7-proxy").is_none_or(|v| v != "false"));
     on.filter_map(|endpoint| {
@@ -182,7 +186,8 @@ fn proxies(pool: &Pool, active: &[Endpoint]) -> BTreeMap<String, ProxyPeer> {
         // A LAN-only installation: the node's own address is the public one.
         let host = pool.exposed.then(|| host.unwrap_or_else(|| outer.to_string()));
         let dial = host.map(|host| (host, endpoint.dialled_port()));
-        Some((endpoint.node_name.clone(), ProxyPeer { dial, port: endpoint.port_or_default() }))
+        let ready = ready.contains(&endpoint.node_name);
+        Some((endpoint.node_name.clone(), ProxyPeer { dial, port: endpoint.port_or_default(), ready }))
     })
     .collect()
 }

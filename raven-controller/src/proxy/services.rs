@@ -3,14 +3,14 @@
 //! The internal Service has no selector: its slices, one per gateway node, hold those whose proxy says that it is ready. Gateways that are
 //! exposed by a load balancer get a Service each for every elected node.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use raven_api::{
     Gateway, GatewayNode, LABEL_GATEWAY, MANAGER_CONTROLLER,
     gateway::{Endpoint, EndpointType, ExposeType},
     proxy::{
         INTERNAL_INSECURE_PORT, INTERNAL_SERVICE, LABEL_DISCARD, LABEL_ENDPOINTS_NAME, LABEL_GATEWAY_TYPE, LOAD_BALANCER_PREFIX, Ports,
-        TUNNEL_LOAD_BALANCER_PREFIX, secure_listener,
+        TUNNEL_LOAD_BALANCER_PREFIX, ready, secure_listener,
     },
 };
 use serde_json::{Value, json};
@@ -49,17 +49,6 @@ pub fn desired(namespace: &str, gateways: &[Gateway], nodes: &[GatewayNode], l7:
         }
     }
     objects
-}
-
-/// Gateway nodes whose proxy is ready: they say so, and if there are edges with tunnels at all, one of them has a tunnel there. An agent
-/// that died says what it said last; its tunnels' other ends know better.
-fn ready(nodes: &[GatewayNode]) -> BTreeSet<&str> {
-    let proxies = nodes.iter().filter_map(|n| Some((n.metadata.name.as_deref()?, n.status.as_ref()?.proxy.as_ref()?)));
-    let ready: Vec<_> = proxies.filter(|(_, proxy)| proxy.ready).collect();
-    let names: BTreeSet<&str> = ready.iter().map(|(name, _)| *name).collect();
-    // Edges are those at the other ends of somebody's tunnels; each end names the other.
-    let seen: BTreeSet<&str> = ready.iter().flat_map(|(_, proxy)| proxy.tunnels.iter().map(String::as_str)).collect();
-    if seen.is_empty() { names } else { names.intersection(&seen).copied().collect() }
 }
 
 /// Elected nodes of a Gateway that have an address.

@@ -383,7 +383,7 @@ pub fn cleaned(lab: &Lab, agent: &mut Agent) -> Result<String> {
     let removed = lab.agent_command(&node.name, &["cleanup"])?;
     for (what, command) in [
         ("a device", "ip -o link show | grep raven || true"),
-        ("a route", "for table in 9027 9029; do ip route show table $table; ip -6 route show table $table; done"),
+        ("a route", "for family in -4 -6; do ip $family route show table all; done | grep -e 'table 9027' -e 'table 9029' || true"),
         ("a rule", "ip rule | grep -e 9027 -e 9029 || true; ip -6 rule | grep -e 9027 -e 9029 || true"),
         ("a netfilter table", "nft list tables | grep raven || true"),
         // The kernel's own are called maps.debug and progs.debug.

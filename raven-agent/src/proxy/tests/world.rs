@@ -118,7 +118,7 @@ fn topology(port: u16) -> Topology {
         let members =
             nodes.iter().map(|(name, last)| ((*name).to_owned(), Member { outer: [127, 0, 0, *last].into(), prefixes: BTreeSet::new() }));
         let dial = if exposed { Some(("127.0.0.1".to_owned(), 0)) } else { None };
-        let proxies = BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, port: 0 })]);
+        let proxies = BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, port: 0, ready: false })]);
         Pool { exposed, members: members.collect(), proxies, ..Pool::default() }
     };
     let pools = BTreeMap::from([
