@@ -1,11 +1,12 @@
 //! The benchmarks behind `cargo xtask bench`: ratios against a baseline that is measured in the same run.
 //!
-//! [`transit`] measures a gateway node's hop by itself ([`hop`] is its set-up), [`tunnel`] two gateway nodes end to end, [`proxy`] the L7 tunnel, [`planning`]
+//! [`transit`] measures a gateway node's hop by itself ([`hop`] is its set-up), [`tunnel`] two gateway nodes end to end, [`proxy`] the L7 tunnel ([`konnectivity`] is what it is compared with), [`planning`]
 //! what `plan()` costs, [`memory`] what the programs keep resident.
 
 #![forbid(unsafe_code)]
 
 mod hop;
+mod konnectivity;
 mod memory;
 mod planning;
 mod proxy;

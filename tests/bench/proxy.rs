@@ -1,10 +1,13 @@
 //! `bench proxy`: streams through the L7 tunnel against a direct TCP connection between the same two nodes (the site's router maps a
-//! port for it, which real sites do not). The ways alternate within a run; medians count.
+//! port for it, which real sites do not), and against konnectivity where its programs are on PATH; on a good link and on a bad one. The ways
+//! alternate within a run; medians count.
 //!
 //! The tunnel's way: by address, from the cloud gateway node itself: program, proxy, HTTP/2 over TLS, the site's NAT, its gateway node, the
-//! node. Both ends of everything share this machine's cores, so what is compared is what a byte costs.
+//! node. Konnectivity's: an HTTP CONNECT by a local socket to its server on the same node, its agent on the same gateway node of the site.
+//! Both ends of everything share this machine's cores, so what is compared is what a byte costs.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
@@ -14,117 +17,208 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use comfy_table::{Table, presets::ASCII_MARKDOWN};
 use raven_tests::{Lab, Namespace, PoolSpec, Protocol, eventually, process::memory_mb};
+use serde_json::{Value, json};
+
+use crate::konnectivity::{self, Konnectivity};
 
 /// The node's port, and the port of its router that leads there directly.
 const PORT: u16 = 10255;
 const DIRECT: u16 = 20255;
-/// What one measurement of throughput moves, bytes; and of how many streams.
-const BULK: u64 = 400_000_000;
-const STREAMS: u64 = 100;
-/// Small requests of one measurement of latency.
-const REQUESTS: usize = 300;
 /// Idle streams.
 const IDLE: usize = 1000;
 const ANSWER: Duration = Duration::from_secs(60);
+
+/// A link, and how much is sent over it.
+struct Link {
+    name: &'static str,
+    /// Each way, and one frame of so many lost.
+    bad: Option<(Duration, u64)>,
+    /// What one measurement of throughput moves, bytes; and of how many streams at once.
+    bulk: u64,
+    streams: u64,
+    /// Small requests of one measurement of latency.
+    requests: usize,
+}
+
+const GOOD: Link = Link { name: "good", bad: None, bulk: 400_000_000, streams: 100, requests: 300 };
+const BAD: Link = Link { name: "50 ms, 1 % lost", bad: Some((Duration::from_millis(25), 100)), bulk: 3_000_000, streams: 20, requests: 60 };
 
 /// Runs it.
 pub fn run(runs: usize, json: bool) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let seen = runtime.block_on(measure(runs))?;
-    if ["proxy-server", "proxy-agent"].iter().any(|name| which(name).is_none()) {
-        eprintln!("konnectivity is left out: proxy-server and proxy-agent are not on PATH");
-    } else {
-        eprintln!("konnectivity is left out: its comparison is not written yet");
+    let konnectivity = seen.good.contains_key(KONNECTIVITY);
+    if !konnectivity {
+        eprintln!("konnectivity is left out: proxy-server and proxy-agent are not both on PATH");
     }
-    let round = |value: f64| (value * 1000.0).round() / 1000.0;
     if json {
-        println!(
-            "{}",
-            serde_json::json!({
-                "direct_ratio": round(seen.one), "direct_ratio_100_streams": round(seen.many),
-                "direct_ratio_per_cpu_second": round(seen.one_per_cpu),
-                "latency_added_ms_p50": round(seen.added[0]), "latency_added_ms_p99": round(seen.added[1]),
-                "bytes_per_idle_stream": seen.idle.round(), "konnectivity": null,
-            })
-        );
+        println!("{}", seen.json());
         return Ok(());
     }
     let mut table = Table::new();
-    table.load_style(ASCII_MARKDOWN).set_header(["what", "through the tunnel"]);
-    table.add_row(["one stream, throughput × direct".to_owned(), format!("{:.2}", seen.one)]);
-    table.add_row(["one stream, bytes per CPU-second × direct".to_owned(), format!("{:.2}", seen.one_per_cpu)]);
-    table.add_row([format!("{STREAMS} streams, throughput × direct"), format!("{:.2}", seen.many)]);
-    table.add_row(["small request, added, p50".to_owned(), format!("{:.2} ms", seen.added[0])]);
-    table.add_row(["small request, added, p99".to_owned(), format!("{:.2} ms", seen.added[1])]);
-    table.add_row(["memory of an idle stream, both gateway nodes".to_owned(), format!("{:.0} bytes", seen.idle)]);
+    let ways: Vec<&str> = [TUNNEL, KONNECTIVITY].into_iter().filter(|way| seen.good.contains_key(way)).collect();
+    table.load_style(ASCII_MARKDOWN).set_header(["link", "what"].into_iter().chain(ways.iter().copied()));
+    let ratio = |value: f64| format!("{value:.2}");
+    let ms = |value: f64| format!("{value:.2} ms");
+    for (link, seen) in [(&GOOD, &seen.good), (&BAD, &seen.bad)] {
+        let mut row = |what: String, cell: &dyn Fn(&Seen) -> String| {
+            let cells = ways.iter().filter_map(|way| seen.get(way)).map(cell);
+            table.add_row([link.name.to_owned(), what].into_iter().chain(cells));
+        };
+        row("one stream, throughput × direct".to_owned(), &|s| ratio(s.one));
+        row("one stream, bytes per CPU-second × direct".to_owned(), &|s| ratio(s.per_cpu));
+        row(format!("{} streams, throughput × direct", link.streams), &|s| ratio(s.many));
+        row("small request, added, p50".to_owned(), &|s| ms(s.added[0]));
+        row("small request, added, p99".to_owned(), &|s| ms(s.added[1]));
+        if link.bad.is_none() {
+            row("memory of an idle stream, both ends".to_owned(), &|s| format!("{:.0} bytes", s.idle));
+        }
+    }
     println!("{table}");
     Ok(())
 }
 
+const TUNNEL: &str = "tunnel";
+const KONNECTIVITY: &str = "konnectivity";
+
+/// One way, compared with a direct connection on the same link.
+#[derive(Clone, Default)]
 struct Seen {
     one: f64,
-    one_per_cpu: f64,
+    per_cpu: f64,
     many: f64,
     /// p50 and p99, ms.
     added: [f64; 2],
-    /// Bytes.
+    /// Bytes; not measured on a bad link.
     idle: f64,
 }
 
-async fn measure(runs: usize) -> Result<Seen> {
+struct Measured {
+    good: BTreeMap<&'static str, Seen>,
+    bad: BTreeMap<&'static str, Seen>,
+}
+
+impl Measured {
+    fn json(&self) -> Value {
+        let of = |way: &str| -> Value {
+            let Some(good) = self.good.get(way) else { return Value::Null };
+            let mut object = fields(good);
+            object["bytes_per_idle_stream"] = json!(good.idle.round());
+            object["bad_link"] = self.bad.get(way).map_or(Value::Null, fields);
+            object
+        };
+        let mut object = of(TUNNEL);
+        object["konnectivity"] = of(KONNECTIVITY);
+        object
+    }
+}
+
+fn fields(seen: &Seen) -> Value {
+    let round = |value: f64| (value * 1000.0).round() / 1000.0;
+    json!({
+        "direct_ratio": round(seen.one), "direct_ratio_many_streams": round(seen.many), "direct_ratio_per_cpu_second": round(seen.per_cpu),
+        "latency_added_ms_p50": round(seen.added[0]), "latency_added_ms_p99": round(seen.added[1]),
+    })
+}
+
+/// How the node is reached.
+#[derive(Clone, Debug)]
+enum Way {
+    Tcp(SocketAddr),
+    Konnectivity(konnectivity::Way),
+}
+
+async fn measure(runs: usize) -> Result<Measured> {
     ensure!(runs > 0, "--runs 0 measures nothing");
     let mut pools = PoolSpec::three();
     let mut direct = pools[1].forward(Protocol::Tcp, PORT, 1);
     direct.public_port = DIRECT;
     pools[1].forwards.push(direct);
+    let server = pools[0].forward(Protocol::Tcp, konnectivity::AGENT_PORT, 0);
+    pools[0].forwards.push(server);
     let lab = Lab::builder().pools(pools).up().await?;
     lab.cluster().apply_gateways(lab.site()).await?;
     let _controller = lab.start_controller().await?;
     let agents = lab.start_agents().await?;
     serve(&lab.node("x-b").ns)?;
-    let client = lab.node("cloud-a").ns.clone();
-    let tunnel = SocketAddr::from((lab.node("x-b").lan_v4, PORT));
-    let direct = SocketAddr::from((lab.pool("edge-x").public_v4, DIRECT));
-    for way in [tunnel, direct] {
-        let answers = || async { within(&client, move || ask(way)).await };
-        eventually(ANSWER, &format!("{way} answers"), answers).await?;
-    }
-    let (mut one, mut many, mut per_cpu) = ((vec![], vec![]), (vec![], vec![]), (vec![], vec![]));
-    let mut latency = (vec![], vec![]);
-    for _ in 0..runs {
-        for (way, one, many, per_cpu, latency) in [
-            (tunnel, &mut one.0, &mut many.0, &mut per_cpu.0, &mut latency.0),
-            (direct, &mut one.1, &mut many.1, &mut per_cpu.1, &mut latency.1),
-        ] {
-            let busy = busy_seconds()?;
-            let rate = within(&client, move || download(way, 1)).await?;
-            per_cpu.push(BULK as f64 / (busy_seconds()? - busy).max(0.01));
-            one.push(rate);
-            many.push(within(&client, move || download(way, STREAMS)).await?);
-            latency.push(within(&client, move || percentiles(way)).await?);
-        }
-    }
-    let added = |n: usize| {
-        let of = |list: &[[f64; 2]]| median(list.iter().map(|p| p[n]).collect());
-        of(&latency.0) - of(&latency.1)
-    };
+    let target = SocketAddr::from((lab.node("x-b").lan_v4, PORT));
+    let konnectivity = Konnectivity::start(&lab, "cloud-a", "x-a")?;
     let pid = |node: &str| agents.iter().find(|a| a.node.name == node).map(|a| a.process.pid()).context("an agent");
-    let resident = || -> Result<f64> { Ok(memory_mb(pid("cloud-a")?, "VmRSS")? + memory_mb(pid("x-a")?, "VmRSS")?) };
-    let before = resident()?;
-    let held = within(&client, move || (0..IDLE).map(|_| ask(tunnel)).collect::<Result<Vec<_>>>()).await?;
-    let idle = (resident()? - before) * 1024.0 * 1024.0 / IDLE as f64;
-    drop(held);
-    Ok(Seen {
-        one: median(one.0) / median(one.1),
-        one_per_cpu: median(per_cpu.0) / median(per_cpu.1),
-        many: median(many.0) / median(many.1),
-        added: [added(0), added(1)],
-        idle,
-    })
+    let mut ways = vec![(TUNNEL, Way::Tcp(target), vec![pid("cloud-a")?, pid("x-a")?])];
+    ways.extend(konnectivity.as_ref().map(|k| (KONNECTIVITY, Way::Konnectivity(k.way(target)), k.pids())));
+    let direct = Way::Tcp(SocketAddr::from((lab.pool("edge-x").public_v4, DIRECT)));
+    let client = lab.node("cloud-a").ns.clone();
+    for way in ways.iter().map(|(_, way, _)| way).chain([&direct]) {
+        let answers = || async { within(&client, way, |way| ask(&way).map(drop)).await };
+        eventually(ANSWER, &format!("{way:?} answers"), answers).await?;
+    }
+    let mut good = compare(&client, &ways, &direct, &GOOD, runs).await?;
+    for (name, way, pids) in &ways {
+        let idle = idle(&client, way, pids).await?;
+        good.entry(name).or_default().idle = idle;
+    }
+    let (delay, one_in) = BAD.bad.context("a bad link is bad")?;
+    let _impaired = lab.impair("edge-x", delay, one_in)?;
+    let bad = compare(&client, &ways, &direct, &BAD, runs).await?;
+    Ok(Measured { good, bad })
 }
 
-async fn within<T: Send + 'static>(ns: &Namespace, work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    ns.within_async(work).await?
+/// Every way against the direct one, in turn.
+async fn compare(
+    client: &Namespace,
+    ways: &[(&'static str, Way, Vec<u32>)],
+    direct: &Way,
+    link: &'static Link,
+    runs: usize,
+) -> Result<BTreeMap<&'static str, Seen>> {
+    let mut raw: BTreeMap<&str, Raw> = BTreeMap::new();
+    for _ in 0..runs {
+        for (name, way) in ways.iter().map(|(name, way, _)| (*name, way)).chain([("direct", direct)]) {
+            let raw = raw.entry(name).or_default();
+            let busy = busy_seconds()?;
+            raw.one.push(within(client, way, |way| download(&way, link.bulk, 1)).await?);
+            raw.per_cpu.push(link.bulk as f64 / (busy_seconds()? - busy).max(0.01));
+            raw.many.push(within(client, way, |way| download(&way, link.bulk, link.streams)).await?);
+            raw.latency.push(within(client, way, |way| percentiles(&way, link.requests)).await?);
+        }
+    }
+    let direct = raw.remove("direct").context("it was measured")?;
+    let against = |raw: &Raw| Seen {
+        one: median(&raw.one) / median(&direct.one),
+        per_cpu: median(&raw.per_cpu) / median(&direct.per_cpu),
+        many: median(&raw.many) / median(&direct.many),
+        added: [0, 1].map(|n| percentile(&raw.latency, n) - percentile(&direct.latency, n)),
+        idle: 0.0,
+    };
+    Ok(ways.iter().map(|(name, _, _)| (*name, against(&raw[name]))).collect())
+}
+
+/// What was measured, run by run.
+#[derive(Default)]
+struct Raw {
+    one: Vec<f64>,
+    per_cpu: Vec<f64>,
+    many: Vec<f64>,
+    latency: Vec<[f64; 2]>,
+}
+
+fn percentile(latency: &[[f64; 2]], n: usize) -> f64 {
+    median(&latency.iter().map(|p| p[n]).collect::<Vec<_>>())
+}
+
+/// Bytes that both ends keep for a stream on which nothing happens.
+async fn idle(client: &Namespace, way: &Way, pids: &[u32]) -> Result<f64> {
+    let resident = || pids.iter().map(|pid| memory_mb(*pid, "VmRSS")).sum::<Result<f64>>();
+    let before = resident()?;
+    let held = within(client, way, |way| (0..IDLE).map(|_| ask(&way)).collect::<Result<Vec<_>>>()).await?;
+    let after = resident()?;
+    drop(held);
+    Ok((after - before) * 1024.0 * 1024.0 / IDLE as f64)
+}
+
+async fn within<T: Send + 'static>(ns: &Namespace, way: &Way, work: impl FnOnce(Way) -> Result<T> + Send + 'static) -> Result<T> {
+    let way = way.clone();
+    ns.within_async(move || work(way)).await?
 }
 
 /// On the node: a number of bytes (8, big-endian) is answered with as many; 0 with one byte, and the connection stays.
@@ -156,32 +250,41 @@ fn answer(mut client: TcpStream) -> std::io::Result<()> {
     }
 }
 
-fn connect(to: SocketAddr) -> Result<TcpStream> {
-    let stream = TcpStream::connect_timeout(&to, ANSWER)?;
-    stream.set_nodelay(true)?;
-    stream.set_read_timeout(Some(ANSWER))?;
-    Ok(stream)
+/// A connection to the node.
+trait Stream: Read + Write + Send {}
+impl<T: Read + Write + Send> Stream for T {}
+
+fn connect(way: &Way) -> Result<Box<dyn Stream>> {
+    match way {
+        Way::Tcp(to) => {
+            let stream = TcpStream::connect_timeout(to, ANSWER)?;
+            stream.set_nodelay(true)?;
+            stream.set_read_timeout(Some(ANSWER))?;
+            Ok(Box::new(stream))
+        }
+        Way::Konnectivity(way) => Ok(Box::new(way.connect(ANSWER)?)),
+    }
 }
 
 /// A small request by a connection of its own, which is given back open.
-fn ask(to: SocketAddr) -> Result<TcpStream> {
-    let mut stream = connect(to)?;
+fn ask(way: &Way) -> Result<Box<dyn Stream>> {
+    let mut stream = connect(way)?;
     stream.write_all(&0u64.to_be_bytes())?;
     let mut byte = [0];
-    stream.read_exact(&mut byte).with_context(|| format!("an answer from {to}"))?;
+    stream.read_exact(&mut byte).with_context(|| format!("an answer by {way:?}"))?;
     Ok(stream)
 }
 
 /// Bytes per second of so many streams at once.
-fn download(to: SocketAddr, streams: u64) -> Result<f64> {
+fn download(way: &Way, bulk: u64, streams: u64) -> Result<f64> {
     let begin = Instant::now();
-    let each = BULK / streams;
+    let each = bulk / streams;
     std::thread::scope(|scope| {
         let readers: Vec<_> = (0..streams)
             .map(|_| {
                 // A thread of a scope stays in the network namespace of the one that made it.
                 scope.spawn(move || -> Result<()> {
-                    let mut stream = connect(to)?;
+                    let mut stream = connect(way)?;
                     stream.write_all(&each.to_be_bytes())?;
                     let copied = std::io::copy(&mut (&mut stream).take(each), &mut std::io::sink())?;
                     ensure!(copied == each, "{copied} of {each} bytes");
@@ -191,19 +294,19 @@ fn download(to: SocketAddr, streams: u64) -> Result<f64> {
             .collect();
         readers.into_iter().try_for_each(|reader| reader.join().unwrap_or_else(|_| anyhow::bail!("a reader panicked")))
     })?;
-    Ok(BULK as f64 / begin.elapsed().as_secs_f64())
+    Ok(bulk as f64 / begin.elapsed().as_secs_f64())
 }
 
 /// p50 and p99 of small requests, ms.
-fn percentiles(to: SocketAddr) -> Result<[f64; 2]> {
-    let mut times = Vec::with_capacity(REQUESTS);
-    for _ in 0..REQUESTS {
+fn percentiles(way: &Way, requests: usize) -> Result<[f64; 2]> {
+    let mut times = Vec::with_capacity(requests);
+    for _ in 0..requests {
         let begin = Instant::now();
-        ask(to)?;
+        ask(way)?;
         times.push(begin.elapsed().as_secs_f64() * 1000.0);
     }
     times.sort_by(f64::total_cmp);
-    Ok([times[REQUESTS / 2], times[REQUESTS * 99 / 100]])
+    Ok([times[requests / 2], times[requests * 99 / 100]])
 }
 
 /// Seconds that this machine's CPUs were not idle, all together.
@@ -215,12 +318,8 @@ fn busy_seconds() -> Result<f64> {
     Ok((numbers.iter().take(8).sum::<f64>() - idle) / 100.0)
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
-}
-
-fn which(program: &str) -> Option<std::path::PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path).map(|dir| dir.join(program)).find(|path| path.is_file())
 }

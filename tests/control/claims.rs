@@ -85,7 +85,7 @@ async fn of_two_that_claim_a_node_or_a_prefix_one_is_told_and_the_other_is_untou
         let told = "192.168.7.0/24 of node r-a stays with this Gateway; Gateway b-second claims it too (prefix 192.168.0.0/16 of annotation";
         assert_eq!(stage.event("a-first", "PrefixContested", told).await?, "Normal");
 
-        stage.put_node("s-b", 7, &[(LABEL_GATEWAY, "b-second")]).await?;
+        stage.put_node_at("s-b", 7, 9, &[(LABEL_GATEWAY, "b-second")]).await?;
         let says_pod = "podCIDR 10.244.7.0/24 of node s-b overlaps 10.244.7.0/24 of node r-a in Gateway a-first";
         let refused = stage.until("b-second", "does not get the pod prefix", |g| says(g, "Accepted", "False", "PrefixClaimedTwice", says_pod)).await?;
         let subnets = |name: &str| status(&refused).nodes.iter().find(|n| n.node_name == name).map(|n| n.subnets.clone());

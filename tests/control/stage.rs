@@ -81,6 +81,11 @@ impl Stage {
 
     /// Node `name`, Ready, with these labels; its address is 10.1.0.`number`, its prefixes are 10.244.`number`.0/24 and fd00:244:`number`::/64.
     pub async fn put_node(&self, name: &str, number: u8, labels: &[(&str, &str)]) -> Result<()> {
+        self.put_node_at(name, number, number, labels).await
+    }
+
+    /// The same with the address 10.1.0.`host`.
+    pub async fn put_node_at(&self, name: &str, number: u8, host: u8, labels: &[(&str, &str)]) -> Result<()> {
         let mut object = json!({
             "apiVersion": "v1",
             "kind": "Node",
@@ -92,7 +97,7 @@ impl Stage {
         }
         let parameters = PatchParams::apply(MANAGER).force();
         self.nodes().patch(name, &parameters, &Patch::Apply(&object)).await.with_context(|| format!("apply Node {name}"))?;
-        let addresses = json!([{"type": "Hostname", "address": name}, {"type": "InternalIP", "address": format!("10.1.0.{number}")}]);
+        let addresses = json!([{"type": "Hostname", "address": name}, {"type": "InternalIP", "address": format!("10.1.0.{host}")}]);
         self.put_node_status(name, MANAGER, json!({"addresses": addresses})).await?;
         self.lab.cluster().set_ready(name, true).await
     }

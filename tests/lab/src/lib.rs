@@ -23,6 +23,7 @@ pub mod capture;
 pub mod console;
 pub mod eventually;
 pub mod evidence;
+pub mod impair;
 pub mod kernel_log;
 pub mod kubectl;
 pub mod kubelet;

@@ -1,0 +1,128 @@
+//! A bad link: a site's line to the internet with delay and loss, made by a forwarder of the lab's own (this kernel has no netem).
+//!
+//! The port of the site on the internet's bridge is replaced by a pair of devices, and two threads carry frames between them, each frame
+//! a while later, or never. Its ends do not aggregate: what a forwarder sees is what a wire would.
+
+use std::io::IoSlice;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use nix::ifaddrs::getifaddrs;
+use nix::sys::socket::{
+    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrLike, bind, recvfrom, sendmsg, setsockopt, socket,
+    sockopt::ReceiveTimeout,
+};
+use nix::sys::time::TimeVal;
+
+use crate::{Lab, Namespace};
+
+/// How long a reader waits before it looks whether it should stop.
+const LOOK: TimeVal = TimeVal::new(0, 200_000);
+
+/// `PACKET_OUTGOING` of linux/if_packet.h.
+const OUTGOING: u8 = 4;
+
+/// The forwarder; the link is cut when it is dropped.
+#[derive(Debug)]
+pub struct Impairment {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Lab {
+    /// Gives the line of a pool's site `delay` in each direction, and loses every n-th frame or so (`one_in`; 0: none).
+    pub fn impair(&self, pool: &str, delay: Duration, one_in: u64) -> Result<Impairment> {
+        let pool = self.pool(pool);
+        let (port, inet) = (&pool.spec.name, &self.site().inet);
+        inet.ip(&format!("link set {port} nomaster\nlink add slow type veth peer name slow-far\nlink set slow master wire\nlink set slow up\nlink set slow-far up\n"))?;
+        pool.router.run("ethtool", &["-K", "wan", "tso", "off", "gso", "off", "gro", "off", "tx", "off"])?;
+        for device in [port, "slow", "slow-far"] {
+            inet.run("ethtool", &["-K", device, "tso", "off", "gso", "off", "gro", "off", "tx", "off"])?;
+        }
+        let (near, far) = (Line::open(inet, port)?, Line::open(inet, "slow-far")?);
+        let stop = Arc::new(AtomicBool::new(false));
+        let threads = [(near.clone(), far.clone()), (far, near)].into_iter().enumerate();
+        let threads = threads.flat_map(|(n, (from, to))| carry(from, to, delay, Loss::new(one_in, n as u64), &stop)).collect();
+        Ok(Impairment { stop, threads })
+    }
+}
+
+impl Drop for Impairment {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A device, frame by frame (packet(7)).
+#[derive(Clone)]
+struct Line(Arc<OwnedFd>);
+
+impl Line {
+    fn open(ns: &Namespace, device: &str) -> Result<Self> {
+        let name = device.to_owned();
+        let open = move || -> Result<OwnedFd> {
+            let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::empty(), SockProtocol::EthAll)?;
+            // The kernel's own list of devices has their addresses in the form that a packet socket wants.
+            let address = getifaddrs()?
+                .filter(|found| found.interface_name == name)
+                .find_map(|found| found.address.filter(|a| a.family() == Some(AddressFamily::Packet)))
+                .and_then(|address| address.as_link_addr().copied());
+            bind(socket.as_raw_fd(), &address.context("the device is not there")?)?;
+            setsockopt(&socket, ReceiveTimeout, &LOOK)?;
+            Ok(socket)
+        };
+        let socket = ns.within(open)?.with_context(|| format!("open {device} of {}", ns.name))?;
+        Ok(Self(Arc::new(socket)))
+    }
+}
+
+/// Every n-th frame or so: by a hash of its number, the same in every run.
+struct Loss {
+    one_in: u64,
+    number: u64,
+}
+
+impl Loss {
+    fn new(one_in: u64, direction: u64) -> Self {
+        Self { one_in, number: direction << 32 }
+    }
+
+    fn loses(&mut self) -> bool {
+        // SplitMix64's finaliser.
+        self.number += 1;
+        let mut hash = self.number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        self.one_in > 0 && (hash ^ (hash >> 27)) % self.one_in == 0
+    }
+}
+
+fn carry(from: Line, to: Line, delay: Duration, mut loss: Loss, stop: &Arc<AtomicBool>) -> [JoinHandle<()>; 2] {
+    let (queue, queued) = mpsc::channel::<(Instant, Vec<u8>)>();
+    let stop = stop.clone();
+    let read = std::thread::spawn(move || {
+        let mut frame = vec![0; 1 << 16];
+        while !stop.load(Ordering::Relaxed) {
+            let Ok((length, Some(about))) = recvfrom::<LinkAddr>(from.0.as_raw_fd(), &mut frame) else { continue };
+            // What this forwarder itself sends here is seen here, too.
+            if about.pkttype() != OUTGOING && !loss.loses() && queue.send((Instant::now() + delay, frame[..length].to_vec())).is_err() {
+                return;
+            }
+        }
+    });
+    let write = std::thread::spawn(move || {
+        // What a line delays is time itself: nothing is waited for here.
+        while let Ok((due, frame)) = queued.recv() {
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            let _ = sendmsg::<()>(to.0.as_raw_fd(), &[IoSlice::new(&frame)], &[], MsgFlags::empty(), None);
+        }
+    });
+    [read, write]
+}
