@@ -173,7 +173,7 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
         loop {
             if let Some(inputs) = self.feed.take() {
                 let topology = build(&inputs);
-                self.orders.send_replace((Arc::new(proxy::plan::plan(&topology, &self.node)), topology.proxy_ca.clone()));
+                self.orders.send_replace((Arc::new(proxy::plan::plan(&topology, &self.node, None)), topology.proxy_ca.clone()));
                 known = Some(Known { topology, inputs, saved: false });
             }
             if let Some(known) = &mut known {

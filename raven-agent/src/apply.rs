@@ -222,13 +222,14 @@ impl Reconciler {
         }
     }
 
-    fn me(&self, uplink: Option<&Uplink>) -> Me {
+    fn me(&mut self, uplink: Option<&Uplink>) -> Me {
         let subnets = uplink.into_iter().flat_map(|u| u.subnets.iter().copied());
         Me {
             node: self.settings.node.clone(),
             uplink_mtu: uplink.map_or(1500, |u| u.mtu),
             protected: self.settings.protected.iter().copied().chain(subnets).collect(),
             addresses: uplink.map(|u| u.node_addresses.clone()).unwrap_or_default(),
+            detour: self.bpf.detour(),
         }
     }
 

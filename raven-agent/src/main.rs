@@ -26,6 +26,7 @@ fn main() -> ExitCode {
         }),
         None => {
             silence_stdout();
+            raise_file_limit();
             with_runtime(app::run(cli.run))
         }
     };
@@ -49,6 +50,15 @@ fn log(format: LogFormat) {
     match format {
         LogFormat::Text => builder.init(),
         LogFormat::Json => builder.json().init(),
+    }
+}
+
+/// Every stream is two sockets, and container runtimes start programs with 1,024 (systemd's soft limit): as many as may be had.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource::RLIMIT_NOFILE, getrlimit, setrlimit};
+    let raised = getrlimit(RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(RLIMIT_NOFILE, hard, hard));
+    if let Err(e) = raised {
+        tracing::warn!("raise the limit of open files: {e}; many streams at once may not be had");
     }
 }
 

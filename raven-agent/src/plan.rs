@@ -37,6 +37,8 @@ pub struct Me {
     pub protected: BTreeSet<IpNet>,
     /// Addresses on the node's devices.
     pub addresses: BTreeSet<IpAddr>,
+    /// The gateway node to which connections by address go now.
+    pub detour: Option<Ipv4Addr>,
 }
 
 /// What this node is to its pool.
@@ -136,7 +138,7 @@ fn tunnel_mtu(uplink_mtu: u32) -> u32 {
 
 /// See the module's text.
 pub fn plan(topology: &Topology, me: &Me) -> Plan {
-    let detour = proxy::plan::plan(topology, &me.node).detour;
+    let detour = proxy::plan::plan(topology, &me.node, me.detour).detour;
     let l3 = topology.settings.l3;
     let Some((name, pool)) = topology.pool_of(&me.node) else { return nothing(me, stranger(topology, me)) };
     if !l3 && detour.is_none() {

@@ -17,11 +17,19 @@ mod identity;
 mod limits;
 pub mod plan;
 mod serve;
+mod sever;
 pub mod stats;
 mod stream;
 mod tunnels;
+mod waiting;
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use kube::Client;
 use raven_api::{
@@ -120,16 +128,17 @@ impl Proxy {
         let _keeper = Task(tokio::spawn(keeper.run()));
         let mut running: BTreeMap<Part, Task> = BTreeMap::new();
         let (mut identity, mut problem) = (wires.identity.subscribe(), wires.problem.subscribe());
-        let (mut up, mut ends) = (wires.up.subscribe(), wires.tunnels.ends());
+        let mut up = wires.up.subscribe();
         let mut again = interval(AGAIN);
         loop {
             let (plan, ca) = self.orders.borrow_and_update().clone();
             wires.tell(&plan, ca);
             let mut failures = self.run_parts(&plan, &wires, &mut running).await;
             failures.extend(problem.borrow_and_update().clone());
-            let listens = running.contains_key(&Part::Entrance(Kind::Secure(KUBELET_PORT)));
-            let ready = identity.borrow_and_update().is_some() && listens;
-            let status = status(&plan.role, ready, &up.borrow_and_update(), &ends.borrow_and_update(), failures);
+            // Whoever is sent here by the Service finds every port; by address is L3's neighbour, and said by it.
+            let needed = parts(&plan, false);
+            let ready = identity.borrow_and_update().is_some() && needed.iter().all(|part| running.contains_key(part));
+            let status = status(&plan.role, ready, &up.borrow_and_update(), failures);
             let status = status.map(|status| (plan.directory.own_pool.clone(), status));
             self.status.send_if_modified(|have| replace(have, status));
             tokio::select! {
@@ -137,7 +146,6 @@ impl Proxy {
                 Ok(()) = identity.changed() => {}
                 Ok(()) = problem.changed() => {}
                 Ok(()) = up.changed() => {}
-                Ok(()) = ends.changed() => {}
                 _ = again.tick() => {}
             }
         }
@@ -152,7 +160,7 @@ impl Proxy {
             if running.contains_key(&part) {
                 continue;
             }
-            match self.start(part, wires).await {
+            match self.start(part, plan, wires).await {
                 Ok(task) => drop(running.insert(part, Task(task))),
                 Err(e) => failures.push(e),
             }
@@ -160,16 +168,17 @@ impl Proxy {
         failures
     }
 
-    async fn start(&self, part: Part, wires: &Wires) -> Result<JoinHandle<()>, String> {
+    async fn start(&self, part: Part, now: &Plan, wires: &Wires) -> Result<JoinHandle<()>, String> {
         let (plan, stats) = (wires.plan.subscribe(), self.stats.clone());
         Ok(match part {
             Part::Gate(port) => {
-                let listener = self.listen(SocketAddr::new(self.settings.secure.ip(), port)).await?;
+                // From everywhere: this is what sites dial.
+                let listener = self.listen(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port)).await?;
                 let gate = Gate { plan, identity: wires.identity.subscribe(), tunnels: wires.tunnels.clone(), stats };
                 tokio::spawn(gate.run(listener))
             }
             Part::Entrance(kind) => {
-                let listener = self.entrance(kind).await?;
+                let listener = self.entrance(kind, now).await?;
                 tokio::spawn(Entrance { plan, tunnels: wires.tunnels.clone(), stats }.run(listener, kind))
             }
             Part::Dialler => {
@@ -179,11 +188,17 @@ impl Proxy {
         })
     }
 
-    async fn entrance(&self, kind: Kind) -> Result<TcpListener, String> {
+    async fn entrance(&self, kind: Kind, plan: &Plan) -> Result<TcpListener, String> {
+        // `:PORT` is the node's own address, as upstream has it: what the Service's endpoints are. A gateway node may be on the internet,
+        // and a kubelet's read-only port asks nobody who he is.
+        let here = |address: SocketAddr, port: u16| match (address.ip(), plan.directory.address_of(&self.settings.node)) {
+            (ip, Some(own)) if ip == Ipv6Addr::UNSPECIFIED => SocketAddr::new(own, port),
+            (ip, _) => SocketAddr::new(ip, port),
+        };
         let by_name = match kind {
-            Kind::Secure(KUBELET_PORT) => self.settings.secure,
-            Kind::Secure(port) => SocketAddr::new(self.settings.secure.ip(), secure_listener(port)),
-            Kind::Insecure => self.settings.insecure,
+            Kind::Secure(KUBELET_PORT) => here(self.settings.secure, self.settings.secure.port()),
+            Kind::Secure(port) => here(self.settings.secure, secure_listener(port)),
+            Kind::Insecure => here(self.settings.insecure, self.settings.insecure.port()),
             Kind::Dialled => {
                 let listener = self.dialled.as_ref().ok_or_else(|| "there is no listener for connections by address".to_owned())?;
                 // Another handle of the same socket: it is the one that the program hands connections to.
@@ -236,9 +251,7 @@ impl Wires {
         self.plan.send_if_modified(|have| replace(have, plan.clone()));
         match &plan.role {
             Role::Edge(clouds) => drop(self.clouds.send_if_modified(|have| replace(have, clouds.clone()))),
-            // Whoever takes tunnels closes those that may not be; where nobody does, none may.
-            Role::None => self.tunnels.retain(|_, _| false),
-            Role::Cloud { .. } => {}
+            Role::None | Role::Cloud { .. } => {}
         }
     }
 }
@@ -271,18 +284,13 @@ fn parts(plan: &Plan, dialled: bool) -> Vec<Part> {
     }
 }
 
-fn status(
-    role: &Role,
-    ready: bool,
-    up: &dial::Up,
-    ends: &std::collections::BTreeSet<String>,
-    failures: Vec<String>,
-) -> Option<ProxyStatus> {
+fn status(role: &Role, ready: bool, up: &dial::Up, failures: Vec<String>) -> Option<ProxyStatus> {
     let (tunnels, ready, words): (Vec<String>, bool, String) = match role {
         Role::None => return None,
         Role::Cloud { .. } => {
-            let words = if ready { format!("{} gateway nodes of sites have a tunnel here", ends.len()) } else { "not ready".to_owned() };
-            (ends.iter().cloned().collect(), ready, words)
+            // Who has a tunnel here says so itself; a list of them all, at each change of one, would go to everybody who watches.
+            let words = if ready { "takes tunnels and requests; who has a tunnel here: /tunnels on the metrics port" } else { "not ready" };
+            (Vec::new(), ready, words.to_owned())
         }
         Role::Edge(clouds) => {
             let missing: Vec<&str> = clouds.keys().filter(|cloud| !up.contains_key(*cloud)).map(String::as_str).collect();

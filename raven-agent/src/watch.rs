@@ -2,7 +2,7 @@
 //!
 //! Never Nodes or Pods: what ten thousand agents cost the API server stays small.
 
-use std::{collections::BTreeSet, fmt::Debug, time::Duration};
+use std::{fmt::Debug, time::Duration};
 
 use futures::{
     StreamExt, TryStreamExt,
@@ -15,7 +15,6 @@ use kube::{
 };
 use raven_api::{
     Gateway, GatewayNode,
-    gateway::EndpointType,
     proxy::{CA_KEY, CA_NAME, ready},
 };
 use serde::de::DeserializeOwned;
@@ -61,7 +60,8 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
         let (gateways, nodes) = (listed(&gateways), listed(&nodes));
         let data = |store: &reflector::Store<ConfigMap>| store.state().first().and_then(|c| c.data.clone()).unwrap_or_default();
         let inputs = snapshot::lean(&Inputs {
-            ready_proxies: ready_proxies(&gateways, &nodes),
+            // Of what nodes observe, the one thing that somebody else's way depends on.
+            ready_proxies: ready(&gateways, &nodes).into_iter().map(str::to_owned).collect(),
             gateways,
             gateway_nodes: nodes,
             settings: Settings::parse(&data(&switches), &data(&agent)),
@@ -79,17 +79,6 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
 
 fn listed<K: Resource<DynamicType = ()> + Clone + 'static>(store: &reflector::Store<K>) -> Vec<K> {
     store.state().iter().map(|object| (**object).clone()).collect()
-}
-
-/// Of what nodes observe, the one thing that somebody else's way depends on; without the edges' own, which change all the time.
-fn ready_proxies(gateways: &[Gateway], nodes: &[GatewayNode]) -> BTreeSet<String> {
-    let exposed = gateways.iter().filter(|g| !g.spec.expose_type.is_edge()).filter_map(|g| g.status.as_ref());
-    let elected: BTreeSet<&str> = exposed
-        .flat_map(|status| &status.active_endpoints)
-        .filter(|endpoint| endpoint.type_ == EndpointType::Proxy)
-        .map(|endpoint| endpoint.node_name.as_str())
-        .collect();
-    ready(nodes).intersection(&elected).map(|node| (*node).to_owned()).collect()
 }
 
 fn reflected<K>(what: &'static str, api: Api<K>, config: watcher::Config) -> (reflector::Store<K>, BoxStream<'static, Seen>)

@@ -1,8 +1,8 @@
 //! Names and numbers of the L7 path, where users have them already (`API.md`), and which ports of a kubelet it reaches.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::{Gateway, GatewayNode};
+use crate::{Gateway, GatewayNode, GatewayStatus, gateway::EndpointType};
 
 /// Where a cloud gateway node listens for requests over TLS, which name their node by SNI.
 pub const INTERNAL_SECURE_PORT: u16 = 10263;
@@ -67,6 +67,9 @@ impl Ports {
             ports.http.extend(listed(config.proxy_http_port.as_deref()));
             ports.https.extend(listed(config.proxy_https_port.as_deref()));
         }
+        // A listener for two ports would hand the one's requests to the other: the first keeps it.
+        let mut listeners = BTreeSet::new();
+        ports.https.retain(|port| listeners.insert(secure_listener(*port)));
         ports.http.retain(|port| !ports.https.contains(port));
         ports
     }
@@ -77,15 +80,31 @@ impl Ports {
     }
 }
 
-/// Gateway nodes whose proxy is ready: they say so, and if there are edges with tunnels at all, one of them has a tunnel there. An agent
-/// that died says what it said last; its tunnels' other ends know better.
-pub fn ready(nodes: &[GatewayNode]) -> BTreeSet<&str> {
+/// Elected nodes of exposed Gateways whose proxy is ready: they say so, and edges have tunnels there. An agent that died says what it said
+/// last; its tunnels' other ends know better.
+///
+/// Witnesses are the elected nodes of edge Gateways that are Ready (condition Elected says so: a site without power says nothing new, and
+/// is not asked). One that has as many witnesses as half of the best has: a gateway node that hardly a site reaches is passed over.
+pub fn ready<'a>(gateways: &'a [Gateway], nodes: &'a [GatewayNode]) -> BTreeSet<&'a str> {
+    let elected = |exposed: bool| {
+        let of_kind = gateways.iter().filter(move |g| g.spec.expose_type.is_edge() != exposed);
+        let status = of_kind.filter_map(|g| g.status.as_ref()).filter(move |s| exposed || condition_holds(s, "Elected"));
+        status.flat_map(|s| &s.active_endpoints).filter(|e| e.type_ == EndpointType::Proxy).map(|e| e.node_name.as_str())
+    };
+    let (clouds, edges): (BTreeSet<&str>, BTreeSet<&str>) = (elected(true).collect(), elected(false).collect());
     let proxies = nodes.iter().filter_map(|n| Some((n.metadata.name.as_deref()?, n.status.as_ref()?.proxy.as_ref()?)));
-    let ready: Vec<_> = proxies.filter(|(_, proxy)| proxy.ready).collect();
-    let names: BTreeSet<&str> = ready.iter().map(|(name, _)| *name).collect();
-    // Edges are those at the other ends of somebody's tunnels; each end names the other.
-    let seen: BTreeSet<&str> = ready.iter().flat_map(|(_, proxy)| proxy.tunnels.iter().map(String::as_str)).collect();
-    if seen.is_empty() { names } else { names.intersection(&seen).copied().collect() }
+    let proxies: Vec<_> = proxies.filter(|(_, proxy)| proxy.ready).collect();
+    let mut witnesses: BTreeMap<&str, usize> = BTreeMap::new();
+    for (_, edge) in proxies.iter().filter(|(name, _)| edges.contains(name)) {
+        edge.tunnels.iter().for_each(|cloud| *witnesses.entry(cloud).or_default() += 1);
+    }
+    let most = witnesses.values().copied().max().unwrap_or(0);
+    let seen = |name: &str| most == 0 || witnesses.get(name).copied().unwrap_or(0) * 2 >= most;
+    proxies.iter().map(|(name, _)| *name).filter(|name| clouds.contains(name) && seen(name)).collect()
+}
+
+fn condition_holds(status: &GatewayStatus, type_: &str) -> bool {
+    status.conditions.iter().any(|c| c.type_ == type_ && c.status == "True")
 }
 
 /// What is no port is left out: the schema lets nothing else through than digits and commas.
@@ -93,7 +112,8 @@ fn listed(text: Option<&str>) -> impl Iterator<Item = u16> {
     text.unwrap_or_default().split(',').filter_map(|port| port.trim().parse().ok()).filter(|port| *port != 0)
 }
 
-/// Where a cloud gateway node listens for requests over TLS to `port`. SNI tells a node and no port, so each port has a listener of
+/// Where a cloud gateway node listens for requests over TLS to `port`. Ports above 10,000 share theirs with the one 10,000 or more below,
+/// so not both can be had ([`Ports::of`]). SNI tells a node and no port, so each port has a listener of
 /// its own.
 pub fn secure_listener(port: u16) -> u16 {
     if port == KUBELET_PORT { INTERNAL_SECURE_PORT } else { 20_000 + port % 10_000 }
@@ -118,6 +138,8 @@ mod tests {
         assert_eq!(ports.http, BTreeSet::from([9445, 10255]));
         assert_eq!(ports.https, BTreeSet::from([9100, 9443, 10250]));
         assert!(!ports.contains(443));
+        let colliding = gateway(ExposeType::PublicIP, "", "9443,19443");
+        assert_eq!(Ports::of([&colliding]).https, BTreeSet::from([9443, 10250]), "19443 would be 9443's listener");
         assert_eq!(Ports::of([&gateway(ExposeType::PublicIP, "", "0,99999")]), Ports::default());
     }
 }

@@ -3,18 +3,19 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
+    net::Ipv4Addr,
     os::fd::AsRawFd,
     path::PathBuf,
 };
 
 use aya::{
-    maps::{HashMap, SockMap},
+    maps::{HashMap, LpmTrie, MapData, SockMap, lpm_trie::Key},
     programs::{
         SkLookup,
         links::{FdLink, PinnedLink},
     },
 };
-use raven_common::tables::{KubeletAddress, KubeletNode};
+use raven_common::tables::{KubeletAddress, KubeletNode, Remote};
 
 use super::{Bpf, Error, attach::chain, attach::tag_of};
 
@@ -81,6 +82,15 @@ impl Bpf {
             changed += 1;
         }
         Ok(changed)
+    }
+
+    /// The node to which the overlay brings connections to kubelets, as the tables have it.
+    pub fn detour(&mut self) -> Option<Ipv4Addr> {
+        let kubelets: HashMap<&mut MapData, KubeletAddress, KubeletNode> = self.map("KUBELETS").ok()?;
+        let (kubelet, _) = kubelets.iter().flatten().next()?;
+        let remote: LpmTrie<&mut MapData, [u8; 4], Remote> = self.map("REMOTE4").ok()?;
+        let via = remote.get(&Key::new(32, kubelet.address), 0).ok()?.via;
+        (via != [0; 4]).then(|| via.into())
     }
 
     fn lookup_pin(&self) -> PathBuf {

@@ -67,7 +67,7 @@ fn inputs(sites: &[Site]) -> Inputs {
 }
 
 fn me(site: usize, node: u8) -> Me {
-    Me { node: node_name(site, node), uplink_mtu: 1500, protected: BTreeSet::new(), addresses: BTreeSet::new() }
+    Me { node: node_name(site, node), uplink_mtu: 1500, protected: BTreeSet::new(), addresses: BTreeSet::new(), detour: None }
 }
 
 fn everybody(sites: &[Site]) -> Vec<Me> {
@@ -223,6 +223,7 @@ fn what_the_node_needs_outside_never_enters_the_tunnel() {
     let status = inputs.gateways[1].status.as_mut().expect("the site has a status");
     status.nodes[1].subnets = vec!["172.16.0.0/12".into(), "10.96.0.0/12".into(), "198.51.100.0/24".into(), "10.9.0.0/24".into()];
     let me = Me {
+        detour: None,
         protected: BTreeSet::from(["172.20.0.1/32".parse().expect("a prefix"), "10.96.0.0/16".parse().expect("a prefix")]),
         ..me(0, 1)
     };

@@ -5,7 +5,8 @@ use std::{net::SocketAddr, sync::Arc};
 
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, watch},
+    sync::watch,
+    task::JoinSet,
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -17,6 +18,7 @@ use super::{
     stats::{Refusal, Stats},
     stream,
     tunnels::Tunnels,
+    waiting::{Place, Waiting},
 };
 
 /// Takes tunnels until the task is dropped.
@@ -29,28 +31,21 @@ pub(crate) struct Gate {
 
 impl Gate {
     pub(crate) async fn run(mut self, listener: TcpListener) {
-        let handshakes = Arc::new(Semaphore::new(limits::HANDSHAKES));
+        let waiting = Waiting::new(limits::HANDSHAKES);
+        // With this task they all end: connections of a gate that is closed are nobody's.
+        let mut connections = JoinSet::new();
         let mut acceptor = self.acceptor();
         loop {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
                     Ok((connection, from)) => {
-                        let (Ok(place), Some(acceptor)) = (handshakes.clone().try_acquire_owned(), acceptor.clone()) else {
+                        let Some(acceptor) = acceptor.clone() else { continue };
+                        let (place, crowded) = waiting.enter();
+                        if crowded {
                             self.stats.refused(Refusal::TooMany);
-                            continue;
-                        };
-                        let (plan, tunnels, stats) = (self.plan.clone(), self.tunnels.clone(), self.stats.clone());
-                        tokio::spawn(async move {
-                            match timeout(limits::HANDSHAKE, admit(connection, acceptor, &plan)).await {
-                                Ok(Ok((tunnel, node, pool))) => {
-                                    drop(place);
-                                    // What became of it is said there.
-                                    let _ = tunnels.take(&node, &pool, tunnel).await;
-                                }
-                                Ok(Err((refusal, why))) => turn_away(&stats, from, refusal, &why),
-                                Err(_) => turn_away(&stats, from, Refusal::Slow, "no TLS handshake in time"),
-                            }
-                        });
+                        }
+                        let visitor = Visitor { from, plan: self.plan.clone(), tunnels: self.tunnels.clone(), stats: self.stats.clone() };
+                        connections.spawn(visitor.enter(connection, acceptor, place));
                     }
                     Err(e) => {
                         tracing::warn!("accept a tunnel: {e}");
@@ -62,6 +57,7 @@ impl Gate {
                     let plan = self.plan.borrow_and_update().clone();
                     self.tunnels.retain(|node, pool| plan.directory.pool_of_proxy(node) == Some(pool));
                 }
+                Some(_) = connections.join_next() => {}
             }
         }
     }
@@ -78,9 +74,39 @@ impl Gate {
     }
 }
 
-fn turn_away(stats: &Stats, from: SocketAddr, refusal: Refusal, why: &str) {
-    stats.refused(refusal);
-    tracing::warn!(%from, ?refusal, "no tunnel: {why}");
+/// One who dials.
+struct Visitor {
+    from: SocketAddr,
+    plan: watch::Receiver<Arc<Plan>>,
+    tunnels: Tunnels,
+    stats: Stats,
+}
+
+impl Visitor {
+    async fn enter(self, connection: TcpStream, acceptor: TlsAcceptor, place: Place) {
+        let admitted = tokio::select! {
+            admitted = timeout(limits::HANDSHAKE, admit(connection, acceptor, &self.plan)) => admitted,
+            // Counted when its place was given away.
+            () = place.over.cancelled() => return,
+        };
+        drop(place);
+        match admitted {
+            Ok(Ok((tunnel, node, pool))) => {
+                // What became of it is said there. The election may have changed since it was looked at.
+                let _ = self
+                    .tunnels
+                    .take(&node, &pool, tunnel, |node, pool| self.plan.borrow().directory.pool_of_proxy(node) == Some(pool))
+                    .await;
+            }
+            Ok(Err((refusal, why))) => self.turn_away(refusal, &why),
+            Err(_) => self.turn_away(Refusal::Slow, "no TLS handshake in time"),
+        }
+    }
+
+    fn turn_away(&self, refusal: Refusal, why: &str) {
+        self.stats.refused(refusal);
+        tracing::warn!(from = %self.from, ?refusal, "no tunnel: {why}");
+    }
 }
 
 async fn admit(

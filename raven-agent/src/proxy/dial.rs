@@ -23,6 +23,7 @@ use super::{
     identity::{self, Identity},
     limits,
     serve::{Edge, serve},
+    stats::TunnelStats,
     stream,
 };
 
@@ -50,9 +51,14 @@ enum Error {
 }
 
 impl Error {
-    /// True where the other side answered and refused, or we have nothing to show: soon again would not help.
+    /// True where the other side answered and refused, or we have nothing to show: soon again would not help. A connection that broke in
+    /// the middle of its handshake is no answer: a crowd at the gate, or a load balancer with nobody behind it.
     fn is_refusal(&self) -> bool {
-        matches!(self, Self::Tls(_) | Self::Identity(_) | Self::BadHost(_))
+        match self {
+            Self::Tls(e) => e.kind() == std::io::ErrorKind::InvalidData,
+            Self::Identity(_) | Self::BadHost(_) => true,
+            Self::NoIdentity | Self::Connect(_) | Self::Silent => false,
+        }
     }
 }
 
@@ -118,29 +124,52 @@ struct Slot {
 impl Slot {
     async fn run(mut self) {
         let stop = self.stop.clone();
-        let mut said = None;
-        let mut delays = None;
+        // With this task they all end.
+        let mut tunnels = JoinSet::new();
+        let mut current: Option<Live> = None;
         loop {
-            let outcome = tokio::select! {
-                outcome = self.connect() => outcome,
-                () = stop.cancelled() => return,
+            let next = tokio::select! {
+                next = self.dial() => next,
+                () = stop.cancelled() => break,
             };
-            match outcome {
+            // The successor is there: now the old one may end with its last stream.
+            if let Some(old) = current.take() {
+                old.retire();
+            }
+            let live = self.hold(next, &mut tunnels);
+            let begin = Instant::now();
+            tokio::select! {
+                () = live.ended.cancelled() => {
+                    // One that ends at once is no better than none.
+                    if begin.elapsed() < limits::PING {
+                        self.pause(limits::REDIAL_REFUSED.0).await;
+                    }
+                    continue;
+                }
+                () = sleep(limits::TUNNEL_LIFE.mul_f64(0.9 + 0.2 * jitter())) => tracing::debug!(cloud = self.node, "tunnel grows old"),
+                _ = self.identity.changed() => tracing::info!(cloud = self.node, "another certificate: a new tunnel takes over"),
+                () = stop.cancelled() => {}
+            }
+            current = Some(live);
+        }
+        // Its node is no proxy any more, or another one: what is open may end by itself.
+        current.iter().for_each(Live::retire);
+        while tunnels.join_next().await.is_some() {}
+    }
+
+    /// A new tunnel, however long it takes.
+    async fn dial(&mut self) -> TlsStream<TcpStream> {
+        let mut said = None;
+        let (mut soon, mut late) = (backoff(limits::REDIAL), backoff(limits::REDIAL_REFUSED));
+        loop {
+            match self.connect().await {
                 Ok(tunnel) => {
                     tracing::info!(cloud = self.node, host = self.host, port = self.port, "tunnel up");
-                    (said, delays) = (None, None);
-                    let begin = Instant::now();
-                    self.hold(tunnel).await;
-                    // One that ends at once is no better than none.
-                    if begin.elapsed() > limits::PING {
-                        continue;
-                    }
-                    self.pause(delays.get_or_insert_with(|| backoff(limits::REDIAL_REFUSED))).await;
+                    return tunnel;
                 }
                 Err(Error::NoIdentity) => {
-                    tokio::select! {
-                        changed = self.identity.changed() => if changed.is_err() { return },
-                        () = stop.cancelled() => return,
+                    if self.identity.changed().await.is_err() {
+                        std::future::pending::<()>().await;
                     }
                 }
                 Err(e) => {
@@ -148,25 +177,19 @@ impl Slot {
                     if said.as_ref() != Some(&text) {
                         tracing::warn!(cloud = self.node, host = self.host, port = self.port, "no tunnel: {text}; trying again");
                         said = Some(text);
-                        delays = None;
                     }
-                    let range = if e.is_refusal() { limits::REDIAL_REFUSED } else { limits::REDIAL };
-                    self.pause(delays.get_or_insert_with(|| backoff(range))).await;
+                    let delay = if e.is_refusal() { late.next() } else { soon.next() };
+                    self.pause(delay.unwrap_or(limits::REDIAL_REFUSED.1)).await;
                 }
-            }
-            if stop.is_cancelled() {
-                return;
             }
         }
     }
 
-    async fn pause(&mut self, delays: &mut impl Iterator<Item = Duration>) {
-        let delay = delays.next().unwrap_or(limits::REDIAL_REFUSED.1);
+    async fn pause(&mut self, delay: Duration) {
         tokio::select! {
             () = sleep(delay) => {}
             // A new certificate may be what was missing.
             _ = self.identity.changed() => {}
-            () = self.stop.cancelled() => {}
         }
     }
 
@@ -182,30 +205,35 @@ impl Slot {
         timeout(limits::HANDSHAKE, connector.connect(name, tcp)).await.map_err(|_| Error::Silent)?.map_err(Error::Tls)
     }
 
-    /// Serves a tunnel. One that grows old, or whose certificate is replaced, is left to end with its last stream, while the next is made.
-    async fn hold(&mut self, tunnel: TlsStream<TcpStream>) {
-        let retire = CancellationToken::new();
+    /// Serves a tunnel, in a task of its own.
+    fn hold(&self, tunnel: TlsStream<TcpStream>, tunnels: &mut JoinSet<()>) -> Live {
         let gateway = self.edge.plan.borrow().directory.pool_of(&self.node).unwrap_or_default().to_owned();
         let shown = self.edge.stats.tunnel(&gateway, &self.node);
+        let live = Live { stats: shown.tunnel.clone(), retire: CancellationToken::new(), ended: CancellationToken::new() };
         let counted = Counted::new(&self.up, &self.node);
-        let mut served = Box::pin(serve(tunnel, self.edge.clone(), shown.tunnel.clone(), retire.clone()));
-        let old = limits::TUNNEL_LIFE.mul_f64(0.9 + 0.2 * jitter());
-        tokio::select! {
-            ended = &mut served => {
-                let why = ended.err().map(|e| e.to_string());
-                tracing::info!(cloud = self.node, why, "tunnel down");
-                return;
-            }
-            () = sleep(old) => tracing::debug!(cloud = self.node, "tunnel retired"),
-            _ = self.identity.changed() => tracing::info!(cloud = self.node, "another certificate: a new tunnel takes over"),
-            () = self.stop.cancelled() => {}
-        }
-        retire.cancel();
-        shown.tunnel.retire();
-        tokio::spawn(async move {
-            let _shown_and_counted = (shown, counted);
-            let _ = served.await;
+        let (served, ended, node) =
+            (serve(tunnel, self.edge.clone(), shown.tunnel.clone(), live.retire.clone()), live.ended.clone(), self.node.clone());
+        tunnels.spawn(async move {
+            let _shown_and_counted = (shown, counted, ended.drop_guard());
+            let why = served.await.err().map(|e| e.to_string());
+            tracing::info!(cloud = node, why, "tunnel down");
         });
+        live
+    }
+}
+
+/// A tunnel that is being served.
+struct Live {
+    stats: Arc<TunnelStats>,
+    retire: CancellationToken,
+    ended: CancellationToken,
+}
+
+impl Live {
+    /// It takes no new streams, and ends with its last one.
+    fn retire(&self) {
+        self.stats.retire();
+        self.retire.cancel();
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
-use backon::{ExponentialBuilder, Retryable};
+use backon::{BackoffBuilder, ExponentialBuilder, Retryable};
 use jiff::Timestamp;
 use k8s_openapi::{
     ByteString,
@@ -23,8 +23,8 @@ use crate::names;
 const LIFE: i32 = 90 * 24 * 3600;
 /// How often is looked whether one is due.
 const LOOK: Duration = Duration::from_secs(60);
-/// After a failure.
-const AGAIN: Duration = Duration::from_secs(5);
+/// After a failure: from, to. A request that is refused is refused again until somebody has changed something.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(300));
 
 /// What this node needs a certificate for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -73,11 +73,16 @@ pub(crate) struct Keeper {
 
 impl Keeper {
     pub(crate) async fn run(mut self) {
+        let delays =
+            || ExponentialBuilder::default().with_min_delay(AGAIN.0).with_max_delay(AGAIN.1).with_jitter().without_max_times().build();
+        let mut again = delays();
+        let mut pending = None;
         loop {
             let (purpose, ca) = self.wanted.borrow_and_update().clone();
-            let wait = match self.keep(&purpose, &ca).await {
+            let wait = match self.keep(&purpose, &ca, &mut pending).await {
                 Ok(()) => {
                     self.problem.send_replace(None);
+                    again = delays();
                     LOOK
                 }
                 Err(e) => {
@@ -86,17 +91,22 @@ impl Keeper {
                         tracing::warn!("certificate of the proxy: {text}");
                     }
                     self.problem.send_replace(Some(text));
-                    AGAIN
+                    again.next().unwrap_or(AGAIN.1)
                 }
             };
             tokio::select! {
-                changed = self.wanted.changed() => if changed.is_err() { return },
+                changed = self.wanted.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    again = delays();
+                }
                 () = sleep(wait) => {}
             }
         }
     }
 
-    async fn keep(&self, purpose: &Purpose, ca: &str) -> Result<(), Error> {
+    async fn keep(&self, purpose: &Purpose, ca: &str, pending: &mut Option<Asked>) -> Result<(), Error> {
         let (signer, names, folder) = match purpose {
             Purpose::None => {
                 self.identity.send_replace(None);
@@ -120,9 +130,25 @@ impl Keeper {
             self.offer(stored);
         }
         let Some(client) = self.client.as_ref().filter(|_| due) else { return Ok(()) };
-        let (key, request) = identity::request(&self.node, &names)?;
-        let certificate = sign(client, &self.node, signer, request).await?;
-        let pem = key + &certificate;
+        // What was asked for already is waited for, and not asked for again: nobody may be there to answer for days.
+        let asked = match pending.take().filter(|asked| asked.signer == signer && asked.names == names) {
+            Some(asked) => asked,
+            None => {
+                let (key, request) = identity::request(&self.node, &names)?;
+                Asked { signer, names, key, request: ask(client, &self.node, signer, request).await? }
+            }
+        };
+        let certificate = match signed(client, &asked.request).await {
+            Ok(certificate) => certificate,
+            Err(e @ (Error::Pending(_) | Error::Api(_))) => {
+                // One that was deleted (the API server does so after a day) is asked for anew.
+                let gone = matches!(&e, Error::Api(kube::Error::Api(status)) if status.code == 404);
+                *pending = Some(asked).filter(|_| !gone);
+                return Err(e);
+            }
+            Err(e) => return Err(e),
+        };
+        let pem = asked.key + &certificate;
         let identity = Identity::parse(pem.as_bytes(), ca)?.ok_or(Error::Foreign)?;
         identity::save(&path, &pem)?;
         tracing::info!(names = ?identity.names, not_after = %identity.life.1, "a certificate for the proxy");
@@ -141,8 +167,18 @@ impl Keeper {
     }
 }
 
-/// Asks, and waits for the answer: PEM.
-async fn sign(client: &Client, node: &str, signer: &str, request: String) -> Result<String, Error> {
+/// A request that was made.
+struct Asked {
+    signer: &'static str,
+    names: BTreeSet<String>,
+    /// The key that it is for, PEM.
+    key: String,
+    /// Name of the CertificateSigningRequest.
+    request: String,
+}
+
+/// Asks; gives the request's name.
+async fn ask(client: &Client, node: &str, signer: &str, request: String) -> Result<String, Error> {
     let api: Api<CertificateSigningRequest> = Api::all(client.clone());
     let usage = if signer == SIGNER_CLIENT { "client auth" } else { "server auth" };
     let object = CertificateSigningRequest {
@@ -156,9 +192,14 @@ async fn sign(client: &Client, node: &str, signer: &str, request: String) -> Res
         },
         ..CertificateSigningRequest::default()
     };
-    let name = api.create(&PostParams::default(), &object).await?.metadata.name.unwrap_or_default();
+    Ok(api.create(&PostParams::default(), &object).await?.metadata.name.unwrap_or_default())
+}
+
+/// Waits a while for the answer: PEM.
+async fn signed(client: &Client, name: &str) -> Result<String, Error> {
+    let api: Api<CertificateSigningRequest> = Api::all(client.clone());
     let signed = || async {
-        let status = api.get(&name).await?.status.unwrap_or_default();
+        let status = api.get(name).await?.status.unwrap_or_default();
         if let Some(certificate) = status.certificate {
             return Ok(String::from_utf8_lossy(&certificate.0).into_owned());
         }
@@ -166,12 +207,12 @@ async fn sign(client: &Client, node: &str, signer: &str, request: String) -> Res
         let refused = conditions.iter().find(|c| c.type_ == "Denied" || c.type_ == "Failed");
         match refused {
             Some(condition) => {
-                Err(Error::Denied { name: name.clone(), why: condition.message.clone().unwrap_or_else(|| condition.type_.clone()) })
+                Err(Error::Denied { name: name.to_owned(), why: condition.message.clone().unwrap_or_else(|| condition.type_.clone()) })
             }
-            None => Err(Error::Pending(name.clone())),
+            None => Err(Error::Pending(name.to_owned())),
         }
     };
     let patience =
         ExponentialBuilder::default().with_min_delay(Duration::from_millis(200)).with_max_delay(Duration::from_secs(2)).with_max_times(15);
-    signed.retry(patience).when(|e| matches!(e, Error::Pending(_) | Error::Api(_))).await
+    signed.retry(patience).when(|e| matches!(e, Error::Pending(_))).await
 }

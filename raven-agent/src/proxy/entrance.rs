@@ -6,7 +6,8 @@ use std::{net::SocketAddr, sync::Arc};
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, watch},
+    sync::watch,
+    task::JoinSet,
     time::timeout,
 };
 
@@ -18,6 +19,7 @@ use super::{
     stats::{Refusal, Stats},
     stream::{self, Stream},
     tunnels::{Opened, Tunnels},
+    waiting::{Place, Waiting},
 };
 
 /// What all entrances share.
@@ -48,9 +50,15 @@ pub(crate) enum Way {
 impl Entrance {
     /// Takes what comes in until the task is dropped.
     pub(crate) async fn run(self, listener: TcpListener, kind: Kind) {
-        let undecided = Arc::new(Semaphore::new(limits::UNDECIDED));
+        let undecided = Waiting::new(limits::UNDECIDED);
+        // With this task they all end: what is switched off carries nothing on.
+        let mut connections = JoinSet::new();
         loop {
-            let (client, from) = match listener.accept().await {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                Some(_) = connections.join_next() => continue,
+            };
+            let (client, from) = match accepted {
                 Ok(accepted) => accepted,
                 Err(e) => {
                     // Out of file descriptors, mostly: those of others will end.
@@ -59,12 +67,12 @@ impl Entrance {
                     continue;
                 }
             };
-            let Ok(place) = undecided.clone().try_acquire_owned() else {
+            let (place, crowded) = undecided.enter();
+            if crowded {
                 self.stats.refused(Refusal::TooMany);
-                continue;
-            };
+            }
             let entrance = self.clone();
-            tokio::spawn(async move {
+            connections.spawn(async move {
                 stream::prepare(&client);
                 match kind {
                     Kind::Secure(port) => entrance.secure(client, from, port, place).await,
@@ -75,8 +83,12 @@ impl Entrance {
         }
     }
 
-    async fn secure(&self, mut client: TcpStream, from: SocketAddr, port: u16, place: tokio::sync::OwnedSemaphorePermit) {
-        let hello = match timeout(limits::HEAD, hello::read(&mut client)).await {
+    async fn secure(&self, mut client: TcpStream, from: SocketAddr, port: u16, place: Place) {
+        let hello = tokio::select! {
+            hello = timeout(limits::HEAD, hello::read(&mut client)) => hello,
+            () = place.over.cancelled() => return,
+        };
+        let hello = match hello {
             Ok(Ok(hello)) => hello,
             Ok(Err(e)) => return self.turn_away(&mut client, from, Refusal::Malformed, &DECODE_ERROR, &e.to_string()).await,
             Err(_) => return self.turn_away(&mut client, from, Refusal::Slow, &[], "no ClientHello in time").await,
@@ -94,21 +106,40 @@ impl Entrance {
     }
 
     /// The bytes are nobody's business but the node's: what was dialled says where they go.
-    async fn dialled(&self, mut client: TcpStream, from: SocketAddr, place: tokio::sync::OwnedSemaphorePermit) {
+    async fn dialled(&self, mut client: TcpStream, from: SocketAddr, place: Place) {
         drop(place);
         let Ok(to) = client.local_addr() else { return };
         let found = self.plan.borrow().directory.by_address(to.ip().to_canonical(), to.port()).cloned();
         match found {
             Ok(target) => self.connect(client, from, &target, to.port(), &[]).await,
-            Err(e) => self.turn_away(&mut client, from, refusal_of(&e), &[], &e.to_string()).await,
+            Err(e) => {
+                let last_word = self.last_word(to.port(), "404 Not Found", &e.to_string());
+                self.turn_away(&mut client, from, refusal_of(&e), &last_word, &e.to_string()).await;
+            }
         }
+    }
+
+    /// A refusal in the protocol that is spoken on this port.
+    fn last_word(&self, port: u16, status: &str, why: &str) -> Vec<u8> {
+        if !self.plan.borrow().directory.ports.http.contains(&port) {
+            return INTERNAL_ERROR.to_vec();
+        }
+        let body = format!("raven: {why}\n");
+        format!(
+            "HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+            body.len()
+        )
+        .into_bytes()
     }
 
     async fn connect(&self, mut client: TcpStream, from: SocketAddr, target: &Target, port: u16, first: &[u8]) {
         let stream = Stream { id: self.stats.next_id(), node: target.node.clone(), port };
         match self.open(target, &stream).await {
             Ok(way) => stream::carry(stream, client, way.into_bytes(), first, &self.stats).await,
-            Err((refusal, why)) => self.turn_away(&mut client, from, refusal, &INTERNAL_ERROR, &why).await,
+            Err((refusal, why)) => {
+                let last_word = self.last_word(port, "502 Bad Gateway", &why);
+                self.turn_away(&mut client, from, refusal, &last_word, &why).await;
+            }
         }
     }
 

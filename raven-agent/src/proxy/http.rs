@@ -1,7 +1,11 @@
 //! Plain HTTP on a cloud gateway node: each request goes to the node that its `?nodeName=` or its Host header names. hyper reads and
 //! writes the requests, so that what one proxy takes for one request is not two for the next.
 
-use std::{convert::Infallible, net::IpAddr};
+use std::{
+    convert::Infallible,
+    net::IpAddr,
+    sync::{Mutex, PoisonError},
+};
 
 use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::{
@@ -11,7 +15,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{net::TcpStream, sync::OwnedSemaphorePermit};
+use tokio::net::TcpStream;
 
 use super::{
     entrance::{Entrance, refusal_of},
@@ -19,6 +23,7 @@ use super::{
     plan::Target,
     stats::Refusal,
     stream::{Account, Stream},
+    waiting::Place,
 };
 
 type Body = BoxBody<Bytes, hyper::Error>;
@@ -27,16 +32,22 @@ type Body = BoxBody<Bytes, hyper::Error>;
 const HOP: [HeaderName; 5] = [CONNECTION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
 
 /// Serves one client's connection.
-pub(super) async fn serve(entrance: Entrance, client: TcpStream, place: OwnedSemaphorePermit) {
+pub(super) async fn serve(entrance: Entrance, client: TcpStream, place: Place) {
+    let over = place.over.clone();
+    // Until it has said what it wants, once.
+    let undecided = Mutex::new(Some(place));
     let service = service_fn(move |request| {
+        undecided.lock().unwrap_or_else(PoisonError::into_inner).take();
         let entrance = entrance.clone();
         async move { Ok::<_, Infallible>(answer(&entrance, request).await) }
     });
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(limits::HEAD).half_close(true);
-    // A client that goes away, or speaks no HTTP, has been told by hyper.
-    let _ = builder.serve_connection(TokioIo::new(client), service).await;
-    drop(place);
+    tokio::select! {
+        // A client that goes away, or speaks no HTTP, has been told by hyper.
+        _ = builder.serve_connection(TokioIo::new(client), service) => {}
+        () = over.cancelled() => {}
+    }
 }
 
 async fn answer(entrance: &Entrance, request: Request<Incoming>) -> Response<Body> {

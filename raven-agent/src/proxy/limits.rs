@@ -41,8 +41,8 @@ pub(crate) const HANDSHAKE: Duration = Duration::from_secs(5);
 /// 1, 3 and 7 s, and a link that comes back is to be noticed within the second; a long one now and then, for a link that is that slow.
 pub(crate) const DIAL: [Duration; 4] =
     [Duration::from_millis(1500), Duration::from_millis(1500), Duration::from_millis(1500), Duration::from_secs(5)];
-/// Redials: from, to.
-pub(crate) const REDIAL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+/// Redials: from, to; the jitter may double either.
+pub(crate) const REDIAL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
 /// The same where the other side answered, and refused: a certificate or an election has to change first.
 pub(crate) const REDIAL_REFUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
@@ -56,10 +56,13 @@ pub(crate) const CONNECT: Duration = Duration::from_secs(3);
 pub(crate) const HEAD: Duration = Duration::from_secs(5);
 /// The largest ClientHello, bytes: what one TLS handshake message of 64 KiB takes on the wire.
 pub(crate) const HELLO: usize = 66 << 10;
-/// Clients of one listener that have not yet said what they want. One more is refused.
+/// Clients of one listener that have not yet said what they want. For one more, the oldest goes.
 pub(crate) const UNDECIDED: usize = 2048;
-/// Tunnels that are being set up at a time.
+/// Tunnels that are being set up at a time; likewise.
 pub(crate) const HANDSHAKES: usize = 512;
+/// Tunnels of one edge gateway node to one cloud gateway node, with old ones that still have streams: the sender is authenticated, and
+/// may be stolen.
+pub(crate) const TUNNELS_OF_A_NODE: usize = 64;
 
 /// What is read at a time, bytes: a frame of HTTP/2.
 pub(crate) const CHUNK: usize = 16 << 10;

@@ -126,6 +126,11 @@ impl Directory {
         if self.ports.contains(port) { Ok(target) } else { Err(NotFound::Port(port)) }
     }
 
+    /// The address of a node inside its pool.
+    pub fn address_of(&self, node: &str) -> Option<IpAddr> {
+        self.nodes.get(node).map(|target| target.address)
+    }
+
     /// The pool of a node.
     pub fn pool_of(&self, node: &str) -> Option<&str> {
         self.nodes.get(node).map(|target| target.pool.as_str())
@@ -138,18 +143,20 @@ impl Directory {
 }
 
 /// See the module's text.
-pub fn plan(topology: &Topology, me: &str) -> Plan {
+///
+/// `present`: the gateway node to which connections by address go now. It stays as long as it works: those that are open would break.
+pub fn plan(topology: &Topology, me: &str, present: Option<Ipv4Addr>) -> Plan {
     let Some((own_pool, pool)) = topology.pool_of(me).filter(|_| topology.settings.l7) else { return Plan::default() };
     let role = match pool.proxies.get(me) {
         Some(own) if pool.exposed => Role::Cloud { port: own.port, names: own.dial.iter().map(|(host, _)| host.clone()).collect() },
         Some(_) => Role::Edge(clouds(topology)),
         None => Role::None,
     };
-    Plan { role, directory: directory(topology, own_pool), detour: detour(topology, pool, me) }
+    Plan { role, directory: directory(topology, own_pool), detour: detour(topology, pool, me, present) }
 }
 
 /// Addresses of this pool's own nodes are never taken.
-fn detour(topology: &Topology, own: &Pool, me: &str) -> Option<Detour> {
+fn detour(topology: &Topology, own: &Pool, me: &str, present: Option<Ipv4Addr>) -> Option<Detour> {
     if !own.exposed {
         return None;
     }
@@ -159,8 +166,9 @@ fn detour(topology: &Topology, own: &Pool, me: &str) -> Option<Detour> {
             // Where nobody seems to be ready that may be our own view: as if all were.
             let any_ready = own.proxies.values().any(|proxy| proxy.ready);
             let usable = own.proxies.iter().filter(|(_, proxy)| proxy.ready || !any_ready);
-            let (nearest, _) = usable.max_by_key(|(proxy, _)| weight(&[me, proxy]))?;
-            DetourTo::Gateway(own.members.get(nearest)?.outer)
+            let usable = usable.filter_map(|(proxy, _)| Some((proxy, own.members.get(proxy)?.outer)));
+            let (_, nearest) = usable.max_by_key(|(proxy, address)| (present == Some(*address), weight(&[me, proxy])))?;
+            DetourTo::Gateway(nearest)
         }
     };
     let taken: BTreeSet<Ipv4Addr> = own.members.values().map(|member| member.outer).collect();
@@ -218,19 +226,19 @@ mod tests {
     #[test]
     fn the_elected_have_a_role_and_nobody_else() {
         let topology = topology();
-        assert_eq!(plan(&topology, "c1").role, Role::Cloud { port: 10262, names: BTreeSet::from(["198.51.100.10".to_owned()]) });
-        assert_eq!(plan(&topology, "x1").role, Role::Edge(BTreeMap::from([("c1".to_owned(), ("198.51.100.10".to_owned(), 10262))])));
+        assert_eq!(plan(&topology, "c1", None).role, Role::Cloud { port: 10262, names: BTreeSet::from(["198.51.100.10".to_owned()]) });
+        assert_eq!(plan(&topology, "x1", None).role, Role::Edge(BTreeMap::from([("c1".to_owned(), ("198.51.100.10".to_owned(), 10262))])));
         for node in ["c2", "x2", "nobody"] {
-            assert_eq!(plan(&topology, node).role, Role::None, "{node}");
+            assert_eq!(plan(&topology, node, None).role, Role::None, "{node}");
         }
         let mut off = topology;
         off.settings.l7 = false;
-        assert_eq!(plan(&off, "c1"), Plan::default());
+        assert_eq!(plan(&off, "c1", None), Plan::default());
     }
 
     #[test]
     fn an_address_that_two_nodes_have_is_never_guessed() {
-        let directory = plan(&topology(), "c1").directory;
+        let directory = plan(&topology(), "c1", None).directory;
         assert_eq!(directory.by_address([10, 1, 0, 1].into(), 10250).map(|t| t.node.as_str()), Ok("x1"));
         assert_eq!(directory.by_name("y2", 10255).map(|t| t.pool.as_str()), Ok("edge-y"));
         let both = directory.by_address([192, 168, 0, 2].into(), 10250);
@@ -240,13 +248,13 @@ mod tests {
     #[test]
     fn the_cloud_takes_edge_nodes_by_address_and_the_edge_takes_nobody() {
         let topology = topology();
-        let here = plan(&topology, "c1").detour.expect("a gateway node");
+        let here = plan(&topology, "c1", None).detour.expect("a gateway node");
         assert_eq!((here.to, here.ports), (DetourTo::Here, BTreeSet::from([10250, 10255])));
         assert_eq!(here.nodes[&Ipv4Addr::new(10, 1, 0, 1)], [("x1".to_owned(), "edge-x".to_owned())]);
         assert_eq!(here.nodes[&Ipv4Addr::new(192, 168, 0, 2)].len(), 2, "both, so that who dials it is told");
         assert!(!here.nodes.contains_key(&Ipv4Addr::new(10, 0, 0, 2)), "its own pool");
-        assert_eq!(plan(&topology, "c2").detour.map(|d| d.to), Some(DetourTo::Gateway([10, 0, 0, 1].into())));
-        assert_eq!(plan(&topology, "x1").detour, None);
+        assert_eq!(plan(&topology, "c2", None).detour.map(|d| d.to), Some(DetourTo::Gateway([10, 0, 0, 1].into())));
+        assert_eq!(plan(&topology, "x1", None).detour, None);
     }
 
     #[test]
@@ -255,7 +263,7 @@ mod tests {
         let cloud = topology.pools.get_mut("cloud").expect("it is there");
         cloud.members.insert("c3".to_owned(), Member { outer: [10, 0, 0, 3].into(), prefixes: BTreeSet::new() });
         cloud.proxies.insert("c3".to_owned(), ProxyPeer { dial: None, port: 10262, ready: false });
-        let way = |topology: &Topology| plan(topology, "c2").detour.expect("an ordinary node").to;
+        let way = |topology: &Topology| plan(topology, "c2", None).detour.expect("an ordinary node").to;
         let by_hash = way(&topology);
         for (ready, other, address) in [("c1", "c3", [10, 0, 0, 1]), ("c3", "c1", [10, 0, 0, 3])] {
             let proxies = &mut topology.pools.get_mut("cloud").expect("it is there").proxies;
@@ -265,11 +273,17 @@ mod tests {
         }
         topology.pools.get_mut("cloud").expect("it is there").proxies.values_mut().for_each(|proxy| proxy.ready = true);
         assert_eq!(way(&topology), by_hash, "both ready: as if nothing had been said");
+        for present in [[10, 0, 0, 1], [10, 0, 0, 3]] {
+            let stays = plan(&topology, "c2", Some(present.into())).detour.expect("an ordinary node").to;
+            assert_eq!(stays, DetourTo::Gateway(present.into()), "what is open there goes on");
+        }
+        topology.pools.get_mut("cloud").expect("it is there").proxies.get_mut("c1").expect("elected").ready = false;
+        assert_eq!(plan(&topology, "c2", Some([10, 0, 0, 1].into())).detour.map(|d| d.to), Some(DetourTo::Gateway([10, 0, 0, 3].into())));
     }
 
     #[test]
     fn ports_and_names_that_are_not_listed_are_refused() {
-        let directory = plan(&topology(), "c1").directory;
+        let directory = plan(&topology(), "c1", None).directory;
         assert_eq!(directory.by_name("x1", 22), Err(NotFound::Port(22)));
         assert_eq!(directory.by_name("169.254.169.254", 10250), Err(NotFound::Name("169.254.169.254".into())));
         assert_eq!(directory.by_address([127, 0, 0, 1].into(), 10250), Err(NotFound::Address([127, 0, 0, 1].into())));

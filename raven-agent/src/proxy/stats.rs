@@ -66,11 +66,23 @@ pub(crate) struct TunnelStats {
     /// Microseconds; 0: not known.
     rtt: AtomicU64,
     retired: AtomicBool,
+    mute: AtomicBool,
 }
 
 impl TunnelStats {
+    /// Whether it answered when it was asked for a stream.
+    pub(crate) fn answers(&self, does: bool) {
+        self.mute.store(!does, Ordering::Relaxed);
+    }
+
+    /// It did not answer when it was asked last.
+    pub(crate) fn is_mute(&self) -> bool {
+        self.mute.load(Ordering::Relaxed)
+    }
+
     /// How long a question to the other end and its answer took.
     pub(crate) fn took(&self, rtt: Duration) {
+        self.answers(true);
         self.rtt.store(u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX).max(1), Ordering::Relaxed);
     }
 
@@ -186,6 +198,7 @@ impl Stats {
             streams: AtomicU32::new(0),
             rtt: AtomicU64::new(0),
             retired: AtomicBool::new(false),
+            mute: AtomicBool::new(false),
         });
         self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).insert(number, tunnel.clone());
         Shown { number, tunnel, tunnels: self.tunnels.clone() }

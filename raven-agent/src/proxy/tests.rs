@@ -161,10 +161,18 @@ async fn tunnels_are_shown_with_their_streams_and_how_long_an_answer_takes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_is_not_elected_any_more_loses_its_tunnel() {
+async fn a_node_that_is_not_elected_any_more_loses_its_tunnels_and_their_streams() {
     let world = World::start().await;
+    let node = world.listen().await;
+    let mut stream = world.open("x2").await.expect("a stream");
+    let (mut at_node, _) = node.accept().await.expect("it arrives");
     world.dismiss();
     let ends = world.tunnels.ends();
     world::eventually("its tunnels are closed", || ends.borrow().is_empty()).await;
+    // And what was open in them, at both ends.
+    let mut bytes = Vec::new();
+    let ended = timeout(SOON, stream.read_to_end(&mut bytes)).await.expect("the stream ends in the cloud");
+    assert!(bytes.is_empty(), "{ended:?}");
+    timeout(SOON, at_node.read_to_end(&mut bytes)).await.expect("and at the node").ok();
     assert!(world.cloud_stats.refusals(Refusal::NotElected) <= 4, "it may try again, and is refused");
 }

@@ -23,6 +23,7 @@ use super::{
     limits,
     plan::Target,
     serve::{PROBE_URI, REASON_HEADER, STREAM_HEADER},
+    sever::Severable,
     stats::{Place, Refusal, Stats, TunnelStats},
     stream::Stream,
 };
@@ -33,6 +34,12 @@ pub(crate) enum Error {
     /// Nobody of that site is connected.
     #[error("no tunnel to Gateway {pool} (its gateway node dials here: is it up, and does it reach this address?)")]
     NoTunnel {
+        /// Which site.
+        pool: String,
+    },
+    /// All of them carry as much as they may.
+    #[error("each tunnel to Gateway {pool} carries {} streams, which is all it may", limits::STREAMS - 1)]
+    Full {
         /// Which site.
         pool: String,
     },
@@ -52,6 +59,7 @@ impl Error {
     pub(crate) fn refusal(&self) -> Refusal {
         match self {
             Self::NoTunnel { .. } => Refusal::NoTunnel,
+            Self::Full { .. } => Refusal::TooMany,
             Self::Refused { unreachable: true, .. } => Refusal::Unreachable,
             Self::Refused { .. } => Refusal::Unknown,
         }
@@ -112,33 +120,59 @@ impl Tunnels {
     }
 
     /// Nodes at the other ends.
+    #[cfg(test)]
     pub(crate) fn ends(&self) -> watch::Receiver<BTreeSet<String>> {
         self.shared.ends.subscribe()
     }
 
-    /// Takes a connection that an edge gateway node dialled, for its pool, until it ends or is closed.
-    pub(crate) async fn take<S>(&self, node: &str, pool: &str, connection: S) -> hyper::Result<()>
+    /// Takes a connection that an edge gateway node dialled, for its pool, until it ends, it is closed or the future is dropped. `may`: it
+    /// may have one, as things are when it has joined the others.
+    pub(crate) async fn take<S>(&self, node: &str, pool: &str, connection: S, may: impl Fn(&str, &str) -> bool) -> hyper::Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (sender, connection) = limits::client().handshake(TokioIo::new(connection)).await?;
+        let close = CancellationToken::new();
+        let _closed = close.clone().drop_guard();
+        let connection = TokioIo::new(Severable::new(connection, close.clone()));
+        let (sender, connection) = limits::client().handshake(connection).await?;
         let shown = self.stats.tunnel(pool, node);
         let number = shown.number;
-        let close = CancellationToken::new();
         let probe = probe(sender.clone(), shown.tunnel.clone());
         let tunnel = Tunnel { number, node: node.to_owned(), sender, stats: shown.tunnel.clone(), close: close.clone() };
         self.change(|by_pool| by_pool.entry(pool.to_owned()).or_default().push(Arc::new(tunnel)));
         let registered = Registered { tunnels: self, pool, number };
+        if !may(node, pool) || self.count(node, pool) > limits::TUNNELS_OF_A_NODE {
+            close.cancel();
+        }
         tracing::info!(node, gateway = pool, tunnel = number, "tunnel up");
         let ended = tokio::select! {
             ended = connection => ended,
             () = close.cancelled() => Ok(()),
             never = probe => match never {},
         };
+        // No new streams; those that are open go on, and can still be ended from outside, until hyper's own task has seen the last.
+        if !close.is_cancelled() {
+            tokio::select! {
+                () = self.drained(&shown.tunnel) => {}
+                () = close.cancelled() => {}
+            }
+        }
         drop(registered);
         let why = ended.as_ref().err().map(ToString::to_string);
         tracing::info!(node, gateway = pool, tunnel = number, why, "tunnel down");
         ended
+    }
+
+    /// Waits until a tunnel has no streams any more.
+    async fn drained(&self, tunnel: &TunnelStats) {
+        let mut period = tokio::time::interval(limits::PING);
+        while tunnel.streams() > 0 {
+            period.tick().await;
+        }
+    }
+
+    fn count(&self, node: &str, pool: &str) -> usize {
+        self.lock().get(pool).map_or(0, |tunnels| tunnels.iter().filter(|t| t.node == node).count())
     }
 
     /// Closes the tunnels of nodes that may not have one (any more).
@@ -158,17 +192,27 @@ impl Tunnels {
             while let Some((tunnel, place)) = self.choose(&target.pool, &tried) {
                 tried.insert(tunnel.number);
                 match timeout(limits::ATTEMPT, request(&tunnel, stream)).await {
-                    Ok(Ok(io)) => return Ok(Opened { io: TokioIo::new(io), _place: place }),
+                    Ok(Ok(io)) => {
+                        tunnel.stats.answers(true);
+                        return Ok(Opened { io: TokioIo::new(io), _place: place });
+                    }
                     Ok(Err(Failure::Refused { reason, unreachable })) => {
                         return Err(Error::Refused { via: tunnel.node.clone(), reason, unreachable });
                     }
                     // Nothing of the client's has been sent: another tunnel may try.
                     Ok(Err(Failure::Tunnel(e))) => tracing::debug!(%stream, tunnel = tunnel.number, "try another tunnel: {e}"),
-                    Err(_) => tracing::debug!(%stream, tunnel = tunnel.number, "try another tunnel: no answer"),
+                    Err(_) => {
+                        tunnel.stats.answers(false);
+                        tracing::debug!(%stream, tunnel = tunnel.number, "try another tunnel: no answer");
+                    }
+                }
+                if Instant::now() >= deadline {
+                    break;
                 }
             }
             if timeout_at(deadline, changed.changed()).await.is_err() {
-                return Err(Error::NoTunnel { pool: target.pool.clone() });
+                let pool = target.pool.clone();
+                return Err(if self.is_full(&pool) { Error::Full { pool } } else { Error::NoTunnel { pool } });
             }
         }
     }
@@ -183,10 +227,17 @@ impl Tunnels {
     fn choose(&self, pool: &str, tried: &BTreeSet<u64>) -> Option<(Arc<Tunnel>, Place)> {
         let by_pool = self.lock();
         let tunnels = by_pool.get(pool)?.iter().filter(|t| !tried.contains(&t.number) && !t.sender.is_closed());
-        let fewest = tunnels.min_by_key(|t| t.stats.streams())?;
+        // One that did not answer last time comes last: its other end may hang.
+        let fewest = tunnels.min_by_key(|t| (t.stats.is_mute(), t.stats.streams()))?;
         // Below what the edge allows: a stream that waits for another one to end would block those behind it.
         let place = fewest.stats.take_place(limits::STREAMS - 1)?;
         Some((fewest.clone(), place))
+    }
+
+    fn is_full(&self, pool: &str) -> bool {
+        let by_pool = self.lock();
+        let mut open = by_pool.get(pool).into_iter().flatten().filter(|t| !t.sender.is_closed()).peekable();
+        open.peek().is_some() && open.all(|t| t.stats.streams() >= limits::STREAMS - 1)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Vec<Arc<Tunnel>>>> {

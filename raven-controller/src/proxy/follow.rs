@@ -17,13 +17,15 @@ use kube::{
 };
 use raven_api::{Gateway, GatewayNode, proxy::INTERNAL_SERVICE};
 use serde::de::DeserializeOwned;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use crate::config::CONFIG_MAP;
 use crate::gateway::{NodeFacts, Switches};
 
 /// Changes that follow each other this closely are one.
 const SETTLE: Duration = Duration::from_millis(200);
+/// … for so long.
+const BURST: Duration = Duration::from_secs(1);
 
 /// The cluster, as far as the L7 half looks at it; clones see the same.
 #[derive(Clone)]
@@ -73,7 +75,9 @@ impl Changes {
         if self.0.next().await.is_none() {
             std::future::pending::<()>().await;
         }
-        while let Ok(Some(())) = timeout(SETTLE, self.0.next()).await {}
+        // In a large cluster there is no pause at all.
+        let end = Instant::now() + BURST;
+        while let Ok(Some(())) = timeout_at(end.min(Instant::now() + SETTLE), self.0.next()).await {}
     }
 }
 

@@ -79,7 +79,8 @@ impl Granter {
             let only = watcher::Config::default().fields(&format!("spec.signerName={signer}"));
             watcher(requests.clone(), only).default_backoff().touched_objects()
         };
-        let mut seen = pin!(futures::stream::select(of(SIGNER_CLIENT), of(SIGNER_SERVER)));
+        let all = || futures::stream::select(of(SIGNER_CLIENT), of(SIGNER_SERVER));
+        let mut seen = pin!(all());
         let (mut look, mut again) = (interval(LOOK), interval(AGAIN));
         let mut waiting: Vec<CertificateSigningRequest> = Vec::new();
         loop {
@@ -89,11 +90,21 @@ impl Granter {
                     Ok(_) => {}
                     Err(e) => tracing::warn!(error = %e, "watch CertificateSigningRequests (does RBAC allow it?)"),
                 },
-                changed = self.mandate.leads.changed() => if changed.is_err() { return },
+                changed = self.mandate.leads.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    seen.set(all());
+                }
                 _ = look.tick() => self.authorities = None,
                 _ = again.tick(), if !waiting.is_empty() || self.authorities.is_none() => {}
             }
-            if !self.mandate.holds() || !self.cluster.complete() {
+            if !self.mandate.holds() {
+                // Another one answers; whoever leads next lists what is open then.
+                waiting.clear();
+                continue;
+            }
+            if !self.cluster.complete() {
                 continue;
             }
             if self.authorities.is_none()

@@ -34,7 +34,7 @@ pub fn desired(namespace: &str, gateways: &[Gateway], nodes: &[GatewayNode], l7:
     if l7 {
         let ports = Ports::of(gateways);
         objects.services.insert(INTERNAL_SERVICE.to_owned(), internal_service(namespace, &ports));
-        let ready = ready(nodes);
+        let ready = ready(gateways, nodes);
         for (node, address) in exposed().flat_map(|g| elected(g, EndpointType::Proxy)).filter(|(e, _)| ready.contains(e.node_name.as_str()))
         {
             let name = format!("{INTERNAL_SERVICE}-{}", node.node_name);
@@ -197,10 +197,29 @@ mod tests {
             proxy.tunnels = tunnels.iter().map(|t| (*t).to_owned()).collect();
             node
         };
-        // What `a` said last is that x1 is there; x1 says that it is not.
-        let nodes = [with("a", &["x1"]), with("b", &["x1"]), with("x1", &["b"])];
-        let objects = desired("kube-system", &[gateway(ExposeType::PublicIP)], &nodes, true);
-        assert_eq!(objects.slices.keys().collect::<Vec<_>>(), ["x-raven-proxy-internal-svc-b"]);
+        let edge = |name: &str, elected: &str| {
+            let mut edge = Gateway::new(name, GatewaySpec::default());
+            let endpoint = Endpoint { node_name: format!("{name}1"), type_: EndpointType::Proxy, ..Endpoint::default() };
+            let condition =
+                json!({ "type": "Elected", "status": elected, "reason": "x", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z" });
+            let conditions = vec![serde_json::from_value(condition).expect("a condition")];
+            edge.status = Some(GatewayStatus { active_endpoints: vec![endpoint], conditions, ..GatewayStatus::default() });
+            edge
+        };
+        let slices = |gateways: &[Gateway], nodes: &[GatewayNode]| -> Vec<String> {
+            let objects = desired("kube-system", gateways, nodes, true);
+            objects.slices.keys().map(|name| name.trim_start_matches("x-raven-proxy-internal-svc-").to_owned()).collect()
+        };
+        let mut gateways = vec![gateway(ExposeType::PublicIP), edge("x", "True"), edge("y", "False")];
+        // `y` has lost its power, and says for ever that it has tunnels with both.
+        let nodes = [with("a", &[]), with("b", &[]), with("x1", &["b"]), with("y1", &["a", "b"])];
+        assert_eq!(slices(&gateways, &nodes), ["b"]);
+        assert_eq!(slices(&gateways[..1], &nodes), ["a", "b"], "no site at all: nobody to be asked");
+        gateways.extend([edge("v", "True"), edge("w", "True")]);
+        let nodes = [with("a", &[]), with("b", &[]), with("x1", &["b"]), with("v1", &["a", "b"]), with("w1", &["b"])];
+        assert_eq!(slices(&gateways, &nodes), ["b"], "one site of three reaches `a`");
+        let nodes = [with("a", &[]), with("b", &[]), with("x1", &["a", "b"]), with("v1", &["a", "b"]), with("w1", &["b"])];
+        assert_eq!(slices(&gateways, &nodes), ["a", "b"]);
     }
 
     #[test]

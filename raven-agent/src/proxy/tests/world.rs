@@ -135,8 +135,8 @@ impl World {
         let port = 21_000 + 2 * PORT.fetch_add(1, Ordering::Relaxed);
         let topology = topology(port);
         let ca = Ca::new();
-        let cloud_plan = watch::Sender::new(Arc::new(plan(&topology, "c1")));
-        let edge_plan = watch::Sender::new(Arc::new(plan(&topology, "x1")));
+        let cloud_plan = watch::Sender::new(Arc::new(plan(&topology, "c1", None)));
+        let edge_plan = watch::Sender::new(Arc::new(plan(&topology, "x1", None)));
         let cloud_identity = watch::Sender::new(Some(Arc::new(ca.identity(&["127.0.0.1"], ExtendedKeyUsagePurpose::ServerAuth))));
         let edge_identity = watch::Sender::new(Some(Arc::new(ca.identity(&["x1"], ExtendedKeyUsagePurpose::ClientAuth))));
         let (cloud_stats, edge_stats) = (Stats::default(), Stats::default());
@@ -202,7 +202,7 @@ impl World {
     pub(super) fn dismiss(&self) {
         let mut topology = topology(self.port);
         topology.pools.get_mut("edge-x").expect("it is there").proxies.clear();
-        self.cloud_plan.send_replace(Arc::new(plan(&topology, "c1")));
+        self.cloud_plan.send_replace(Arc::new(plan(&topology, "c1", None)));
     }
 
     /// Another certificate at each end, by a CA of which both know already (`ca`: its PEM and that of the CA before).
