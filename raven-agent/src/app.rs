@@ -79,7 +79,7 @@ pub async fn run(config: Run) -> Result<()> {
     if let Some(client) = client {
         let (watched, namespace, inputs) = (client.clone(), config.namespace.clone(), inputs.clone());
         tokio::spawn(async move { api_watch::run(watched, &namespace, inputs).await });
-        tokio::spawn(observe::publish(client, config.node_name.clone(), latest.clone(), proxied.subscribe()));
+        tokio::spawn(observe::publish(client, config.node_name.clone(), latest.clone(), proxied.subscribe(), inputs_seen.clone()));
     }
     let drops = observe::Drops::default();
     tokio::spawn(drops.clone().read());

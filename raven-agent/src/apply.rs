@@ -160,7 +160,11 @@ impl Reconciler {
             Some(address) => self.links.uplink(address).await.map_err(|e| notes.failures.push(e.to_string())).ok(),
             None => None,
         };
-        let plan = plan(topology, &self.me(uplink.as_ref()));
+        let mut plan = plan(topology, &self.me(uplink.as_ref()));
+        if !link::has_ipv6() {
+            plan.state.routes.retain(|prefix, _| prefix.addr().is_ipv4());
+            plan.overlay.iter_mut().for_each(|overlay| overlay.addresses.retain(|address| address.addr().is_ipv4()));
+        }
         match (&uplink, plan.role) {
             (_, Role::None) => self.take_down(&mut notes).await,
             (Some(uplink), _) => self.bring_up(&plan, uplink, &mut notes).await,

@@ -178,6 +178,11 @@ fn attribute<T>(message: &LinkMessage, wanted: impl Fn(&LinkAttribute) -> Option
     message.attributes.iter().find_map(wanted)
 }
 
+/// False on a node that was booted with `ipv6.disable=1`: it has no routes, rules and addresses of that family.
+pub fn has_ipv6() -> bool {
+    std::path::Path::new("/proc/sys/net/ipv6").exists()
+}
+
 fn family(address: &IpAddr) -> AddressFamily {
     match address {
         IpAddr::V4(_) => AddressFamily::Inet,

@@ -216,7 +216,8 @@ fn guard(topology: &Topology, pool: &Pool, me: &Me) -> BTreeSet<IpNet> {
     let proxies = topology.pools.values().flat_map(|p| p.proxies.values()).filter_map(|p| p.dial.as_ref());
     let proxies = proxies.filter_map(|(host, _)| host.parse().ok()).map(|ip: IpAddr| IpNet::from(ip));
     let nodes = pool.members.values().map(|m| IpNet::from(IpAddr::V4(m.outer)));
-    me.protected.iter().copied().chain(endpoints).chain(proxies).chain(nodes).collect()
+    let api_servers = topology.api_servers.iter().copied().map(IpNet::from);
+    me.protected.iter().copied().chain(api_servers).chain(endpoints).chain(proxies).chain(nodes).collect()
 }
 
 fn stranger(topology: &Topology, me: &Me) -> Vec<String> {

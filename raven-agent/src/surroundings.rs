@@ -121,7 +121,8 @@ fn lets_pods_through(ruleset: &Value, chain: &Value, own: &[IpNet]) -> bool {
 fn accepts(ruleset: &Value, chain: &Value, wanted: impl Fn(&Value) -> bool) -> bool {
     let rules = objects(ruleset, "rule").filter(|r| r["family"] == chain["family"] && r["table"] == chain["table"]);
     rules.map(|rule| rule["expr"].as_array().map_or(&[][..], Vec::as_slice)).any(|statements| {
-        let mut conditions = statements.iter().filter_map(|s| s.get("match")).peekable();
+        // What nft does not understand itself (`-m conntrack` of iptables) is a condition, too, and says nothing that we look for.
+        let mut conditions = statements.iter().filter_map(|s| s.get("match").or_else(|| s.get("xt"))).peekable();
         statements.iter().any(|s| s.get("accept").is_some()) && (conditions.peek().is_none() || conditions.any(&wanted))
     })
 }
@@ -201,6 +202,8 @@ mod tests {
         assert_eq!(forward_drops(&forward("drop", vec![from("192.168.0.0", 16)]), &own()).len(), 1, "another prefix");
         // flannel's: the whole cluster's prefix. The IPv6 prefix is none of an `ip` table's business.
         assert_eq!(forward_drops(&forward("drop", vec![from("10.244.0.0", 16)]), &own()), Vec::<String>::new());
+        let established = json!([{ "xt": { "type": "match", "name": "conntrack" } }, { "counter": {} }, { "accept": null }]);
+        assert_eq!(forward_drops(&forward("drop", vec![established]), &own()).len(), 1, "answers alone are let through");
         let device = json!([{ "match": { "op": "==", "left": { "meta": { "key": "iifname" } }, "right": "raven0" } }, { "accept": null }]);
         assert_eq!(forward_drops(&forward("drop", vec![device]), &own()), Vec::<String>::new());
     }

@@ -9,7 +9,7 @@ mod settings;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
 use ipnet::IpNet;
@@ -28,6 +28,8 @@ pub struct Topology {
     pub pools: BTreeMap<String, Pool>,
     /// What was left out, and why: one sentence each, naming the resource.
     pub problems: Vec<String>,
+    /// Where the API server is: never into the tunnel.
+    pub api_servers: BTreeSet<IpAddr>,
     /// Cluster-wide settings.
     pub settings: Settings,
     /// Ports of nodes that the L7 path reaches.

@@ -1,14 +1,14 @@
-//! Watches Gateways, GatewayNodes and three ConfigMaps; gives the latest [`Inputs`], coalesced, once all lists are complete.
+//! Watches Gateways, GatewayNodes, three ConfigMaps and where the API server is; gives the latest [`Inputs`], coalesced, once all lists are complete.
 //!
 //! Never Nodes or Pods: what ten thousand agents cost the API server stays small.
 
-use std::{fmt::Debug, time::Duration};
+use std::{fmt::Debug, net::IpAddr, time::Duration};
 
 use futures::{
     StreamExt, TryStreamExt,
     stream::{self, BoxStream},
 };
-use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::api::{core::v1::ConfigMap, discovery::v1::EndpointSlice};
 use kube::{
     Api, Client, Resource,
     runtime::{WatchStreamExt, reflector, watcher},
@@ -28,6 +28,8 @@ use crate::{
     topology::{AGENT_CONFIG, Inputs, SWITCHES, Settings},
 };
 
+/// The API server's own EndpointSlice. Nothing waits for it: where RBAC does not allow it yet, the client's own address is what is known.
+const API_SERVERS: &str = "EndpointSlice kubernetes";
 /// Events that follow each other this closely are one change …
 const SETTLE: Duration = Duration::from_millis(50);
 /// … for so long.
@@ -41,13 +43,15 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
     let all = watcher::Config::default;
     let named = |name: &str| watcher::Config::default().fields(&format!("metadata.name={name}"));
     let configs: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+    let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), "default");
     let (gateways, a) = reflected("Gateways", Api::<Gateway>::all(client.clone()), all());
     let (nodes, b) = reflected("GatewayNodes", Api::<GatewayNode>::all(client), all());
     let (switches, c) = reflected(SWITCHES, configs.clone(), named(SWITCHES));
     let (agent, d) = reflected(AGENT_CONFIG, configs.clone(), named(AGENT_CONFIG));
     let (ca, e) = reflected(CA_NAME, configs, named(CA_NAME));
+    let (api_servers, f) = reflected(API_SERVERS, slices, named("kubernetes"));
     let mut waiting = vec!["Gateways", "GatewayNodes", SWITCHES, AGENT_CONFIG, CA_NAME];
-    let mut events = stream::select_all([a, b, c, d, e]);
+    let mut events = stream::select_all([a, b, c, d, e, f]);
     while let Some(seen) = events.next().await {
         waiting.retain(|list| Some(*list) != seen);
         if !waiting.is_empty() {
@@ -60,6 +64,7 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
         let (gateways, nodes) = (listed(&gateways), listed(&nodes));
         let data = |store: &reflector::Store<ConfigMap>| store.state().first().and_then(|c| c.data.clone()).unwrap_or_default();
         let inputs = snapshot::lean(&Inputs {
+            api_servers: api_servers.state().iter().flat_map(|slice| addresses(slice)).collect(),
             // Of what nodes observe, the one thing that somebody else's way depends on.
             ready_proxies: ready(&gateways, &nodes).into_iter().map(str::to_owned).collect(),
             gateways,
@@ -75,6 +80,10 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
             changed
         });
     }
+}
+
+fn addresses(slice: &EndpointSlice) -> Vec<IpAddr> {
+    slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses).filter_map(|text| text.parse().ok()).collect()
 }
 
 fn listed<K: Resource<DynamicType = ()> + Clone + 'static>(store: &reflector::Store<K>) -> Vec<K> {

@@ -170,12 +170,17 @@ async fn follow<K>(
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
 {
     let mut events = pin!(watcher(api, config).default_backoff());
+    let mut refusals = 0;
     while let Some(event) = events.next().await {
         let update = match event {
-            Ok(event) => Some(wrap(event)),
+            Ok(event) => {
+                refusals = 0;
+                Some(wrap(event))
+            }
             Err(e) => {
                 tracing::warn!(kind = %std::any::type_name::<K>(), error = %e, "watch (is the CRD installed, and does RBAC allow it?)");
-                failed.map(|make| make())
+                refusals += u32::from(is_refusal(&e));
+                failed.filter(|_| refusals >= REFUSALS).map(|make| make())
             }
         };
         let Some(update) = update else { continue };
@@ -183,6 +188,16 @@ async fn follow<K>(
             return;
         }
     }
+}
+
+/// An API server that is starting, or whose RBAC is not there yet, refuses for a moment: only one that goes on refusing means it, and
+/// decisions without what it did not tell would be wrong ones.
+const REFUSALS: u32 = 3;
+
+fn is_refusal(error: &watcher::Error) -> bool {
+    use watcher::Error::{InitialListFailed, WatchFailed, WatchStartFailed};
+    matches!(error, InitialListFailed(kube::Error::Api(status)) | WatchStartFailed(kube::Error::Api(status)) | WatchFailed(kube::Error::Api(status))
+        if matches!(status.code, 403 | 404))
 }
 
 /// Follows all objects of a kind, as long as its CRD is installed; notices when it comes, goes, or serves another version.

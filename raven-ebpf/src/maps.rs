@@ -16,8 +16,9 @@ use raven_common::{
 const MAX_PREFIXES: usize = 131_072;
 /// Nodes of one pool.
 const MAX_POOL_NODES: usize = 16_384;
-/// Gateways × verdicts that were ever seen. When it is full, new pairs are not counted; nothing else happens.
-const MAX_COUNTERS: usize = 8_192;
+/// Gateways × verdicts that were ever seen: ten thousand Gateways with half a dozen each. Takes memory by use. When it is full, new pairs
+/// are not counted; nothing else happens.
+const MAX_COUNTERS: usize = 65_536;
 
 /// One entry: this node.
 #[btf_map]
@@ -43,7 +44,7 @@ static NODES: HashMap<[u8; 4], Node, MAX_POOL_NODES> = HashMap::new();
 
 /// Packets and bytes per (remote gateway, verdict) and CPU. Written by the programs, read by everybody.
 #[btf_map]
-pub static COUNTERS: PerCpuHashMap<CounterKey, Count, MAX_COUNTERS> = PerCpuHashMap::new();
+pub static COUNTERS: PerCpuHashMap<CounterKey, Count, MAX_COUNTERS, { BPF_F_NO_PREALLOC as usize }> = PerCpuHashMap::new();
 
 /// What the tries said of a pair of addresses, IPv4. Written and read by `uplink_xdp`, each CPU for itself.
 #[btf_map]

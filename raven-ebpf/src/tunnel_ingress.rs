@@ -5,7 +5,7 @@
 //! this node → the stack; for anybody else → dropped: a peer may reach this pool's prefixes and nothing besides.
 
 use raven_common::{
-    Verdict,
+    OVERLAY_OVERHEAD, Verdict,
     header::{Ipv4, Ipv6, OverlayHeader},
     tables::{CONFIG_NO_WRAP, CONFIG_RELAY, Config, GatewayId, Path, Remote},
 };
@@ -22,7 +22,7 @@ use crate::{
 const L3: usize = 0;
 
 /// Longest aggregate that still fits into a 16-bit length with the outer header in front.
-const MAX_WRAPPED: u32 = 65_000;
+const MAX_WRAPPED: u32 = u16::MAX as u32 - OVERLAY_OVERHEAD as u32;
 
 /// See the module's text.
 #[inline(always)]

@@ -111,7 +111,7 @@ fn forward<I: Tables>(ctx: &XdpContext, config: &Config, outer: &Ipv4) -> Result
     if header.ttl() <= 1 || header.total_len() > config.tunnel_mtu {
         return Err(None);
     }
-    take_hop(ctx, &header).and_then(|()| strip(ctx, gateway)).ok_or(None)
+    strip(ctx, gateway, &header).ok_or(None)
 }
 
 /// The Gateway that the inner packet is for: remembered, or looked up with all checks, and remembered then.
@@ -155,18 +155,21 @@ fn take_hop<I: Tables>(ctx: &XdpContext, header: &I) -> Option<()> {
     Some(())
 }
 
-/// Takes the outer header off. Metadata first: where the driver has none, the packet is still whole and passes as it was.
+/// Takes the hop and the outer header off. Metadata first: where the driver has none, the packet is still whole and passes as it was.
 #[inline(always)]
-fn strip(ctx: &XdpContext, gateway: GatewayId) -> Option<()> {
+fn strip<I: Tables>(ctx: &XdpContext, gateway: GatewayId, header: &I) -> Option<()> {
+    // SAFETY: a helper call on the program's own context; no pointer into the frame lives across it.
+    if unsafe { bpf_xdp_adjust_meta(ctx.ctx, -(size_of::<Unwrapped>() as i32)) } != 0 {
+        return None;
+    }
+    take_hop(ctx, header)?;
     let macs: [u8; 12] = access::read(ctx, 0)?;
     // The inner frame takes over the outer addresses: it is for this device, and the stack may have to take it.
     // SAFETY: `at` checked the bounds; nothing else points into the frame.
     unsafe { *access::at::<[u8; 12]>(ctx, INNER_ETHERNET)? = macs };
     // SAFETY: helper calls on the program's own context; no pointer into the frame lives across them.
     unsafe {
-        if bpf_xdp_adjust_meta(ctx.ctx, -(size_of::<Unwrapped>() as i32)) != 0 {
-            return None;
-        }
+        // Refused only where less than an Ethernet header would be left, and there is an IP header behind it.
         if bpf_xdp_adjust_head(ctx.ctx, OVERLAY_OVERHEAD as i32) != 0 {
             bpf_xdp_adjust_meta(ctx.ctx, size_of::<Unwrapped>() as i32);
             return None;

@@ -62,3 +62,31 @@ async fn routes_and_rules_that_somebody_deletes_come_back() {
         running.check(back.await);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_announcement_that_somebody_deleted_is_made_again() {
+    if !privileged("an_announcement_that_somebody_deleted_is_made_again") {
+        return;
+    }
+    let running = Running::start().await.expect("the lab starts");
+    let key = || {
+        running.lab.cluster().kubectl(&[
+            "get",
+            "gatewaynode",
+            "x-a",
+            "-o",
+            "jsonpath={.metadata.uid} {.spec.publicKey} {.status.peerSummary}",
+        ])
+    };
+    let before = running.check(key());
+    running.check(running.lab.cluster().kubectl(&["delete", "gatewaynode", "x-a"]));
+    let again = raven_tests::eventually(std::time::Duration::from_secs(40), "it is there again, with its key and its status", || async {
+        let now = key()?;
+        let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        let (old, new) = (words(&before), words(&now));
+        anyhow::ensure!(new.len() == 3 && new[0] != old[0] && new[1] == old[1] && new[2] == "1/1", "{now}");
+        Ok(())
+    });
+    running.check(again.await);
+    running.check(proof::converged(&running.lab).await);
+}

@@ -30,6 +30,10 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
     report(&running, &kubectl::all(&server, "by name, from an ordinary node", 100));
     running.check(server.kill());
 
+    let server = running.check(lab.api_server_on("cloud-a", Prefer::Hostname).await);
+    report(&running, &kubectl::all(&server, "by name, from the gateway node", 5));
+    running.check(server.kill());
+
     let server = running.check(lab.api_server_on("cloud-a", Prefer::InternalIP).await);
     report(&running, &kubectl::all(&server, "by address, from the gateway node", 10));
     // What is taken is visible, and is the kubelet's ports alone.
@@ -43,6 +47,16 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
     let server = running.check(lab.api_server_on("cloud-b", Prefer::InternalIP).await);
     report(&running, &kubectl::all(&server, "by address, from an ordinary node", 10));
     running.check(server.kill());
+
+    // As Prometheus and metrics-server read them, by address, from a pod of an ordinary node; the kubelet shows its own certificate, and
+    // lets in who shows the API server's.
+    let file = |name: &str| lab.cluster().file(name).display().to_string();
+    let (ca, certificate, key) = (file("ca.crt"), file("kubelet-client.crt"), file("kubelet-client.key"));
+    let scrape =
+        |more: &str| lab.pod("cloud-b").ns.sh(&format!("curl -sS -m 10 --cacert {ca} {more} https://10.1.0.12:10250/metrics/resource"));
+    let metrics = running.check(scrape(&format!("--cert {certificate} --key {key}")));
+    assert!(metrics.contains("node_cpu_usage_seconds_total"), "{metrics}");
+    assert_eq!(running.check(scrape("")), "Unauthorized", "who shows none");
 
     // L3 off, everywhere.
     let maps: Api<ConfigMap> = Api::namespaced(lab.cluster().client(), raven_api::DEFAULT_NAMESPACE);

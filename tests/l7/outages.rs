@@ -1,10 +1,16 @@
 //! Links that break and agents that die: new requests work again at once. The kubelet is an HTTP server on its read-only port.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeSet,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::discovery::v1::EndpointSlice;
-use kube::{Api, api::ListParams};
+use k8s_openapi::api::{core::v1::ConfigMap, discovery::v1::EndpointSlice, events::v1::Event};
+use kube::{
+    Api,
+    api::{ListParams, Patch, PatchParams},
+};
 use raven_api::{
     gateway::{Endpoint, EndpointType, Gateway, ProxyConfig},
     proxy::INTERNAL_SERVICE,
@@ -98,6 +104,50 @@ async fn requests_work_again_when_the_link_and_the_agents_are_back() {
         println!("new requests work {} ms after the agent of {node} was started again", again.as_millis());
     }
     assert_eq!(running.check(running.ask_address("cloud-b", "10.1.0.12")), "of x-b\n");
+
+    // Each stream has one id, in the logs of both gateway nodes.
+    let ids = |node: &str| -> BTreeSet<String> {
+        let log = std::fs::read_to_string(running.lab.logs().join(format!("agent-{node}.log"))).unwrap_or_default();
+        let plain = log.replace("\u{1b}[3m", "").replace("\u{1b}[0m", "").replace("\u{1b}[2m", "");
+        plain.split("stream=").skip(1).filter_map(|rest| rest.split_whitespace().next()).map(str::to_owned).collect()
+    };
+    let (cloud, edge) = (ids("cloud-a"), ids("x-a"));
+    assert!(edge.len() > 3 && edge.is_subset(&cloud), "at the edge {edge:?}, in the cloud {cloud:?}");
+
+    // L7 switched off: nothing of it listens, leads anywhere or goes on.
+    let open = running
+        .lab
+        .node("cloud-b")
+        .ns
+        .command("busybox")
+        .args(["nc", "10.1.0.12", "10255"])
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .expect("nc starts");
+    let _open = Killed(open);
+    let streams = || running.lab.node("x-a").ns.sh("curl -sS http://[::1]:10265/metrics | grep '^raven_proxy_open_streams '");
+    running.check(eventually(SOON, "a stream is open", || async { Ok(ensure!(streams()?.trim() != "raven_proxy_open_streams 0")) }).await);
+    let off = serde_json::json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "raven-cfg" }, "data": { "enable-l7-proxy": "false" } });
+    let maps: Api<ConfigMap> = Api::namespaced(running.lab.cluster().client(), raven_api::DEFAULT_NAMESPACE);
+    maps.patch("raven-cfg", &PatchParams::apply("raven-lab"), &Patch::Apply(&off)).await.expect("L7 is switched off");
+    let gone = || async {
+        let left = running.lab.node("cloud-a").ns.sh("ss -Hltn | grep -E ':(1026[234]|20000) ' || true; ip rule | grep 9029 || true")?;
+        ensure!(left.is_empty(), "{left}");
+        let left = running.lab.node("cloud-b").ns.sh("ip rule | grep 9029 || true")?;
+        ensure!(left.is_empty(), "{left}");
+        Ok(ensure!(streams()?.trim() == "raven_proxy_open_streams 0", "{}", streams()?))
+    };
+    running.check(eventually(SOON, "L7 is off", gone).await);
+}
+
+/// Ends with the value.
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -118,6 +168,18 @@ async fn an_address_that_two_sites_have_is_refused_and_the_names_work() {
     let metrics = running.lab.node("cloud-a").ns.sh("curl -sS http://[::1]:10265/metrics").context("metrics");
     let metrics = running.check(metrics);
     assert!(metrics.contains("raven_proxy_refused_total{reason=\"Ambiguous\"} 1"), "{metrics}");
+    let events: Api<Event> = Api::all(running.lab.cluster().client());
+    let told = || async {
+        let events = events.list(&ListParams::default()).await?.items;
+        let of = |gateway: &str| {
+            events.iter().find(|e| {
+                e.reason.as_deref() == Some("NodeAddressAmbiguous") && e.regarding.as_ref().and_then(|r| r.name.as_deref()) == Some(gateway)
+            })
+        };
+        let note = of("edge-y").and_then(|e| e.note.clone()).context("no Event about edge-y")?;
+        Ok(ensure!(note.contains("y-b (10.1.0.12, which node x-b of Gateway edge-x has, too)"), "{note}"))
+    };
+    running.check(eventually(SOON, "an Event says so", told).await);
 }
 
 /// The cloud's Gateway with a proxy on each of its first two nodes, both by the router's address.
@@ -246,8 +308,12 @@ async fn a_thin_link_carries_more_than_fits_into_it_and_small_requests_beside_it
     std::fs::write(running.lab.node("x-b").dir.join("www/large"), vec![b'x'; BYTES]).expect("a file");
     running.check(running.answered("x-b").await);
     let tunnels = || running.lab.node("cloud-a").ns.sh("curl -sS http://[::1]:10265/tunnels | grep edge-x | sed 's/,.*//' | sort");
-    let before = running.check(tunnels());
-    assert_eq!(before.lines().count(), 2, "{before}");
+    let both = || async {
+        let shown = tunnels()?;
+        ensure!(shown.lines().count() == 2, "{shown}");
+        Ok(shown)
+    };
+    let before = running.check(eventually(SOON, "both tunnels are up", both).await);
     // 1 Mbit/s out of the site, and a router that keeps up to two seconds of it in its queue.
     let router = running.lab.pool("edge-x").router.clone();
     running.check(router.sh("tc qdisc add dev wan root tbf rate 1mbit burst 16kb latency 2s"));

@@ -85,7 +85,7 @@ impl Bpf {
         if let Ok(pinned) = PinnedLink::from_pin(&path) {
             match self.update(hook, pinned) {
                 Ok(attached) => return Ok(attached),
-                // ENOLINK: the device behind the link is gone.
+                Err(e) if !is_dead(e.as_ref()) => return Err(failed(chain(e.as_ref()))),
                 Err(_) => fs::remove_file(&path).map_err(|e| failed(format!("remove the dead link {}: {e}", path.display())))?,
             }
         }
@@ -203,6 +203,12 @@ impl Bpf {
         mem::forget(program.take_link(id)?);
         Ok(attached)
     }
+}
+
+/// ENOLINK: the device behind a link is gone. What else goes wrong is no reason to give up a link that works.
+fn is_dead(error: &(dyn std::error::Error + 'static)) -> bool {
+    let errno = |e: &(dyn std::error::Error + 'static)| e.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+    std::iter::successors(Some(error), |e| e.source()).any(|e| errno(e) == Some(nix::errno::Errno::ENOLINK as i32))
 }
 
 /// Takes our filter off a device where it is no link (below Linux 6.6). Nothing there is no error.

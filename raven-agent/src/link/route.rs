@@ -94,6 +94,9 @@ impl Links {
     pub async fn ensure_rules(&self) -> Result<u32, Error> {
         let mut made = 0;
         for version in [IpVersion::V4, IpVersion::V6] {
+            if matches!(version, IpVersion::V6) && !super::has_ipv6() {
+                continue;
+            }
             if !self.rules(version.clone()).await?.is_empty() {
                 continue;
             }
@@ -124,6 +127,9 @@ impl Links {
 
     async fn rules(&self, version: IpVersion) -> Result<Vec<RuleMessage>, Error> {
         let mut found = Vec::new();
+        if matches!(version, IpVersion::V6) && !super::has_ipv6() {
+            return Ok(found);
+        }
         let mut stream = self.handle.rule().get(version).execute();
         while let Some(rule) = stream.try_next().await.map_err(failed("list rules"))? {
             let table = rule.attributes.contains(&RuleAttribute::Table(names::TABLE));

@@ -1,14 +1,17 @@
 //! HTTP for machines: `/metrics`, `/drops` and `/tunnels` on one address, `/healthz` and `/readyz` on another.
 
-use std::{convert::Infallible, net::SocketAddr};
+use std::{convert::Infallible, net::SocketAddr, time::Duration};
 
 use http_body_util::Full;
 use hyper::{Request, Response, StatusCode, body::Bytes, server::conn::http1, service::service_fn};
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpListener, sync::watch};
 
 use super::{Drops, metrics, publish::Latest};
 use crate::proxy::stats::Stats;
+
+/// How long a client may take to say what it wants.
+const HEAD: Duration = Duration::from_secs(5);
 
 /// Serves all paths on `address` until the process ends. An address that is taken is logged: no reason not to forward.
 pub async fn serve(address: SocketAddr, latest: watch::Receiver<Latest>, drops: Drops, proxy: Stats) {
@@ -17,15 +20,25 @@ pub async fn serve(address: SocketAddr, latest: watch::Receiver<Latest>, drops: 
         Err(e) => return tracing::error!("listen on {address}: {e}; metrics and health are not served there"),
     };
     loop {
-        let Ok((stream, _)) = listener.accept().await else { continue };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(e) => {
+                // Out of file descriptors, mostly: those of others will end.
+                tracing::warn!("accept on {address}: {e}");
+                tokio::time::sleep(HEAD).await;
+                continue;
+            }
+        };
         let (latest, drops, proxy) = (latest.clone(), drops.clone(), proxy.clone());
         tokio::spawn(async move {
             let service = service_fn(move |request| {
                 let response = answer(&request, &latest, &drops, &proxy);
                 async move { Ok::<_, Infallible>(response) }
             });
+            let mut builder = http1::Builder::new();
+            builder.timer(TokioTimer::new()).header_read_timeout(HEAD).keep_alive(false);
             // A client that goes away early is its own business.
-            let _ = http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+            let _ = builder.serve_connection(TokioIo::new(stream), service).await;
         });
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     apply::Report,
     diff::Peer,
     plan::Role,
-    topology::PublicKey,
+    topology::{Inputs, PublicKey},
     tunnel::{Backend, Tunnel},
 };
 
@@ -32,14 +32,27 @@ const REFRESH: Duration = Duration::from_secs(300);
 pub type Latest = Option<(Arc<Report>, Option<Tunnel>)>;
 
 /// Publishes until the process ends. A failure is logged and tried again with the next period.
-pub async fn run(client: Client, node: String, mut latest: watch::Receiver<Latest>, mut proxy: watch::Receiver<Option<Proxied>>) {
+///
+/// `seen`: what the API server has, by the agent's own watch: an announcement that somebody deleted is made again.
+pub async fn run(
+    client: Client,
+    node: String,
+    mut latest: watch::Receiver<Latest>,
+    mut proxy: watch::Receiver<Option<Proxied>>,
+    seen: watch::Receiver<Option<Inputs>>,
+) {
     let mut publisher = Publisher { api: Api::all(client), node, spec: None, status: None, written: None };
     let mut period = tokio::time::interval(PERIOD);
     loop {
         tokio::select! {
             changed = latest.changed() => if changed.is_err() { return },
             Ok(()) = proxy.changed() => {}
-            _ = period.tick() => {}
+            _ = period.tick() => {
+                let has = |inputs: &Inputs| inputs.gateway_nodes.iter().any(|n| n.metadata.name.as_deref() == Some(publisher.node.as_str()));
+                if publisher.spec.is_some() && seen.borrow().as_ref().is_some_and(|inputs| !has(inputs)) {
+                    publisher.forget();
+                }
+            }
         }
         let Some((report, tunnel)) = latest.borrow_and_update().clone() else { continue };
         let proxied = proxy.borrow_and_update().clone();
@@ -101,6 +114,11 @@ impl Publisher {
         self.status = Some(status);
         self.written = Some(tokio::time::Instant::now());
         Ok(())
+    }
+
+    /// Nothing has been written: all is written anew.
+    fn forget(&mut self) {
+        (self.spec, self.status, self.written) = (None, None, None);
     }
 
     /// A node that is not elected has nothing to announce; once per change of role, and once after a start.

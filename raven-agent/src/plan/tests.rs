@@ -283,6 +283,38 @@ fn without_l3_the_clouds_overlay_carries_connections_to_kubelets_and_nothing_els
 }
 
 #[test]
+fn a_stolen_box_that_publishes_the_clouds_key_takes_nobody_but_itself_off_the_network() {
+    let honest = inputs(&three_pools());
+    let mut stolen = honest.clone();
+    let cloud = stolen.gateway_nodes[0].spec.public_key.clone();
+    let thief = stolen.gateway_nodes.iter_mut().find(|n| n.metadata.name == Some(node_name(1, 0))).expect("an edge's gateway node");
+    thief.spec.public_key = cloud.clone();
+    // Its site is the oldest of all.
+    let created =
+        |second| Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::from_second(second).expect("a time")));
+    for (n, gateway) in stolen.gateways.iter_mut().enumerate() {
+        gateway.metadata.creation_timestamp = created(if n == 1 { 1 } else { 1000 });
+    }
+    let (before, after) = (build(&honest), build(&stolen));
+    assert_eq!(after.pools["site-0"], before.pools["site-0"]);
+    assert_eq!(after.pools["site-1"].gateways[&node_name(1, 0)].key, None);
+    assert!(after.problems.iter().any(|p| p.contains("claims the WireGuard key of node s0-n0")), "{:?}", after.problems);
+}
+
+#[test]
+fn the_api_servers_address_is_never_sent_into_the_tunnel() {
+    let mut inputs = inputs(&three_pools());
+    inputs.settings.forward_node_ip = true;
+    // A kubelet that says that it lives where the API server does.
+    inputs.gateways[1].status.as_mut().expect("a status").nodes[1].private_ip = "203.0.113.1".into();
+    let server: IpNet = "203.0.113.1/32".parse().expect("a prefix");
+    let routes = |inputs: &Inputs| plan(&build(inputs), &me(2, 1)).state.routes;
+    assert!(routes(&inputs).contains_key(&server));
+    inputs.api_servers = BTreeSet::from([server.addr()]);
+    assert!(!routes(&inputs).contains_key(&server));
+}
+
+#[test]
 fn a_proxy_on_another_node_than_the_tunnel_is_reached_from_everywhere_in_its_pool() {
     let mut sites = three_pools();
     sites[0].nodes = 3;

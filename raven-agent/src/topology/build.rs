@@ -31,6 +31,9 @@ pub struct Inputs {
     /// Certificates (PEM) of the CA that signs the proxies' certificates.
     #[serde(default)]
     pub proxy_ca: String,
+    /// Where the API server is: never into the tunnel.
+    #[serde(default)]
+    pub api_servers: BTreeSet<IpAddr>,
     /// Nodes of exposed Gateways whose L7 proxy works, as far as it can be seen from outside.
     #[serde(default)]
     pub ready_proxies: BTreeSet<String>,
@@ -46,12 +49,18 @@ pub fn build(inputs: &Inputs) -> Topology {
     });
     let keys = published_keys(&inputs.gateway_nodes);
     let topology = Topology {
+        api_servers: inputs.api_servers.clone(),
         settings: inputs.settings.clone(),
         ports: Ports::of(&inputs.gateways),
         proxy_ca: inputs.proxy_ca.clone(),
         ..Topology::default()
     };
     let mut builder = Builder { keys, topology, ready_proxies: inputs.ready_proxies.clone(), ..Builder::default() };
+    // A key that two nodes claim stays with the first. Gateways that others dial come first there: a box stolen from an old site that
+    // publishes the cloud's key must not take the cloud off the network.
+    for exposed in [true, false] {
+        gateways.iter().filter(|g| g.spec.expose_type.is_edge() != exposed).for_each(|gateway| builder.keep_keys(gateway));
+    }
     for gateway in gateways {
         builder.add(gateway);
     }
@@ -141,6 +150,19 @@ impl Builder {
         Some(prefix)
     }
 
+    fn keep_keys(&mut self, gateway: &Gateway) {
+        let status = gateway.status.iter().flat_map(|s| &s.active_endpoints);
+        for endpoint in status.filter(|e| e.type_ == EndpointType::Tunnel) {
+            if let Some(Ok(key)) = self.claimed_key(endpoint).map(|text| text.parse::<PublicKey>()) {
+                self.key_owners.entry(key).or_insert_with(|| endpoint.node_name.clone());
+            }
+        }
+    }
+
+    fn claimed_key(&self, endpoint: &Endpoint) -> Option<String> {
+        self.keys.get(&endpoint.node_name).or_else(|| endpoint.config.get("publicKey")).cloned()
+    }
+
     fn peer(&mut self, gateway: &str, endpoint: &Endpoint, outer: Ipv4Addr, exposed: bool) -> GatewayPeer {
         let key = self.key(gateway, endpoint);
         let public = endpoint.public_ip.as_deref().filter(|ip| !ip.is_empty()).and_then(|ip| ip.parse::<IpAddr>().ok());
@@ -157,7 +179,7 @@ impl Builder {
     /// the other: the first keeps it.
     fn key(&mut self, gateway: &str, endpoint: &Endpoint) -> Option<PublicKey> {
         let node = &endpoint.node_name;
-        let text = self.keys.get(node).or_else(|| endpoint.config.get("publicKey"))?.clone();
+        let text = self.claimed_key(endpoint)?;
         let Ok(key) = text.parse::<PublicKey>() else {
             self.problem(format!("Gateway {gateway}: node {node}: {text:?} is not a WireGuard public key"));
             return None;

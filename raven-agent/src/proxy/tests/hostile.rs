@@ -1,5 +1,7 @@
 //! Who means ill, or nothing good: refused, counted, and harmless.
 
+use std::collections::VecDeque;
+
 use rcgen::ExtendedKeyUsagePurpose;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -145,21 +147,46 @@ async fn who_says_nothing_is_turned_away_in_time() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn half_open_connections_keep_nobody_out_for_long() {
-    let world = World::start().await;
+async fn ten_thousand_half_open_connections_keep_nobody_out() {
+    let mut world = World::start().await;
     let listener = world.listen_http().await;
     tokio::spawn(async move { while listener.accept().await.is_ok() {} });
-    let mut held = Vec::new();
-    for _ in 0..limits::UNDECIDED + 200 {
-        match TcpStream::connect(world.secure).await {
-            Ok(stream) => held.push(stream),
-            // Out of file descriptors: as many as there may be.
-            Err(_) => break,
+    let node = world.listen().await;
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = node.accept().await {
+            tokio::spawn(async move {
+                let mut hello = [0; 5];
+                client.read_exact(&mut hello).await?;
+                client.write_all(&hello).await
+            });
+        }
+    });
+    // At the entrance and at the gate; a few seconds' worth of what there is room for.
+    let mut held = VecDeque::new();
+    for number in 0..10_000 {
+        let to = if number % 2 == 0 { world.secure } else { world.gate };
+        held.push_back(TcpStream::connect(to).await.expect("connected"));
+        // Ours, not the server's: as many file descriptors as a test may have.
+        if held.len() > 6_000 {
+            held.pop_front();
         }
     }
-    // The tunnels are not touched by it.
-    let refused = world.open("x2").await.err().expect("nobody listens there").to_string();
-    assert!(refused.contains("refused"), "{refused}");
+    let crowded = world.cloud_stats.refusals(Refusal::TooMany);
+    assert!(crowded > 1_000, "{crowded} had to go");
+    // With all of them at the door: an honest client, and an edge that lost its tunnels.
+    let secure = world.secure;
+    let honest = async || {
+        let mut client = TcpStream::connect(secure).await.expect("connected");
+        let hello = client_hello("x2");
+        client.write_all(&hello).await.expect("sent");
+        let mut seen = [0; 5];
+        timeout(SOON, client.read_exact(&mut seen)).await.expect("in time").expect("the node's answer");
+        assert_eq!(seen, hello[..5]);
+    };
+    honest().await;
+    world.cut();
+    world.connected().await;
+    honest().await;
     drop(held);
 }
 
