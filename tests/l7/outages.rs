@@ -15,7 +15,7 @@ use raven_api::{
     gateway::{Endpoint, EndpointType, Gateway, ProxyConfig},
     proxy::INTERNAL_SERVICE,
 };
-use raven_tests::{Lab, PoolSpec, Protocol, eventually, kubernetes::objects::default_gateway, privileged, process::Process};
+use raven_tests::{Lab, Nat, PoolSpec, Protocol, eventually, kubernetes::objects::default_gateway, privileged, process::Process};
 
 use crate::{Running, SOON};
 
@@ -58,7 +58,9 @@ async fn requests_work_again_when_the_link_and_the_agents_are_back() {
     if !privileged("requests_work_again_when_the_link_and_the_agents_are_back") {
         return;
     }
-    let mut running = Running::of(Lab::builder()).await.expect("the lab starts");
+    let mut pools = PoolSpec::three();
+    pools[1].nat = Nat::RandomPorts;
+    let mut running = Running::of(Lab::builder().pools(pools)).await.expect("the lab starts");
     let _servers = ["x-b", "y-b"].map(|node| running.check(running.serve(node)));
     for node in ["x-b", "y-b"] {
         running.check(running.answered(node).await);
@@ -85,10 +87,11 @@ async fn requests_work_again_when_the_link_and_the_agents_are_back() {
     println!("new requests work {} ms after the link is back", after.as_millis());
     assert!(after < Duration::from_secs(2), "it took {after:?}");
 
-    // The site's NAT forgets everything and gives out other ports.
+    // The site's NAT forgets everything and gives out other ports: the edge is told so by the answer to its next ping.
     running.check(router.sh("conntrack -F 2>/dev/null"));
     let rebound = running.check(running.answered("x-b").await);
     println!("new requests work {} ms after the NAT has forgotten", rebound.as_millis());
+    assert!(rebound < Duration::from_secs(4), "it took {rebound:?}");
 
     // Agents die, on both sides, without a word.
     for node in ["x-a", "cloud-a"] {
@@ -102,6 +105,7 @@ async fn requests_work_again_when_the_link_and_the_agents_are_back() {
         running.agent(node).restart().expect("the agent starts again");
         let again = running.check(running.answered("x-b").await);
         println!("new requests work {} ms after the agent of {node} was started again", again.as_millis());
+        assert!(again < Duration::from_secs(4), "it took {again:?}");
     }
     assert_eq!(running.check(running.ask_address("cloud-b", "10.1.0.12")), "of x-b\n");
 
@@ -112,7 +116,8 @@ async fn requests_work_again_when_the_link_and_the_agents_are_back() {
         plain.split("stream=").skip(1).filter_map(|rest| rest.split_whitespace().next()).map(str::to_owned).collect()
     };
     let (cloud, edge) = (ids("cloud-a"), ids("x-a"));
-    assert!(edge.len() > 3 && edge.is_subset(&cloud), "at the edge {edge:?}, in the cloud {cloud:?}");
+    // Without those that were open when an agent was killed.
+    assert!(edge.intersection(&cloud).count() > 3, "at the edge {edge:?}, in the cloud {cloud:?}");
 
     // L7 switched off: nothing of it listens, leads anywhere or goes on.
     let open = running
@@ -163,8 +168,8 @@ async fn an_address_that_two_sites_have_is_refused_and_the_names_work() {
     for node in ["x-b", "y-b"] {
         running.check(running.answered(node).await);
     }
-    let refused = running.ask_address("cloud-a", "10.1.0.12").expect_err("never guessed").to_string();
-    assert!(!refused.contains("of x-b") && !refused.contains("of y-b"), "{refused}");
+    let refused = running.check(running.ask_address("cloud-a", "10.1.0.12"));
+    assert_eq!(refused, "raven: the address 10.1.0.12 belongs to several nodes (x-b, y-b): reach them by name\n", "never guessed");
     let metrics = running.lab.node("cloud-a").ns.sh("curl -sS http://[::1]:10265/metrics").context("metrics");
     let metrics = running.check(metrics);
     assert!(metrics.contains("raven_proxy_refused_total{reason=\"Ambiguous\"} 1"), "{metrics}");

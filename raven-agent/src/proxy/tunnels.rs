@@ -1,6 +1,7 @@
 //! The cloud's half: the tunnels that edges have brought, and streams through them.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, BTreeSet},
     convert::Infallible,
     io,
@@ -191,7 +192,15 @@ impl Tunnels {
             changed.mark_unchanged();
             while let Some((tunnel, place)) = self.choose(&target.pool, &tried) {
                 tried.insert(tunnel.number);
-                match timeout(limits::ATTEMPT, request(&tunnel, stream)).await {
+                // An edge that dials anew may know better than we do what became of its old tunnels.
+                let attempt = tokio::select! {
+                    attempt = timeout(limits::ATTEMPT, request(&tunnel, stream)) => attempt,
+                    () = self.newer(&mut changed, &target.pool, tunnel.number) => {
+                        tracing::debug!(%stream, tunnel = tunnel.number, "try the new tunnel");
+                        continue;
+                    }
+                };
+                match attempt {
                     Ok(Ok(io)) => {
                         tunnel.stats.answers(true);
                         return Ok(Opened { io: TokioIo::new(io), _place: place });
@@ -227,11 +236,21 @@ impl Tunnels {
     fn choose(&self, pool: &str, tried: &BTreeSet<u64>) -> Option<(Arc<Tunnel>, Place)> {
         let by_pool = self.lock();
         let tunnels = by_pool.get(pool)?.iter().filter(|t| !tried.contains(&t.number) && !t.sender.is_closed());
-        // One that did not answer last time comes last: its other end may hang.
-        let fewest = tunnels.min_by_key(|t| (t.stats.is_mute(), t.stats.streams()))?;
+        // One that did not answer last time comes last: its other end may hang. Of two that are alike the newer one is the likelier to work.
+        let fewest = tunnels.min_by_key(|t| (t.stats.is_mute(), t.stats.streams(), Reverse(t.number)))?;
         // Below what the edge allows: a stream that waits for another one to end would block those behind it.
         let place = fewest.stats.take_place(limits::STREAMS - 1)?;
         Some((fewest.clone(), place))
+    }
+
+    /// Waits for a tunnel of a pool that is newer than this one.
+    async fn newer(&self, changed: &mut watch::Receiver<BTreeSet<String>>, pool: &str, number: u64) {
+        while changed.changed().await.is_ok() {
+            if self.lock().get(pool).is_some_and(|tunnels| tunnels.iter().any(|t| t.number > number)) {
+                return;
+            }
+        }
+        std::future::pending().await
     }
 
     fn is_full(&self, pool: &str) -> bool {
