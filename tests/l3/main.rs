@@ -8,6 +8,7 @@ mod forged;
 mod gateway_moves;
 mod live_change;
 mod neighbours;
+mod node_addresses;
 mod nothing_is_left;
 mod outages;
 mod path;

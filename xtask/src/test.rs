@@ -54,9 +54,21 @@ impl Level {
             Self::Unit => &["--workspace", "--lib", "--bins", "--exclude", "raven-ebpf"],
             Self::Bpf => &["-p", "raven-tests", "--test", "programs"],
             // One at a time: timing and CPU belong to the lab that is measured.
-            Self::Lab => {
-                &["-p", "raven-tests", "--test", "lab", "--test", "control", "--test", "l3", "--test", "l7", "--", "--test-threads=1"]
-            }
+            Self::Lab => &[
+                "--no-fail-fast",
+                "-p",
+                "raven-tests",
+                "--test",
+                "lab",
+                "--test",
+                "control",
+                "--test",
+                "l3",
+                "--test",
+                "l7",
+                "--",
+                "--test-threads=1",
+            ],
             Self::Kernel => &[],
         }
     }
