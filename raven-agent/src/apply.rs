@@ -1,7 +1,12 @@
 //! Brings the kernel to what the plan says: reads what is there, diffs, runs the steps. One failed step never stops the
 //! others; what failed is reported and tried again with the next run.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::{StreamExt, stream};
 use tokio::time::Instant;
@@ -12,7 +17,7 @@ use wireguard_control::Key;
 use crate::{
     bpf::{self, Attached, Bpf, Hook, probe::Release},
     config::{TcAttach, Tier},
-    diff::{State, Step, diff},
+    diff::{Peer, State, Step, diff},
     link::{self, Links, Uplink, Way, set_sysctls},
     names, netfilter,
     plan::{Detour, Indexes, Me, Plan, Role, plan},
@@ -89,6 +94,9 @@ pub struct Reconciler {
     bpf: Bpf,
     key: Key,
     tunnel: Option<Tunnel>,
+    /// Where peers that are gone were heard from last. One that comes back is asked there for a new session: by itself it may go on with
+    /// the old one, which we have forgotten, for two minutes.
+    left: BTreeMap<PublicKey, SocketAddr>,
     /// The proxy's listener for connections by address.
     listener: Option<std::net::TcpListener>,
     /// What was found around us, and when: netfilter's rules can be many, so they are not read at every run.
@@ -138,7 +146,7 @@ impl Reconciler {
         let mut bpf = Bpf::open(settings.tcx())?;
         // An earlier agent may have died between a change and this.
         bpf.next_generation()?;
-        Ok(Self { settings, links, bpf, key, tunnel: None, listener, surroundings: None })
+        Ok(Self { settings, links, bpf, key, tunnel: None, left: BTreeMap::new(), listener, surroundings: None })
     }
 
     /// See [`Bpf::take_trace`].
@@ -345,11 +353,17 @@ impl Reconciler {
     async fn run(&mut self, step: &Step, have: &State) -> Result<(), String> {
         match step {
             Step::PutPeer(key, peer) => match &self.tunnel {
-                Some(tunnel) => tunnel.put_peer(*key, peer, have.peers.contains_key(key)).await.map_err(|e| e.to_string()),
+                Some(tunnel) => {
+                    let peer = Peer { endpoint: peer.endpoint.or_else(|| self.left.remove(key)), ..peer.clone() };
+                    tunnel.put_peer(*key, &peer, have.peers.contains_key(key)).await.map_err(|e| e.to_string())
+                }
                 None => Err(format!("peer {key} waits for the tunnel device")),
             },
             Step::DeletePeer(key) => match &self.tunnel {
-                Some(tunnel) => tunnel.delete_peer(*key).await.map_err(|e| e.to_string()),
+                Some(tunnel) => {
+                    self.left.extend(have.peers.get(key).and_then(|peer| peer.endpoint).map(|endpoint| (*key, endpoint)));
+                    tunnel.delete_peer(*key).await.map_err(|e| e.to_string())
+                }
                 None => Ok(()),
             },
             map_entry => self.bpf.apply(map_entry).map(drop).map_err(|e| e.to_string()),

@@ -131,7 +131,11 @@ async fn requests_work_again_when_the_link_and_the_agents_are_back() {
         .expect("nc starts");
     let _open = Killed(open);
     let streams = || running.lab.node("x-a").ns.sh("curl -sS http://[::1]:10265/metrics | grep '^raven_proxy_open_streams '");
-    running.check(eventually(SOON, "a stream is open", || async { Ok(ensure!(streams()?.trim() != "raven_proxy_open_streams 0")) }).await);
+    let opened = || async {
+        ensure!(streams()?.trim() != "raven_proxy_open_streams 0");
+        Ok(())
+    };
+    running.check(eventually(SOON, "a stream is open", opened).await);
     let off = serde_json::json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "raven-cfg" }, "data": { "enable-l7-proxy": "false" } });
     let maps: Api<ConfigMap> = Api::namespaced(running.lab.cluster().client(), raven_api::DEFAULT_NAMESPACE);
     maps.patch("raven-cfg", &PatchParams::apply("raven-lab"), &Patch::Apply(&off)).await.expect("L7 is switched off");
@@ -140,7 +144,8 @@ async fn requests_work_again_when_the_link_and_the_agents_are_back() {
         ensure!(left.is_empty(), "{left}");
         let left = running.lab.node("cloud-b").ns.sh("ip rule | grep 9029 || true")?;
         ensure!(left.is_empty(), "{left}");
-        Ok(ensure!(streams()?.trim() == "raven_proxy_open_streams 0", "{}", streams()?))
+        ensure!(streams()?.trim() == "raven_proxy_open_streams 0", "{}", streams()?);
+        Ok(())
     };
     running.check(eventually(SOON, "L7 is off", gone).await);
 }
@@ -182,7 +187,8 @@ async fn an_address_that_two_sites_have_is_refused_and_the_names_work() {
             })
         };
         let note = of("edge-y").and_then(|e| e.note.clone()).context("no Event about edge-y")?;
-        Ok(ensure!(note.contains("y-b (10.1.0.12, which node x-b of Gateway edge-x has, too)"), "{note}"))
+        ensure!(note.contains("y-b (10.1.0.12, which node x-b of Gateway edge-x has, too)"), "{note}");
+        Ok(())
     };
     running.check(eventually(SOON, "an Event says so", told).await);
 }

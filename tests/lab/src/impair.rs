@@ -100,7 +100,7 @@ impl Loss {
         self.number += 1;
         let mut hash = self.number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        self.one_in > 0 && (hash ^ (hash >> 27)) % self.one_in == 0
+        self.one_in > 0 && (hash ^ (hash >> 27)).is_multiple_of(self.one_in)
     }
 }
 
