@@ -210,7 +210,12 @@ impl Proxy {
     }
 
     async fn listen(&self, address: SocketAddr) -> Result<TcpListener, String> {
+        let everywhere = (Ipv6Addr::UNSPECIFIED, address.port());
         let bound = match TcpListener::bind(address).await {
+            // The Node's InternalIP is on a box in front of this one (`--node-ip`).
+            Err(e) if e.kind() == std::io::ErrorKind::AddrNotAvailable && !address.ip().is_unspecified() => {
+                TcpListener::bind(everywhere).await
+            }
             // `[::]` needs IPv6 in the kernel; without it, all of IPv4.
             Err(_) if address.ip().is_unspecified() && address.is_ipv6() => TcpListener::bind(("0.0.0.0", address.port())).await,
             bound => bound,

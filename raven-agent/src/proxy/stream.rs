@@ -67,7 +67,7 @@ impl Account {
     pub(crate) fn open(stream: Stream, stats: &Stats) -> Self {
         stats.opened();
         let (stats, begin) = (stats.clone(), Instant::now());
-        Self { stream, stats, begin, sent: Arc::default(), received: Arc::default(), ended: "the process stops".to_owned() }
+        Self { stream, stats, begin, sent: Arc::default(), received: Arc::default(), ended: "cut off here".to_owned() }
     }
 
     /// The node's end, whose bytes are the stream's.
