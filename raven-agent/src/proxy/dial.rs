@@ -127,6 +127,7 @@ impl Slot {
         // With this task they all end.
         let mut tunnels = JoinSet::new();
         let mut current: Option<Live> = None;
+        let mut futile = backoff(limits::REDIAL_REFUSED);
         loop {
             let next = tokio::select! {
                 next = self.dial() => next,
@@ -140,9 +141,11 @@ impl Slot {
             let begin = Instant::now();
             tokio::select! {
                 () = live.ended.cancelled() => {
-                    // One that ends at once is no better than none.
+                    // One that ends at once is no better than none: the other side will not have it.
                     if begin.elapsed() < limits::PING {
-                        self.pause(limits::REDIAL_REFUSED.0).await;
+                        self.pause(futile.next().unwrap_or(limits::REDIAL_REFUSED.1)).await;
+                    } else {
+                        futile = backoff(limits::REDIAL_REFUSED);
                     }
                     continue;
                 }

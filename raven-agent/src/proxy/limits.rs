@@ -60,8 +60,7 @@ pub(crate) const HELLO: usize = 66 << 10;
 pub(crate) const UNDECIDED: usize = 2048;
 /// Tunnels that are being set up at a time; likewise.
 pub(crate) const HANDSHAKES: usize = 512;
-/// Tunnels of one edge gateway node to one cloud gateway node, with old ones that still have streams: the sender is authenticated, and
-/// may be stolen.
+/// Tunnels of one edge gateway node to one cloud gateway node that take streams: whoever brings them is authenticated, and may be stolen.
 pub(crate) const TUNNELS_OF_A_NODE: usize = 64;
 
 /// What is read at a time, bytes, and the largest frame of HTTP/2 that is taken: fewer and larger ones cost less each.

@@ -96,6 +96,11 @@ impl TunnelStats {
         self.streams.load(Ordering::Relaxed)
     }
 
+    /// See [`TunnelStats::retire`].
+    pub(crate) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Relaxed)
+    }
+
     fn rtt(&self) -> Option<Duration> {
         Some(self.rtt.load(Ordering::Relaxed)).filter(|us| *us > 0).map(Duration::from_micros)
     }
@@ -215,7 +220,7 @@ impl Stats {
                 tunnel: *number,
                 gateway: &tunnel.end.gateway,
                 node: &tunnel.end.node,
-                state: if tunnel.retired.load(Ordering::Relaxed) { "retiring" } else { "up" },
+                state: if tunnel.is_retired() { "retiring" } else { "up" },
                 streams: tunnel.streams(),
                 rtt_ms: tunnel.rtt().map(|rtt| rtt.as_secs_f64() * 1000.0),
                 seconds: tunnel.begin.elapsed().as_secs(),

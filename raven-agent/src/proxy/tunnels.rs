@@ -153,6 +153,7 @@ impl Tunnels {
         };
         // No new streams; those that are open go on, and can still be ended from outside, until hyper's own task has seen the last.
         if !close.is_cancelled() {
+            shown.tunnel.retire();
             tokio::select! {
                 () = self.drained(&shown.tunnel) => {}
                 () = close.cancelled() => {}
@@ -172,8 +173,9 @@ impl Tunnels {
         }
     }
 
+    /// Tunnels of a node that take streams.
     fn count(&self, node: &str, pool: &str) -> usize {
-        self.lock().get(pool).map_or(0, |tunnels| tunnels.iter().filter(|t| t.node == node).count())
+        self.lock().get(pool).map_or(0, |tunnels| tunnels.iter().filter(|t| t.node == node && !t.stats.is_retired()).count())
     }
 
     /// Closes the tunnels of nodes that may not have one (any more).
@@ -192,10 +194,11 @@ impl Tunnels {
             changed.mark_unchanged();
             while let Some((tunnel, place)) = self.choose(&target.pool, &tried) {
                 tried.insert(tunnel.number);
+                let newest = self.newest(&target.pool);
                 // An edge that dials anew may know better than we do what became of its old tunnels.
                 let attempt = tokio::select! {
                     attempt = timeout(limits::ATTEMPT, request(&tunnel, stream)) => attempt,
-                    () = self.newer(&mut changed, &target.pool, tunnel.number) => {
+                    () = self.newer(&mut changed, &target.pool, newest) => {
                         tracing::debug!(%stream, tunnel = tunnel.number, "try the new tunnel");
                         continue;
                     }
@@ -243,14 +246,18 @@ impl Tunnels {
         Some((fewest.clone(), place))
     }
 
-    /// Waits for a tunnel of a pool that is newer than this one.
-    async fn newer(&self, changed: &mut watch::Receiver<BTreeSet<String>>, pool: &str, number: u64) {
+    /// Waits for a tunnel of a pool that is newer than what was its newest; other sites come and go all the time.
+    async fn newer(&self, changed: &mut watch::Receiver<BTreeSet<String>>, pool: &str, newest: Option<u64>) {
         while changed.changed().await.is_ok() {
-            if self.lock().get(pool).is_some_and(|tunnels| tunnels.iter().any(|t| t.number > number)) {
+            if self.newest(pool) > newest {
                 return;
             }
         }
         std::future::pending().await
+    }
+
+    fn newest(&self, pool: &str) -> Option<u64> {
+        self.lock().get(pool)?.iter().map(|tunnel| tunnel.number).max()
     }
 
     fn is_full(&self, pool: &str) -> bool {
