@@ -50,6 +50,8 @@ pub(crate) const REDIAL_REFUSED: (Duration, Duration) = (Duration::from_secs(1),
 pub(crate) const OPEN: Duration = Duration::from_secs(8);
 /// How long one tunnel has to answer before another one is tried.
 pub(crate) const ATTEMPT: Duration = Duration::from_secs(4);
+/// How long one has to answer before a tunnel that has come up since is preferred.
+pub(crate) const GRACE: Duration = Duration::from_millis(500);
 /// How long an edge gateway node tries to connect to a node of its pool.
 pub(crate) const CONNECT: Duration = Duration::from_secs(3);
 /// How long a client may take for its ClientHello or the head of its request.

@@ -16,7 +16,7 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::watch,
-    time::{Instant, MissedTickBehavior, timeout, timeout_at},
+    time::{Instant, MissedTickBehavior, sleep, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -246,14 +246,15 @@ impl Tunnels {
         Some((fewest.clone(), place))
     }
 
-    /// Waits for a tunnel of a pool that is newer than what was its newest; other sites come and go all the time.
+    /// Waits for a tunnel of a pool that is newer than what was its newest (other sites come and go all the time). Not at once: an old one
+    /// that works answers sooner.
     async fn newer(&self, changed: &mut watch::Receiver<BTreeSet<String>>, pool: &str, newest: Option<u64>) {
-        while changed.changed().await.is_ok() {
-            if self.newest(pool) > newest {
-                return;
+        sleep(limits::GRACE).await;
+        while self.newest(pool) <= newest {
+            if changed.changed().await.is_err() {
+                std::future::pending::<()>().await;
             }
         }
-        std::future::pending().await
     }
 
     fn newest(&self, pool: &str) -> Option<u64> {

@@ -32,6 +32,7 @@ use super::super::{
     dial,
     entrance::{Entrance, Kind},
     identity::{self, Identity},
+    limits,
     plan::{Plan, Target, plan},
     serve::Edge,
     stats::Stats,
@@ -188,8 +189,7 @@ impl World {
     }
 
     pub(super) async fn connected(&self) {
-        let ends = self.tunnels.ends();
-        eventually("the edge's tunnels", || ends.borrow().contains("x1")).await;
+        eventually("the edge's tunnels", || self.tunnels.numbers().len() >= limits::TUNNELS).await;
     }
 
     /// All tunnels break, and the edge dials again.
