@@ -12,12 +12,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("cargo:rerun-if-changed={}", workspace.join(path).display());
     }
     println!("cargo:rerun-if-env-changed=RAVEN_EBPF_RUSTC");
-    println!("cargo:rerun-if-env-changed=RAVEN_EBPF_TRACE");
     // Beside the host's build, shared by all its profiles: target/ebpf.
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let target = out.ancestors().nth(4).ok_or("OUT_DIR is not inside a target folder")?.join("ebpf");
     let toolchain = toolchain::find()?;
-    let status = toolchain::command(&toolchain, workspace, &target).status()?;
+    let status = toolchain::command(&toolchain, workspace, &target, false).status()?;
     if !status.success() {
         return Err(format!("building raven-ebpf with {toolchain} failed; `cargo xtask setup` checks the tools that it needs").into());
     }

@@ -66,8 +66,9 @@ pub fn tools_dir() -> PathBuf {
     cache.join("raven/tools/bin")
 }
 
-/// The command that builds `raven-ebpf` (in `workspace`) into `target_dir`; the object is then [`object`].
-pub fn command(toolchain: &Toolchain, workspace: &Path, target_dir: &Path) -> Command {
+/// The command that builds `raven-ebpf` (in `workspace`) into `target_dir`; the object is then [`object`]. With `trace`, its programs
+/// write a line of log for each packet.
+pub fn command(toolchain: &Toolchain, workspace: &Path, target_dir: &Path, trace: bool) -> Command {
     let mut cargo = match toolchain {
         Toolchain::PrebuiltCore { rustc } => {
             let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -94,7 +95,7 @@ pub fn command(toolchain: &Toolchain, workspace: &Path, target_dir: &Path) -> Co
         .current_dir(workspace)
         .args(["--package", "raven-ebpf", "--release", "--target", TARGET, "--target-dir"])
         .arg(target_dir)
-        .args(if env::var_os("RAVEN_EBPF_TRACE").is_some() { &["--features", "trace"][..] } else { &[] })
+        .args(if trace { &["--features", "trace"][..] } else { &[] })
         // BTF for maps and programs, so that bpftool shows fields by name.
         .env("CARGO_ENCODED_RUSTFLAGS", "-Cdebuginfo=2\u{1f}-Clink-arg=--btf\u{1f}-Clinker=bpf-linker\u{1f}-Dwarnings");
     cargo

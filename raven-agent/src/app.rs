@@ -51,6 +51,7 @@ pub async fn run(config: Run) -> Result<()> {
         release,
         tc_attach: config.tc_attach,
         tier: config.tier,
+        ebpf_object: config.ebpf_object.clone(),
     };
     tracing::info!(%release, ?settings, version = env!("CARGO_PKG_VERSION"), "starting");
     let key = tunnel::load_or_make_key(&config.state_dir.join(names::KEY_FILE))?;

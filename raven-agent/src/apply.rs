@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -74,6 +75,8 @@ pub struct Settings {
     pub tc_attach: TcAttach,
     /// How a gateway node takes overlay packets.
     pub tier: Tier,
+    /// An object in place of the built-in one.
+    pub ebpf_object: Option<PathBuf>,
 }
 
 impl Settings {
@@ -143,7 +146,7 @@ impl Notes {
 impl Reconciler {
     /// Loads the programs and takes over what an earlier agent left.
     pub fn new(settings: Settings, links: Links, key: Key, listener: Option<std::net::TcpListener>) -> Result<Self, bpf::Error> {
-        let mut bpf = Bpf::open(settings.tcx())?;
+        let mut bpf = Bpf::open(settings.tcx(), settings.ebpf_object.as_deref())?;
         // An earlier agent may have died between a change and this.
         bpf.next_generation()?;
         Ok(Self { settings, links, bpf, key, tunnel: None, left: BTreeMap::new(), listener, surroundings: None })
@@ -257,7 +260,7 @@ impl Reconciler {
         let xdp = self.bpf.is_attached(Hook::UplinkXdp, uplink.index);
         notes.take(self.configure(plan, indexes, xdp));
         self.change_state(plan, indexes, notes).await;
-        self.attach(plan, uplink, indexes, notes);
+        self.attach(plan, uplink, indexes, notes).await;
         // Who guards the uplink is known only now.
         let xdp = self.bpf.is_attached(Hook::UplinkXdp, uplink.index);
         notes.take(self.configure(plan, indexes, xdp));
@@ -371,10 +374,20 @@ impl Reconciler {
     }
 
     /// After the maps are filled: an XDP program that knows no node would drop the pool's packets.
-    fn attach(&mut self, plan: &Plan, uplink: &Uplink, indexes: Indexes, notes: &mut Notes) {
-        self.put_program(Hook::OverlayIngress, names::OVERLAY, indexes.overlay, notes);
-        self.put_program(Hook::OverlayEgress, names::OVERLAY, indexes.overlay, notes);
-        let Some(tunnel) = indexes.tunnel.filter(|_| plan.role == Role::Gateway) else {
+    async fn attach(&mut self, plan: &Plan, uplink: &Uplink, indexes: Indexes, notes: &mut Notes) {
+        for (hook, device, index) in [
+            (Hook::OverlayIngress, names::OVERLAY, Some(indexes.overlay)),
+            (Hook::OverlayEgress, names::OVERLAY, Some(indexes.overlay)),
+            (Hook::TunnelIngress, names::TUNNEL, indexes.tunnel),
+            (Hook::TunnelEgress, names::TUNNEL, indexes.tunnel),
+        ] {
+            let Some(index) = index else { continue };
+            self.put_program(hook, device, index, notes);
+            if let Some(before) = self.asked_before(hook, device, index).await {
+                notes.surroundings.push(format!("{before}: keep it off {device}"));
+            }
+        }
+        if indexes.tunnel.is_none() || plan.role != Role::Gateway {
             for hook in [Hook::UplinkXdp, Hook::UplinkIngress, Hook::TunnelIngress, Hook::TunnelEgress] {
                 self.bpf.detach(hook);
                 if !self.settings.tcx() && hook == Hook::UplinkIngress {
@@ -382,24 +395,43 @@ impl Reconciler {
                 }
             }
             return;
-        };
-        self.put_program(Hook::TunnelIngress, names::TUNNEL, tunnel, notes);
-        self.put_program(Hook::TunnelEgress, names::TUNNEL, tunnel, notes);
+        }
         // The reader of XDP's notes before their writer.
         self.put_program(Hook::UplinkIngress, &uplink.name, uplink.index, notes);
-        self.put_xdp(uplink, notes);
+        let obstacle = match self.settings.tier {
+            Tier::Tc => Some("--tier=tc".to_owned()),
+            Tier::Auto => self.asked_before(Hook::UplinkIngress, &uplink.name, uplink.index).await,
+        };
+        self.put_xdp(uplink, obstacle, notes);
+    }
+
+    /// Who is asked before `hook`'s program, in words, and what follows from it.
+    async fn asked_before(&self, hook: Hook, device: &str, index: u32) -> Option<String> {
+        let mut before = self.bpf.asked_before(hook, device, index);
+        if !self.settings.tcx() {
+            before.extend(self.links.filters_before(index, hook.is_egress(), hook.program()).await);
+        }
+        let direction = if hook.is_egress() { "egress" } else { "ingress" };
+        (!before.is_empty()).then(|| {
+            format!(
+                "at TC {direction} of {device} {} is asked before {}, which sees no packet of which that says the last word (Cilium below \
+                 Linux 6.6: set bpf.tcFilterPriority to 2)",
+                before.join(", "),
+                hook.program()
+            )
+        })
     }
 
     fn put_program(&mut self, hook: Hook, device: &str, index: u32, notes: &mut Notes) {
         notes.take(self.bpf.attach(hook, device, index).map(|a| a != Attached::Unchanged && (self.settings.tcx() || a == Attached::New)));
     }
 
-    /// The fast tier, where it can be had.
-    fn put_xdp(&mut self, uplink: &Uplink, notes: &mut Notes) {
+    /// The fast tier, where it can be had: what XDP unwraps needs `uplink_ingress` to see it.
+    fn put_xdp(&mut self, uplink: &Uplink, obstacle: Option<String>, notes: &mut Notes) {
         let fallback = if self.may_redirect() { "tc" } else { "stack" };
-        if self.settings.tier == Tier::Tc {
+        if obstacle.is_some() {
             self.bpf.detach(Hook::UplinkXdp);
-            (notes.tier, notes.tier_reason) = (Some(fallback), Some("--tier=tc".to_owned()));
+            (notes.tier, notes.tier_reason) = (Some(fallback), obstacle);
             return;
         }
         match self.bpf.attach(Hook::UplinkXdp, &uplink.name, uplink.index) {

@@ -114,8 +114,8 @@ pub struct Bpf {
 }
 
 impl Bpf {
-    /// Loads the object; takes pinned maps over where they are.
-    pub fn open(tcx: bool) -> Result<Self, Error> {
+    /// Loads the built-in object, or that of a file; takes pinned maps over where they are.
+    pub fn open(tcx: bool, object: Option<&Path>) -> Result<Self, Error> {
         let bpffs = Path::new(names::BPFFS);
         if nix::sys::statfs::statfs(bpffs).map(|s| s.filesystem_type()) != Ok(BPF_FS_MAGIC) {
             return Err(Error::NoBpffs { path: names::BPFFS.to_owned() });
@@ -129,7 +129,11 @@ impl Bpf {
         for map in MAPS {
             loader.map_pin_path(map, pins.join("maps").join(map));
         }
-        let ebpf = loader.load(OBJECT).map_err(|source| Error::Load { source: Box::new(source) })?;
+        let loaded = match object {
+            Some(file) => loader.load_file(file),
+            None => loader.load(OBJECT),
+        };
+        let ebpf = loaded.map_err(|source| Error::Load { source: Box::new(source) })?;
         Ok(Self { ebpf, pins, tcx, loaded: BTreeSet::new() })
     }
 }

@@ -96,6 +96,10 @@ pub struct Run {
     /// How a gateway node takes overlay packets.
     #[arg(long, value_enum, default_value = "auto")]
     pub tier: Tier,
+    /// File with an eBPF object to load in place of the built-in one: of `cargo xtask build-ebpf --trace`, say. Programs are replaced under
+    /// traffic; the next run without this flag takes the built-in ones again.
+    #[arg(long)]
+    pub ebpf_object: Option<PathBuf>,
     /// Log as `text` or `json`; the level is RUST_LOG's.
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,

@@ -3,6 +3,7 @@
 
 mod detour;
 mod device;
+mod filters;
 mod route;
 
 use std::{collections::BTreeSet, net::IpAddr};

@@ -29,10 +29,12 @@ pub const OVERLAY_NEXT_HOP6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0x7
 pub const BPFFS: &str = "/sys/fs/bpf";
 /// Our pins. The number is the layout's version: a new layout never touches an old one's maps.
 pub const PINS: &str = "/sys/fs/bpf/raven/v1";
-/// TC priority and handle of our filters, where the kernel has no TCX (before 6.6).
-pub const TC_PRIORITY: u16 = 4472;
-/// See [`TC_PRIORITY`].
-pub const TC_HANDLE: u16 = 1;
+/// TC priorities of our filters, where the kernel has no TCX (before 6.6): the first, because the verdict of whoever is asked before us
+/// may be final; the second where a filter of another kind has that one. Filters of one priority (Cilium's are at 1, too) are told apart by
+/// handle, and the newest is asked first.
+pub const TC_PRIORITIES: [u16; 2] = [1, 4472];
+/// See [`TC_PRIORITIES`].
+pub const TC_HANDLE: u16 = 4472;
 
 /// nftables table (family inet) with the exemption from source NAT.
 pub const NFT_TABLE: &str = "raven";

@@ -252,7 +252,7 @@ impl Wires {
     }
 
     fn tell(&self, plan: &Arc<Plan>, ca: String) {
-        self.wanted.send_if_modified(|have| replace(have, (purpose(&plan.role), ca)));
+        self.wanted.send_if_modified(|have| replace(have, (purpose(plan), ca)));
         self.plan.send_if_modified(|have| replace(have, plan.clone()));
         match &plan.role {
             Role::Edge(clouds) => drop(self.clouds.send_if_modified(|have| replace(have, clouds.clone()))),
@@ -269,10 +269,10 @@ fn replace<T: PartialEq>(have: &mut T, want: T) -> bool {
     changed
 }
 
-fn purpose(role: &Role) -> Purpose {
-    match role {
+fn purpose(plan: &Plan) -> Purpose {
+    match &plan.role {
         Role::None => Purpose::None,
-        Role::Edge(_) => Purpose::Client,
+        Role::Edge(_) => Purpose::Client(plan.uid.clone()),
         Role::Cloud { names, .. } => Purpose::Server(names.clone()),
     }
 }

@@ -80,6 +80,8 @@ pub struct ProxyPeer {
     pub port: u16,
     /// It works, as far as it can be seen from outside. Of exposed pools only.
     pub ready: bool,
+    /// UID of its Node object, where the controller has told it.
+    pub uid: Option<String>,
 }
 
 impl Topology {

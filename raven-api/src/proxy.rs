@@ -44,6 +44,13 @@ pub const LABEL_DISCARD: &str = "svc.openyurt.io/discard";
 /// Key in an elected endpoint's `config`: the name by which a load balancer is reached that has no address.
 pub const CONFIG_HOSTNAME: &str = "hostname";
 
+/// Key in an elected proxy endpoint's `config`: UID of the node's Node object. A node that is deleted takes its certificate with it, also
+/// where another one gets its name.
+pub const CONFIG_NODE_UID: &str = "node-uid";
+
+/// How a certificate of a proxy names that UID: a URI (RFC 9562, section 4).
+pub const UID_URI: &str = "urn:uuid:";
+
 /// Ports of nodes that the L7 path reaches.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ports {

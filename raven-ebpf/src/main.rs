@@ -56,7 +56,7 @@ fn finish(skb: &Skb, l3: usize, size: Size, seen: Result<Seen, Seen>) -> i32 {
     };
     count::add(seen, size.packets, size.bytes);
     #[cfg(feature = "trace")]
-    aya_log_ebpf::debug!(&skb.ctx, "verdict {} gateway {} len {}", seen.verdict as u32, seen.gateway, size.bytes);
+    aya_log_ebpf::info!(&skb.ctx, "verdict {} gateway {} len {}", seen.verdict as u32, seen.gateway, size.bytes);
     if seen.verdict.is_drop() {
         sample::skb(skb, seen, l3);
     }

@@ -16,6 +16,7 @@ mod scale;
 mod services;
 mod surroundings;
 mod three_pools;
+mod upgrade;
 
 use anyhow::{Context, Result};
 use raven_tests::{Lab, LabBuilder, agent::Agent, process::Process, proof};

@@ -5,10 +5,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader,
-    programs::{SchedClassifier, TcAttachType, Xdp, XdpMode},
+    programs::{
+        LinkOrder, SchedClassifier, TcAttachType, Xdp, XdpMode,
+        tc::{NlOptions, TcAttachOptions, TcHandle, qdisc_add_clsact},
+    },
 };
 use raven_common::Verdict;
-use raven_tests::{Namespace, eventually, privileged, proof};
+use raven_tests::{Namespace, Node, agent::ebpf_object, eventually, privileged, proof};
 
 use crate::Running;
 
@@ -73,4 +76,99 @@ async fn a_tc_program_of_somebody_else_goes_on_beside_ours() {
         Ok(())
     })();
     running.check(result);
+}
+
+/// A program at TC ingress of the uplink that says the last word of every packet.
+fn last_word(ns: &Namespace, way: impl FnOnce() -> TcAttachOptions + Send + 'static) -> Result<Ebpf> {
+    let object = ebpf_object("ebpf", "raven-bench")?;
+    ns.within(move || -> Result<Ebpf> {
+        let mut ebpf = EbpfLoader::new().load_file(object)?;
+        let program: &mut SchedClassifier = ebpf.program_mut("last_word").context("the object has it")?.try_into()?;
+        program.load()?;
+        let _ = qdisc_add_clsact("eth0");
+        program.attach_with_options("eth0", TcAttachType::Ingress, way())?;
+        Ok(ebpf)
+    })?
+}
+
+/// As Cilium has its filter: priority 1.
+fn filter(handle: u16) -> TcAttachOptions {
+    TcAttachOptions::Netlink(NlOptions { priority: 1, handle: TcHandle::new(0, handle), classid: None })
+}
+
+impl Running {
+    /// Packets of x's ordinary nodes enter the tunnel by the fallback tier, or by the fast one; and all reach each other.
+    async fn carried_by(&self, node: &Node, into: Verdict) {
+        let before = self.check(proof::counters(node));
+        let (edge, cloud) = (self.lab.pool("edge-x").clone(), self.lab.pool("cloud").clone());
+        for family in 0..2 {
+            self.check(proof::reach(&self.lab, &cloud, &edge, family).await);
+        }
+        let after = self.check(proof::counters(node));
+        for tier in [Verdict::ToTunnel, Verdict::ToTunnelFast] {
+            assert_eq!(proof::grown(&before, &after, tier) > 0, tier == into, "{}: {after:?}", tier.as_str());
+        }
+    }
+
+    /// Something changes that the agent is told of, so that it looks at once and not within 30 s.
+    fn nudge(&self, node: &Node) {
+        self.check(node.ns.sh("ip rule add pref 150 lookup main; ip rule del pref 150"));
+    }
+}
+
+const FAST: fn(&str, &str) -> bool = |status, message| status == "True" && !message.contains("not the fastest tier");
+const OVERTAKEN: fn(&str, &str) -> bool = |status, message| {
+    status == "True" && message.contains("not the fastest tier") && message.contains("last_word is asked before uplink_ingress")
+};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tc_program_with_the_last_word_before_ours_costs_the_fast_tier_and_nothing_else() {
+    if !privileged("a_tc_program_with_the_last_word_before_ours_costs_the_fast_tier_and_nothing_else") {
+        return;
+    }
+    let running = Running::start().await.expect("the lab starts");
+    let node = running.lab.node("x-a").clone();
+    // Behind ours, as Cilium attaches: nothing changes.
+    let behind = running.check(last_word(&node.ns, || TcAttachOptions::TcxOrder(LinkOrder::last())));
+    running.carried_by(&node, Verdict::ToTunnelFast).await;
+    drop(behind);
+    let before = running.check(last_word(&node.ns, || TcAttachOptions::TcxOrder(LinkOrder::first())));
+    running.nudge(&node);
+    running.says("who is asked before ours, and what that costs", OVERTAKEN).await;
+    running.carried_by(&node, Verdict::ToTunnel).await;
+    drop(before);
+    running.nudge(&node);
+    running.says("the fast tier", FAST).await;
+    running.carried_by(&node, Verdict::ToTunnelFast).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn filters_of_one_priority_are_put_in_order_or_said_to_be_in_the_way() {
+    if !privileged("filters_of_one_priority_are_put_in_order_or_said_to_be_in_the_way") {
+        return;
+    }
+    let mut running = Running::start().await.expect("the lab starts");
+    let node = running.lab.node("x-a").clone();
+    running.agent("x-a").kill().expect("the agent dies");
+    // Somebody was there first, with a filter at the first priority: ours comes before it all the same.
+    let first = running.check(last_word(&node.ns, || filter(1)));
+    running.agent("x-a").arguments.extend(["--tc-attach".to_owned(), "clsact".to_owned()]);
+    running.agent("x-a").restart().expect("the agent starts");
+    let moved = eventually(Duration::from_secs(20), "the filter took over from the link", || async {
+        let links = node.ns.sh("ls /sys/fs/bpf/raven/v1/links")?;
+        ensure!(!links.contains("uplink_ingress"), "{links}");
+        Ok(())
+    });
+    running.check(moved.await);
+    running.says("the fast tier", FAST).await;
+    running.carried_by(&node, Verdict::ToTunnelFast).await;
+    // Somebody comes later, and is asked first: that is said, and the fallback tier does not need the uplink's hook.
+    let second = running.check(last_word(&node.ns, || filter(2)));
+    running.nudge(&node);
+    running.says("who is asked before ours, and what that costs", OVERTAKEN).await;
+    running.carried_by(&node, Verdict::ToTunnel).await;
+    drop(second);
+    running.nudge(&node);
+    running.says("the fast tier", FAST).await;
+    drop(first);
 }

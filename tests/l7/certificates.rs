@@ -9,8 +9,11 @@ use kube::{
     Api,
     api::{ListParams, PostParams},
 };
-use raven_api::proxy::{SIGNER_CLIENT, SIGNER_SERVER};
-use raven_tests::{Lab, eventually, privileged};
+use raven_api::{
+    gateway::{Endpoint, EndpointType},
+    proxy::{SIGNER_CLIENT, SIGNER_SERVER},
+};
+use raven_tests::{Lab, eventually, kubernetes::objects::default_gateway, privileged};
 use rcgen::{CertificateParams, KeyPair};
 
 use crate::{Running, SOON};
@@ -58,4 +61,59 @@ async fn an_agent_that_asks_for_another_nodes_certificate_is_denied_with_an_even
         };
         running.check(eventually(SOON, "an Event says so", told).await);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_deleted_takes_its_certificate_along_also_where_a_new_one_has_its_name() {
+    if !privileged("a_node_that_is_deleted_takes_its_certificate_along_also_where_a_new_one_has_its_name") {
+        return;
+    }
+    let mut running = Running::of(Lab::builder()).await.expect("the lab starts");
+    // No other node of the site takes over.
+    let mut gateway = default_gateway(running.lab.site(), running.lab.pool("edge-x"));
+    let only = Endpoint { node_name: "x-a".to_owned(), type_: EndpointType::Proxy, under_nat: true, ..Endpoint::default() };
+    gateway.spec.endpoints.push(only);
+    running.check(running.lab.cluster().apply_gateway(&gateway).await);
+    let _server = running.check(running.serve("x-b"));
+    running.check(running.answered("x-b").await);
+    let request = || running.ask("cloud-b", "x-b", 20);
+
+    // The box is stolen and its node deleted: its tunnels end, though its certificate is good for months.
+    running.check(running.lab.cluster().delete_node("x-a").await);
+    let closed = || async {
+        let said = request()?;
+        ensure!(said.contains("no tunnel to Gateway edge-x"), "it says {said:?}");
+        Ok(())
+    };
+    running.check(eventually(SOON, "the tunnels are closed", closed).await);
+
+    // Another box gets the name. The stolen one is turned away at the door, and gets no other certificate by its old token.
+    let refused = || -> anyhow::Result<u64> {
+        let metrics = running.lab.node("cloud-a").ns.sh("curl -sS http://[::1]:10265/metrics")?;
+        let line = metrics.lines().find(|l| l.starts_with("raven_proxy_refused") && l.contains("NotElected"));
+        Ok(line.and_then(|l| l.rsplit(' ').next()?.parse().ok()).unwrap_or(0))
+    };
+    running.check(running.lab.cluster().apply_node(running.lab.site(), running.lab.node("x-a")).await);
+    let requests: Api<CertificateSigningRequest> = Api::all(running.lab.cluster().client());
+    let denied = || async {
+        let requests = requests.list(&ListParams::default()).await?;
+        let conditions = requests.items.iter().filter_map(|r| r.status.as_ref()?.conditions.as_ref()).flatten();
+        ensure!(conditions.into_iter().any(|c| c.type_ == "Denied" && c.reason.as_deref() == Some("NodeReplaced")), "{requests:?}");
+        Ok(())
+    };
+    running.check(eventually(SOON, "the old token gets no certificate", denied).await);
+    let before = running.check(refused());
+    let again = || async {
+        ensure!(refused()? > before, "it has not dialled yet");
+        Ok(())
+    };
+    running.check(eventually(SOON, "the old certificate is turned away", again).await);
+    let said = running.check(request());
+    assert!(said.contains("no tunnel to Gateway edge-x"), "{said}");
+
+    // The new box, with a token of its own.
+    running.check(running.lab.cluster().delete_agent_pod("x-a").await);
+    running.check(running.lab.cluster().agent_kubeconfig(&running.lab, running.lab.node("x-a")).await);
+    running.agent("x-a").restart().expect("the agent starts");
+    running.check(running.answered("x-b").await);
 }

@@ -21,7 +21,7 @@ use crate::{Running, SOON};
 
 impl Running {
     /// An HTTP server on a node's port 10255.
-    fn serve(&self, node: &str) -> Result<Process> {
+    pub(crate) fn serve(&self, node: &str) -> Result<Process> {
         let node = self.lab.node(node);
         std::fs::create_dir_all(node.dir.join("www"))?;
         std::fs::write(node.dir.join("www/metrics"), format!("of {}\n", node.name))?;
@@ -31,7 +31,7 @@ impl Running {
     }
 
     /// One request by name, to the gateway node itself.
-    fn ask(&self, from: &str, node: &str, seconds: u32) -> Result<String> {
+    pub(crate) fn ask(&self, from: &str, node: &str, seconds: u32) -> Result<String> {
         self.lab.node(from).ns.sh(&format!("curl -sS -m {seconds} -H 'Host: {node}:10255' http://10.0.0.11:10264/metrics"))
     }
 
@@ -40,7 +40,7 @@ impl Running {
         self.lab.node(from).ns.sh(&format!("curl -sS -m 10 http://{address}:10255/metrics"))
     }
 
-    async fn answered(&self, node: &str) -> Result<Duration> {
+    pub(crate) async fn answered(&self, node: &str) -> Result<Duration> {
         let begin = Instant::now();
         let what = format!("a request for {node} is answered");
         eventually(SOON, &what, || async {

@@ -4,11 +4,17 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::workspace;
+use crate::{build_ebpf, toolchain, workspace};
 
 /// `raven-agent` (with the eBPF object in it) and `raven-controller`, beside xtask.
 pub(crate) fn binaries() -> Result<()> {
     cargo_build(&["-p", "raven-agent", "-p", "raven-controller"])
+}
+
+/// The object whose programs log, for tests in which other programs take over from them.
+pub(crate) fn tracing_object() -> Result<()> {
+    let toolchain = toolchain::find().map_err(anyhow::Error::msg)?;
+    build_ebpf::build(&toolchain, true).map(drop)
 }
 
 /// The tests that run inside a virtual machine.

@@ -13,7 +13,11 @@ use crate::{
 
 /// Arguments of `build-ebpf`.
 #[derive(clap::Args)]
-pub(crate) struct BuildEbpf {}
+pub(crate) struct BuildEbpf {
+    /// Programs that write a line of log for each packet, into a folder of their own (target/ebpf-trace), for `raven-agent --ebpf-object`.
+    #[arg(long)]
+    trace: bool,
+}
 
 impl BuildEbpf {
     /// Builds it.
@@ -21,14 +25,21 @@ impl BuildEbpf {
         setup::ensure(&[Need::Ebpf])?;
         let toolchain = toolchain::find().map_err(anyhow::Error::msg)?;
         println!("toolchain: {toolchain}");
-        let target = target_dir().join("ebpf");
-        let status = toolchain::command(&toolchain, &workspace(), &target).status().context("start cargo")?;
-        ensure!(status.success(), "the build of raven-ebpf failed: {status}");
-        let object = toolchain::object(&target);
+        let object = build(&toolchain, self.trace)?;
         let size = object.metadata().with_context(|| format!("look at {}", object.display()))?.len();
         println!("object: {} ({size} bytes)", object.display());
         Ok(())
     }
+}
+
+/// Builds the object, and gives where it is.
+pub(crate) fn build(toolchain: &toolchain::Toolchain, trace: bool) -> Result<PathBuf> {
+    let target = target_dir().join(if trace { "ebpf-trace" } else { "ebpf" });
+    // Standard output may be somebody's JSON.
+    let mut cargo = toolchain::command(toolchain, &workspace(), &target, trace);
+    let status = cargo.stdout(std::io::stderr()).status().context("start cargo")?;
+    ensure!(status.success(), "the build of raven-ebpf failed: {status}");
+    Ok(toolchain::object(&target))
 }
 
 /// Where cargo puts what it builds.

@@ -152,6 +152,7 @@ fn run(level: Level) -> Result<Outcome> {
     setup::ensure(level.needs())?;
     if level == Level::Lab {
         build::binaries()?;
+        build::tracing_object()?;
     }
     println!("\n=== {} ===", level.name());
     let status = Command::new("cargo").current_dir(workspace()).arg("test").args(level.arguments()).status().context("start cargo test")?;

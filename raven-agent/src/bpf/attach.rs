@@ -6,7 +6,7 @@
 use std::{fs, mem, path::PathBuf};
 
 use aya::programs::{
-    LinkOrder, ProgramError, SchedClassifier, TcAttachType, Xdp, XdpMode,
+    LinkOrder, ProgramError, ProgramInfo, SchedClassifier, TcAttachType, Xdp, XdpMode,
     links::{FdLink, PinnedLink},
     loaded_programs,
     tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
@@ -52,11 +52,13 @@ impl Hook {
         }
     }
 
+    /// True if it sees what leaves the device.
+    pub fn is_egress(self) -> bool {
+        matches!(self, Self::OverlayEgress | Self::TunnelEgress)
+    }
+
     fn direction(self) -> TcAttachType {
-        match self {
-            Self::OverlayEgress | Self::TunnelEgress => TcAttachType::Egress,
-            _ => TcAttachType::Ingress,
-        }
+        if self.is_egress() { TcAttachType::Egress } else { TcAttachType::Ingress }
     }
 }
 
@@ -79,7 +81,10 @@ impl Bpf {
         // A device that was made anew has another index: the old link is of no use.
         self.unpin_other_devices(hook, ifindex);
         if hook != Hook::UplinkXdp && !self.tcx {
-            return self.attach_filter(hook, device).map_err(|e| failed(chain(&e)));
+            let attached = self.attach_filter(hook, device).map_err(|e| failed(chain(&e)))?;
+            // A link that an agent with other settings left.
+            self.unpin_other_devices(hook, 0);
+            return Ok(attached);
         }
         let path = self.pin(hook, ifindex);
         if let Ok(pinned) = PinnedLink::from_pin(&path) {
@@ -91,6 +96,9 @@ impl Bpf {
         }
         let link = self.create(hook, device, ifindex).map_err(|e| failed(chain(e.as_ref())))?;
         link.pin(&path).map_err(|e| failed(format!("pin the link at {}: {e}", path.display())))?;
+        if hook != Hook::UplinkXdp {
+            detach_filter(hook, device);
+        }
         Ok(Attached::New)
     }
 
@@ -192,16 +200,42 @@ impl Bpf {
         let _ = tc::qdisc_add_clsact(device);
         let handle = TcHandle::new(0, names::TC_HANDLE);
         let program = self.tc(hook)?;
-        let existing = SchedClassifierLink::attached(device, hook.direction(), names::TC_PRIORITY, handle, None);
-        let (attached, id) = match existing.map_err(tc::TcError::IoError).map_err(Into::into).and_then(|l| program.attach_to_link(l)) {
-            Ok(id) => (Attached::Replaced, id),
-            Err(_) => {
-                let options = NlOptions { priority: names::TC_PRIORITY, handle, classid: None };
-                (Attached::New, program.attach_with_options(device, hook.direction(), TcAttachOptions::Netlink(options))?)
+        let mut replaced = names::TC_PRIORITIES.iter().filter_map(|priority| {
+            let existing = SchedClassifierLink::attached(device, hook.direction(), *priority, handle, None).ok()?;
+            program.attach_to_link(existing).ok()
+        });
+        if let Some(id) = replaced.next() {
+            mem::forget(program.take_link(id)?);
+            return Ok(Attached::Replaced);
+        }
+        let mut refused = ProgramError::NotLoaded;
+        for priority in names::TC_PRIORITIES {
+            let options = TcAttachOptions::Netlink(NlOptions { priority, handle, classid: None });
+            match program.attach_with_options(device, hook.direction(), options) {
+                Ok(id) => {
+                    mem::forget(program.take_link(id)?);
+                    return Ok(Attached::New);
+                }
+                Err(e) => refused = e,
             }
+        }
+        Err(refused)
+    }
+
+    /// Names of the programs of TCX that are asked before `hook`'s on a device (before any filter of clsact, too). Below Linux 6.6, none.
+    pub fn asked_before(&self, hook: Hook, device: &str, ifindex: u32) -> Vec<String> {
+        let Ok((_, asked)) = SchedClassifier::query_tcx(device, hook.direction()) else { return Vec::new() };
+        let ours =
+            PinnedLink::from_pin(self.pin(hook, ifindex)).ok().and_then(|pinned| Some(FdLink::from(pinned).info().ok()?.program_id()));
+        let names = |programs: &[ProgramInfo]| -> Vec<String> {
+            programs.iter().map(|p| p.name_as_str().unwrap_or("a program").to_owned()).collect()
         };
-        mem::forget(program.take_link(id)?);
-        Ok(attached)
+        if self.tcx {
+            let at = asked.iter().position(|p| Some(p.id()) == ours);
+            return names(&asked[..at.unwrap_or(0)]);
+        }
+        // Ours is a filter: all of these come before, but for a link of ours that is just going away.
+        names(&asked).into_iter().filter(|name| name != hook.program()).collect()
     }
 }
 

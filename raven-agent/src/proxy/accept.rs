@@ -14,7 +14,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use super::{
     identity::{self, Identity},
     limits,
-    plan::Plan,
+    plan::{Bearer, Plan},
     stats::{Refusal, Stats},
     stream,
     tunnels::Tunnels,
@@ -55,7 +55,7 @@ impl Gate {
                 Ok(()) = self.identity.changed() => acceptor = self.acceptor(),
                 Ok(()) = self.plan.changed() => {
                     let plan = self.plan.borrow_and_update().clone();
-                    self.tunnels.retain(|node, pool| plan.directory.pool_of_proxy(node) == Some(pool));
+                    self.tunnels.retain(|bearer, pool| plan.directory.pool_of_proxy(bearer) == Some(pool));
                 }
                 Some(_) = connections.join_next() => {}
             }
@@ -91,11 +91,11 @@ impl Visitor {
         };
         drop(place);
         match admitted {
-            Ok(Ok((tunnel, node, pool))) => {
+            Ok(Ok((tunnel, bearer, pool))) => {
                 // What became of it is said there. The election may have changed since it was looked at.
                 let _ = self
                     .tunnels
-                    .take(&node, &pool, tunnel, |node, pool| self.plan.borrow().directory.pool_of_proxy(node) == Some(pool))
+                    .take(bearer, &pool, tunnel, |bearer, pool| self.plan.borrow().directory.pool_of_proxy(bearer) == Some(pool))
                     .await;
             }
             Ok(Err((refusal, why))) => self.turn_away(refusal, &why),
@@ -113,15 +113,18 @@ async fn admit(
     connection: TcpStream,
     acceptor: TlsAcceptor,
     plan: &watch::Receiver<Arc<Plan>>,
-) -> Result<(TlsStream<TcpStream>, String, String), (Refusal, String)> {
+) -> Result<(TlsStream<TcpStream>, Bearer, String), (Refusal, String)> {
     stream::prepare_tunnel(&connection);
     let tunnel = acceptor.accept(connection).await.map_err(|e| (Refusal::Unauthenticated, format!("TLS: {e}")))?;
     let certificate = tunnel.get_ref().1.peer_certificates().and_then(<[_]>::first);
     let certificate = certificate.ok_or_else(|| (Refusal::Unauthenticated, "it shows no certificate".to_owned()))?;
-    let node = identity::node_of(certificate).map_err(|e| (Refusal::Unauthenticated, e.to_string()))?;
-    let pool = plan.borrow().directory.pool_of_proxy(&node).map(str::to_owned);
+    let bearer = identity::bearer_of(certificate).map_err(|e| (Refusal::Unauthenticated, e.to_string()))?;
+    let pool = plan.borrow().directory.pool_of_proxy(&bearer).map(str::to_owned);
     match pool {
-        Some(pool) => Ok((tunnel, node, pool)),
-        None => Err((Refusal::NotElected, format!("node {node} is no elected proxy node of an edge Gateway"))),
+        Some(pool) => Ok((tunnel, bearer, pool)),
+        None => {
+            let uid = bearer.uid.as_deref().unwrap_or("none");
+            Err((Refusal::NotElected, format!("node {} (UID {uid}) is no elected proxy node of an edge Gateway", bearer.node)))
+        }
     }
 }

@@ -32,8 +32,8 @@ pub enum Purpose {
     /// Nothing.
     #[default]
     None,
-    /// To dial, as this node.
-    Client,
+    /// To dial, as this node, of this UID where it is known.
+    Client(Option<String>),
     /// To be dialled, by these names and addresses.
     Server(BTreeSet<String>),
 }
@@ -107,13 +107,13 @@ impl Keeper {
     }
 
     async fn keep(&self, purpose: &Purpose, ca: &str, pending: &mut Option<Asked>) -> Result<(), Error> {
-        let (signer, names, folder) = match purpose {
+        let (signer, names, uid, folder) = match purpose {
             Purpose::None => {
                 self.identity.send_replace(None);
                 return Ok(());
             }
-            Purpose::Client => (SIGNER_CLIENT, BTreeSet::from([self.node.clone()]), names::PROXY_CLIENT_DIR),
-            Purpose::Server(names) => (SIGNER_SERVER, names.clone(), names::PROXY_SERVER_DIR),
+            Purpose::Client(uid) => (SIGNER_CLIENT, BTreeSet::from([self.node.clone()]), uid.as_ref(), names::PROXY_CLIENT_DIR),
+            Purpose::Server(names) => (SIGNER_SERVER, names.clone(), None, names::PROXY_SERVER_DIR),
         };
         if ca.is_empty() {
             return Err(Error::NoCa);
@@ -125,7 +125,7 @@ impl Keeper {
             Some(pem) => Identity::parse(&pem, ca).ok().flatten(),
             None => None,
         };
-        let due = stored.as_ref().is_none_or(|identity| identity.is_due(&names, now));
+        let due = stored.as_ref().is_none_or(|identity| identity.is_due(&names, uid, now));
         if let Some(stored) = stored.filter(|identity| !identity.is_over(now)) {
             self.offer(stored);
         }

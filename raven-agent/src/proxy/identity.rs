@@ -11,6 +11,7 @@ use std::{
 };
 
 use jiff::Timestamp;
+use raven_api::proxy::UID_URI;
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PKCS_ECDSA_P256_SHA256};
 use tokio_rustls::rustls::{
     self, ClientConfig, RootCertStore, ServerConfig,
@@ -23,6 +24,8 @@ use tokio_rustls::rustls::{
     version::TLS13,
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+use super::plan::Bearer;
 
 /// Protocol of a tunnel, in TLS's words (RFC 7301): another one is no tunnel.
 const ALPN: &[u8] = b"raven/1";
@@ -66,6 +69,8 @@ pub struct Identity {
     pub life: (Timestamp, Timestamp),
     /// Names and addresses that it is for.
     pub names: BTreeSet<String>,
+    /// UID of the Node object that it is for.
+    pub uid: Option<String>,
 }
 
 impl std::fmt::Debug for Identity {
@@ -97,15 +102,15 @@ impl Identity {
         }
         let time = |t: i64| Timestamp::from_second(t).map_err(|e| bad(&e));
         let life = (time(leaf.validity().not_before.timestamp())?, time(leaf.validity().not_after.timestamp())?);
-        let names = names(&leaf);
-        Ok(Some(Self { chain, key, roots, life, names }))
+        let (names, uid) = (names(&leaf), uid(&leaf));
+        Ok(Some(Self { chain, key, roots, life, names, uid }))
     }
 
-    /// True if it is time for a new one: two thirds of its life are over, or it is for other names.
-    pub fn is_due(&self, names: &BTreeSet<String>, now: Timestamp) -> bool {
+    /// True if it is time for a new one: two thirds of its life are over, or it is for other names or another node.
+    pub fn is_due(&self, names: &BTreeSet<String>, uid: Option<&String>, now: Timestamp) -> bool {
         let (begin, end) = self.life;
         let third = end.duration_since(begin) / 3;
-        self.names != *names || now.duration_since(begin) > third * 2
+        self.names != *names || uid.is_some() && self.uid.as_ref() != uid || now.duration_since(begin) > third * 2
     }
 
     /// True if others would refuse it by now.
@@ -146,12 +151,12 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider { cipher_suites, ..ring::default_provider() })
 }
 
-/// The node that a certificate of a tunnel's other end is for: its only DNS name.
-pub fn node_of(certificate: &CertificateDer<'_>) -> Result<String, Error> {
+/// Whom a certificate of a tunnel's other end is for: its only DNS name, and its UID.
+pub fn bearer_of(certificate: &CertificateDer<'_>) -> Result<Bearer, Error> {
     let (_, leaf) = X509Certificate::from_der(certificate).map_err(|e| Error::Certificate(e.to_string()))?;
     let mut names = names(&leaf).into_iter();
     match (names.next(), names.next()) {
-        (Some(node), None) => Ok(node),
+        (Some(node), None) => Ok(Bearer { node, uid: uid(&leaf) }),
         _ => Err(Error::Certificate("it names no node, or several".to_owned())),
     }
 }
@@ -169,6 +174,14 @@ fn names(leaf: &X509Certificate<'_>) -> BTreeSet<String> {
             _ => None,
         })
         .collect()
+}
+
+fn uid(leaf: &X509Certificate<'_>) -> Option<String> {
+    let names = leaf.subject_alternative_name().ok().flatten()?;
+    names.value.general_names.iter().find_map(|name| match name {
+        GeneralName::URI(uri) => uri.strip_prefix(UID_URI).map(str::to_owned),
+        _ => None,
+    })
 }
 
 /// A new key, and what the controller is asked to sign: both PEM.

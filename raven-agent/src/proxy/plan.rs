@@ -34,6 +34,8 @@ pub enum Role {
 pub struct Plan {
     /// What this node is.
     pub role: Role,
+    /// The UID that its certificate is to have, where it is known.
+    pub uid: Option<String>,
     /// Which node is meant.
     pub directory: Directory,
     /// In the cloud: what is reached by address.
@@ -49,8 +51,17 @@ pub struct Directory {
     pub ports: Ports,
     nodes: BTreeMap<String, Target>,
     addresses: BTreeMap<IpAddr, BTreeSet<String>>,
-    /// Edge nodes that may bring a tunnel, and the pool for which.
-    proxies: BTreeMap<String, String>,
+    /// Edge nodes that may bring a tunnel, with their UID where it is known, and the pool for which.
+    proxies: BTreeMap<String, (Option<String>, String)>,
+}
+
+/// Who brings a tunnel, as its certificate says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bearer {
+    /// The node's name.
+    pub node: String,
+    /// UID of the Node object that it was.
+    pub uid: Option<String>,
 }
 
 /// Connections to edge nodes' kubelet ports, by address, that leave the ordinary way.
@@ -136,9 +147,10 @@ impl Directory {
         self.nodes.get(node).map(|target| target.pool.as_str())
     }
 
-    /// The pool for which this edge node may bring a tunnel: it was elected for it.
-    pub fn pool_of_proxy(&self, node: &str) -> Option<&str> {
-        self.proxies.get(node).map(String::as_str)
+    /// The pool for which this edge node may bring a tunnel: it was elected for it, and it is no earlier node of the same name.
+    pub fn pool_of_proxy(&self, bearer: &Bearer) -> Option<&str> {
+        let (uid, pool) = self.proxies.get(&bearer.node)?;
+        (uid.is_none() || *uid == bearer.uid).then_some(pool.as_str())
     }
 }
 
@@ -152,7 +164,8 @@ pub fn plan(topology: &Topology, me: &str, present: Option<Ipv4Addr>) -> Plan {
         Some(_) => Role::Edge(clouds(topology)),
         None => Role::None,
     };
-    Plan { role, directory: directory(topology, own_pool), detour: detour(topology, pool, me, present) }
+    let uid = pool.proxies.get(me).and_then(|own| own.uid.clone());
+    Plan { role, uid, directory: directory(topology, own_pool), detour: detour(topology, pool, me, present) }
 }
 
 /// Addresses of this pool's own nodes are never taken.
@@ -196,7 +209,7 @@ fn directory(topology: &Topology, own_pool: &str) -> Directory {
             directory.addresses.entry(address).or_default().insert(node.clone());
         }
         if !pool.exposed {
-            directory.proxies.extend(pool.proxies.keys().map(|node| (node.clone(), name.clone())));
+            directory.proxies.extend(pool.proxies.iter().map(|(node, proxy)| (node.clone(), (proxy.uid.clone(), name.clone()))));
         }
     }
     directory
@@ -210,7 +223,7 @@ mod tests {
     fn pool(exposed: bool, nodes: &[(&str, [u8; 4])], proxy: &str) -> Pool {
         let members = nodes.iter().map(|(name, ip)| ((*name).to_owned(), Member { outer: (*ip).into(), prefixes: BTreeSet::new() }));
         let dial = exposed.then(|| ("198.51.100.10".to_owned(), 10262));
-        let proxies = BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, port: 10262, ready: false })]);
+        let proxies = BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, port: 10262, ..ProxyPeer::default() })]);
         Pool { exposed, members: members.collect(), proxies, ..Pool::default() }
     }
 
@@ -262,7 +275,7 @@ mod tests {
         let mut topology = topology();
         let cloud = topology.pools.get_mut("cloud").expect("it is there");
         cloud.members.insert("c3".to_owned(), Member { outer: [10, 0, 0, 3].into(), prefixes: BTreeSet::new() });
-        cloud.proxies.insert("c3".to_owned(), ProxyPeer { dial: None, port: 10262, ready: false });
+        cloud.proxies.insert("c3".to_owned(), ProxyPeer { port: 10262, ..ProxyPeer::default() });
         let way = |topology: &Topology| plan(topology, "c2", None).detour.expect("an ordinary node").to;
         let by_hash = way(&topology);
         for (ready, other, address) in [("c1", "c3", [10, 0, 0, 1]), ("c3", "c1", [10, 0, 0, 3])] {
@@ -287,8 +300,21 @@ mod tests {
         assert_eq!(directory.by_name("x1", 22), Err(NotFound::Port(22)));
         assert_eq!(directory.by_name("169.254.169.254", 10250), Err(NotFound::Name("169.254.169.254".into())));
         assert_eq!(directory.by_address([127, 0, 0, 1].into(), 10250), Err(NotFound::Address([127, 0, 0, 1].into())));
-        assert_eq!(directory.pool_of_proxy("x1"), Some("edge-x"));
-        assert_eq!(directory.pool_of_proxy("x2"), None, "not elected");
-        assert_eq!(directory.pool_of_proxy("c1"), None, "the cloud is dialled");
+    }
+
+    #[test]
+    fn who_was_elected_may_bring_a_tunnel_and_no_earlier_node_of_its_name() {
+        let bearer = |node: &str, uid: Option<&str>| Bearer { node: node.to_owned(), uid: uid.map(str::to_owned) };
+        let mut topology = topology();
+        let directory = plan(&topology, "c1", None).directory;
+        assert_eq!(directory.pool_of_proxy(&bearer("x1", Some("1"))), Some("edge-x"), "a controller that tells no UID");
+        assert_eq!(directory.pool_of_proxy(&bearer("x2", None)), None, "not elected");
+        assert_eq!(directory.pool_of_proxy(&bearer("c1", None)), None, "the cloud is dialled");
+        topology.pools.get_mut("edge-x").expect("it is there").proxies.get_mut("x1").expect("elected").uid = Some("2".to_owned());
+        let directory = plan(&topology, "c1", None).directory;
+        assert_eq!(directory.pool_of_proxy(&bearer("x1", Some("2"))), Some("edge-x"));
+        assert_eq!(directory.pool_of_proxy(&bearer("x1", Some("1"))), None, "deleted since");
+        assert_eq!(directory.pool_of_proxy(&bearer("x1", None)), None);
+        assert_eq!(plan(&topology, "x1", None).uid.as_deref(), Some("2"));
     }
 }

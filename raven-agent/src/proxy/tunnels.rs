@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     limits,
-    plan::Target,
+    plan::{Bearer, Target},
     serve::{PROBE_URI, REASON_HEADER, STREAM_HEADER},
     sever::Severable,
     stats::{Place, Refusal, Stats, TunnelStats},
@@ -82,7 +82,7 @@ struct Shared {
 
 struct Tunnel {
     number: u64,
-    node: String,
+    bearer: Bearer,
     sender: SendRequest<Empty<Bytes>>,
     stats: Arc<TunnelStats>,
     close: CancellationToken,
@@ -128,7 +128,7 @@ impl Tunnels {
 
     /// Takes a connection that an edge gateway node dialled, for its pool, until it ends, it is closed or the future is dropped. `may`: it
     /// may have one, as things are when it has joined the others.
-    pub(crate) async fn take<S>(&self, node: &str, pool: &str, connection: S, may: impl Fn(&str, &str) -> bool) -> hyper::Result<()>
+    pub(crate) async fn take<S>(&self, bearer: Bearer, pool: &str, connection: S, may: impl Fn(&Bearer, &str) -> bool) -> hyper::Result<()>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -136,13 +136,14 @@ impl Tunnels {
         let _closed = close.clone().drop_guard();
         let connection = TokioIo::new(Severable::new(connection, close.clone()));
         let (sender, connection) = limits::client().handshake(connection).await?;
-        let shown = self.stats.tunnel(pool, node);
+        let shown = self.stats.tunnel(pool, &bearer.node);
         let number = shown.number;
         let probe = probe(sender.clone(), shown.tunnel.clone());
-        let tunnel = Tunnel { number, node: node.to_owned(), sender, stats: shown.tunnel.clone(), close: close.clone() };
+        let tunnel = Tunnel { number, bearer: bearer.clone(), sender, stats: shown.tunnel.clone(), close: close.clone() };
         self.change(|by_pool| by_pool.entry(pool.to_owned()).or_default().push(Arc::new(tunnel)));
         let registered = Registered { tunnels: self, pool, number };
-        if !may(node, pool) || self.count(node, pool) > limits::TUNNELS_OF_A_NODE {
+        let node = &bearer.node;
+        if !may(&bearer, pool) || self.count(node, pool) > limits::TUNNELS_OF_A_NODE {
             close.cancel();
         }
         tracing::info!(node, gateway = pool, tunnel = number, "tunnel up");
@@ -175,13 +176,13 @@ impl Tunnels {
 
     /// Tunnels of a node that take streams.
     fn count(&self, node: &str, pool: &str) -> usize {
-        self.lock().get(pool).map_or(0, |tunnels| tunnels.iter().filter(|t| t.node == node && !t.stats.is_retired()).count())
+        self.lock().get(pool).map_or(0, |tunnels| tunnels.iter().filter(|t| t.bearer.node == node && !t.stats.is_retired()).count())
     }
 
     /// Closes the tunnels of nodes that may not have one (any more).
-    pub(crate) fn retain(&self, may: impl Fn(&str, &str) -> bool) {
+    pub(crate) fn retain(&self, may: impl Fn(&Bearer, &str) -> bool) {
         for (pool, tunnels) in self.lock().iter() {
-            tunnels.iter().filter(|tunnel| !may(&tunnel.node, pool)).for_each(|tunnel| tunnel.close.cancel());
+            tunnels.iter().filter(|tunnel| !may(&tunnel.bearer, pool)).for_each(|tunnel| tunnel.close.cancel());
         }
     }
 
@@ -209,7 +210,7 @@ impl Tunnels {
                         return Ok(Opened { io: TokioIo::new(io), _place: place });
                     }
                     Ok(Err(Failure::Refused { reason, unreachable })) => {
-                        return Err(Error::Refused { via: tunnel.node.clone(), reason, unreachable });
+                        return Err(Error::Refused { via: tunnel.bearer.node.clone(), reason, unreachable });
                     }
                     // Nothing of the client's has been sent: another tunnel may try.
                     Ok(Err(Failure::Tunnel(e))) => tracing::debug!(%stream, tunnel = tunnel.number, "try another tunnel: {e}"),
@@ -275,7 +276,7 @@ impl Tunnels {
         let mut by_pool = self.lock();
         change(&mut by_pool);
         // Sent also when the set is the same: a second tunnel of the same node is news to who waits.
-        self.shared.ends.send_replace(by_pool.values().flatten().map(|tunnel| tunnel.node.clone()).collect());
+        self.shared.ends.send_replace(by_pool.values().flatten().map(|tunnel| tunnel.bearer.node.clone()).collect());
     }
 }
 

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use raven_api::{
     Gateway, GatewayNode,
     gateway::{Endpoint, EndpointType, NodeInfo},
-    proxy::{CONFIG_HOSTNAME, Ports},
+    proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID, Ports},
 };
 use serde::{Deserialize, Serialize};
 
@@ -209,7 +209,10 @@ fn proxies(pool: &Pool, active: &[Endpoint], ready: &BTreeSet<String>) -> BTreeM
         let host = pool.exposed.then(|| host.unwrap_or_else(|| outer.to_string()));
         let dial = host.map(|host| (host, endpoint.dialled_port()));
         let ready = ready.contains(&endpoint.node_name);
-        Some((endpoint.node_name.clone(), ProxyPeer { dial, port: endpoint.port_or_default(), ready }))
+        Some((
+            endpoint.node_name.clone(),
+            ProxyPeer { dial, port: endpoint.port_or_default(), ready, uid: text(endpoint.config.get(CONFIG_NODE_UID)) },
+        ))
     })
     .collect()
 }

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use raven_api::gateway::{Endpoint, EndpointType, ExposeType};
-use raven_api::proxy::CONFIG_HOSTNAME;
+use raven_api::proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID};
 
 use super::NodeName;
 use super::inputs::{BalancerFacts, GatewayFacts, Inputs, NodeFacts};
@@ -72,13 +72,13 @@ pub fn elect(gateway: &GatewayFacts, type_: EndpointType, nodes: &[&NodeFacts], 
     let was_elected = |endpoint: &Endpoint| before.contains(endpoint.node_name.as_str());
     let dark = candidates.iter().all(|(_, node)| !node.ready);
     let eligible = candidates.into_iter().filter(|(endpoint, node)| node.ready || dark && was_elected(endpoint));
-    let eligible: Vec<Endpoint> = eligible.map(|(endpoint, _)| endpoint).collect();
+    let eligible: Vec<(Endpoint, &NodeFacts)> = eligible.collect();
 
-    let (stay, wait): (Vec<usize>, Vec<usize>) = (0..eligible.len()).partition(|&i| was_elected(&eligible[i]));
+    let (stay, wait): (Vec<usize>, Vec<usize>) = (0..eligible.len()).partition(|&i| was_elected(&eligible[i].0));
     let chosen: BTreeSet<usize> = stay.into_iter().chain(wait).take(wanted).collect();
 
-    let elected = eligible.into_iter().enumerate().filter(|(i, _)| chosen.contains(i)).map(|(_, endpoint)| announced(endpoint, switch));
-    let elected: Vec<Endpoint> = elected.collect();
+    let elected = eligible.into_iter().enumerate().filter(|(i, _)| chosen.contains(i));
+    let elected: Vec<Endpoint> = elected.map(|(_, (endpoint, node))| announced(endpoint, node, switch)).collect();
     Election { type_, wanted, candidates: count, kept: dark && !elected.is_empty(), elected }
 }
 
@@ -152,12 +152,17 @@ fn implied(listed: &[Endpoint], type_: EndpointType, node: &NodeFacts) -> Endpoi
     }
 }
 
-fn announced(mut endpoint: Endpoint, switch: bool) -> Endpoint {
+fn announced(mut endpoint: Endpoint, node: &NodeFacts, switch: bool) -> Endpoint {
     endpoint.port = Some(i32::from(endpoint.port_or_default()));
     let key = match endpoint.type_ {
         EndpointType::Tunnel => CONFIG_L3,
         EndpointType::Proxy => CONFIG_L7,
     };
     endpoint.config.insert(key.to_owned(), switch.to_string());
+    // Never what a person wrote there.
+    endpoint.config.remove(CONFIG_NODE_UID);
+    if let (EndpointType::Proxy, Some(uid)) = (endpoint.type_, &node.uid) {
+        endpoint.config.insert(CONFIG_NODE_UID.to_owned(), uid.clone());
+    }
     endpoint
 }

@@ -76,6 +76,8 @@ pub fn parse_prefix(text: &str) -> Result<IpNet, BadPrefix> {
 pub struct NodeFacts {
     /// Its name.
     pub name: NodeName,
+    /// Its UID: another Node of the same name is another node.
+    pub uid: Option<String>,
     /// All its labels (selectors may ask for any).
     pub labels: BTreeMap<String, String>,
     /// First InternalIP, IPv4 before IPv6.
@@ -97,6 +99,7 @@ impl NodeFacts {
         let mut addresses = internal_addresses(node).into_iter();
         Some(Self {
             name: node.metadata.name.as_deref()?.into(),
+            uid: node.metadata.uid.clone(),
             labels: node.metadata.labels.clone().unwrap_or_default(),
             address: addresses.next(),
             other_addresses: addresses.collect(),

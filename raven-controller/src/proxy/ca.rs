@@ -4,9 +4,10 @@
 //! before it signs, and an old one stays published until it ends.
 
 use jiff::{SignedDuration, Timestamp};
+use raven_api::proxy::UID_URI;
 use rcgen::{
     CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair,
-    KeyUsagePurpose,
+    KeyUsagePurpose, SanType,
 };
 use serde::{Deserialize, Serialize};
 
@@ -63,9 +64,10 @@ impl Authorities {
         let known = self.0.iter().find(|ca| now.duration_since(ca.since) > DAY);
         let signs = known.or(self.0.last()).ok_or(rcgen::Error::CouldNotParseCertificate)?;
         let issuer = Issuer::new(authority::params(NAME), KeyPair::from_pem(&signs.key)?);
-        let Granted { node, names, signer, public_key, life } = granted;
+        let Granted { node, uid, names, signer, public_key, life } = granted;
         // Nothing of the request but its key and the names that were checked.
         let mut params = CertificateParams::new(names)?;
+        params.subject_alt_names.push(SanType::URI(format!("{UID_URI}{uid}").try_into()?));
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::OrganizationName, ORGANIZATION);
         params.distinguished_name.push(DnType::CommonName, node);

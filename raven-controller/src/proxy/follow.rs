@@ -1,6 +1,6 @@
 //! What the L7 half needs of the API server's objects, kept by watches.
 
-use std::{collections::BTreeSet, fmt::Debug, net::IpAddr, time::Duration};
+use std::{collections::BTreeMap, fmt::Debug, net::IpAddr, time::Duration};
 
 use futures::{
     StreamExt,
@@ -107,9 +107,9 @@ impl Cluster {
         self.nodes.state().iter().filter_map(|n| NodeFacts::parse(n)).collect()
     }
 
-    /// Names of all Nodes.
-    pub fn node_names(&self) -> BTreeSet<String> {
-        self.nodes.state().iter().filter_map(|n| n.metadata.name.clone()).collect()
+    /// UIDs of all Nodes, by name.
+    pub fn node_uids(&self) -> BTreeMap<String, String> {
+        self.nodes.state().iter().filter_map(|n| Some((n.metadata.name.clone()?, n.metadata.uid.clone()?))).collect()
     }
 
     /// Addresses of the internal Service.

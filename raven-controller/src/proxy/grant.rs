@@ -163,7 +163,7 @@ impl Granter {
         let now = requests.get_opt(&name).await;
         let now = now.map_err(|source| Error::Api { what: format!("read CertificateSigningRequest {name}"), source: Box::new(source) })?;
         let Some(request) = now.as_ref().filter(|request| is_open(request)) else { return Ok(()) };
-        let (nodes, gateways) = (self.cluster.node_names(), self.cluster.gateways());
+        let (nodes, gateways) = (self.cluster.node_uids(), self.cluster.gateways());
         let facts = Facts { namespace: &self.namespace, nodes: &nodes, gateways: &gateways };
         match judge(&request.spec, signer, &facts) {
             Ok(granted) => {

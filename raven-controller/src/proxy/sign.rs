@@ -1,10 +1,11 @@
 //! Which certificate requests are granted: those whose requester can be proved to be the agent on the node that the certificate is for.
 //! Pure.
 //!
-//! The proof is the node's name in the requester's token: the kubelet had it bound to the agent's Pod, and the API server put the Pod's
-//! node into the request (KEP-4193; Kubernetes 1.30 and later). The agent says nothing that is believed.
+//! The proof is the node's name and UID in the requester's token: the kubelet had it bound to the agent's Pod, and the API server put the
+//! Pod's node into the request (KEP-4193; Kubernetes 1.30 and later). The agent says nothing that is believed. The certificate is for that
+//! very Node object: one that is deleted takes it along, also where a later one has the same name.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::SignedDuration;
 use k8s_openapi::api::certificates::v1::CertificateSigningRequestSpec;
@@ -17,6 +18,8 @@ use rcgen::{CertificateSigningRequestParams, PublicKey, SanType};
 
 /// Where the API server tells the node of a bound token.
 const NODE_CLAIM: &str = "authentication.kubernetes.io/node-name";
+/// The same for its UID.
+const UID_CLAIM: &str = "authentication.kubernetes.io/node-uid";
 /// The longest that is granted.
 const LONGEST: SignedDuration = SignedDuration::from_hours(90 * 24);
 
@@ -52,6 +55,8 @@ impl Signer {
 pub struct Granted {
     /// The node.
     pub node: String,
+    /// Its UID.
+    pub uid: String,
     /// Names and addresses.
     pub names: Vec<String>,
     /// By whom.
@@ -79,6 +84,12 @@ pub enum Refusal {
     /// The node does not exist (any more).
     #[error("node {0} does not exist")]
     NodeGone(String),
+    /// The token is of an earlier node of that name.
+    #[error(
+        "the requester's token was bound to another node {0}, which was deleted; its box can have no certificate. If it is still that node, \
+         delete the agent's Pod there: the next one gets a token of its own"
+    )]
+    NodeReplaced(String),
     /// Not a request, or its signature is wrong.
     #[error("no certificate request: {0}")]
     Malformed(String),
@@ -112,6 +123,7 @@ impl Refusal {
             Self::NotAnAgent { .. } => "NotAnAgent",
             Self::NoNode => "TokenNotBound",
             Self::NodeGone(_) => "NodeGone",
+            Self::NodeReplaced(_) => "NodeReplaced",
             Self::Malformed(_) => "Malformed",
             Self::Names { .. } => "NamesNotAllowed",
             Self::Usages { .. } => "UsagesNotAllowed",
@@ -125,15 +137,15 @@ impl Refusal {
 pub struct Facts<'a> {
     /// Namespace of the agents' account.
     pub namespace: &'a str,
-    /// Names of all Nodes.
-    pub nodes: &'a BTreeSet<String>,
+    /// UIDs of all Nodes, by name.
+    pub nodes: &'a BTreeMap<String, String>,
     /// All Gateways, with their status.
     pub gateways: &'a [Gateway],
 }
 
 /// Grants or refuses.
 pub fn judge(request: &CertificateSigningRequestSpec, signer: Signer, facts: &Facts<'_>) -> Result<Granted, Refusal> {
-    let node = requester(request, facts)?;
+    let (node, uid) = requester(request, facts)?;
     let allowed = allowed(&node, signer, facts)?;
     usages(request, signer)?;
     let (names, public_key) = asked(&request.request.0)?;
@@ -144,18 +156,24 @@ pub fn judge(request: &CertificateSigningRequestSpec, signer: Signer, facts: &Fa
         return Err(Refusal::Names { node, allowed: list(&mut allowed.iter()), asked });
     }
     let life = request.expiration_seconds.map_or(LONGEST, |s| SignedDuration::from_secs(s.into())).min(LONGEST);
-    Ok(Granted { node, names, signer, public_key, life })
+    Ok(Granted { node, uid, names, signer, public_key, life })
 }
 
-fn requester(request: &CertificateSigningRequestSpec, facts: &Facts<'_>) -> Result<String, Refusal> {
+fn requester(request: &CertificateSigningRequestSpec, facts: &Facts<'_>) -> Result<(String, String), Refusal> {
     let expected = format!("system:serviceaccount:{}:{AGENT_SERVICE_ACCOUNT}", facts.namespace);
     let username = request.username.clone().unwrap_or_default();
     if username != expected {
         return Err(Refusal::NotAnAgent { username, expected });
     }
-    let claim = request.extra.as_ref().and_then(|extra| extra.get(NODE_CLAIM));
-    let node = claim.and_then(|values| values.first()).filter(|node| !node.is_empty()).ok_or(Refusal::NoNode)?;
-    if facts.nodes.contains(node) { Ok(node.clone()) } else { Err(Refusal::NodeGone(node.clone())) }
+    let claim = |name: &str| request.extra.as_ref()?.get(name)?.first().filter(|value| !value.is_empty()).cloned();
+    let node = claim(NODE_CLAIM).ok_or(Refusal::NoNode)?;
+    let Some(uid) = facts.nodes.get(&node) else { return Err(Refusal::NodeGone(node)) };
+    match claim(UID_CLAIM) {
+        Some(claimed) if claimed == *uid => Ok((node, claimed)),
+        Some(_) => Err(Refusal::NodeReplaced(node)),
+        // The node did not exist when the token was made.
+        None => Err(Refusal::NoNode),
+    }
 }
 
 fn allowed(node: &str, signer: Signer, facts: &Facts<'_>) -> Result<BTreeSet<String>, Refusal> {
@@ -199,8 +217,6 @@ fn asked(pem: &[u8]) -> Result<(Vec<String>, PublicKey), Refusal> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use k8s_openapi::ByteString;
     use raven_api::{
         GatewaySpec, GatewayStatus,
@@ -218,7 +234,9 @@ mod tests {
             request: ByteString(pem.into_bytes()),
             username: Some("system:serviceaccount:kube-system:raven-agent-account".to_owned()),
             usages: Some(vec!["digital signature".to_owned(), usage.to_owned()]),
-            extra: node.map(|node| BTreeMap::from([(NODE_CLAIM.to_owned(), vec![node.to_owned()])])),
+            extra: node.map(|node| {
+                BTreeMap::from([(NODE_CLAIM.to_owned(), vec![node.to_owned()]), (UID_CLAIM.to_owned(), vec![format!("uid-of-{node}")])])
+            }),
             ..CertificateSigningRequestSpec::default()
         }
     }
@@ -233,7 +251,7 @@ mod tests {
         let mut gateway = Gateway::new("cloud", GatewaySpec { expose_type: ExposeType::PublicIP, ..GatewaySpec::default() });
         let info = NodeInfo { node_name: "cloud-a".to_owned(), private_ip: "10.0.0.11".to_owned(), subnets: vec![] };
         gateway.status = Some(GatewayStatus { nodes: vec![info], active_endpoints: vec![endpoint], ..GatewayStatus::default() });
-        let nodes = BTreeSet::from(["cloud-a".to_owned(), "x-a".to_owned(), "x-b".to_owned()]);
+        let nodes = ["cloud-a", "x-a", "x-b"].map(|node| (node.to_owned(), format!("uid-of-{node}"))).into();
         judge(request, signer, &Facts { namespace: "kube-system", nodes: &nodes, gateways: &[gateway] })
     }
 
@@ -257,6 +275,22 @@ mod tests {
         let mut other = request(&["x-a"], "client auth", Some("x-a"));
         other.username = Some("system:serviceaccount:default:x".to_owned());
         assert_eq!(refused(&other, Signer::Client), "NotAnAgent");
+    }
+
+    #[test]
+    fn the_token_of_an_earlier_node_of_that_name_is_worth_nothing() {
+        let mut earlier = request(&["x-a"], "client auth", Some("x-a"));
+        let mut claim = |uid: Option<&str>| {
+            let extra = earlier.extra.as_mut().expect("claims");
+            match uid {
+                Some(uid) => drop(extra.insert(UID_CLAIM.to_owned(), vec![uid.to_owned()])),
+                None => drop(extra.remove(UID_CLAIM)),
+            }
+            judged(&earlier, Signer::Client).map(|granted| granted.uid).map_err(|refusal| refusal.reason())
+        };
+        assert_eq!(claim(Some("uid-of-another-x-a")), Err("NodeReplaced"));
+        assert_eq!(claim(None), Err("TokenNotBound"));
+        assert_eq!(claim(Some("uid-of-x-a")), Ok("uid-of-x-a".to_owned()));
     }
 
     #[test]

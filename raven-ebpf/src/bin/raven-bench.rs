@@ -1,4 +1,4 @@
-//! Programs of `cargo xtask bench`, and of nothing else: a packet generator and a sink, both XDP. Not in the agent's object.
+//! Programs of benchmarks and tests, and of nothing else: a packet generator, a sink, a neighbour. Not in the agent's object.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
@@ -7,7 +7,7 @@
 mod runtime;
 
 use aya_ebpf::{
-    bindings::{TC_ACT_SHOT, xdp_action},
+    bindings::{TC_ACT_OK, TC_ACT_SHOT, xdp_action},
     btf_maps::{Array, PerCpuArray},
     helpers::bpf_redirect,
     macros::{btf_map, classifier, xdp},
@@ -87,6 +87,12 @@ pub fn pass(_ctx: XdpContext) -> u32 {
 pub fn swallow(_ctx: TcContext) -> i32 {
     count(&ARRIVED);
     TC_ACT_SHOT
+}
+
+/// Lets every packet pass and lets nobody behind it see one, in TC: as Cilium's programs do.
+#[classifier]
+pub fn last_word(_ctx: TcContext) -> i32 {
+    TC_ACT_OK
 }
 
 #[cfg(not(target_arch = "bpf"))]

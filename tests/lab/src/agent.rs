@@ -97,3 +97,11 @@ pub fn binary(name: &str) -> Result<PathBuf> {
         None => bail!("{name} is not built: it is not beside {} (`cargo build`, or set RAVEN_BIN_DIR)", here.display()),
     }
 }
+
+/// Finds an eBPF object that `cargo xtask` built: `ebpf` or `ebpf-trace`, and the object's name. Beside it lies what cargo built.
+pub fn ebpf_object(folder: &str, name: &str) -> Result<PathBuf> {
+    let place = format!("{folder}/bpfel-unknown-none/release/{name}");
+    let here = std::env::current_exe()?;
+    let found = here.ancestors().skip(1).map(|dir| dir.join(&place)).find(|path| path.is_file());
+    found.with_context(|| format!("there is no {place} above {}: `cargo xtask test lab` builds it", here.display()))
+}

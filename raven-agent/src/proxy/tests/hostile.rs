@@ -38,6 +38,7 @@ async fn only_the_elected_node_itself_brings_a_tunnel() {
     for (what, pem, refusal) in [
         ("another node of the same pool", world.ca.pem_for(&["x2"], client.clone(), later), Refusal::NotElected),
         ("a node that nobody knows", world.ca.pem_for(&["gone"], client.clone(), later), Refusal::NotElected),
+        ("an earlier node of that name", world.ca.pem_for_uid(&["x1"], "deleted", client.clone(), later), Refusal::NotElected),
         ("two names", world.ca.pem_for(&["x1", "x2"], client.clone(), later), Refusal::Unauthenticated),
         ("an expired one", world.ca.pem_for(&["x1"], client.clone(), (2021, 1, 1)), Refusal::Unauthenticated),
         ("a server's", world.ca.pem_for(&["x1"], ExtendedKeyUsagePurpose::ServerAuth, later), Refusal::Unauthenticated),

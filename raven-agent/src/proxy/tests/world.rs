@@ -10,8 +10,10 @@ use std::{
     time::Duration,
 };
 
-use raven_api::proxy::Ports;
-use rcgen::{BasicConstraints, CertificateParams, CertificateSigningRequestParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+use raven_api::proxy::{Ports, UID_URI};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
+};
 use tokio::{
     io::AsyncReadExt,
     net::{TcpListener, TcpStream},
@@ -46,6 +48,9 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 /// Each world has a port of its own for its nodes: tests run side by side.
 static PORT: AtomicU16 = AtomicU16::new(0);
 
+/// UID of every node.
+const UID: &str = "0b1e7c1c-6f0e-4d6e-9a53-2d1f6d3c8a11";
+
 /// A CA, with what it signs.
 pub(super) struct Ca {
     issuer: Issuer<'static, KeyPair>,
@@ -69,9 +74,16 @@ impl Ca {
 
     /// As the controller signs it.
     pub(super) fn pem_for(&self, names: &[&str], usage: ExtendedKeyUsagePurpose, until: (i32, u8, u8)) -> String {
+        self.pem_for_uid(names, UID, usage, until)
+    }
+
+    /// The same for a node of another UID.
+    pub(super) fn pem_for_uid(&self, names: &[&str], uid: &str, usage: ExtendedKeyUsagePurpose, until: (i32, u8, u8)) -> String {
         let names: BTreeSet<String> = names.iter().map(|n| (*n).to_owned()).collect();
         let (key, request) = identity::request("node", &names).expect("a request");
         let mut request = CertificateSigningRequestParams::from_pem(&request).expect("it is one");
+        let uid = format!("{UID_URI}{uid}").try_into().expect("a URI");
+        request.params.subject_alt_names.push(SanType::URI(uid));
         request.params.extended_key_usages = vec![usage];
         request.params.not_before = rcgen::date_time_ymd(2020, 1, 1);
         request.params.not_after = rcgen::date_time_ymd(until.0, until.1, until.2);
@@ -119,7 +131,7 @@ fn topology(port: u16) -> Topology {
         let members =
             nodes.iter().map(|(name, last)| ((*name).to_owned(), Member { outer: [127, 0, 0, *last].into(), prefixes: BTreeSet::new() }));
         let dial = if exposed { Some(("127.0.0.1".to_owned(), 0)) } else { None };
-        let proxies = BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, port: 0, ready: false })]);
+        let proxies = BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, uid: Some(UID.to_owned()), ..ProxyPeer::default() })]);
         Pool { exposed, members: members.collect(), proxies, ..Pool::default() }
     };
     let pools = BTreeMap::from([

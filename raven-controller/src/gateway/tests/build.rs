@@ -59,6 +59,7 @@ fn address_of(name: &str) -> IpAddr {
 pub(super) fn node(name: &str, cidr: &str) -> NodeFacts {
     NodeFacts {
         name: name.into(),
+        uid: Some(format!("uid-of-{name}")),
         labels: Default::default(),
         address: Some(address_of(name)),
         other_addresses: Vec::new(),

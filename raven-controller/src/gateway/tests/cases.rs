@@ -34,14 +34,25 @@ fn elected_endpoints_carry_port_type_and_switch() {
     let cluster = cluster.apply(1);
     let active = &cluster.resource("edge").status.as_ref().expect("applied").active_endpoints;
     let seen: Vec<_> = active.iter().map(|e| (e.type_, e.port, e.config.clone().into_iter().collect::<Vec<_>>())).collect();
-    let config = |key: &str, value: &str| vec![(key.to_owned(), value.to_owned())];
+    let config = |pairs: &[(&str, &str)]| pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect::<Vec<_>>();
+    let uid = ("node-uid", "uid-of-e1");
     assert_eq!(
         seen,
         [
-            (EndpointType::Tunnel, Some(4500), config("enable-l3-tunnel", "true")),
-            (EndpointType::Proxy, Some(10262), config("enable-l7-proxy", "false")),
+            (EndpointType::Tunnel, Some(4500), config(&[("enable-l3-tunnel", "true")])),
+            (EndpointType::Proxy, Some(10262), config(&[("enable-l7-proxy", "false"), uid])),
         ]
     );
+}
+
+#[test]
+fn the_uid_of_an_elected_node_is_the_nodes_and_never_what_a_person_wrote() {
+    let mut gateway = listing(gateway("edge", 2), EndpointType::Proxy, &["e2"]);
+    gateway.spec.endpoints[0].config.insert("node-uid".to_owned(), "of somebody else".to_owned());
+    let cluster = two_pools().gateway(gateway).apply(1);
+    let active = &cluster.resource("edge").status.as_ref().expect("applied").active_endpoints;
+    let proxy = active.iter().find(|e| e.type_ == EndpointType::Proxy).expect("elected");
+    assert_eq!(proxy.config.get("node-uid").map(String::as_str), Some("uid-of-e2"));
 }
 
 #[test]
