@@ -41,8 +41,8 @@ impl Gate {
                     Ok((connection, from)) => {
                         let Some(acceptor) = acceptor.clone() else { continue };
                         let (place, crowded) = waiting.enter();
-                        if crowded {
-                            self.stats.refused(Refusal::TooMany);
+                        if crowded && self.stats.refused(Refusal::TooMany) {
+                            tracing::warn!(%from, "too many connections that have not said who they are: the oldest goes");
                         }
                         let visitor = Visitor { from, plan: self.plan.clone(), tunnels: self.tunnels.clone(), stats: self.stats.clone() };
                         connections.spawn(visitor.enter(connection, acceptor, place));
@@ -104,8 +104,9 @@ impl Visitor {
     }
 
     fn turn_away(&self, refusal: Refusal, why: &str) {
-        self.stats.refused(refusal);
-        tracing::warn!(from = %self.from, ?refusal, "no tunnel: {why}");
+        if self.stats.refused(refusal) {
+            tracing::warn!(from = %self.from, ?refusal, "no tunnel: {why}");
+        }
     }
 }
 

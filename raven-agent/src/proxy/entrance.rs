@@ -68,8 +68,8 @@ impl Entrance {
                 }
             };
             let (place, crowded) = undecided.enter();
-            if crowded {
-                self.stats.refused(Refusal::TooMany);
+            if crowded && self.stats.refused(Refusal::TooMany) {
+                tracing::warn!(%from, "too many connections that have not said whom they want: the oldest goes");
             }
             let entrance = self.clone();
             connections.spawn(async move {
@@ -154,8 +154,9 @@ impl Entrance {
     }
 
     async fn turn_away(&self, client: &mut TcpStream, from: SocketAddr, refusal: Refusal, last_word: &[u8], why: &str) {
-        self.stats.refused(refusal);
-        tracing::warn!(%from, ?refusal, "turned away: {why}");
+        if self.stats.refused(refusal) {
+            tracing::warn!(%from, ?refusal, "turned away: {why}");
+        }
         let _ = client.write_all(last_word).await;
         let _ = client.shutdown().await;
     }

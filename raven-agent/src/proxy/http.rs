@@ -62,8 +62,9 @@ async fn answer(entrance: &Entrance, request: Request<Incoming>) -> Response<Bod
 }
 
 fn refuse(entrance: &Entrance, status: StatusCode, refusal: Refusal, why: &str) -> Response<Body> {
-    entrance.stats.refused(refusal);
-    tracing::warn!(%status, ?refusal, "refused: {why}");
+    if entrance.stats.refused(refusal) {
+        tracing::warn!(%status, ?refusal, "refused: {why}");
+    }
     let body = Full::new(Bytes::from(format!("raven: {why}\n"))).map_err(|never| match never {}).boxed();
     let mut response = Response::new(body);
     *response.status_mut() = status;

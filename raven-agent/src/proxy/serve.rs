@@ -73,8 +73,9 @@ async fn answer(request: Request<Incoming>, edge: Edge, tunnel: Arc<TunnelStats>
             Response::new(Empty::new())
         }
         Err((status, refusal, reason)) => {
-            edge.stats.refused(refusal);
-            tracing::warn!(authority = ?request.uri().authority(), ?refusal, "refused: {reason}");
+            if edge.stats.refused(refusal) {
+                tracing::warn!(authority = ?request.uri().authority(), ?refusal, "refused: {reason}");
+            }
             refused(status, &reason)
         }
     }

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, hash_map::RandomState},
     fmt::Write,
     hash::{BuildHasher, Hasher},
+    num::NonZeroU32,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering},
@@ -11,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
     metrics::{counter::Counter, family::Family, gauge::Gauge},
@@ -149,9 +151,13 @@ struct Line<'a> {
     seconds: u64,
 }
 
+/// Lines of log about refusals, for each reason: so many at once …
+const SAID: NonZeroU32 = NonZeroU32::new(10).expect("not zero");
+
 /// Counters of the L7 path; clones count together.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 pub struct Stats {
+    said: Arc<DefaultKeyedRateLimiter<Refusal>>,
     refused: Family<Refused, Counter>,
     streams: Counter,
     open: Gauge<i64, AtomicI64>,
@@ -162,10 +168,28 @@ pub struct Stats {
     ids: Arc<Ids>,
 }
 
+impl Default for Stats {
+    fn default() -> Self {
+        Self {
+            // … and one a second from then on: whoever knocks ten thousand times fills no disk.
+            said: Arc::new(RateLimiter::keyed(Quota::per_second(NonZeroU32::MIN).allow_burst(SAID))),
+            refused: Family::default(),
+            streams: Counter::default(),
+            open: Gauge::default(),
+            sent: Counter::default(),
+            received: Counter::default(),
+            tunnels: Arc::default(),
+            numbers: Arc::default(),
+            ids: Arc::default(),
+        }
+    }
+}
+
 impl Stats {
-    /// Counts a refusal.
-    pub fn refused(&self, reason: Refusal) {
+    /// Counts a refusal. True: it should be said, too (it is none of very many).
+    pub fn refused(&self, reason: Refusal) -> bool {
         self.refused.get_or_create(&Refused { reason }).inc();
+        self.said.check_key(&reason).is_ok()
     }
 
     /// How often that was.

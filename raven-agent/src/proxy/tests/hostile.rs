@@ -1,6 +1,10 @@
 //! Who means ill, or nothing good: refused, counted, and harmless.
 
-use std::collections::VecDeque;
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{Arc, Mutex},
+};
 
 use rcgen::ExtendedKeyUsagePurpose;
 use tokio::{
@@ -240,4 +244,55 @@ async fn plain_requests_go_where_they_say_one_by_one() {
     );
     let seen = http(&world, &smuggled).await;
     assert!(!seen.contains("GET /b"), "{seen}");
+}
+
+/// Lines of log, in memory.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        io::Write::write(&mut *self.0.lock().expect("nobody panics"), bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Log {
+    fn lines_with(&self, words: &str) -> usize {
+        String::from_utf8_lossy(&self.0.lock().expect("nobody panics")).lines().filter(|line| line.contains(words)).count()
+    }
+}
+
+/// On one thread, whose log is looked at.
+#[tokio::test]
+async fn each_refusal_is_said_once_and_a_flood_of_them_fills_no_disk() {
+    let log = Log::default();
+    let lines = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || lines.clone()).finish();
+    let _here = tracing::subscriber::set_default(subscriber);
+    let world = World::start().await;
+    let port = world.port + 1;
+
+    let other = world.ca.pem_for(&["x2"], ExtendedKeyUsagePurpose::ClientAuth, (2099, 1, 1));
+    assert!(!brought(&world, &other, &world.ca.pem).await);
+    assert_eq!(log.lines_with("no tunnel: node x2"), 1);
+    let ask = async |host: &str| http(&world, &format!("GET / HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n")).await;
+    ask("nobody").await;
+    assert_eq!(log.lines_with("no node of this cluster is called \"nobody\""), 1);
+    let mut client = TcpStream::connect(world.secure).await.expect("connected");
+    client.write_all(&client_hello("nowhere")).await.expect("sent");
+    let mut alert = Vec::new();
+    timeout(SOON, client.read_to_end(&mut alert)).await.expect("in time").expect("an alert");
+    assert_eq!(log.lines_with("no node of this cluster is called \"nowhere\""), 1);
+
+    let before = world.cloud_stats.refusals(Refusal::Unknown);
+    for _ in 0..200 {
+        ask("again").await;
+    }
+    assert_eq!(world.cloud_stats.refusals(Refusal::Unknown), before + 200, "every one is counted");
+    let said = log.lines_with("no node of this cluster is called \"again\"");
+    assert!((1..40).contains(&said), "{said} of 200 are said");
 }
