@@ -172,14 +172,17 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
         // Most runs come without new inputs (the kernel changed, or nothing did): what follows from the inputs alone is kept.
         let mut known: Option<Known> = None;
         loop {
+            let (mut news, mut again) = (false, None);
             if let Some(inputs) = self.feed.take() {
+                news = true;
                 let topology = build(&inputs);
                 self.orders.send_replace((Arc::new(proxy::plan::plan(&topology, &self.node, None)), topology.proxy_ca.clone()));
                 known = Some(Known { topology, inputs, saved: false });
             }
             if let Some(known) = &mut known {
                 self.keep(known);
-                let report = self.reconciler.reconcile(&known.topology).await;
+                let report = self.reconciler.reconcile(&known.topology, news).await;
+                again = report.again;
                 say(&report, &mut said);
                 self.reports.send_replace(Some((report, self.reconciler.tunnel())));
             }
@@ -187,6 +190,7 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
                 () = self.feed.changed() => {}
                 Some(()) = self.kernel_events.next() => {}
                 _ = resync.tick() => {}
+                () = sleep(again.unwrap_or(RESYNC)) => {}
             }
             // What our own steps caused, and what comes in a burst, is looked at once.
             sleep(SETTLE).await;

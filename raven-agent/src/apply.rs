@@ -51,6 +51,11 @@ pub struct Report {
     pub public_key: PublicKey,
     /// Addresses on the uplink.
     pub uplink: Option<Uplink>,
+    /// How many things were changed, since the agent's start, though nothing new was told: somebody else had taken them away, or they could
+    /// not be had before.
+    pub put_back: u64,
+    /// Look again so soon.
+    pub again: Option<Duration>,
 }
 
 impl Report {
@@ -100,10 +105,26 @@ pub struct Reconciler {
     /// Where peers that are gone were heard from last. One that comes back is asked there for a new session: by itself it may go on with
     /// the old one, which we have forgotten, for two minutes.
     left: BTreeMap<PublicKey, SocketAddr>,
+    /// Peers that we dial and that have not answered yet.
+    knocking: BTreeMap<PublicKey, Knock>,
+    put_back: u64,
     /// The proxy's listener for connections by address.
     listener: Option<std::net::TcpListener>,
     /// What was found around us, and when: netfilter's rules can be many, so they are not read at every run.
     surroundings: Option<(Instant, Vec<String>)>,
+}
+
+/// A peer that is new to us may not know us yet, and does not answer then; WireGuard itself tries again only after five seconds. Each of
+/// these is one handshake.
+const KNOCK: Duration = Duration::from_millis(500);
+/// Then it is left to WireGuard.
+const KNOCKS: u32 = 20;
+
+/// See [`KNOCK`].
+struct Knock {
+    endpoint: SocketAddr,
+    last: Instant,
+    left: u32,
 }
 
 /// Route requests that wait for their answers at a time.
@@ -149,7 +170,7 @@ impl Reconciler {
         let mut bpf = Bpf::open(settings.tcx(), settings.ebpf_object.as_deref())?;
         // An earlier agent may have died between a change and this.
         bpf.next_generation()?;
-        Ok(Self { settings, links, bpf, key, tunnel: None, left: BTreeMap::new(), listener, surroundings: None })
+        Ok(Self { settings, links, bpf, key, tunnel: None, left: BTreeMap::new(), knocking: BTreeMap::new(), put_back: 0, listener, surroundings: None })
     }
 
     /// See [`Bpf::take_trace`].
@@ -162,8 +183,8 @@ impl Reconciler {
         self.tunnel.clone()
     }
 
-    /// See the module's text.
-    pub async fn reconcile(&mut self, topology: &Topology) -> Arc<Report> {
+    /// See the module's text. `news`: the topology is another one than last time.
+    pub async fn reconcile(&mut self, topology: &Topology, news: bool) -> Arc<Report> {
         let mut notes = Notes::default();
         let member = topology.pool_of(&self.settings.node).and_then(|(_, pool)| pool.members.get(&self.settings.node));
         let address = self.settings.node_ip.or(member.map(|m| IpAddr::V4(m.outer)));
@@ -185,7 +206,12 @@ impl Reconciler {
         if uplink.is_some() || member.is_none() {
             self.detour(plan.detour.as_ref(), &mut notes).await;
         }
+        if !news {
+            self.put_back += notes.changes as u64;
+        }
         Arc::new(Report {
+            put_back: self.put_back,
+            again: (!self.knocking.is_empty()).then_some(KNOCK),
             plan,
             failures: notes.failures,
             surroundings: notes.surroundings,
@@ -259,6 +285,7 @@ impl Reconciler {
         let indexes = Indexes { uplink: uplink.index, overlay, tunnel };
         let xdp = self.bpf.is_attached(Hook::UplinkXdp, uplink.index);
         notes.take(self.configure(plan, indexes, xdp));
+        self.knock(plan, notes).await;
         self.change_state(plan, indexes, notes).await;
         self.attach(plan, uplink, indexes, notes).await;
         // Who guards the uplink is known only now.
@@ -344,6 +371,33 @@ impl Reconciler {
         }
     }
 
+    /// Dials peers anew that have not answered yet: one that is taken away and put back is asked at once.
+    async fn knock(&mut self, plan: &Plan, notes: &mut Notes) {
+        let Some(tunnel) = self.tunnel.clone() else { return self.knocking.clear() };
+        if self.knocking.is_empty() {
+            return;
+        }
+        let sessions = match tunnel.sessions().await {
+            Ok(sessions) => sessions,
+            Err(e) => return notes.failures.push(e.to_string()),
+        };
+        let silent = |key: &PublicKey| sessions.get(key).is_some_and(|(peer, _)| !peer.alive);
+        self.knocking.retain(|key, knock| knock.left > 0 && silent(key));
+        for (key, knock) in &mut self.knocking {
+            let Some(peer) = plan.state.peers.get(key).filter(|_| knock.last.elapsed() >= KNOCK) else { continue };
+            (knock.last, knock.left) = (Instant::now(), knock.left - 1);
+            let peer = &Peer { endpoint: peer.endpoint.or(Some(knock.endpoint)), ..peer.clone() };
+            let put = match tunnel.delete_peer(*key).await {
+                Ok(()) => tunnel.put_peer(*key, peer, false).await,
+                gone => gone,
+            };
+            match put {
+                Ok(()) => tunnel.poke(peer),
+                Err(e) => notes.failures.push(e.to_string()),
+            }
+        }
+    }
+
     async fn read(&mut self, indexes: Indexes) -> Result<State, String> {
         let mut state = self.bpf.read().map_err(|e| e.to_string())?;
         state.routes = self.links.routes(indexes).await.map_err(|e| e.to_string())?;
@@ -358,6 +412,9 @@ impl Reconciler {
             Step::PutPeer(key, peer) => match &self.tunnel {
                 Some(tunnel) => {
                     let peer = Peer { endpoint: peer.endpoint.or_else(|| self.left.remove(key)), ..peer.clone() };
+                    if let Some(endpoint) = peer.endpoint.filter(|_| !have.peers.contains_key(key)) {
+                        self.knocking.insert(*key, Knock { endpoint, last: Instant::now(), left: KNOCKS });
+                    }
                     tunnel.put_peer(*key, &peer, have.peers.contains_key(key)).await.map_err(|e| e.to_string())
                 }
                 None => Err(format!("peer {key} waits for the tunnel device")),

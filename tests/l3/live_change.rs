@@ -16,7 +16,7 @@ const SOON: Duration = Duration::from_secs(10);
 
 impl Running {
     /// How long from now until a map of a node has, or has not, a prefix.
-    async fn until(&self, node: &str, map: &str, words: &str, there: bool) -> Duration {
+    pub(crate) async fn until(&self, node: &str, map: &str, words: &str, there: bool) -> Duration {
         let start = Instant::now();
         let what = format!("{map} of {node} {} {words}", if there { "has" } else { "no longer has" });
         let seen = eventually(SOON, &what, || async {

@@ -89,6 +89,16 @@ async fn ten_thousand_nodes_arrive_in_one_agents_maps() {
         start.elapsed().as_millis(),
         resident()
     );
+    let shown = agent.node.ns.sh("for map in /sys/fs/bpf/raven/v1/maps/*; do bpftool -j map show pinned $map; done").expect("bpftool runs");
+    let mut total = 0;
+    for map in shown.lines().map(serde_json::from_str::<serde_json::Value>) {
+        let map = map.expect("bpftool writes JSON");
+        let bytes = map["bytes_memlock"].as_u64().expect("the kernel tells");
+        total += bytes;
+        println!("scale: map {}: room for {}, {} KB", map["name"].as_str().unwrap_or_default(), map["max_entries"], bytes >> 10);
+    }
+    println!("scale: all maps: {} MB", total >> 20);
+    assert!(total < 128 << 20, "{total} bytes of maps");
     let routes = agent.node.ns.sh("ip route show table 9027 | wc -l").expect("the routes are listed");
     assert!(routes.trim().parse::<usize>().expect("a number") >= wanted, "{routes} routes");
     assert!(resident() < 400.0, "the agent stays small");

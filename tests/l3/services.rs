@@ -2,7 +2,7 @@
 //! in either backend; and host processes have an address that answers come back to.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
 
@@ -44,19 +44,25 @@ async fn services_node_ports_and_host_processes_reach_pods_of_other_pools_and_po
     let (client, server, node) = (lab.pod("cloud-b"), lab.pod("y-b"), lab.node("cloud-b"));
     let echo = Echo::on(&server.ns, SocketAddr::from((server.v4, PORT))).expect("the server starts");
     // As kube-proxy has it: DNAT of the ClusterIP, mark and masquerade of the NodePort.
+    let echo6 = Echo::on(&server.ns, SocketAddr::from((server.v6, PORT))).expect("the server starts");
     let rules = format!(
-        "table ip svc {{
+        "table ip6 svc {{
+            chain pre {{ type nat hook prerouting priority dstnat; ip6 daddr fd00:96::50 tcp dport 80 dnat to {2}; }}
+        }}
+        table ip svc {{
             chain pre {{ type nat hook prerouting priority dstnat;
                 ip daddr 10.96.0.50 tcp dport 80 dnat to {0}
                 ip daddr {1} tcp dport 30080 meta mark set meta mark or 0x4000 dnat to {0}; }}
             chain post {{ type nat hook postrouting priority srcnat; meta mark & 0x4000 != 0 masquerade; }}
         }}",
-        echo.address, node.lan_v4
+        echo.address, node.lan_v4, echo6.address
     );
     running.check(node.ns.nft(&rules));
 
     let cluster_ip = SocketAddr::from(([10, 96, 0, 50], 80));
     assert_eq!(running.check(seen(&client.ns, cluster_ip).await), IpAddr::V4(client.v4), "ClusterIP: the pod's own address");
+    let cluster_ip6 = SocketAddr::from((Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x50), 80));
+    assert_eq!(running.check(seen(&client.ns, cluster_ip6).await), IpAddr::V6(client.v6), "ClusterIP: the pod's own address");
     let node_port = SocketAddr::from((node.lan_v4, 30080));
     let outside = running.check(seen(&lab.control_plane, node_port).await);
     assert_eq!(outside, own_address(lab, "cloud-b"), "NodePort: an address that the answer comes back to");
@@ -74,6 +80,14 @@ async fn services_node_ports_and_host_processes_reach_pods_of_other_pools_and_po
     assert!(seen(&client.ns, cluster_ip).await.is_err(), "the policy forbids it");
     let dropped = running.check(lab.node("y-b").ns.sh("nft list table ip np"));
     assert!(!dropped.contains("packets 0 "), "it was the policy that dropped it: {dropped}");
+    // Of whom it says nothing still gets through; and it holds for a NodePort, by the address that this comes from.
+    running.check(seen(&lab.control_plane, node_port).await);
+    let policy = format!("delete table ip np\ntable ip np {{\n chain f {{ type filter hook forward priority 0; ip saddr {outside} counter drop; }}\n}}\n");
+    running.check(lab.node("y-b").ns.nft(&policy));
+    assert!(seen(&lab.control_plane, node_port).await.is_err(), "the policy forbids it");
+    let dropped = running.check(lab.node("y-b").ns.sh("nft list table ip np"));
+    assert!(!dropped.contains("packets 0 "), "it was the policy that dropped it: {dropped}");
+    running.check(seen(&client.ns, cluster_ip).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]

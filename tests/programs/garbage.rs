@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use raven_agent::bpf::Hook;
 use raven_common::{
-    OVERLAY_PORT,
+    OVERLAY_MAC, OVERLAY_PORT,
     tables::{CONFIG_TC_GUARD, Config, Count},
 };
 use raven_tests::{kernel_log, privileged};
@@ -13,7 +13,8 @@ use raven_tests::{kernel_log, privileged};
 use crate::{
     dataplane::{Context, Dataplane, Ran, TC_REDIRECT, TC_SHOT, TC_UNSPEC, XDP_DROP, XDP_PASS},
     packet::{Family, Overlay, SYN, overlay, tcp, udp},
-    world::{self, EDGES, FARS, LOCAL, ME, MEMBER, MEMBERS, MINE, NOBODYS, Net, REMOTE, TUNNEL_PORT},
+    wire::Wire,
+    world::{self, EDGES, FARS, KUBELET, LOCAL, ME, MEMBER, MEMBERS, MINE, NOBODYS, Net, REMOTE, TUNNEL_PORT},
 };
 
 /// Per program.
@@ -146,6 +147,53 @@ fn no_mutated_packet_is_redirected_by_the_other_programs() {
         };
         assert!(expected.contains(&passed), "{}: {passed} passed", hook.program());
     }
+}
+
+/// Of `overlay_ingress`, by wire: every packet takes its way through the kernel, which is slower than a test run.
+const BY_WIRE: u64 = 2_000_000;
+/// Sent before what came out is looked at; less than any queue on the way holds.
+const BATCH: u64 = 128;
+
+#[test]
+fn no_mutated_overlay_packet_enters_the_tunnel_but_from_and_to_where_it_may() {
+    if !privileged("no_mutated_overlay_packet_enters_the_tunnel_but_from_and_to_where_it_may") {
+        return;
+    }
+    let before = kernel_log::complaints().expect("the kernel's log");
+    let wire = Wire::new(world::gateway(), &[Hook::OverlayIngress], 1700);
+    let (lan, tunnel) = (wire.lan_sender(), wire.on_node("raven-wg0"));
+    let seeds: Vec<Vec<u8>> = Family::BOTH
+        .iter()
+        .flat_map(|family| [EDGES, MEMBERS, NOBODYS].map(|to| udp(*family, MEMBERS, to).overlay_frame()))
+        .chain([tcp(Family::V4, MEMBERS, KUBELET, SYN, &[]).overlay_frame()])
+        .collect();
+    let mut random = Random(0x7261_7665_6e23);
+    let (mut sent, mut entered) = (0, 0);
+    for batch in numbers().take_while(|number| number * BATCH < BY_WIRE) {
+        let counted = wire.counted("a batch", || {
+            for _ in 0..BATCH {
+                // From the address of `raven0` itself the VXLAN device takes nothing.
+                let other = |frame: &Vec<u8>| frame[6..12] != OVERLAY_MAC;
+                let frame = std::iter::repeat_with(|| mutated(&seeds, &mut random)).find(other).expect("most are");
+                lan.send(&overlay(MEMBER, ME, frame).frame());
+                sent += 1;
+            }
+        });
+        let packets: u64 = counted.values().map(|count| count.packets).sum();
+        assert_eq!(packets, BATCH, "batch {batch}: every packet is counted once: {counted:?}");
+        for packet in tunnel.drain() {
+            entered += 1;
+            let (source, destination) = match packet[0] >> 4 {
+                4 => (packet[12..15] == MEMBERS.prefix4()[..3], REMOTE.iter().any(|(net, _)| packet[16..19] == net.prefix4()[..3])),
+                6 => (packet[8..16] == MEMBERS.prefix6()[..8], REMOTE.iter().any(|(net, _)| packet[24..32] == net.prefix6()[..8])),
+                _ => (false, false),
+            };
+            assert!(source && destination, "batch {batch}: {packet:02x?}");
+        }
+    }
+    println!("overlay_ingress: {sent} mutated packets by wire, {entered} entered the tunnel, each from and to where it may");
+    assert!((sent / 100..sent).contains(&entered), "{entered} of {sent}");
+    assert_eq!(kernel_log::complaints().expect("the kernel's log"), before, "the kernel complains");
 }
 
 /// The oracle: is the destination of what the kernel must have taken this for in a table that this program forwards by?

@@ -202,6 +202,18 @@ impl Port {
         }
     }
 
+    /// What has come by the device until now.
+    pub fn drain(&self) -> Vec<Vec<u8>> {
+        let mut frame = vec![0; 1 << 16];
+        let mut frames = Vec::new();
+        while let Ok((len, address)) = recvfrom_now(&self.socket, &mut frame) {
+            if address.is_some_and(|address| address.ifindex() == self.index) {
+                frames.push(frame[..len].to_vec());
+            }
+        }
+        frames
+    }
+
     /// Fails unless the next frame is this one: also shows that none came before.
     pub fn expect(&self, what: &str, frame: &[u8]) {
         let difference = hex_difference("frame", frame, &self.next(what));
@@ -217,6 +229,16 @@ impl Port {
         assert!(difference.is_empty(), "{what}: on {}:\n{difference}", self.device);
         port
     }
+}
+
+/// Without waiting for what is not there.
+fn recvfrom_now(socket: &OwnedFd, frame: &mut [u8]) -> nix::Result<(usize, Option<LinkAddr>)> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
+    fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    let received = recvfrom::<LinkAddr>(socket.as_raw_fd(), frame);
+    fcntl(socket, FcntlArg::F_SETFL(flags))?;
+    received
 }
 
 /// Sends frames on an Ethernet device of the thread's namespace.

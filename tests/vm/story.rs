@@ -80,6 +80,7 @@ async fn tell(story: &mut Story, lab: &Lab, gateways: &[String], agents: &mut [A
     pairs(story, lab).await;
     story.note("nothing crossed the internet in clear", internet.stop().await.and_then(|seen| proof::encrypted(lab, &seen)));
     story.note("host processes reach pods of other pools, and back", hosts(lab).await);
+    story.note("a WireGuard peer that sends another pool's addresses", proof::lying_peer(lab, true).await);
     story.note("connections to kubelets of other pools are taken by address", intercepted(lab));
     story.note("MTU: cloud-b, y-b", proof::mtu(lab, "cloud-b", "y-b").await);
     story.note("MTU: x-a, cloud-a", proof::mtu(lab, "x-a", "cloud-a").await);
@@ -88,6 +89,12 @@ async fn tell(story: &mut Story, lab: &Lab, gateways: &[String], agents: &mut [A
         story.note(&name, restarted(lab, agents, n).await);
     }
     story.note("programs are still attached once", attached(lab, gateways, true));
+    let changed = match changed(lab, agents).await {
+        Ok(seen) => Ok(seen),
+        // As in `restarted`.
+        Err(first) => changed(lab, agents).await.with_context(|| format!("twice; first: {first:#}")),
+    };
+    story.note(&format!("a prefix joins a pool and leaves it under {RATE} packets/s of others"), changed);
 
     for agent in agents.iter_mut() {
         agent.arguments = offline(&["--tier", "tc"]);
@@ -132,6 +139,32 @@ async fn restarted(lab: &Lab, agents: &mut [Agent], family: usize) -> Result<Str
     };
     let second = proof::restart_under(lab, agents, "x-b", "y-b", family, RATE).await;
     second.map(|seen| format!("{seen} (a second attempt; the first: {first:#})")).with_context(|| format!("twice; first: {first:#}"))
+}
+
+/// A prefix joins edge-y and leaves it again; what x-b and cloud-b say to each other does not suffer: the kernel's WireGuard changes what a
+/// peer may send while its session goes on.
+async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
+    let (from, to) = (lab.pod("x-b"), lab.pod("cloud-b"));
+    let before = topology::get(lab.node("x-b"))?;
+    let after = topology::with_prefix(&before, "edge-y", "192.168.77.0/24")?;
+    let flow = probe::Flow::start(&from.ns, &to.ns, to.v4.into(), RATE)?;
+    for (snapshot, there) in [(&after, true), (&before, false)] {
+        for agent in agents.iter_mut() {
+            topology::put(&agent.node, snapshot)?;
+            agent.restart()?;
+        }
+        eventually(Duration::from_secs(60), "every node has it in its map", || async {
+            for node in lab.nodes.iter().filter(|node| node.pool != "edge-y") {
+                let map = node.ns.sh("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/REMOTE4 | tr -d ' \\n'")?;
+                ensure!(map.contains("[192,168,77,0]") == there, "{}: {map}", node.name);
+            }
+            Ok(())
+        })
+        .await?;
+    }
+    let report = flow.stop().await?;
+    ensure!(report.lost == 0, "{report:?}");
+    Ok(format!("{} packets sent, 0 lost, longest gap {} ms", report.sent, report.longest_gap.as_millis()))
 }
 
 fn offline(more: &[&str]) -> Vec<String> {

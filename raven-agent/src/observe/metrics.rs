@@ -9,7 +9,7 @@ use prometheus_client::{
 };
 use raven_common::tables::NO_GATEWAY;
 
-use crate::{apply::Report, bpf, proxy::stats::Stats};
+use crate::{apply::Report, bpf, names, proxy::stats::Stats};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Labels {
@@ -32,11 +32,22 @@ pub(super) fn render(report: Option<&Report>, proxy: &Stats) -> Result<String, S
         bytes.get_or_create(&labels).inc_by(count.bytes);
     }
     if let Some(report) = report {
+        let put_back: Counter = Counter::default();
+        put_back.inc_by(report.put_back);
+        let help = "Routes, rules, devices, entries and programs that were changed though nothing new was told: somebody else had taken them away";
+        registry.register("raven_put_back", help, put_back);
         gauge(&mut registry, "raven_apply_failures", "Things that the last run could not do", report.failures.len());
         gauge(&mut registry, "raven_plan_problems", "Parts of the topology that cannot be had as they are", report.plan.problems.len());
         gauge(&mut registry, "raven_peers", "WireGuard peers that are planned", report.plan.state.peers.len());
         gauge(&mut registry, "raven_remote_prefixes", "Prefixes of other pools", report.plan.state.remote.len());
     }
+    let refused: Counter = Counter::default();
+    refused.inc_by(refused_by_wireguard());
+    registry.register(
+        "raven_tunnel_refused_packets",
+        "Packets that the kernel's WireGuard refused: their peer may not send from that address, or they are no IP (the embedded engine counts none)",
+        refused,
+    );
     let mut text = String::new();
     encode(&mut text, &registry).map_err(|e| e.to_string())?;
     Ok(text)
@@ -55,4 +66,10 @@ fn name(report: Option<&Report>, id: u32) -> String {
         None if id == NO_GATEWAY => String::new(),
         None => format!("{id:#010x}"),
     }
+}
+
+/// What the kernel counts at the tunnel's device for that (drivers/net/wireguard/receive.c).
+fn refused_by_wireguard() -> u64 {
+    let path = format!("/sys/class/net/{}/statistics/rx_frame_errors", names::TUNNEL);
+    std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
 }

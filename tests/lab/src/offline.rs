@@ -37,6 +37,22 @@ pub fn put(node: &Node, snapshot: &Value) -> Result<()> {
     fs::write(&path, serde_json::to_vec_pretty(snapshot)?).with_context(|| format!("write {}", path.display()))
 }
 
+/// Reads the snapshot of a node.
+pub fn get(node: &Node) -> Result<Value> {
+    let path = node.dir.join("lib/topology.json");
+    let text = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is JSON", path.display()))
+}
+
+/// The same with one more prefix of a pool's first node.
+pub fn with_prefix(snapshot: &Value, gateway: &str, prefix: &str) -> Result<Value> {
+    let mut changed = snapshot.clone();
+    let gateways = changed["gateways"].as_array_mut().context("a list of Gateways")?;
+    let one = gateways.iter_mut().find(|g| g["metadata"]["name"] == gateway).with_context(|| format!("Gateway {gateway}"))?;
+    one["status"]["nodes"][0]["subnets"].as_array_mut().context("a list of prefixes")?.push(prefix.into());
+    Ok(changed)
+}
+
 /// A cluster in which no Gateway has any node.
 pub fn empty() -> Value {
     json!({ "gateways": [], "gatewayNodes": [] })

@@ -275,6 +275,44 @@ pub async fn handshakes(lab: &Lab) -> Result<String> {
     .await
 }
 
+/// A gateway node that sends another pool's addresses into its tunnel gets nothing through: WireGuard takes from a peer only what is its
+/// pool's. What the kernel's WireGuard refuses is counted at its device, and in the agent's metrics; the embedded engine counts nothing.
+pub async fn lying_peer(lab: &Lab, kernel: bool) -> Result<String> {
+    let (liar, victim, end, target) = (lab.node("x-a"), lab.pod("y-b"), lab.node("cloud-a"), lab.pod("cloud-b"));
+    let count = |words: &str| format!("chain c {{ type filter hook input priority 0; ip saddr {words} counter; }}\n");
+    let own = liar.pods[0].v4;
+    target.ns.nft(&format!("table ip lies {{ {} }}\ntable ip truths {{ {} }}", count(&victim.v4.to_string()), count(&own.to_string())))?;
+    let seen = |table: &str| -> Result<u64> {
+        let listed = target.ns.sh(&format!("nft list table ip {table} | sed -n 's/.*packets \\([0-9]*\\) .*/\\1/p'"))?;
+        listed.trim().parse().with_context(|| format!("nft lists the counter of {table}: {listed:?}"))
+    };
+    let refused = || -> Result<u64> {
+        let text = end.ns.sh("cat /sys/class/net/raven-wg0/statistics/rx_frame_errors")?;
+        text.trim().parse().with_context(|| format!("rx_frame_errors is {text:?}"))
+    };
+    let before = refused()?;
+    let send = |source: std::net::Ipv4Addr| {
+        let script = format!("ip addr add {source}/32 dev lo; ping -c 5 -i 0.2 -W 1 -I {source} {} || true; ip addr del {source}/32 dev lo", target.v4);
+        liar.ns.sh(&script)
+    };
+    // The same way with an address of its own pool's pod, or silence would show nothing.
+    send(own)?;
+    ensure!(seen("truths")? > 0, "not even its own address gets through");
+    send(victim.v4)?;
+    let (lies, counted) = (seen("lies")?, refused()? - before);
+    target.ns.nft("delete table ip lies\ndelete table ip truths")?;
+    ensure!(lies == 0, "{lies} packets from {} arrived by the tunnel of {}", victim.v4, liar.name);
+    if !kernel {
+        return Ok("5 sent, none arrived".to_owned());
+    }
+    ensure!(counted >= 5, "{} counted {counted} refused packets", end.name);
+    let metrics = http(&end.ns, "[::1]:10265", "/metrics").await?;
+    let line = metrics.lines().find(|l| l.starts_with("raven_tunnel_refused_packets_total "));
+    let told: u64 = line.and_then(|l| l.rsplit(' ').next()?.parse().ok()).with_context(|| format!("the metrics tell it: {metrics}"))?;
+    ensure!(told >= counted, "the metrics say {told}, the device {counted}");
+    Ok(format!("5 sent, none arrived; {counted} refused by WireGuard at {}, and told in its metrics", end.name))
+}
+
 /// The largest packet that the path promises fits, and one byte more is answered with the right MTU.
 pub async fn mtu(lab: &Lab, from: &str, to: &str) -> Result<String> {
     const MTU: u32 = 1420;
