@@ -96,6 +96,11 @@ async fn tell(story: &mut Story, lab: &Lab, gateways: &[String], agents: &mut [A
     };
     story.note(&format!("a prefix joins a pool and leaves it under {RATE} packets/s of others"), changed);
 
+    if !has_tcx() {
+        let name = "a filter with the last word at the first priority costs x-a the fast tier and nothing else";
+        story.note(name, overtaken(lab, agents).await);
+    }
+
     for agent in agents.iter_mut() {
         agent.arguments = offline(&["--tier", "tc"]);
     }
@@ -139,6 +144,41 @@ async fn restarted(lab: &Lab, agents: &mut [Agent], family: usize) -> Result<Str
     };
     let second = proof::restart_under(lab, agents, "x-b", "y-b", family, RATE).await;
     second.map(|seen| format!("{seen} (a second attempt; the first: {first:#})")).with_context(|| format!("twice; first: {first:#}"))
+}
+
+/// Somebody's filter (not even a program) lets every packet pass before ours may see it; then it goes away again. `tests/l3/neighbours.rs`
+/// has more of the kind.
+async fn overtaken(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
+    let agent = agents.iter_mut().find(|a| a.node.name == "x-a").context("every node has an agent")?;
+    let node = agent.node.clone();
+    let (cloud, edge) = (lab.pool("cloud").clone(), lab.pool("edge-x").clone());
+    let on_uplink = || node.ns.run("ip", &["-d", "link", "show", "eth0"]);
+    agent.kill()?;
+    node.ns.sh("tc filter del dev eth0 ingress pref 1; tc filter add dev eth0 ingress pref 1 matchall action ok")?;
+    agent.restart()?;
+    let yields = || async {
+        let filters = node.ns.sh("tc filter show dev eth0 ingress")?;
+        ensure!(filters.contains("pref 4472") && filters.contains("uplink_ingress"), "{filters}");
+        ensure!(!on_uplink()?.contains("prog/xdp"), "XDP still unwraps: {filters}");
+        Ok(())
+    };
+    eventually(Duration::from_secs(30), "the fast tier yields", yields).await?;
+    let before = proof::counters(&node)?;
+    for family in 0..2 {
+        proof::reach(lab, &cloud, &edge, family).await?;
+    }
+    let carried = proof::grown(&before, &proof::counters(&node)?, Verdict::ToTunnel);
+    ensure!(carried > 0, "the fallback tier carried nothing");
+    let said = agent.process.output()?;
+    ensure!(said.contains("is asked before uplink_ingress"), "the agent says why");
+    node.ns.sh("tc filter del dev eth0 ingress pref 1 matchall")?;
+    agent.restart()?;
+    let back = || async {
+        ensure!(on_uplink()?.contains("prog/xdp"), "no program at XDP");
+        Ok(())
+    };
+    eventually(Duration::from_secs(30), "the fast tier is back", back).await?;
+    Ok(format!("{carried} packets by overlay_ingress meanwhile"))
 }
 
 /// A prefix joins edge-y and leaves it again; what x-b and cloud-b say to each other does not suffer: the kernel's WireGuard changes what a
