@@ -170,7 +170,18 @@ impl Reconciler {
         let mut bpf = Bpf::open(settings.tcx(), settings.ebpf_object.as_deref())?;
         // An earlier agent may have died between a change and this.
         bpf.next_generation()?;
-        Ok(Self { settings, links, bpf, key, tunnel: None, left: BTreeMap::new(), knocking: BTreeMap::new(), put_back: 0, listener, surroundings: None })
+        Ok(Self {
+            settings,
+            links,
+            bpf,
+            key,
+            tunnel: None,
+            left: BTreeMap::new(),
+            knocking: BTreeMap::new(),
+            put_back: 0,
+            listener,
+            surroundings: None,
+        })
     }
 
     /// See [`Bpf::take_trace`].

@@ -4,13 +4,15 @@
 //!
 //! The tunnel's way: by address, from the cloud gateway node itself: program, proxy, HTTP/2 over TLS, the site's NAT, its gateway node, the
 //! node. Konnectivity's: an HTTP CONNECT by a local socket to its server on the same node, its agent on the same gateway node of the site.
-//! Both ends of everything share this machine's cores, so what is compared is what a byte costs.
+//! Both ends of everything share this machine's cores, so what is compared is what a byte costs. Direct is one TCP connection; any tunnel
+//! is three in a row. What that alone costs is measured, too: two relays in the places of the gateway nodes that do nothing but move bytes
+//! within the kernel (splice), with no TLS, no multiplexing and nobody asked who he is. Nothing can be better.
 
 use std::{
     collections::BTreeMap,
     fs,
     io::{Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     time::{Duration, Instant},
 };
 
@@ -24,6 +26,8 @@ use crate::konnectivity::{self, Konnectivity};
 /// The node's port, and the port of its router that leads there directly.
 const PORT: u16 = 10255;
 const DIRECT: u16 = 20255;
+/// Where the relays listen.
+const RELAYED: u16 = 20256;
 /// Idle streams.
 const IDLE: usize = 1000;
 const ANSWER: Duration = Duration::from_secs(60);
@@ -56,7 +60,7 @@ pub fn run(runs: usize, json: bool) -> Result<()> {
         return Ok(());
     }
     let mut table = Table::new();
-    let ways: Vec<&str> = [TUNNEL, KONNECTIVITY].into_iter().filter(|way| seen.good.contains_key(way)).collect();
+    let ways: Vec<&str> = [TUNNEL, KONNECTIVITY, RELAYS].into_iter().filter(|way| seen.good.contains_key(way)).collect();
     table.load_style(ASCII_MARKDOWN).set_header(["link", "what"].into_iter().chain(ways.iter().copied()));
     let ratio = |value: f64| format!("{value:.2}");
     let ms = |value: f64| format!("{value:.2} ms");
@@ -71,7 +75,9 @@ pub fn run(runs: usize, json: bool) -> Result<()> {
         row("small request, added, p50".to_owned(), &|s| ms(s.added[0]));
         row("small request, added, p99".to_owned(), &|s| ms(s.added[1]));
         if link.bad.is_none() {
-            row("memory of an idle stream, both ends".to_owned(), &|s| format!("{:.0} bytes", s.idle));
+            row("memory of an idle stream, both ends".to_owned(), &|s| {
+                if s.idle > 0.0 { format!("{:.0} bytes", s.idle) } else { String::new() }
+            });
         }
     }
     println!("{table}");
@@ -80,6 +86,7 @@ pub fn run(runs: usize, json: bool) -> Result<()> {
 
 const TUNNEL: &str = "tunnel";
 const KONNECTIVITY: &str = "konnectivity";
+const RELAYS: &str = "two bare relays";
 
 /// One way, compared with a direct connection on the same link.
 #[derive(Clone, Default)]
@@ -109,6 +116,7 @@ impl Measured {
         };
         let mut object = of(TUNNEL);
         object["konnectivity"] = of(KONNECTIVITY);
+        object["bare_relays"] = of(RELAYS);
         object
     }
 }
@@ -134,26 +142,38 @@ async fn measure(runs: usize) -> Result<Measured> {
     let mut direct = pools[1].forward(Protocol::Tcp, PORT, 1);
     direct.public_port = DIRECT;
     pools[1].forwards.push(direct);
+    let relayed = pools[1].forward(Protocol::Tcp, RELAYED, 0);
+    pools[1].forwards.push(relayed);
     let server = pools[0].forward(Protocol::Tcp, konnectivity::AGENT_PORT, 0);
     pools[0].forwards.push(server);
     let lab = Lab::builder().pools(pools).up().await?;
     lab.cluster().apply_gateways(lab.site()).await?;
     let _controller = lab.start_controller().await?;
-    let agents = lab.start_agents().await?;
+    let mut agents = lab.start_agents().await?;
+    for agent in &mut agents {
+        // Without XDP at the uplinks: it costs a network card nothing, but a veth copies every packet for it and joins none, which all ways
+        // would be measured by.
+        agent.arguments.extend(["--tier".to_owned(), "tc".to_owned()]);
+        agent.restart()?;
+    }
     serve(&lab.node("x-b").ns)?;
     let target = SocketAddr::from((lab.node("x-b").lan_v4, PORT));
     let konnectivity = Konnectivity::start(&lab, "cloud-a", "x-a")?;
     let pid = |node: &str| agents.iter().find(|a| a.node.name == node).map(|a| a.process.pid()).context("an agent");
     let mut ways = vec![(TUNNEL, Way::Tcp(target), vec![pid("cloud-a")?, pid("x-a")?])];
     ways.extend(konnectivity.as_ref().map(|k| (KONNECTIVITY, Way::Konnectivity(k.way(target)), k.pids())));
-    let direct = Way::Tcp(SocketAddr::from((lab.pool("edge-x").public_v4, DIRECT)));
+    let site = lab.pool("edge-x").public_v4;
+    relay(&lab.node("x-a").ns, target)?;
+    relay(&lab.node("cloud-a").ns, (site, RELAYED).into())?;
+    ways.push((RELAYS, Way::Tcp(([127, 0, 0, 1], RELAYED).into()), Vec::new()));
+    let direct = Way::Tcp((site, DIRECT).into());
     let client = lab.node("cloud-a").ns.clone();
     for way in ways.iter().map(|(_, way, _)| way).chain([&direct]) {
         let answers = || async { within(&client, way, |way| ask(&way).map(drop)).await };
         eventually(ANSWER, &format!("{way:?} answers"), answers).await?;
     }
     let mut good = compare(&client, &ways, &direct, &GOOD, runs).await?;
-    for (name, way, pids) in &ways {
+    for (name, way, pids) in ways.iter().filter(|(_, _, pids)| !pids.is_empty()) {
         let idle = idle(&client, way, pids).await?;
         good.entry(name).or_default().idle = idle;
     }
@@ -248,6 +268,28 @@ fn answer(mut client: TcpStream) -> std::io::Result<()> {
             left -= n;
         }
     }
+}
+
+/// Connects whoever comes to its port with `to`, both ways, by threads: the standard library moves bytes between sockets by splice(2).
+fn relay(ns: &Namespace, to: SocketAddr) -> Result<()> {
+    let listener = ns.within(|| TcpListener::bind(("0.0.0.0", RELAYED)))??;
+    let connect = move |client: TcpStream| -> std::io::Result<()> {
+        let node = TcpStream::connect_timeout(&to, ANSWER)?;
+        client.set_nodelay(true)?;
+        node.set_nodelay(true)?;
+        let (mut from, mut back) = (client.try_clone()?, node.try_clone()?);
+        std::thread::spawn(move || std::io::copy(&mut from, &mut back).and_then(|_| back.shutdown(Shutdown::Write)));
+        std::io::copy(&mut &node, &mut &client)?;
+        client.shutdown(Shutdown::Write)
+    };
+    ns.within(move || {
+        std::thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                // A thread stays in the network namespace of the one that made it.
+                std::thread::spawn(move || connect(client));
+            }
+        });
+    })
 }
 
 /// A connection to the node.

@@ -70,7 +70,10 @@ async fn a_transfer_adapts_to_a_path_that_is_narrower_than_its_syn_said() {
     running.check(gateway.sh(&format!("bpftool map update pinned {map} key 0 0 0 0 value {}", value.join(" "))));
     let routes = "route show table 9027 dev raven-wg0 | sed 's/ mtu [0-9]*//'";
     for ip in ["ip", "ip -6"] {
-        running.check(gateway.sh(&format!("{ip} {routes} | while read route; do {ip} route replace table 9027 $route dev raven-wg0 mtu {NARROW}; done")));
+        running
+            .check(gateway.sh(&format!(
+                "{ip} {routes} | while read route; do {ip} route replace table 9027 $route dev raven-wg0 mtu {NARROW}; done"
+            )));
     }
     let fragments = "ip[6:2] & 0x3fff != 0 or ip6 proto 44";
     let lan = running.check(Capture::start(lab.site(), &lab.node("x-b").ns, "eth0", fragments).await);

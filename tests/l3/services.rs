@@ -82,7 +82,9 @@ async fn services_node_ports_and_host_processes_reach_pods_of_other_pools_and_po
     assert!(!dropped.contains("packets 0 "), "it was the policy that dropped it: {dropped}");
     // Of whom it says nothing still gets through; and it holds for a NodePort, by the address that this comes from.
     running.check(seen(&lab.control_plane, node_port).await);
-    let policy = format!("delete table ip np\ntable ip np {{\n chain f {{ type filter hook forward priority 0; ip saddr {outside} counter drop; }}\n}}\n");
+    let policy = format!(
+        "delete table ip np\ntable ip np {{\n chain f {{ type filter hook forward priority 0; ip saddr {outside} counter drop; }}\n}}\n"
+    );
     running.check(lab.node("y-b").ns.nft(&policy));
     assert!(seen(&lab.control_plane, node_port).await.is_err(), "the policy forbids it");
     let dropped = running.check(lab.node("y-b").ns.sh("nft list table ip np"));

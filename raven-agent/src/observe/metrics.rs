@@ -34,7 +34,8 @@ pub(super) fn render(report: Option<&Report>, proxy: &Stats) -> Result<String, S
     if let Some(report) = report {
         let put_back: Counter = Counter::default();
         put_back.inc_by(report.put_back);
-        let help = "Routes, rules, devices, entries and programs that were changed though nothing new was told: somebody else had taken them away";
+        let help =
+            "Routes, rules, devices, entries and programs that were changed though nothing new was told: somebody else had taken them away";
         registry.register("raven_put_back", help, put_back);
         gauge(&mut registry, "raven_apply_failures", "Things that the last run could not do", report.failures.len());
         gauge(&mut registry, "raven_plan_problems", "Parts of the topology that cannot be had as they are", report.plan.problems.len());

@@ -292,7 +292,10 @@ pub async fn lying_peer(lab: &Lab, kernel: bool) -> Result<String> {
     };
     let before = refused()?;
     let send = |source: std::net::Ipv4Addr| {
-        let script = format!("ip addr add {source}/32 dev lo; ping -c 5 -i 0.2 -W 1 -I {source} {} || true; ip addr del {source}/32 dev lo", target.v4);
+        let script = format!(
+            "ip addr add {source}/32 dev lo; ping -c 5 -i 0.2 -W 1 -I {source} {} || true; ip addr del {source}/32 dev lo",
+            target.v4
+        );
         liar.ns.sh(&script)
     };
     // The same way with an address of its own pool's pod, or silence would show nothing.
