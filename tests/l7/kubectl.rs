@@ -28,6 +28,8 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
 
     let server = running.check(lab.api_server_on("cloud-b", Prefer::Hostname).await);
     report(&running, &kubectl::all(&server, "by name, from an ordinary node", 100));
+    // With the node's DNS and kube-proxy, which the API server brought: `kubectl top`, by way of metrics-server.
+    running.top("by name", Prefer::Hostname).await;
     running.check(server.kill());
 
     let server = running.check(lab.api_server_on("cloud-a", Prefer::Hostname).await);
@@ -58,6 +60,8 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
     assert!(metrics.contains("node_cpu_usage_seconds_total"), "{metrics}");
     assert_eq!(running.check(scrape("")), "Unauthorized", "who shows none");
 
+    running.top("by address", Prefer::InternalIP).await;
+
     // L3 off, everywhere.
     let maps: Api<ConfigMap> = Api::namespaced(lab.cluster().client(), raven_api::DEFAULT_NAMESPACE);
     let off = serde_json::json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "raven-cfg" }, "data": { "enable-l3-tunnel": "false" } });
@@ -78,6 +82,16 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
         let server = running.check(lab.api_server_on(node, prefer).await);
         report(&running, &kubectl::all(&server, way, 5));
         running.check(server.kill());
+    }
+}
+
+impl Running {
+    /// metrics-server on an ordinary cloud node reads the kubelet at the edge, and `kubectl top` tells what it read.
+    async fn top(&self, way: &str, prefer: Prefer) {
+        let mut server = self.check(self.lab.start_metrics_server("cloud-b", prefer).await);
+        let seen = self.check(self.lab.top_node("x-b").await);
+        println!("ok kubectl top node, metrics-server {way}: {seen}");
+        self.check(server.kill());
     }
 }
 

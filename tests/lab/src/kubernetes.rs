@@ -205,6 +205,15 @@ fn api_server_command(mut command: Command, etcd: &str, address: std::net::Ipv4A
         file("kubelet-certificate-authority", "ca.crt"),
         file("kubelet-client-certificate", "kubelet-client.crt"),
         file("kubelet-client-key", "kubelet-client.key"),
+        // For metrics-server: asked at its endpoints themselves, by who shows this certificate.
+        "--enable-aggregator-routing=true".to_owned(),
+        file("proxy-client-cert-file", "kubelet-client.crt"),
+        file("proxy-client-key-file", "kubelet-client.key"),
+        file("requestheader-client-ca-file", "ca.crt"),
+        format!("--requestheader-allowed-names={}", certificates::KUBELET_CLIENT),
+        "--requestheader-username-headers=X-Remote-User".to_owned(),
+        "--requestheader-group-headers=X-Remote-Group".to_owned(),
+        "--requestheader-extra-headers-prefix=X-Remote-Extra-".to_owned(),
         file("service-account-key-file", "service-account.pub"),
         file("service-account-signing-key-file", "service-account.key"),
     ]);

@@ -28,6 +28,7 @@ pub mod kernel_log;
 pub mod kubectl;
 pub mod kubelet;
 pub mod kubernetes;
+pub mod metrics_server;
 pub mod namespace;
 pub mod offline;
 pub mod probe;

@@ -1,5 +1,5 @@
 //! Finds etcd, kube-apiserver and kubectl: `KUBEBUILDER_ASSETS` (the envtest convention), then the cache, else built from Go modules
-//! (tests/kubernetes/go.mod); and what runs on nodes that have a kubelet, from the cache or built (tests/kubernetes/node/go.mod). The official release archives are not tried: nothing but package registries is reached from where
+//! (tests/kubernetes/go.mod); and what runs on nodes that have a kubelet, from the cache or built (tests/kubernetes/{node,metrics}/go.mod). The official release archives are not tried: nothing but package registries is reached from where
 //! this is developed, and a download that nobody could test is worse than none.
 
 use std::fs::{self, File};
@@ -57,19 +57,21 @@ impl Binaries {
     }
 }
 
-/// What runs on a node that has a kubelet.
+/// What runs on a node that has a kubelet, and metrics-server.
 #[derive(Clone, Debug)]
 pub struct NodeBinaries {
     /// The folder that holds all of them: containerd looks for its shim beside itself.
     pub dir: PathBuf,
+    /// metrics-server, in a folder of its own.
+    pub metrics_server: PathBuf,
 }
 
 impl NodeBinaries {
     /// Those that are there already.
     pub fn find() -> Result<Option<Self>> {
-        let dir = NODE.cache_dir()?;
-        let all = ["kubelet", "containerd", "containerd-shim-runc-v2", "ctr", "kube-proxy", "coredns"];
-        Ok(all.iter().all(|name| dir.join(name).is_file()).then_some(Self { dir }))
+        let (dir, metrics_server) = (NODE.cache_dir()?, METRICS.cache_dir()?.join("metrics-server"));
+        let there = node_programs(&dir) && metrics_server.is_file();
+        Ok(there.then_some(Self { dir, metrics_server }))
     }
 
     /// Those that are there, else built into the cache (minutes; progress on standard error).
@@ -77,7 +79,8 @@ impl NodeBinaries {
         if let Some(found) = Self::find()? {
             return Ok(found);
         }
-        NODE.build(|| Ok(Self::find()?.is_some()))?;
+        NODE.build(|| Ok(node_programs(&NODE.cache_dir()?)))?;
+        METRICS.build(|| Ok(METRICS.cache_dir()?.join("metrics-server").is_file()))?;
         Self::find()?.context("the build left a program out")
     }
 
@@ -87,16 +90,27 @@ impl NodeBinaries {
     }
 }
 
+fn node_programs(dir: &Path) -> bool {
+    let all = ["kubelet", "containerd", "containerd-shim-runc-v2", "ctr", "kube-proxy", "coredns"];
+    all.iter().all(|name| dir.join(name).is_file())
+}
+
 /// A Go module that names commands.
 struct Module {
     folder: &'static str,
+    /// The module whose version is that of the cache's folder.
+    versioned: &'static str,
     /// Of the cache's folder.
     suffix: &'static str,
     what: &'static str,
 }
 
-const CONTROL_PLANE: Module = Module { folder: "kubernetes", suffix: "", what: "etcd, kube-apiserver and kubectl" };
-const NODE: Module = Module { folder: "kubernetes/node", suffix: "-node", what: "kubelet, containerd, kube-proxy and CoreDNS" };
+const CONTROL_PLANE: Module = Module { folder: "kubernetes", versioned: KUBERNETES, suffix: "", what: "etcd, kube-apiserver and kubectl" };
+const NODE: Module =
+    Module { folder: "kubernetes/node", versioned: KUBERNETES, suffix: "-node", what: "kubelet, containerd, kube-proxy and CoreDNS" };
+const METRICS: Module =
+    Module { folder: "kubernetes/metrics", versioned: "sigs.k8s.io/metrics-server", suffix: "-metrics-server", what: "metrics-server" };
+const KUBERNETES: &str = "k8s.io/kubernetes";
 
 impl Module {
     fn folder(&self) -> PathBuf {
@@ -111,11 +125,12 @@ impl Module {
         Ok(Path::new(&home).join(".cache/raven/kubernetes").join(format!("{}{}-{hash}", self.version()?, self.suffix)))
     }
 
-    /// The Kubernetes version that go.mod asks for, `v1.37.2`.
+    /// The version that go.mod asks for, `v1.37.2`.
     fn version(&self) -> Result<String> {
         let module = fs::read_to_string(self.folder().join("go.mod")).with_context(|| format!("read tests/{}/go.mod", self.folder))?;
-        let line = module.lines().find_map(|line| line.trim().strip_prefix("k8s.io/kubernetes v"));
-        let version = line.and_then(|rest| rest.split_whitespace().next()).context("go.mod requires no k8s.io/kubernetes")?;
+        let line = module.lines().find_map(|line| line.trim().strip_prefix(self.versioned)?.strip_prefix(" v"));
+        let version = line.and_then(|rest| rest.split_whitespace().next());
+        let version = version.with_context(|| format!("tests/{}/go.mod requires no {}", self.folder, self.versioned))?;
         Ok(format!("v{version}"))
     }
 
