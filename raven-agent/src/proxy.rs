@@ -139,7 +139,8 @@ impl Proxy {
             let needed = parts(&plan, false);
             let ready = identity.borrow_and_update().is_some() && needed.iter().all(|part| running.contains_key(part));
             let status = status(&plan.role, ready, &up.borrow_and_update(), failures);
-            let status = status.map(|status| (plan.directory.own_pool.clone(), status));
+            let dials = if let Role::Edge(clouds) = &plan.role { clouds.len() } else { 0 };
+            let status = status.map(|status| Proxied { gateway: plan.directory.own_pool.clone(), status, dials });
             self.status.send_if_modified(|have| replace(have, status));
             tokio::select! {
                 changed = self.orders.changed() => if changed.is_err() { return },

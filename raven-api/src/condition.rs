@@ -12,6 +12,10 @@ pub enum ConditionType {
     Elected,
     /// Everything that the resource claims was accepted; false names what was refused, and why.
     Accepted,
+    /// Of a GatewayNode: its tunnel has had a session with another pool within the last minutes.
+    TunnelConnected,
+    /// Of an edge's GatewayNode: its proxy has had a tunnel to the cloud within the last minute.
+    ProxyConnected,
 }
 
 impl ConditionType {
@@ -21,6 +25,8 @@ impl ConditionType {
             Self::Ready => "Ready",
             Self::Elected => "Elected",
             Self::Accepted => "Accepted",
+            Self::TunnelConnected => "TunnelConnected",
+            Self::ProxyConnected => "ProxyConnected",
         }
     }
 }

@@ -102,6 +102,7 @@ pub async fn run(config: Config, client: Client, stop: CancellationToken) -> Res
     parts.spawn("gateways", follow::follow_gateways(client.clone(), updates_tx.clone()));
     parts.spawn("nodes", follow::follow_nodes(client.clone(), updates_tx.clone()));
     parts.spawn("switches", follow::follow_switches(client.clone(), config.namespace.clone(), updates_tx.clone()));
+    parts.spawn("links", follow::follow_links(client.clone(), updates_tx.clone()));
     parts.spawn("balancers", follow::follow_balancers(client.clone(), config.namespace.clone(), updates_tx.clone()));
     parts.spawn("api server", follow::follow_api_server(client.clone(), updates_tx.clone()));
     parts.spawn("services", follow::follow_services(client.clone(), updates_tx.clone()));

@@ -9,6 +9,7 @@ pub mod elect;
 pub mod events;
 pub mod guard;
 pub mod inputs;
+pub mod links;
 pub mod membership;
 pub mod rules;
 pub mod status;
@@ -40,12 +41,12 @@ pub struct Decisions {
 /// Decides for the whole cluster at once: who owns a node or a prefix cannot be told by looking at one Gateway alone.
 pub fn decide(inputs: &Inputs) -> Decisions {
     // Order of the parts: nodes go to pools, pools elect, prefixes go to pools (but for those that must stay out of the tunnel), and the elected carry the extra ones.
-    let membership = membership::resolve(inputs);
+    let (membership, links) = (membership::resolve(inputs), links::Links::of(inputs));
     let mut drafts: Vec<status::Draft<'_>> = inputs
         .by_seniority()
         .into_iter()
         .filter(|gateway| !membership.delete.contains(&gateway.name))
-        .map(|gateway| draft(inputs, gateway, &membership))
+        .map(|gateway| draft(inputs, gateway, &membership, &links))
         .collect();
 
     subnets::assign(inputs, &mut drafts);
@@ -55,11 +56,16 @@ pub fn decide(inputs: &Inputs) -> Decisions {
     Decisions { gateways, create: membership.create, delete: membership.delete, strays: membership.strays }
 }
 
-fn draft<'a>(inputs: &'a Inputs, gateway: &'a GatewayFacts, membership: &membership::Membership) -> status::Draft<'a> {
+fn draft<'a>(
+    inputs: &'a Inputs,
+    gateway: &'a GatewayFacts,
+    membership: &membership::Membership,
+    links: &links::Links<'_>,
+) -> status::Draft<'a> {
     let (nodes, mut refusals) = membership.pool_of(inputs, gateway);
     let (addressed, unaddressed): (Vec<_>, Vec<_>) = nodes.iter().copied().partition(|node| node.address.is_some());
-    let mut tunnel = elect::elect(gateway, EndpointType::Tunnel, &addressed, inputs.switches.l3);
-    let mut proxy = elect::elect(gateway, EndpointType::Proxy, &addressed, inputs.switches.l7);
+    let mut tunnel = elect::elect(gateway, EndpointType::Tunnel, &addressed, links, inputs.switches.l3);
+    let mut proxy = elect::elect(gateway, EndpointType::Proxy, &addressed, links, inputs.switches.l7);
     tunnel.balance(inputs, gateway);
     proxy.balance(inputs, gateway);
     refusals.extend(elect::unknown_nodes(inputs, gateway, &nodes));

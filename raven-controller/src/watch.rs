@@ -21,14 +21,15 @@ use kube::discovery::ApiResource;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
-use raven_api::Gateway;
 use raven_api::pool::{NodePoolSpec, NodePoolStatus};
 use raven_api::proxy::LABEL_GATEWAY_TYPE;
+use raven_api::{Gateway, GatewayNode};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
 use crate::config::CONFIG_MAP;
 use crate::gateway::inputs::parse_prefix;
+use crate::gateway::links::LinkFacts;
 use crate::gateway::{BalancerFacts, BlockFacts, GatewayFacts, GatewayName, Inputs, NodeFacts, NodeName, PoolFacts, Switches};
 
 /// A kind of somebody else's, whose CRD may be absent, come and go.
@@ -99,6 +100,10 @@ pub enum Update {
     Balancer(Event<Service>),
     /// They cannot be known.
     NoBalancers,
+    /// About GatewayNodes.
+    Link(Event<GatewayNode>),
+    /// They cannot be read: nobody is known to be cut off.
+    NoLinks,
     /// About ConfigMap `raven-cfg`.
     Switches(Event<ConfigMap>),
     /// The ConfigMap cannot be read: its defaults hold until it can.
@@ -119,6 +124,11 @@ pub async fn follow_nodes(client: Client, updates: mpsc::Sender<Update>) {
 pub async fn follow_balancers(client: Client, namespace: String, updates: mpsc::Sender<Update>) {
     let ours = watcher::Config::default().labels(LABEL_GATEWAY_TYPE);
     follow(Api::<Service>::namespaced(client, &namespace), ours, &updates, Update::Balancer, Some(|| Update::NoBalancers)).await;
+}
+
+/// Follows what gateway nodes say of their connections.
+pub async fn follow_links(client: Client, updates: mpsc::Sender<Update>) {
+    follow(Api::<GatewayNode>::all(client), watcher::Config::default(), &updates, Update::Link, Some(|| Update::NoLinks)).await;
 }
 
 /// Follows the one ConfigMap with the switches.
@@ -372,6 +382,7 @@ pub struct World {
     switches: Cache<String, Switches>,
     blocks: Cache<String, BlockFacts>,
     balancers: Cache<String, BalancerFacts>,
+    links: Cache<NodeName, LinkFacts>,
     services: Cache<String, Vec<IpNet>>,
     api_servers: Cache<String, Vec<IpAddr>>,
     settings: Settings,
@@ -398,6 +409,7 @@ impl World {
             switches: Cache::new(),
             blocks: Cache::new(),
             balancers: Cache::new(),
+            links: Cache::new(),
             services: Cache::new(),
             api_servers: Cache::new(),
             settings,
@@ -406,9 +418,9 @@ impl World {
 
     /// Everything has been listed once: only then a decision means anything.
     pub fn complete(&self) -> bool {
-        let Self { gateways, nodes, pools, switches, blocks, balancers, services, api_servers, settings: _ } = self;
+        let Self { gateways, nodes, pools, switches, blocks, balancers, links, services, api_servers, settings: _ } = self;
         let own = gateways.complete && nodes.complete && switches.complete;
-        own && pools.complete && blocks.complete && balancers.complete && services.complete && api_servers.complete
+        own && links.complete && pools.complete && blocks.complete && balancers.complete && services.complete && api_servers.complete
     }
 
     /// Takes an update in. True if something changed that a decision could depend on.
@@ -428,6 +440,8 @@ impl World {
             // What was known stays known while it cannot be read: a guard is not taken down for a hiccup.
             Update::Balancer(event) => self.balancers.absorb(event, |service| (service.name_any(), BalancerFacts::parse(&service))),
             Update::NoBalancers => self.balancers.begin(),
+            Update::Link(event) => self.links.absorb(event, |node| (node.name_any().as_str().into(), LinkFacts::parse(&node))),
+            Update::NoLinks => self.links.reset(),
             Update::NoServices => self.services.begin(),
             Update::NoApiServer => self.api_servers.begin(),
             Update::Switches(event) => {
@@ -458,6 +472,7 @@ impl World {
             switches: self.switches.facts.values().next().map(|s| **s).unwrap_or_default(),
             blocks: self.blocks.facts.clone(),
             balancers: self.balancers.facts.values().map(|facts| (**facts).clone()).collect(),
+            links: self.links.facts.clone(),
             services: self.services.facts.values().flat_map(|list| list.iter()).chain(&self.settings.services).copied().collect(),
             api_servers: self.api_servers.facts.values().flat_map(|list| list.iter()).copied().collect(),
             rules: self.settings.rules,
@@ -588,7 +603,7 @@ mod tests {
         world.absorb(Update::Gateway(Event::InitDone));
         world.absorb(Update::Node(Event::InitDone));
         world.absorb(Update::NoPools);
-        for other in [Update::NoBlocks, Update::NoBalancers, Update::NoServices, Update::NoApiServer, Update::NoSwitches] {
+        for other in [Update::NoBlocks, Update::NoBalancers, Update::NoLinks, Update::NoServices, Update::NoApiServer, Update::NoSwitches] {
             assert!(!world.complete());
             world.absorb(other);
         }

@@ -2,10 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use kube::Api;
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::events::v1::Event;
+use kube::{Api, api::ListParams};
 use raven_api::{Gateway, gateway::EndpointType};
-use raven_tests::{eventually, privileged, probe, probe::Flow, proof};
+use raven_tests::{Lab, eventually, privileged, probe, probe::Flow, proof};
 
 use crate::Running;
 
@@ -58,4 +59,55 @@ async fn the_other_node_takes_over_when_the_gateway_node_fails() {
         Ok(())
     });
     running.check(demoted.await);
+}
+
+/// FAULTS.md, 12: a gateway node whose node is Ready and whose link to all others is cut (a firewall on the box) gives way.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_node_that_is_ready_and_cut_off_is_replaced() {
+    if !privileged("a_gateway_node_that_is_ready_and_cut_off_is_replaced") {
+        return;
+    }
+    let lab = Lab::builder().up().await.expect("the lab starts");
+    // The way to the API server is open.
+    let cloud = lab.cloud().public_v4;
+    let firewall = format!(
+        "table inet firewall {{ chain out {{ type filter hook output priority 0; \
+         ip daddr {cloud} udp dport 4500 drop; ip daddr {cloud} tcp dport 10262 drop; }}; }}\n"
+    );
+    lab.node("x-a").ns.nft(&firewall).expect("a firewall");
+    lab.cluster().apply_gateways(lab.site()).await.expect("Gateways");
+    let _controller = lab.start_controller().await.expect("the controller starts");
+    let agents = lab.start_agents().await.expect("the agents start");
+    let running = Running { agents, _controller, lab };
+    let api = Api::<Gateway>::all(running.lab.cluster().client());
+    let elected = async |name: &str, type_: EndpointType| -> Result<String> {
+        let status = api.get(name).await?.status.context("a status")?;
+        let elected = status.active_endpoints.iter().find(|e| e.type_ == type_).context("an elected node")?;
+        Ok(elected.node_name.clone())
+    };
+    let begin = Instant::now();
+    let first = eventually(Duration::from_secs(20), "x-a is elected", || async {
+        ensure!(elected("edge-x", EndpointType::Tunnel).await? == "x-a");
+        Ok(())
+    });
+    running.check(first.await);
+    // After the minute that it is given.
+    let moved = eventually(Duration::from_secs(100), "x-b is elected", || async {
+        for type_ in [EndpointType::Tunnel, EndpointType::Proxy] {
+            let node = elected("edge-x", type_).await?;
+            ensure!(node == "x-b", "{node} is elected");
+        }
+        Ok(())
+    });
+    running.check(moved.await);
+    println!("convergence: a gateway node that is cut off is replaced: {} s after the start", begin.elapsed().as_secs());
+    running.check(proof::converged(&running.lab).await);
+    assert_eq!(running.check(elected("edge-y", EndpointType::Tunnel).await), "y-a", "nobody else is moved");
+    let events: Api<Event> = Api::all(running.lab.cluster().client());
+    let told = eventually(Duration::from_secs(10), "an Event says why", || async {
+        let notes = events.list(&ListParams::default()).await?.items.into_iter().filter_map(|e| e.note).collect::<Vec<_>>();
+        ensure!(notes.iter().any(|note| note.contains("x-b replaces x-a (it is Ready, and for a minute")), "{notes:?}");
+        Ok(())
+    });
+    running.check(told.await);
 }

@@ -1,9 +1,13 @@
 //! The GatewayNode of this node: made when it is elected (for L3, L7 or both), kept up to date, removed when it is not elected any more.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{
     Api, Client,
     api::{DeleteParams, Patch, PatchParams},
@@ -15,6 +19,7 @@ use raven_api::{
 };
 use tokio::sync::watch;
 
+use super::connected::Connected;
 use crate::{
     apply::Report,
     diff::Peer,
@@ -41,7 +46,15 @@ pub async fn run(
     mut proxy: watch::Receiver<Option<Proxied>>,
     seen: watch::Receiver<Option<Inputs>>,
 ) {
-    let mut publisher = Publisher { api: Api::all(client), node, spec: None, status: None, written: None };
+    let mut publisher = Publisher {
+        api: Api::all(client),
+        node,
+        spec: None,
+        status: None,
+        written: None,
+        tunnel: Connected::tunnel(),
+        proxy: Connected::proxy(),
+    };
     let mut period = tokio::time::interval(PERIOD);
     loop {
         tokio::select! {
@@ -62,8 +75,16 @@ pub async fn run(
     }
 }
 
-/// The L7 half's word: for which Gateway, and how it goes.
-pub type Proxied = (String, ProxyStatus);
+/// The L7 half's word.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Proxied {
+    /// For which Gateway.
+    pub gateway: String,
+    /// How it goes.
+    pub status: ProxyStatus,
+    /// With how many cloud nodes it should have tunnels; 0 in the cloud, which is dialled.
+    pub dials: usize,
+}
 
 struct Publisher {
     api: Api<GatewayNode>,
@@ -71,6 +92,8 @@ struct Publisher {
     spec: Option<GatewayNodeSpec>,
     status: Option<GatewayNodeStatus>,
     written: Option<tokio::time::Instant>,
+    tunnel: Connected,
+    proxy: Connected,
 }
 
 /// What is seen of the peers.
@@ -87,12 +110,21 @@ impl Publisher {
             None => Seen::default(),
         };
         let old = self.status.as_ref().map(|s| s.conditions.clone()).unwrap_or_default();
-        let status = status(report, &seen, proxied.map(|(_, proxy)| proxy), &old, Timestamp::now());
+        let verdicts = self.verdicts(report, &seen, proxied.as_ref(), Instant::now());
+        let proxy = proxied.map(|proxied| proxied.status);
+        let status = status(report, &seen, proxy, condition::merge(&old, &verdicts, None, Timestamp::now()), Timestamp::now());
         let due = self.written.is_none_or(|t| t.elapsed() > REFRESH);
         if due || self.status.as_ref().map(without_handshakes) != Some(without_handshakes(&status)) {
             self.publish_status(status).await?;
         }
         Ok(())
+    }
+
+    fn verdicts(&mut self, report: &Report, seen: &Seen, proxied: Option<&Proxied>, now: Instant) -> Vec<Verdict> {
+        let live = seen.values().filter(|(peer, _)| peer.alive).count();
+        let tunnels = proxied.map_or((0, 0), |proxied| (proxied.status.tunnels.len(), proxied.dials));
+        let connected = [self.tunnel.verdict((live, seen.len()), now), self.proxy.verdict(tunnels, now)];
+        std::iter::once(verdict(report)).chain(connected.into_iter().flatten()).collect()
     }
 
     async fn publish_spec(&mut self, spec: GatewayNodeSpec) -> Result<(), kube::Error> {
@@ -138,7 +170,7 @@ impl Publisher {
 
 fn spec(report: &Report, proxied: Option<&Proxied>) -> GatewayNodeSpec {
     GatewayNodeSpec {
-        gateway: report.plan.pool.clone().or_else(|| proxied.map(|(gateway, _)| gateway.clone())).unwrap_or_default(),
+        gateway: report.plan.pool.clone().or_else(|| proxied.map(|proxied| proxied.gateway.clone())).unwrap_or_default(),
         // Others make a peer of whoever has one.
         public_key: (report.plan.role == Role::Gateway).then(|| report.public_key.to_string()),
         listen_port: report.plan.tunnel.as_ref().map(|t| i32::from(t.port)),
@@ -147,13 +179,7 @@ fn spec(report: &Report, proxied: Option<&Proxied>) -> GatewayNodeSpec {
     }
 }
 
-fn status(
-    report: &Report,
-    seen: &Seen,
-    proxy: Option<ProxyStatus>,
-    old: &[k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition],
-    now: Timestamp,
-) -> GatewayNodeStatus {
+fn status(report: &Report, seen: &Seen, proxy: Option<ProxyStatus>, conditions: Vec<Condition>, now: Timestamp) -> GatewayNodeStatus {
     let mut list: Vec<PeerStatus> = seen
         .iter()
         .filter_map(|(key, (peer, age))| {
@@ -176,7 +202,7 @@ fn status(
         peer_summary: Some(format!("{live}/{}", seen.len())),
         peers: list,
         proxy,
-        conditions: condition::merge(old, &[verdict(report)], None, now),
+        conditions,
     }
 }
 

@@ -1,7 +1,8 @@
 //! Picks a pool's gateway nodes: ready ones, in order of preference, and an elected one stays.
 //!
 //! Receives the pool's nodes and what the Gateway's own status says was elected before; gives the endpoints to announce. Sticky because
-//! every move of a gateway breaks the flows it carries: a preferred node that comes back waits for its turn.
+//! every move of a gateway breaks the flows it carries: a preferred node that comes back waits for its turn. One that is cut off from all
+//! other pools ([`links`](super::links)) gives way.
 //!
 //! Where no candidate is ready, those elected before stay: a site that lost only its way to the API server looks so (all its nodes turn
 //! NotReady at once), its tunnel may well carry traffic, and taking it down would help nobody, since there is no one to replace it.
@@ -14,6 +15,7 @@ use raven_api::proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID};
 
 use super::NodeName;
 use super::inputs::{BalancerFacts, GatewayFacts, Inputs, NodeFacts};
+use super::links::Links;
 use super::status::Refusal;
 
 /// Key in an elected tunnel endpoint's `config`: the ConfigMap's switch, as upstream's agents read it.
@@ -64,7 +66,7 @@ impl Election {
 }
 
 /// Elects for one type among `nodes`, the pool's nodes sorted by name.
-pub fn elect(gateway: &GatewayFacts, type_: EndpointType, nodes: &[&NodeFacts], switch: bool) -> Election {
+pub fn elect(gateway: &GatewayFacts, type_: EndpointType, nodes: &[&NodeFacts], links: &Links<'_>, switch: bool) -> Election {
     let wanted = replicas(gateway, type_);
     let candidates = candidates(gateway, type_, nodes);
     let count = candidates.len();
@@ -74,8 +76,10 @@ pub fn elect(gateway: &GatewayFacts, type_: EndpointType, nodes: &[&NodeFacts], 
     let eligible = candidates.into_iter().filter(|(endpoint, node)| node.ready || dark && was_elected(endpoint));
     let eligible: Vec<(Endpoint, &NodeFacts)> = eligible.collect();
 
-    let (stay, wait): (Vec<usize>, Vec<usize>) = (0..eligible.len()).partition(|&i| was_elected(&eligible[i].0));
-    let chosen: BTreeSet<usize> = stay.into_iter().chain(wait).take(wanted).collect();
+    // Whoever is cut off comes last: where nobody else is to be had, it stays.
+    let mut by_preference: Vec<usize> = (0..eligible.len()).collect();
+    by_preference.sort_by_key(|&i| (links.is_cut_off(gateway, &eligible[i].1.name, type_), !was_elected(&eligible[i].0)));
+    let chosen: BTreeSet<usize> = by_preference.into_iter().take(wanted).collect();
 
     let elected = eligible.into_iter().enumerate().filter(|(i, _)| chosen.contains(i));
     let elected: Vec<Endpoint> = elected.map(|(_, (endpoint, node))| announced(endpoint, node, switch)).collect();

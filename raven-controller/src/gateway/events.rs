@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use raven_api::condition::ConditionType;
 use raven_api::gateway::{EndpointType, GatewayStatus};
 
-use super::inputs::Inputs;
+use super::inputs::{Inputs, NodeFacts};
 use super::status::{BY_NAME_ONLY, NO_READY_NODE, Refusal, SHOWN, enumerate, type_name};
 use super::{GatewayName, NodeName};
 
@@ -73,8 +73,16 @@ fn why_gone(inputs: &Inputs, gateway: &GatewayName, node: &str, new: &GatewaySta
             format!("it left the pool of {gateway}")
         }
         Some(facts) if !facts.ready => "it is not Ready".to_owned(),
+        Some(facts) if says_it_is_cut_off(inputs, facts) => {
+            "it is Ready, and for a minute has had no connection to another pool, while other sites have: look at its uplink and firewall"
+                .to_owned()
+        }
         Some(_) => "it is no candidate any more, or fewer are wanted".to_owned(),
     }
+}
+
+fn says_it_is_cut_off(inputs: &Inputs, node: &NodeFacts) -> bool {
+    inputs.links.get(&node.name).is_some_and(|says| says.tunnel == Some(false) || says.proxy == Some(false))
 }
 
 // Nobody came and nobody went, and yet the pool may be cut off: the one case where the list of the elected does not tell.

@@ -8,6 +8,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::gateway::inputs::{LABEL_MANAGED_BY, parse_prefix};
+use crate::gateway::links::LinkFacts;
 use crate::gateway::{BlockFacts, Decisions, GatewayFacts, Inputs, NodeFacts, PoolFacts, decide};
 
 pub(super) fn at(second: i64) -> Timestamp {
@@ -123,6 +124,12 @@ impl Cluster {
         let spec = serde_json::json!({"node": node, "cidr": prefix, "state": "confirmed", "deleted": "false"});
         let block = BlockFacts::parse(&spec).expect("a confirmed block");
         self.0.blocks.insert(format!("{node}-{prefix}"), Arc::new(block));
+        self
+    }
+
+    /// What a gateway node says of its connections.
+    pub(super) fn link(mut self, node: &str, tunnel: Option<bool>, proxy: Option<bool>) -> Self {
+        self.0.links.insert(node.into(), Arc::new(LinkFacts { tunnel, proxy }));
         self
     }
 

@@ -183,6 +183,20 @@ proptest! {
     }
 
     #[test]
+    fn it_settles_whatever_gateway_nodes_say_of_their_links(
+        parts in parts(),
+        says in prop::collection::vec((0..8u8, prop::option::of(any::<bool>()), prop::option::of(any::<bool>())), 0..8),
+    ) {
+        let mut cluster = cluster(&parts, false).apply(1).apply(2);
+        for (node, tunnel, proxy) in says {
+            cluster = cluster.link(&format!("n{node}"), tunnel, proxy);
+        }
+        // A site that moves may become a witness for the next: of four, the last one moves in the fourth turn.
+        let settled = (3..8).fold(cluster, Cluster::apply);
+        prop_assert_eq!(&settled.clone().apply(8).0, &settled.0);
+    }
+
+    #[test]
     fn the_elected_stay_whatever_comes_besides(parts in parts(), joining in a_node()) {
         let mut before = cluster(&parts, false).apply(1).apply(2);
         // Rules off from here: a node that joins may end a rule's Gateway, and its election with it.
