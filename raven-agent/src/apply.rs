@@ -114,17 +114,16 @@ pub struct Reconciler {
     surroundings: Option<(Instant, Vec<String>)>,
 }
 
-/// A peer that is new to us may not know us yet, and does not answer then; WireGuard itself tries again only after five seconds. Each of
-/// these is one handshake.
+/// A peer that is new to us may not know us yet, and does not answer then; WireGuard itself tries again only after five seconds. We do
+/// after half a second, and after twice as long each time: the answer of one that is far away must find the handshake that it is for.
 const KNOCK: Duration = Duration::from_millis(500);
 /// Then it is left to WireGuard.
-const KNOCKS: u32 = 20;
+const KNOCK_LAST: Duration = Duration::from_secs(4);
 
 /// See [`KNOCK`].
 struct Knock {
-    endpoint: SocketAddr,
     last: Instant,
-    left: u32,
+    wait: Duration,
 }
 
 /// Route requests that wait for their answers at a time.
@@ -152,6 +151,7 @@ struct Notes {
     changes: usize,
     tier: Option<&'static str>,
     tier_reason: Option<String>,
+    again: Option<Duration>,
 }
 
 impl Notes {
@@ -222,7 +222,7 @@ impl Reconciler {
         }
         Arc::new(Report {
             put_back: self.put_back,
-            again: (!self.knocking.is_empty()).then_some(KNOCK),
+            again: notes.again,
             plan,
             failures: notes.failures,
             surroundings: notes.surroundings,
@@ -312,7 +312,7 @@ impl Reconciler {
             Some(recent) => recent,
             None => (Instant::now(), surroundings::look(&self.links, plan, indexes, &uplink.name).await),
         };
-        notes.surroundings.clone_from(&found);
+        notes.surroundings.extend(found.iter().cloned());
         self.surroundings = Some((when, found));
     }
 
@@ -340,6 +340,7 @@ impl Reconciler {
     /// A node that is no gateway node any more.
     async fn remove_tunnel(&mut self, notes: &mut Notes) {
         self.tunnel = None;
+        self.knocking.clear();
         notes.take(tunnel::remove(&self.links).await);
     }
 
@@ -374,11 +375,15 @@ impl Reconciler {
         if steps.iter().any(bpf::is_map_entry) {
             notes.take(self.bpf.next_generation().map(|()| false));
         }
-        // Once the routes are there.
-        for step in &steps {
-            if let (Step::PutPeer(_, peer), Some(tunnel)) = (step, &self.tunnel) {
-                tunnel.poke(peer);
-            }
+        // Once the routes are there. The embedded engine gives a peer up that has not answered for 90 s, until somebody sends something:
+        // a site on which nothing happens would be cut off for ever.
+        let new = steps.iter().filter_map(|step| if let Step::PutPeer(key, _) = step { Some(key) } else { None });
+        let dead = have.peers.iter().filter(|(_, peer)| !peer.alive && peer.keepalive.is_some()).map(|(key, _)| key);
+        if let Some(tunnel) = &self.tunnel {
+            new.chain(dead).filter_map(|key| plan.state.peers.get(key)).for_each(|peer| tunnel.poke(peer));
+        }
+        if !self.knocking.is_empty() {
+            notes.again = Some(KNOCK);
         }
     }
 
@@ -393,11 +398,11 @@ impl Reconciler {
             Err(e) => return notes.failures.push(e.to_string()),
         };
         let silent = |key: &PublicKey| sessions.get(key).is_some_and(|(peer, _)| !peer.alive);
-        self.knocking.retain(|key, knock| knock.left > 0 && silent(key));
+        self.knocking.retain(|key, knock| knock.wait <= KNOCK_LAST && silent(key));
+        notes.again = (!self.knocking.is_empty()).then_some(KNOCK);
         for (key, knock) in &mut self.knocking {
-            let Some(peer) = plan.state.peers.get(key).filter(|_| knock.last.elapsed() >= KNOCK) else { continue };
-            (knock.last, knock.left) = (Instant::now(), knock.left - 1);
-            let peer = &Peer { endpoint: peer.endpoint.or(Some(knock.endpoint)), ..peer.clone() };
+            let Some(peer) = plan.state.peers.get(key).filter(|_| knock.last.elapsed() >= knock.wait) else { continue };
+            *knock = Knock { last: Instant::now(), wait: 2 * knock.wait };
             let put = match tunnel.delete_peer(*key).await {
                 Ok(()) => tunnel.put_peer(*key, peer, false).await,
                 gone => gone,
@@ -423,8 +428,9 @@ impl Reconciler {
             Step::PutPeer(key, peer) => match &self.tunnel {
                 Some(tunnel) => {
                     let peer = Peer { endpoint: peer.endpoint.or_else(|| self.left.remove(key)), ..peer.clone() };
-                    if let Some(endpoint) = peer.endpoint.filter(|_| !have.peers.contains_key(key)) {
-                        self.knocking.insert(*key, Knock { endpoint, last: Instant::now(), left: KNOCKS });
+                    // Whom we keep a session with we dial, and nobody else is to be asked.
+                    if peer.keepalive.is_some() && peer.endpoint.is_some() && !have.peers.contains_key(key) {
+                        self.knocking.insert(*key, Knock { last: Instant::now(), wait: KNOCK });
                     }
                     tunnel.put_peer(*key, &peer, have.peers.contains_key(key)).await.map_err(|e| e.to_string())
                 }

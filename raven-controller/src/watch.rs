@@ -8,7 +8,7 @@ use std::fmt::Debug;
 use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use ipnet::IpNet;
@@ -29,7 +29,7 @@ use tokio::sync::mpsc;
 
 use crate::config::CONFIG_MAP;
 use crate::gateway::inputs::parse_prefix;
-use crate::gateway::links::LinkFacts;
+use crate::gateway::links::{Doubts, LinkFacts};
 use crate::gateway::{BalancerFacts, BlockFacts, GatewayFacts, GatewayName, Inputs, NodeFacts, NodeName, PoolFacts, Switches};
 
 /// A kind of somebody else's, whose CRD may be absent, come and go.
@@ -101,7 +101,7 @@ pub enum Update {
     /// They cannot be known.
     NoBalancers,
     /// About GatewayNodes.
-    Link(Event<GatewayNode>),
+    Link(Event<DynamicObject>),
     /// They cannot be read: nobody is known to be cut off.
     NoLinks,
     /// About ConfigMap `raven-cfg`.
@@ -128,7 +128,8 @@ pub async fn follow_balancers(client: Client, namespace: String, updates: mpsc::
 
 /// Follows what gateway nodes say of their connections.
 pub async fn follow_links(client: Client, updates: mpsc::Sender<Update>) {
-    follow(Api::<GatewayNode>::all(client), watcher::Config::default(), &updates, Update::Link, Some(|| Update::NoLinks)).await;
+    let api = Api::<DynamicObject>::all_with(client, &ApiResource::erase::<GatewayNode>(&()));
+    follow(api, watcher::Config::default(), &updates, Update::Link, Some(|| Update::NoLinks)).await;
 }
 
 /// Follows the one ConfigMap with the switches.
@@ -383,6 +384,7 @@ pub struct World {
     blocks: Cache<String, BlockFacts>,
     balancers: Cache<String, BalancerFacts>,
     links: Cache<NodeName, LinkFacts>,
+    doubts: Doubts,
     services: Cache<String, Vec<IpNet>>,
     api_servers: Cache<String, Vec<IpAddr>>,
     settings: Settings,
@@ -410,6 +412,7 @@ impl World {
             blocks: Cache::new(),
             balancers: Cache::new(),
             links: Cache::new(),
+            doubts: Doubts::default(),
             services: Cache::new(),
             api_servers: Cache::new(),
             settings,
@@ -418,7 +421,7 @@ impl World {
 
     /// Everything has been listed once: only then a decision means anything.
     pub fn complete(&self) -> bool {
-        let Self { gateways, nodes, pools, switches, blocks, balancers, links, services, api_servers, settings: _ } = self;
+        let Self { gateways, nodes, pools, switches, blocks, balancers, links, services, api_servers, doubts: _, settings: _ } = self;
         let own = gateways.complete && nodes.complete && switches.complete;
         own && links.complete && pools.complete && blocks.complete && balancers.complete && services.complete && api_servers.complete
     }
@@ -440,7 +443,14 @@ impl World {
             // What was known stays known while it cannot be read: a guard is not taken down for a hiccup.
             Update::Balancer(event) => self.balancers.absorb(event, |service| (service.name_any(), BalancerFacts::parse(&service))),
             Update::NoBalancers => self.balancers.begin(),
-            Update::Link(event) => self.links.absorb(event, |node| (node.name_any().as_str().into(), LinkFacts::parse(&node))),
+            Update::Link(event) => {
+                let before = self.links.facts.clone();
+                let changed = self.links.absorb(event, |node| (node.name_any().as_str().into(), LinkFacts::parse(&node)));
+                if changed {
+                    self.doubts.note(&before, &self.links.facts, Instant::now());
+                }
+                changed
+            }
             Update::NoLinks => self.links.reset(),
             Update::NoServices => self.services.begin(),
             Update::NoApiServer => self.api_servers.begin(),
@@ -472,7 +482,7 @@ impl World {
             switches: self.switches.facts.values().next().map(|s| **s).unwrap_or_default(),
             blocks: self.blocks.facts.clone(),
             balancers: self.balancers.facts.values().map(|facts| (**facts).clone()).collect(),
-            links: self.links.facts.clone(),
+            links: self.doubts.merge(self.links.facts.clone(), Instant::now()),
             services: self.services.facts.values().flat_map(|list| list.iter()).chain(&self.settings.services).copied().collect(),
             api_servers: self.api_servers.facts.values().flat_map(|list| list.iter()).copied().collect(),
             rules: self.settings.rules,

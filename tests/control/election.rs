@@ -1,7 +1,7 @@
 //! Who carries a pool's traffic: elected, replaced, kept, gone.
 
 use anyhow::ensure;
-use k8s_openapi::api::core::v1::ConfigMap;
+use k8s_openapi::api::core::v1::{ConfigMap, Node};
 use kube::Api;
 use kube::api::{DeleteParams, PostParams};
 use raven_api::LABEL_GATEWAY;
@@ -27,8 +27,15 @@ async fn the_status_tells_what_the_pool_is_and_whom_it_elected() {
         assert_eq!((&status["nodeCount"], &status["observedGeneration"]), (&json!(2), &json!(site.metadata.generation)));
         let endpoint = |node: &str, type_: &str, port: u16, key: &str, on: &str| json!({"nodeName": node, "type": type_, "port": port, "underNAT": true, "config": {key: on}});
         let tunnel = endpoint("x-b", "tunnel", 4500, "enable-l3-tunnel", "true");
+        let nodes: Api<Node> = Api::all(stage.lab.cluster().client());
+        let uid = nodes.get("x-a").await?.metadata.uid;
+        let proxy = |on: &str| {
+            let mut proxy = endpoint("x-a", "proxy", 10262, "enable-l7-proxy", on);
+            proxy["config"]["node-uid"] = json!(uid);
+            proxy
+        };
         // No endpoint of type proxy is listed: every node is a candidate, by name.
-        assert_eq!(status["activeEndpoints"], json!([tunnel, endpoint("x-a", "proxy", 10262, "enable-l7-proxy", "true")]));
+        assert_eq!(status["activeEndpoints"], json!([tunnel, proxy("true")]));
         let types: Vec<&str> = site.status.iter().flat_map(|s| &s.conditions).map(|c| c.type_.as_str()).collect();
         assert_eq!(types, ["Ready", "Elected", "Accepted"]);
         says(&site, "Ready", "True", "Ready", "2 nodes in the pool, gateway: x-a, x-b")?;
@@ -46,7 +53,7 @@ async fn the_status_tells_what_the_pool_is_and_whom_it_elected() {
         let config = serde_json::from_value(json!({"metadata": {"name": "raven-cfg"}, "data": {"enable-l7-proxy": "false"}}))?;
         configs.create(&PostParams::default(), &config).await?;
         let switched = stage.until("site", "has L7 switched off", |g| says(g, "Ready", "True", "Ready", "ConfigMap raven-cfg says enable-l7-proxy=false")).await?;
-        assert_eq!(json!(switched.status)["activeEndpoints"], json!([tunnel, endpoint("x-a", "proxy", 10262, "enable-l7-proxy", "false")]));
+        assert_eq!(json!(switched.status)["activeEndpoints"], json!([tunnel, proxy("false")]));
         configs.delete("raven-cfg", &DeleteParams::default()).await?;
         stage
             .until("site", "has L7 switched on again", |g| {

@@ -41,7 +41,7 @@ async fn load_balancers_are_made_for_gateways_that_ask_and_their_addresses_are_w
             let port = spec.ports.iter().flatten().next().context("a port")?;
             let proxy = name.starts_with("x-raven-proxy-svc-cloud-");
             assert_eq!((port.port, port.protocol.as_deref()), if proxy { (10262, Some("TCP")) } else { (4500, Some("UDP")) }, "{name}");
-            let slice = slices.get(&name).await?;
+            let slice = eventually(SOON, "the slice that goes with it", async || Ok(slices.get(&name).await?)).await?;
             assert_eq!(slice.endpoints[0].addresses, ["10.1.0.1"]);
             let ingress = if proxy { json!([{"ip": "203.0.113.7"}]) } else { json!([{"hostname": "lb.example", "ip": "203.0.113.8"}]) };
             let status = json!({"status": {"loadBalancer": {"ingress": ingress}}});

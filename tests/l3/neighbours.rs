@@ -78,15 +78,15 @@ async fn a_tc_program_of_somebody_else_goes_on_beside_ours() {
     running.check(result);
 }
 
-/// A program at TC ingress of the uplink that says the last word of every packet.
-fn last_word(ns: &Namespace, way: impl FnOnce() -> TcAttachOptions + Send + 'static) -> Result<Ebpf> {
+/// A program at TC ingress of a device that says the last word of every packet.
+fn last_word(ns: &Namespace, device: &'static str, way: impl FnOnce() -> TcAttachOptions + Send + 'static) -> Result<Ebpf> {
     let object = ebpf_object("ebpf", "raven-bench")?;
     ns.within(move || -> Result<Ebpf> {
         let mut ebpf = EbpfLoader::new().load_file(object)?;
         let program: &mut SchedClassifier = ebpf.program_mut("last_word").context("the object has it")?.try_into()?;
         program.load()?;
-        let _ = qdisc_add_clsact("eth0");
-        program.attach_with_options("eth0", TcAttachType::Ingress, way())?;
+        let _ = qdisc_add_clsact(device);
+        program.attach_with_options(device, TcAttachType::Ingress, way())?;
         Ok(ebpf)
     })?
 }
@@ -129,10 +129,10 @@ async fn a_tc_program_with_the_last_word_before_ours_costs_the_fast_tier_and_not
     let running = Running::start().await.expect("the lab starts");
     let node = running.lab.node("x-a").clone();
     // Behind ours, as Cilium attaches: nothing changes.
-    let behind = running.check(last_word(&node.ns, || TcAttachOptions::TcxOrder(LinkOrder::last())));
+    let behind = running.check(last_word(&node.ns, "eth0", || TcAttachOptions::TcxOrder(LinkOrder::last())));
     running.carried_by(&node, Verdict::ToTunnelFast).await;
     drop(behind);
-    let before = running.check(last_word(&node.ns, || TcAttachOptions::TcxOrder(LinkOrder::first())));
+    let before = running.check(last_word(&node.ns, "eth0", || TcAttachOptions::TcxOrder(LinkOrder::first())));
     running.nudge(&node);
     running.says("who is asked before ours, and what that costs", OVERTAKEN).await;
     running.carried_by(&node, Verdict::ToTunnel).await;
@@ -140,6 +140,14 @@ async fn a_tc_program_with_the_last_word_before_ours_costs_the_fast_tier_and_not
     running.nudge(&node);
     running.says("the fast tier", FAST).await;
     running.carried_by(&node, Verdict::ToTunnelFast).await;
+    // On our own device nobody has any business: packets would pass that nobody has looked at.
+    let intruder = running.check(last_word(&node.ns, "raven0", || TcAttachOptions::TcxOrder(LinkOrder::first())));
+    running.nudge(&node);
+    let named = |status: &str, message: &str| status == "False" && message.contains("last_word is asked before overlay_ingress");
+    running.says("who is on our device", named).await;
+    drop(intruder);
+    running.nudge(&node);
+    running.says("all is well again", FAST).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -151,7 +159,7 @@ async fn filters_of_one_priority_are_put_in_order_or_said_to_be_in_the_way() {
     let node = running.lab.node("x-a").clone();
     running.agent("x-a").kill().expect("the agent dies");
     // Somebody was there first, with a filter at the first priority: ours comes before it all the same.
-    let first = running.check(last_word(&node.ns, || filter(1)));
+    let first = running.check(last_word(&node.ns, "eth0", || filter(1)));
     running.agent("x-a").arguments.extend(["--tc-attach".to_owned(), "clsact".to_owned()]);
     running.agent("x-a").restart().expect("the agent starts");
     let moved = eventually(Duration::from_secs(20), "the filter took over from the link", || async {
@@ -163,7 +171,7 @@ async fn filters_of_one_priority_are_put_in_order_or_said_to_be_in_the_way() {
     running.says("the fast tier", FAST).await;
     running.carried_by(&node, Verdict::ToTunnelFast).await;
     // Somebody comes later, and is asked first: that is said, and the fallback tier does not need the uplink's hook.
-    let second = running.check(last_word(&node.ns, || filter(2)));
+    let second = running.check(last_word(&node.ns, "eth0", || filter(2)));
     running.nudge(&node);
     running.says("who is asked before ours, and what that costs", OVERTAKEN).await;
     running.carried_by(&node, Verdict::ToTunnel).await;

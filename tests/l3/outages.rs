@@ -137,3 +137,20 @@ fn damage(node: &Node, round: u64) -> Result<()> {
     node.ns.sh(&format!("( {} ) 2>/dev/null || true", scripts[usize::try_from(round)? % scripts.len()]))?;
     Ok(())
 }
+
+/// The embedded engine gives a peer up after 90 s without an answer, and waits for a packet; nobody at the site sends one here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_site_that_was_cut_off_for_minutes_is_reached_again_though_nobody_there_says_a_word() {
+    if !privileged("a_site_that_was_cut_off_for_minutes_is_reached_again_though_nobody_there_says_a_word") {
+        return;
+    }
+    let running = Running::start().await.expect("the lab starts");
+    let router = running.lab.pool("edge-x").router.clone();
+    running.check(router.sh("ip link set wan down"));
+    // How long it lasts is what is tested, nothing that is waited for.
+    tokio::time::sleep(Duration::from_secs(130)).await;
+    running.check(router.sh("ip link set wan up; ip route replace default via 198.51.100.1 dev wan"));
+    let begin = Instant::now();
+    running.check(reached(&running.lab, "cloud-b", "x-b").await);
+    println!("outage: reached again {} s after the link came back", begin.elapsed().as_secs());
+}

@@ -9,7 +9,7 @@ use kube::{
 use raven_tests::{
     Lab, eventually,
     kubectl::{self, POD, SCRIPT},
-    kubelet::Prefer,
+    kubelet::{Prefer, SecondApiServer},
     privileged,
     proof::Check,
 };
@@ -29,7 +29,7 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
     let server = running.check(lab.api_server_on("cloud-b", Prefer::Hostname).await);
     report(&running, &kubectl::all(&server, "by name, from an ordinary node", 100));
     // With the node's DNS and kube-proxy, which the API server brought: `kubectl top`, by way of metrics-server.
-    running.top("by name", Prefer::Hostname).await;
+    running.top(&server, "by name", Prefer::Hostname).await;
     running.check(server.kill());
 
     let server = running.check(lab.api_server_on("cloud-a", Prefer::Hostname).await);
@@ -48,6 +48,7 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
 
     let server = running.check(lab.api_server_on("cloud-b", Prefer::InternalIP).await);
     report(&running, &kubectl::all(&server, "by address, from an ordinary node", 10));
+    running.top(&server, "by address", Prefer::InternalIP).await;
     running.check(server.kill());
 
     // As Prometheus and metrics-server read them, by address, from a pod of an ordinary node; the kubelet shows its own certificate, and
@@ -59,8 +60,6 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
     let metrics = running.check(scrape(&format!("--cert {certificate} --key {key}")));
     assert!(metrics.contains("node_cpu_usage_seconds_total"), "{metrics}");
     assert_eq!(running.check(scrape("")), "Unauthorized", "who shows none");
-
-    running.top("by address", Prefer::InternalIP).await;
 
     // L3 off, everywhere.
     let maps: Api<ConfigMap> = Api::namespaced(lab.cluster().client(), raven_api::DEFAULT_NAMESPACE);
@@ -87,11 +86,11 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
 
 impl Running {
     /// metrics-server on an ordinary cloud node reads the kubelet at the edge, and `kubectl top` tells what it read.
-    async fn top(&self, way: &str, prefer: Prefer) {
-        let mut server = self.check(self.lab.start_metrics_server("cloud-b", prefer).await);
-        let seen = self.check(self.lab.top_node("x-b").await);
+    async fn top(&self, server: &SecondApiServer, way: &str, prefer: Prefer) {
+        let mut metrics = self.check(self.lab.start_metrics_server("cloud-b", prefer).await);
+        let seen = self.check(self.lab.top_node(server, "x-b").await);
         println!("ok kubectl top node, metrics-server {way}: {seen}");
-        self.check(server.kill());
+        self.check(metrics.kill());
     }
 }
 

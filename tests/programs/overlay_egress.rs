@@ -7,9 +7,12 @@ use raven_tests::privileged;
 use crate::{
     case::{Case, check},
     dataplane::Dataplane,
-    packet::{ACK, Family, Packet, SYN, assert_from_vxlan_device, assert_sound, ethernet, sent_by, tcp, udp},
+    packet::{
+        ACK, Family, Packet, SYN, assert_from_vxlan_device, assert_sound, ethernet, extended_syn, icmp_error, later_fragment, sent_by, tcp,
+        udp,
+    },
     wire::Wire,
-    world::{self, EDGE, EDGES, FAR, FARS, GATEWAY, KUBELET, LOST, LOSTS, ME, MEMBER, MEMBERS, MINE, NOBODYS, NONE, TUNNEL_MTU},
+    world::{self, EDGE, EDGES, FAR, FARS, GATEWAY, KUBELET, LOST, LOSTS, ME, MEMBER, MEMBERS, MINE, NOBODYS, NONE, Net, TUNNEL_MTU},
 };
 
 /// Leaves with a tunnel key, as `after`.
@@ -45,6 +48,23 @@ fn packets_for_another_pool_leave_with_the_overlays_source() {
             ],
         );
     }
+}
+
+/// What a program looks at is the IP header: whatever follows it goes the same way, and none of it is changed.
+pub fn neither_tcp_nor_udp(from: Net, to: Net) -> Vec<(&'static str, Packet)> {
+    let mut all: Vec<(&str, Packet)> = Family::BOTH.iter().map(|family| ("an ICMP error", icmp_error(*family, from, to))).collect();
+    all.push(("a SYN behind an extension header", extended_syn(from, to)));
+    all.push(("a later fragment", later_fragment(from, to)));
+    all
+}
+
+#[test]
+fn icmp_errors_extension_headers_and_fragments_leave_as_they_are() {
+    if !privileged("icmp_errors_extension_headers_and_fragments_leave_as_they_are") {
+        return;
+    }
+    let cases = neither_tcp_nor_udp(MINE, EDGES).iter().map(|(name, packet)| encapsulated(name, packet, packet)).collect::<Vec<_>>();
+    check(&Dataplane::load(world::ordinary()), Hook::OverlayEgress, &cases);
 }
 
 #[test]

@@ -46,8 +46,20 @@ impl Family {
 /// What is in the packet.
 #[derive(Clone, Debug)]
 pub enum Body {
-    Udp { data: Vec<u8> },
-    Tcp { flags: u8, options: Vec<u8>, doff: Option<u8>, data: Vec<u8> },
+    Udp {
+        data: Vec<u8>,
+    },
+    Tcp {
+        flags: u8,
+        options: Vec<u8>,
+        doff: Option<u8>,
+        data: Vec<u8>,
+    },
+    /// Whatever else, as it is.
+    Other {
+        protocol: u8,
+        bytes: Vec<u8>,
+    },
 }
 
 /// An IP packet from the pod of one prefix to the pod of another.
@@ -77,6 +89,31 @@ pub fn tcp(family: Family, from: Net, to: Net, flags: u8, options: &[u8]) -> Pac
     Packet { body, ..udp(family, from, to) }
 }
 
+/// What a router on the way says of a packet that it could not send on: to its sender, with the beginning of the packet.
+pub fn icmp_error(family: Family, from: Net, to: Net) -> Packet {
+    let about = &udp(family, to, from).bytes()[..family.header_len() + 8];
+    // "Fragmentation needed" and "packet too big", 1,400 bytes (RFC 792, RFC 4443); nobody looks at the checksum.
+    let (protocol, head) = match family {
+        Family::V4 => (1, [3, 4, 0xbe, 0xef, 0, 0, 5, 120]),
+        Family::V6 => (58, [2, 0, 0xbe, 0xef, 0, 0, 5, 120]),
+    };
+    Packet { body: Body::Other { protocol, bytes: [&head, about].concat() }, ..udp(family, from, to) }
+}
+
+/// An IPv6 packet with a header between IP and TCP (destination options, RFC 8200): behind it a SYN that asks for much.
+pub fn extended_syn(from: Net, to: Net) -> Packet {
+    let syn = tcp(Family::V6, from, to, SYN, &[2, 4, 0xff, 0xff]).bytes()[40..].to_vec();
+    // Next header TCP, 8 bytes, filled up by PadN.
+    let bytes = [&[6, 0, 1, 4, 0, 0, 0, 0][..], &syn].concat();
+    Packet { body: Body::Other { protocol: 60, bytes }, ..udp(Family::V6, from, to) }
+}
+
+/// The second half of a datagram (IPv6's fragment header, RFC 8200): no ports to be seen.
+pub fn later_fragment(from: Net, to: Net) -> Packet {
+    let bytes = [&[17, 0, 0x05, 0x00, 0, 0, 0, 1][..], b"what a pod says"].concat();
+    Packet { body: Body::Other { protocol: 44, bytes }, ..udp(Family::V6, from, to) }
+}
+
 impl Packet {
     pub fn ttl(self, ttl: u8) -> Self {
         Self { ttl, ..self }
@@ -98,13 +135,13 @@ impl Packet {
     pub fn doff(mut self, claimed: u8) -> Self {
         match &mut self.body {
             Body::Tcp { doff, .. } => *doff = Some(claimed),
-            Body::Udp { .. } => unreachable!("UDP has no such field"),
+            Body::Udp { .. } | Body::Other { .. } => unreachable!("only TCP has such a field"),
         }
         self
     }
 
     pub fn data(mut self, new: &[u8]) -> Self {
-        let (Body::Udp { data } | Body::Tcp { data, .. }) = &mut self.body;
+        let (Body::Udp { data } | Body::Tcp { data, .. } | Body::Other { bytes: data, .. }) = &mut self.body;
         *data = new.to_vec();
         self
     }
@@ -119,6 +156,9 @@ impl Packet {
     /// From the IP header on.
     pub fn bytes(&self) -> Vec<u8> {
         let (protocol, mut body) = self.transport();
+        if let Body::Other { .. } = self.body {
+            return [self.header(protocol, body.len()), body].concat();
+        }
         let at = if protocol == 6 { 16 } else { 6 };
         let sum = checksum(&[&self.pseudo_header(protocol, body.len()), &body]);
         // UDP: zero means "none", so a zero sum is sent as its other form.
@@ -155,6 +195,7 @@ impl Packet {
                 bytes.extend(data);
                 (6, bytes)
             }
+            Body::Other { protocol, bytes } => (*protocol, bytes.clone()),
         }
     }
 

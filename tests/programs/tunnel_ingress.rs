@@ -12,7 +12,7 @@ use raven_tests::privileged;
 use crate::{
     case::{Case, check},
     dataplane::Dataplane,
-    overlay_egress::malformed,
+    overlay_egress::{malformed, neither_tcp_nor_udp},
     packet::{ACK, Family, Overlay, Packet, assert_from_vxlan_device, overlay, tcp, udp},
     tunnel_egress::not_ip,
     wire::Wire,
@@ -61,6 +61,13 @@ fn packets_go_to_the_node_that_has_the_destination_or_to_the_stack() {
                 .aggregate(3, 1421 - family.header_len() as u32 - 8)
                 .passes(EDGE, Verdict::StackTooBig),
         ]);
+    }
+    for (name, packet) in neither_tcp_nor_udp(EDGES, MEMBERS) {
+        let name = format!("{:?}: {name}, for another node", packet.family);
+        cases.push(Case::new(name, packet.bytes()).redirected(EDGE, Verdict::ToOverlay).becomes_elsewhere());
+    }
+    for (name, packet) in neither_tcp_nor_udp(EDGES, MINE) {
+        cases.push(Case::new(format!("{:?}: {name}, for this node", packet.family), packet.bytes()).passes(EDGE, Verdict::Delivered));
     }
     check(&Dataplane::load(world::gateway()), Hook::TunnelIngress, &cases);
 }

@@ -10,6 +10,7 @@ use raven_tests::privileged;
 use crate::{
     case::{Case, check},
     dataplane::Dataplane,
+    overlay_egress::neither_tcp_nor_udp,
     packet::{ACK, Family, Overlay, Packet, ethernet, overlay, tcp, udp},
     world::{self, EDGE, EDGES, FAR, FARS, GATEWAY, GATEWAYS, LOST, LOSTS, ME, MEMBER, MEMBERS, MINE, NOBODYS, NONE, STRANGER, TUNNEL_MTU},
 };
@@ -50,6 +51,7 @@ fn packets_for_another_pool_are_unwrapped() {
             cases.push(unwrapped(&format!("outer traffic class {class:#x}"), &marked, &inner.clone().class(0xbb), EDGE));
         }
     }
+    cases.extend(neither_tcp_nor_udp(MEMBERS, EDGES).iter().map(|(name, inner)| unwrapped(name, &from_member(inner), inner, EDGE)));
     let with_options = udp(Family::V4, MEMBERS, EDGES).ip_options(&[1, 1, 1, 0]);
     cases.push(unwrapped("inner IP options", &from_member(&with_options), &with_options, EDGE));
     check(&Dataplane::load(world::gateway()), Hook::UplinkXdp, &cases);

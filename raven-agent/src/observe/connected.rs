@@ -1,49 +1,71 @@
-//! Whether this gateway node has a connection to any other pool: said only after a while without one, so that the controller can elect
-//! another node, and not at every hiccup. Pure but for the clock that is handed in.
+//! Whether this gateway node has a connection to any other pool, for the controller, which may elect another node instead: *yes* only while
+//! it has one, *no* only after a while without; in between nothing is said. So the last site that still says yes falls silent before the
+//! first one says no, where it is the other end that is down. Pure but for the clock that is handed in.
 
 use std::time::{Duration, Instant};
 
 use raven_api::condition::{ConditionType, Verdict};
 
-/// So long without a connection is more than a link that is cut for half a minute, or an agent's start.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a node that has just been elected may take for its first connection.
+const FIRST: Duration = Duration::from_secs(60);
+/// A tunnel to the cloud that broke is noticed within seconds everywhere.
+const PROXY: Duration = Duration::from_secs(60);
+/// A WireGuard session counts as alive for 180 s after its last handshake, and there is one every 120 s: of sites that lost their other end
+/// at the same time, the last notices two minutes after the first.
+const TUNNEL: Duration = Duration::from_secs(150);
 
-/// One half's connections.
+/// One half's connections, in one term as an elected node.
 #[derive(Clone, Debug)]
 pub(super) struct Connected {
     type_: ConditionType,
     what: &'static str,
-    /// Since when there has been none.
-    since: Option<Instant>,
+    /// How long it may be without one that it had.
+    patience: Duration,
+    /// Since when there has been none, and whether there was one before.
+    lack: Option<(Instant, bool)>,
+    had: bool,
 }
 
 impl Connected {
-    /// L3: WireGuard sessions.
+    /// L3: WireGuard sessions with peers that we keep one with.
     pub(super) fn tunnel() -> Self {
-        Self { type_: ConditionType::TunnelConnected, what: "WireGuard session with a gateway node of another pool", since: None }
+        Self::new(ConditionType::TunnelConnected, "WireGuard session with a gateway node of another pool", TUNNEL)
     }
 
     /// L7: tunnels to the cloud.
     pub(super) fn proxy() -> Self {
-        Self { type_: ConditionType::ProxyConnected, what: "tunnel to a cloud gateway node", since: None }
+        Self::new(ConditionType::ProxyConnected, "tunnel to a cloud gateway node", PROXY)
     }
 
-    /// What is to be said. `now`: how many connections there are, of how many that should be; where none should be, nothing is said.
+    fn new(type_: ConditionType, what: &'static str, patience: Duration) -> Self {
+        Self { type_, what, patience, lack: None, had: false }
+    }
+
+    /// A new term.
+    pub(super) fn forget(&mut self) {
+        (self.lack, self.had) = (None, false);
+    }
+
+    /// What is to be said, if anything. `live`: how many connections there are, of `all` that should be; where none should be, there is none
+    /// to be missed.
     pub(super) fn verdict(&mut self, (live, all): (usize, usize), now: Instant) -> Option<Verdict> {
         if all == 0 {
-            self.since = None;
+            self.forget();
             return None;
         }
-        let since = *match live {
-            0 => self.since.get_or_insert(now),
-            _ => self.since.insert(now),
-        };
-        let ok = now.duration_since(since) < PATIENCE;
-        let (reason, message) = match ok {
-            true => ("Connected", format!("a {}, or none for less than {PATIENCE:?}", self.what)),
-            false => ("CutOff", format!("no {} for {PATIENCE:?} and more: look at this node's uplink and firewall", self.what)),
-        };
-        Some(Verdict { type_: self.type_, ok, reason, message })
+        if live > 0 {
+            (self.lack, self.had) = (None, true);
+            return Some(self.say(true, "Connected", format!("a {}", self.what)));
+        }
+        let (since, had) = *self.lack.get_or_insert((now, self.had));
+        let patience = if had { self.patience } else { FIRST };
+        (now.duration_since(since) >= patience).then(|| {
+            self.say(false, "CutOff", format!("no {} for {patience:?} and more: look at this node's uplink and firewall", self.what))
+        })
+    }
+
+    fn say(&self, ok: bool, reason: &'static str, message: String) -> Verdict {
+        Verdict { type_: self.type_, ok, reason, message }
     }
 }
 
@@ -52,16 +74,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_node_is_cut_off_after_a_minute_without_a_connection_and_not_before() {
+    fn a_node_says_yes_while_it_is_connected_no_after_a_while_and_nothing_in_between() {
         let (begin, mut connected) = (Instant::now(), Connected::tunnel());
         let mut at =
             |seconds: u64, live: usize| connected.verdict((live, 2), begin + Duration::from_secs(seconds)).map(|verdict| verdict.ok);
-        assert_eq!(at(0, 0), Some(true), "an agent that has just started");
-        assert_eq!(at(59, 0), Some(true));
-        assert_eq!(at(60, 0), Some(false));
-        assert_eq!(at(70, 1), Some(true), "back");
-        assert_eq!(at(129, 0), Some(true), "since it was last seen");
-        assert_eq!(at(131, 0), Some(false));
+        assert_eq!(at(0, 0), None, "it has just been elected");
+        assert_eq!(at(59, 0), None);
+        assert_eq!(at(60, 0), Some(false), "and never had one");
+        assert_eq!(at(70, 1), Some(true));
+        assert_eq!(at(80, 0), None);
+        assert_eq!(at(229, 0), None, "it had one");
+        assert_eq!(at(230, 0), Some(false));
         assert_eq!(connected.verdict((0, 0), begin), None, "nobody to be connected with");
+        let later = begin + Duration::from_secs(100_000);
+        assert_eq!(connected.verdict((0, 1), later), None, "another term");
+        assert_eq!(connected.verdict((0, 1), later + FIRST).map(|verdict| verdict.ok), Some(false));
     }
 }

@@ -121,9 +121,11 @@ impl Publisher {
     }
 
     fn verdicts(&mut self, report: &Report, seen: &Seen, proxied: Option<&Proxied>, now: Instant) -> Vec<Verdict> {
-        let live = seen.values().filter(|(peer, _)| peer.alive).count();
+        // Without a keepalive a session may be idle, and nothing is wrong.
+        let kept = seen.values().filter(|(peer, _)| peer.keepalive.is_some());
+        let sessions = (kept.clone().filter(|(peer, _)| peer.alive).count(), kept.count());
         let tunnels = proxied.map_or((0, 0), |proxied| (proxied.status.tunnels.len(), proxied.dials));
-        let connected = [self.tunnel.verdict((live, seen.len()), now), self.proxy.verdict(tunnels, now)];
+        let connected = [self.tunnel.verdict(sessions, now), self.proxy.verdict(tunnels, now)];
         std::iter::once(verdict(report)).chain(connected.into_iter().flatten()).collect()
     }
 
@@ -164,6 +166,8 @@ impl Publisher {
             Err(e) => return Err(e),
         }
         (self.spec, self.status, self.written) = (None, None, Some(tokio::time::Instant::now()));
+        self.tunnel.forget();
+        self.proxy.forget();
         Ok(())
     }
 }

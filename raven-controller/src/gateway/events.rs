@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use raven_api::condition::ConditionType;
 use raven_api::gateway::{EndpointType, GatewayStatus};
 
-use super::inputs::{Inputs, NodeFacts};
+use super::inputs::Inputs;
 use super::status::{BY_NAME_ONLY, NO_READY_NODE, Refusal, SHOWN, enumerate, type_name};
 use super::{GatewayName, NodeName};
 
@@ -43,7 +43,8 @@ fn moved(inputs: &Inputs, gateway: &GatewayName, type_: EndpointType, old: Optio
     let before = old.map(|s| elected(s, type_)).unwrap_or_default();
     let after = elected(new, type_);
     let came: Vec<&str> = after.difference(&before).copied().collect();
-    let gone: Vec<String> = before.difference(&after).map(|node| format!("{node} ({})", why_gone(inputs, gateway, node, new))).collect();
+    let gone: Vec<String> =
+        before.difference(&after).map(|node| format!("{node} ({})", why_gone(inputs, gateway, type_, node, new))).collect();
     let what = type_name(type_);
     let (warning, reason, note) = match (came.is_empty(), gone.is_empty()) {
         (true, true) => return None,
@@ -66,23 +67,18 @@ fn elected(status: &GatewayStatus, type_: EndpointType) -> BTreeSet<&str> {
     status.active_endpoints.iter().filter(|e| e.type_ == type_).map(|e| e.node_name.as_str()).collect()
 }
 
-fn why_gone(inputs: &Inputs, gateway: &GatewayName, node: &str, new: &GatewayStatus) -> String {
+fn why_gone(inputs: &Inputs, gateway: &GatewayName, type_: EndpointType, node: &str, new: &GatewayStatus) -> String {
     match inputs.nodes.get(&NodeName::from(node)) {
         None => "the node does not exist any more".to_owned(),
         Some(_) if new.nodes.iter().all(|n| n.node_name != node) => {
             format!("it left the pool of {gateway}")
         }
         Some(facts) if !facts.ready => "it is not Ready".to_owned(),
-        Some(facts) if says_it_is_cut_off(inputs, facts) => {
-            "it is Ready, and for a minute has had no connection to another pool, while other sites have: look at its uplink and firewall"
-                .to_owned()
+        Some(facts) if inputs.links.get(&facts.name).and_then(|says| says.of(type_)) == Some(false) => {
+            "it is Ready, and cut off from all other pools, while other sites are not: look at its uplink and firewall".to_owned()
         }
         Some(_) => "it is no candidate any more, or fewer are wanted".to_owned(),
     }
-}
-
-fn says_it_is_cut_off(inputs: &Inputs, node: &NodeFacts) -> bool {
-    inputs.links.get(&node.name).is_some_and(|says| says.tunnel == Some(false) || says.proxy == Some(false))
 }
 
 // Nobody came and nobody went, and yet the pool may be cut off: the one case where the list of the elected does not tell.

@@ -180,7 +180,8 @@ impl Lab {
             others = self.names_and_services(node, &dir, &binaries).await?;
         }
         let mut command = self.cluster().api_server_at(&node.ns, node.lan_v4, SECOND_API_PORT, &dir);
-        command.arg(format!("--kubelet-preferred-address-types={prefer:?}"));
+        // metrics-server is asked at its endpoints themselves: not every one of these nodes has kube-proxy.
+        command.arg(format!("--kubelet-preferred-address-types={prefer:?}")).arg("--enable-aggregator-routing=true");
         let mut process = Process::start(format!("kube-apiserver-{name}"), &self.logs(), command)?;
         let kubeconfig = dir.join("kubeconfig");
         fs::write(&kubeconfig, self.cluster().admin_kubeconfig(&format!("https://{}:{SECOND_API_PORT}", node.lan_v4)))?;

@@ -205,8 +205,7 @@ fn api_server_command(mut command: Command, etcd: &str, address: std::net::Ipv4A
         file("kubelet-certificate-authority", "ca.crt"),
         file("kubelet-client-certificate", "kubelet-client.crt"),
         file("kubelet-client-key", "kubelet-client.key"),
-        // For metrics-server: asked at its endpoints themselves, by who shows this certificate.
-        "--enable-aggregator-routing=true".to_owned(),
+        // For metrics-server, which is asked by who shows this certificate.
         file("proxy-client-cert-file", "kubelet-client.crt"),
         file("proxy-client-key-file", "kubelet-client.key"),
         file("requestheader-client-ca-file", "ca.crt"),

@@ -3,7 +3,14 @@
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use crate::{Lab, eventually, kubelet::Prefer, kubernetes::binaries::NodeBinaries, process::Process, proof::CONVERGENCE};
+use crate::{
+    Lab, eventually,
+    kubelet::{Prefer, SecondApiServer},
+    kubernetes::binaries::NodeBinaries,
+    namespace::output,
+    process::Process,
+    proof::CONVERGENCE,
+};
 
 const PORT: u16 = 4443;
 /// The shortest that it can be told, seconds; it knows a node's usage after two of them.
@@ -56,10 +63,10 @@ impl Lab {
     }
 
     /// Waits until `kubectl top node` tells a node's usage, and gives the line.
-    pub async fn top_node(&self, node: &str) -> Result<String> {
+    pub async fn top_node(&self, server: &SecondApiServer, node: &str) -> Result<String> {
         let what = format!("kubectl top knows node {node}");
         eventually(2 * CONVERGENCE, &what, || async {
-            let said = self.cluster().kubectl(&["top", "node", node, "--no-headers"])?;
+            let said = output(&mut server.kubectl(&["top", "node", node, "--no-headers"]))?;
             let mut words = said.split_whitespace();
             ensure!(words.next() == Some(node), "it says {said:?}");
             // `81m  4%  950Mi  4%`

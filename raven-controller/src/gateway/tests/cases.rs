@@ -607,7 +607,7 @@ fn a_gateway_node_that_is_cut_off_gives_way_while_another_site_is_connected() {
     let after = cluster.resource("edge").status.clone().expect("applied");
     let changes = changes(&cluster.0, &"edge".into(), before.as_ref(), &after);
     assert_eq!(changes.len(), 1);
-    assert!(changes[0].note.contains("e2 replaces e1 (it is Ready, and for a minute has had no connection"), "{changes:?}");
+    assert!(changes[0].note.contains("e2 replaces e1 (it is Ready, and cut off from all other pools"), "{changes:?}");
     // Both: then nothing is better than anything else, and the elected stays.
     let cluster = cluster.link("e2", Some(false), None).apply(3);
     assert_eq!(cluster.tunnel("edge"), ["e2"]);
