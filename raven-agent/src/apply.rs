@@ -489,7 +489,7 @@ impl Reconciler {
         (!before.is_empty()).then(|| {
             format!(
                 "at TC {direction} of {device} {} is asked before {}, which sees no packet of which that says the last word (Cilium below \
-                 Linux 6.6: set bpf.tcFilterPriority to 2)",
+                 Linux 6.6: cilium config set bpf-filter-priority 2)",
                 before.join(", "),
                 hook.program()
             )

@@ -12,9 +12,9 @@ pub enum ConditionType {
     Elected,
     /// Everything that the resource claims was accepted; false names what was refused, and why.
     Accepted,
-    /// Of a GatewayNode: its tunnel has had a session with another pool within the last minutes.
+    /// Of a GatewayNode that dials: its tunnel has a session with another pool; false after a while without, absent in between.
     TunnelConnected,
-    /// Of an edge's GatewayNode: its proxy has had a tunnel to the cloud within the last minute.
+    /// Of an edge's GatewayNode: its proxy has a tunnel to the cloud; likewise.
     ProxyConnected,
 }
 

@@ -80,6 +80,8 @@ async fn tell(story: &mut Story, lab: &Lab, gateways: &[String], agents: &mut [A
     pairs(story, lab).await;
     story.note("nothing crossed the internet in clear", internet.stop().await.and_then(|seen| proof::encrypted(lab, &seen)));
     story.note("host processes reach pods of other pools, and back", hosts(lab).await);
+    story.note("traceroute shows every gateway node", proof::traceroute(lab));
+    story.note("nothing is fragmented on the wire", proof::unfragmented(lab, BULK / 4).await);
     story.note("a WireGuard peer that sends another pool's addresses", proof::lying_peer(lab, true).await);
     story.note("connections to kubelets of other pools are taken by address", intercepted(lab));
     story.note("MTU: cloud-b, y-b", proof::mtu(lab, "cloud-b", "y-b").await);
@@ -114,6 +116,7 @@ async fn tell(story: &mut Story, lab: &Lab, gateways: &[String], agents: &mut [A
     story.note("fallback tier: redirected, netfilter and conntrack saw nothing", redirected);
     pairs(story, lab).await;
     story.note("nothing was dropped", proof::no_drops(lab, &before));
+    story.note("packets that lie", proof::forged(lab).await);
 
     for node in ["y-a", "y-b"] {
         let agent = agents.iter_mut().find(|a| a.node.name == node).context("every node has an agent")?;

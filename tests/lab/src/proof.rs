@@ -3,11 +3,12 @@
 
 use std::{
     collections::BTreeMap,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use etherparse::PacketBuilder;
 use kube::Api;
 use raven_api::GatewayNode;
 use raven_common::Verdict;
@@ -273,6 +274,85 @@ pub async fn handshakes(lab: &Lab) -> Result<String> {
         Ok(words.join("; "))
     })
     .await
+}
+
+/// Hops answer in their order: sender's node, its gateway node, the relay, the receiver's gateway node, the receiver's node.
+pub fn traceroute(lab: &Lab) -> Result<String> {
+    let (from, to) = (lab.pod("x-b"), lab.pod("y-b"));
+    let hops = ["x-b", "x-a", "cloud-a", "y-a", "y-b"];
+    for target in to.addresses() {
+        for (hop, node) in hops.iter().enumerate() {
+            let said = from.ns.sh(&format!("ping -c1 -W2 -t {} {target} || true", hop + 1))?;
+            let router = said.lines().find_map(|l| l.strip_prefix("From ")?.split_whitespace().next()?.parse::<IpAddr>().ok());
+            let router = router.with_context(|| format!("hop {} of {target} says nothing: {said}", hop + 1))?;
+            let addresses = lab.node(node).ns.sh("ip -o addr")?;
+            ensure!(addresses.contains(&format!(" {router}/")), "hop {} is {router}, which is not {node}: {said}", hop + 1);
+        }
+    }
+    Ok(hops.join(" → "))
+}
+
+/// Large transfers both ways leave no fragment on the internet or the sender's LAN.
+pub async fn unfragmented(lab: &Lab, bytes: u64) -> Result<String> {
+    let fragments = "ip[6:2] & 0x3fff != 0 or ip6 proto 44";
+    let wire = Capture::start(lab.site(), &lab.inet, "wire", fragments).await?;
+    let lan = Capture::start(lab.site(), &lab.node("x-b").ns, "eth0", fragments).await?;
+    for family in 0..2 {
+        bulk(lab, "x-b", "y-b", family, bytes).await?;
+        bulk(lab, "y-b", "x-b", family, bytes).await?;
+    }
+    mtu(lab, "x-b", "y-b").await?;
+    for capture in [wire, lan] {
+        let seen = capture.stop().await?.lines("")?;
+        ensure!(seen.is_empty(), "fragments: {seen:?}");
+    }
+    Ok(format!("{} MB each way in both families, and what was too large, without a fragment", bytes / 1_000_000))
+}
+
+/// A VXLAN packet (network 200) from where this runs to `node`, with an inner IPv4/UDP packet of these addresses. The outer
+/// headers are the kernel's; the payload is ours, byte for byte.
+fn forged_overlay(from: &Namespace, node: &Node, source: Ipv4Addr, destination: Ipv4Addr) -> Result<()> {
+    let builder = PacketBuilder::ethernet2([2, b'r', b'a', b'v', b'e', b's'], [2, b'r', b'a', b'v', b'e', b'n']);
+    let builder = builder.ipv4(source.octets(), destination.octets(), 64).udp(1, 9);
+    let mut payload = vec![0x08, 0, 0, 0, 0, 0, 200, 0];
+    builder.write(&mut payload, b"forged")?;
+    let target = SocketAddr::from((node.lan_v4, 4472));
+    from.within(move || UdpSocket::bind("0.0.0.0:0").and_then(|socket| socket.send_to(&payload, target)))??;
+    Ok(())
+}
+
+/// Packets that lie are dropped, counted under the right reason, and shown.
+pub async fn forged(lab: &Lab) -> Result<String> {
+    let (gateway, ordinary) = (lab.node("x-a"), lab.node("x-b"));
+    let router = &lab.pool("edge-x").router;
+    let (own, mate, remote) = (lab.pod("x-b").v4, lab.pod("x-a").v4, lab.pod("y-b").v4);
+    let stories = [
+        ("an overlay packet from outside the pool", router, gateway, own, Verdict::DropOuterNotInPool),
+        ("another node's pod as its own", &ordinary.ns, gateway, mate, Verdict::DropSpoofedInner),
+        ("another pool's pod as its own", &ordinary.ns, gateway, remote, Verdict::DropSpoofedInner),
+        ("an overlay packet from outside to an ordinary node", router, ordinary, remote, Verdict::DropOuterNotInPool),
+    ];
+    for (what, from, to, source, verdict) in stories {
+        let before = counters(to)?;
+        // Sent again until it shows: of drops that follow each other within 10 ms only the first is sampled.
+        eventually(Duration::from_secs(10), what, || async {
+            forged_overlay(from, to, source, lab.pod("cloud-a").v4)?;
+            let after = counters(to)?;
+            ensure!(grown(&before, &after, verdict) > 0, "{} has not moved: {before:?} {after:?}", verdict.as_str());
+            let shown = http(&to.ns, "[::1]:10265", "/drops").await?;
+            ensure!(shown.contains(verdict.as_str()), "it is not shown: {shown}");
+            Ok(())
+        })
+        .await?;
+    }
+    // On its way out, where the cause is: a process that makes up another pod's address.
+    let before = counters(ordinary)?;
+    lab.pod("x-b").ns.sh(
+        "ip addr add 10.99.9.9/32 dev eth0; ping -c1 -W1 -I 10.99.9.9 10.244.1.10 || true; ip addr del 10.99.9.9/32 dev eth0",
+    )?;
+    let after = counters(ordinary)?;
+    ensure!(grown(&before, &after, Verdict::DropSourceNotMine) > 0, "a made-up source is not counted: {after:?}");
+    Ok(format!("{} kinds, each dropped, counted and shown", stories.len() + 1))
 }
 
 /// A gateway node that sends another pool's addresses into its tunnel gets nothing through: WireGuard takes from a peer only what is its
