@@ -347,9 +347,9 @@ pub async fn forged(lab: &Lab) -> Result<String> {
     }
     // On its way out, where the cause is: a process that makes up another pod's address.
     let before = counters(ordinary)?;
-    lab.pod("x-b").ns.sh(
-        "ip addr add 10.99.9.9/32 dev eth0; ping -c1 -W1 -I 10.99.9.9 10.244.1.10 || true; ip addr del 10.99.9.9/32 dev eth0",
-    )?;
+    lab.pod("x-b")
+        .ns
+        .sh("ip addr add 10.99.9.9/32 dev eth0; ping -c1 -W1 -I 10.99.9.9 10.244.1.10 || true; ip addr del 10.99.9.9/32 dev eth0")?;
     let after = counters(ordinary)?;
     ensure!(grown(&before, &after, Verdict::DropSourceNotMine) > 0, "a made-up source is not counted: {after:?}");
     Ok(format!("{} kinds, each dropped, counted and shown", stories.len() + 1))
