@@ -10,7 +10,7 @@ async fn forged_packets_are_dropped_counted_and_shown() {
         return;
     }
     let running = Running::start().await.expect("the lab starts");
-    let seen = proof::forged(&running.lab).await;
+    let seen = proof::forged(&running.lab, false).await;
     println!("forged: {}", running.check(seen));
 }
 

@@ -321,15 +321,17 @@ fn forged_overlay(from: &Namespace, node: &Node, source: Ipv4Addr, destination: 
     Ok(())
 }
 
-/// Packets that lie are dropped, counted under the right reason, and shown.
-pub async fn forged(lab: &Lab) -> Result<String> {
+/// Packets that lie are dropped, counted under the right reason, and shown. `fallback`: gateway nodes are on the fallback tier, where what
+/// comes from another pool is asked first who brought it.
+pub async fn forged(lab: &Lab, fallback: bool) -> Result<String> {
+    let foreign = if fallback { Verdict::DropNotFromGateway } else { Verdict::DropSpoofedInner };
     let (gateway, ordinary) = (lab.node("x-a"), lab.node("x-b"));
     let router = &lab.pool("edge-x").router;
     let (own, mate, remote) = (lab.pod("x-b").v4, lab.pod("x-a").v4, lab.pod("y-b").v4);
     let stories = [
         ("an overlay packet from outside the pool", router, gateway, own, Verdict::DropOuterNotInPool),
         ("another node's pod as its own", &ordinary.ns, gateway, mate, Verdict::DropSpoofedInner),
-        ("another pool's pod as its own", &ordinary.ns, gateway, remote, Verdict::DropSpoofedInner),
+        ("another pool's pod as its own", &ordinary.ns, gateway, remote, foreign),
         ("an overlay packet from outside to an ordinary node", router, ordinary, remote, Verdict::DropOuterNotInPool),
     ];
     for (what, from, to, source, verdict) in stories {
