@@ -16,7 +16,7 @@ use kube::{
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
-    time::{MissedTickBehavior, interval, sleep},
+    time::{interval, sleep},
 };
 
 use crate::{
@@ -166,8 +166,6 @@ struct Loop<S> {
 
 impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
     async fn run(mut self) {
-        let mut resync = interval(RESYNC);
-        resync.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut said = Vec::new();
         // Most runs come without new inputs (the kernel changed, or nothing did): what follows from the inputs alone is kept.
         let mut known: Option<Known> = None;
@@ -189,7 +187,6 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
             tokio::select! {
                 () = self.feed.changed() => {}
                 Some(()) = self.kernel_events.next() => {}
-                _ = resync.tick() => {}
                 () = sleep(again.unwrap_or(RESYNC)) => {}
             }
             // What our own steps caused, and what comes in a burst, is looked at once.

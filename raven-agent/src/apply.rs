@@ -298,6 +298,7 @@ impl Reconciler {
         notes.take(self.configure(plan, indexes, xdp));
         self.knock(plan, notes).await;
         self.change_state(plan, indexes, notes).await;
+        notes.again = (!self.knocking.is_empty()).then_some(KNOCK);
         self.attach(plan, uplink, indexes, notes).await;
         // Who guards the uplink is known only now.
         let xdp = self.bpf.is_attached(Hook::UplinkXdp, uplink.index);
@@ -382,9 +383,6 @@ impl Reconciler {
         if let Some(tunnel) = &self.tunnel {
             new.chain(dead).filter_map(|key| plan.state.peers.get(key)).for_each(|peer| tunnel.poke(peer));
         }
-        if !self.knocking.is_empty() {
-            notes.again = Some(KNOCK);
-        }
     }
 
     /// Dials peers anew that have not answered yet: one that is taken away and put back is asked at once.
@@ -399,7 +397,6 @@ impl Reconciler {
         };
         let silent = |key: &PublicKey| sessions.get(key).is_some_and(|(peer, _)| !peer.alive);
         self.knocking.retain(|key, knock| knock.wait <= KNOCK_LAST && silent(key));
-        notes.again = (!self.knocking.is_empty()).then_some(KNOCK);
         for (key, knock) in &mut self.knocking {
             let Some(peer) = plan.state.peers.get(key).filter(|_| knock.last.elapsed() >= knock.wait) else { continue };
             *knock = Knock { last: Instant::now(), wait: 2 * knock.wait };

@@ -162,7 +162,7 @@ impl Tunnel {
         self.update(DeviceUpdate::new().add_peer(config), format!("put peer {key} into {}", self.name)).await
     }
 
-    /// Makes the first handshake with a peer that we dial happen now. The kernel does so by itself when a keepalive is set;
+    /// Makes a handshake with a peer that we dial happen now: the first one, or one with a peer that is dead. The kernel does so by itself when a keepalive is set;
     /// boringtun waits for a packet, or for the keepalive's whole interval: a packet to nobody's port it shall have.
     pub fn poke(&self, peer: &Peer) {
         let target = peer.allowed.first().filter(|_| self.backend == Backend::Userspace && peer.endpoint.is_some());

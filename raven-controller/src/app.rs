@@ -13,9 +13,9 @@ use crate::config::{Config, Listen};
 use crate::lead::Elector;
 use crate::proxy::{self, grant::Granter, publish::Publisher};
 use crate::reconcile::Reconciler;
-use crate::watch::Settings;
 use crate::webhook::keep::Keeper;
 use crate::webhook::{Place, serve};
+use crate::world::Settings;
 use crate::{health, watch as follow};
 
 // Watches wait when the reconciler is busy writing.

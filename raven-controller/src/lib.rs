@@ -19,3 +19,4 @@ pub mod proxy;
 pub mod reconcile;
 pub mod watch;
 pub mod webhook;
+pub mod world;

@@ -16,7 +16,8 @@ use tokio_util::sync::CancellationToken;
 use crate::apply::{Error, Writer, Written};
 use crate::gateway::{Decision, Decisions, GatewayFacts, Inputs, decide, events};
 use crate::lead::Mandate;
-use crate::watch::{Settings, Update, World};
+use crate::watch::Update;
+use crate::world::{Settings, World};
 
 // Long enough that a kubectl apply of a directory is one turn, short enough that nobody waits for it.
 const COALESCE: Duration = Duration::from_millis(200);

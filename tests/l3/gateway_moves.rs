@@ -75,10 +75,7 @@ async fn a_gateway_node_that_is_ready_and_cut_off_is_replaced() {
          ip daddr {cloud} udp dport 4500 drop; ip daddr {cloud} tcp dport 10262 drop; }}; }}\n"
     );
     lab.node("x-a").ns.nft(&firewall).expect("a firewall");
-    lab.cluster().apply_gateways(lab.site()).await.expect("Gateways");
-    let _controller = lab.start_controller().await.expect("the controller starts");
-    let agents = lab.start_agents().await.expect("the agents start");
-    let running = Running { agents, _controller, lab };
+    let running = Running::begin(lab).await.expect("controller and agents start");
     let api = Api::<Gateway>::all(running.lab.cluster().client());
     let elected = async |name: &str, type_: EndpointType| -> Result<String> {
         let status = api.get(name).await?.status.context("a status")?;

@@ -34,13 +34,17 @@ impl Running {
     }
 
     async fn of(builder: LabBuilder) -> Result<Self> {
-        let lab = builder.up().await?;
+        let running = Self::begin(builder.up().await?).await?;
+        running.check(proof::converged(&running.lab).await.map(drop));
+        Ok(running)
+    }
+
+    /// The same without waiting for anything.
+    async fn begin(lab: Lab) -> Result<Self> {
         lab.cluster().apply_gateways(lab.site()).await?;
         let controller = lab.start_controller().await?;
         let agents = lab.start_agents().await?;
-        let running = Self { agents, _controller: controller, lab };
-        running.check(proof::converged(&running.lab).await.map(drop));
-        Ok(running)
+        Ok(Self { agents, _controller: controller, lab })
     }
 
     fn agent(&mut self, node: &str) -> &mut Agent {

@@ -3,11 +3,6 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use k8s_openapi::api::core::v1::ConfigMap;
-use kube::{
-    Api,
-    api::{Patch, PatchParams},
-};
 use raven_tests::{eventually, privileged, probe};
 
 use crate::Running;
@@ -30,9 +25,7 @@ async fn node_addresses_of_other_pools_are_reached_when_that_is_switched_on_and_
         let answer = running.check(probe::ping(from, to.into()).await);
         assert_eq!(answer, None, "{to} from {}, before", from.name);
     }
-    let on = serde_json::json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "raven-agent-config" }, "data": { "forward-node-ip": "true" } });
-    let maps: Api<ConfigMap> = Api::namespaced(lab.cluster().client(), raven_api::DEFAULT_NAMESPACE);
-    maps.patch("raven-agent-config", &PatchParams::apply("raven-lab"), &Patch::Apply(&on)).await.expect("it is switched on");
+    running.check(lab.cluster().put_setting("raven-agent-config", "forward-node-ip", "true").await);
     for (from, to) in pairs {
         let answers = || async { probe::ping(from, to.into()).await?.context("no answer") };
         running.check(eventually(Duration::from_secs(30), &format!("{to} answers {}", from.name), answers).await);

@@ -60,9 +60,8 @@ async fn routes_and_rules_that_somebody_deletes_come_back() {
             Ok(())
         });
         running.check(back.await);
-        let metrics = running.check(raven_tests::proof::http(ns, "[::1]:10265", "/metrics").await);
-        let counted = metrics.lines().find_map(|l| l.strip_prefix("raven_put_back_total ")?.parse::<u64>().ok());
-        assert!(counted.is_some_and(|n| n > 0), "and counted: {metrics}");
+        let counted = running.check(proof::metric(ns, "raven_put_back_total").await);
+        assert!(counted.is_some_and(|n| n > 0), "and counted: {counted:?}");
     }
 }
 

@@ -51,8 +51,7 @@ async fn a_transfer_adapts_to_a_path_that_is_narrower_than_its_syn_said() {
                 "{ip} {routes} | while read route; do {ip} route replace table 9027 $route dev raven-wg0 mtu {NARROW}; done"
             )));
     }
-    let fragments = "ip[6:2] & 0x3fff != 0 or ip6 proto 44";
-    let lan = running.check(Capture::start(lab.site(), &lab.node("x-b").ns, "eth0", fragments).await);
+    let lan = running.check(Capture::start(lab.site(), &lab.node("x-b").ns, "eth0", proof::FRAGMENTS).await);
     let before = running.check(proof::counters(lab.node("x-a")));
     let from = lab.pod("x-b");
     for (family, address) in lab.pod("cloud-b").addresses().into_iter().enumerate() {

@@ -13,7 +13,7 @@ use raven_api::{
     gateway::{Endpoint, EndpointType},
     proxy::{SIGNER_CLIENT, SIGNER_SERVER},
 };
-use raven_tests::{Lab, eventually, kubernetes::objects::default_gateway, privileged};
+use raven_tests::{Lab, eventually, kubernetes::objects::default_gateway, privileged, proof};
 use rcgen::{CertificateParams, KeyPair};
 
 use crate::{Running, SOON};
@@ -88,11 +88,7 @@ async fn a_node_that_is_deleted_takes_its_certificate_along_also_where_a_new_one
     running.check(eventually(SOON, "the tunnels are closed", closed).await);
 
     // Another box gets the name. The stolen one is turned away at the door, and gets no other certificate by its old token.
-    let refused = || -> anyhow::Result<u64> {
-        let metrics = running.lab.node("cloud-a").ns.sh("curl -sS http://[::1]:10265/metrics")?;
-        let line = metrics.lines().find(|l| l.starts_with("raven_proxy_refused") && l.contains("NotElected"));
-        Ok(line.and_then(|l| l.rsplit(' ').next()?.parse().ok()).unwrap_or(0))
-    };
+    let refused = || proof::metric(&running.lab.node("cloud-a").ns, "raven_proxy_refused_total{reason=\"NotElected\"}");
     running.check(running.lab.cluster().apply_node(running.lab.site(), running.lab.node("x-a")).await);
     let requests: Api<CertificateSigningRequest> = Api::all(running.lab.cluster().client());
     let denied = || async {
@@ -102,9 +98,9 @@ async fn a_node_that_is_deleted_takes_its_certificate_along_also_where_a_new_one
         Ok(())
     };
     running.check(eventually(SOON, "the old token gets no certificate", denied).await);
-    let before = running.check(refused());
+    let before = running.check(refused().await);
     let again = || async {
-        ensure!(refused()? > before, "it has not dialled yet");
+        ensure!(refused().await? > before, "it has not dialled yet");
         Ok(())
     };
     running.check(eventually(SOON, "the old certificate is turned away", again).await);

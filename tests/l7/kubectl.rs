@@ -1,11 +1,6 @@
 //! kubectl reaches a pod at an edge behind NAT: by the node's name and by its address, from an API server on the gateway node and on an
 //! ordinary cloud node, with L3 and without.
 
-use k8s_openapi::api::core::v1::ConfigMap;
-use kube::{
-    Api,
-    api::{Patch, PatchParams},
-};
 use raven_tests::{
     Lab, eventually,
     kubectl::{self, POD, SCRIPT},
@@ -62,9 +57,7 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
     assert_eq!(running.check(scrape("")), "Unauthorized", "who shows none");
 
     // L3 off, everywhere.
-    let maps: Api<ConfigMap> = Api::namespaced(lab.cluster().client(), raven_api::DEFAULT_NAMESPACE);
-    let off = serde_json::json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "raven-cfg" }, "data": { "enable-l3-tunnel": "false" } });
-    maps.patch("raven-cfg", &PatchParams::apply("raven-lab"), &Patch::Apply(&off)).await.expect("L3 is switched off");
+    running.check(lab.cluster().put_setting("raven-cfg", "enable-l3-tunnel", "false").await);
     for node in ["cloud-a", "x-a"] {
         let gone = || async {
             let links = lab.node(node).ns.sh("ip -o link")?;

@@ -6,16 +6,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::{core::v1::ConfigMap, discovery::v1::EndpointSlice, events::v1::Event};
-use kube::{
-    Api,
-    api::{ListParams, Patch, PatchParams},
-};
+use k8s_openapi::api::{discovery::v1::EndpointSlice, events::v1::Event};
+use kube::{Api, api::ListParams};
 use raven_api::{
     gateway::{Endpoint, EndpointType, Gateway, ProxyConfig},
     proxy::INTERNAL_SERVICE,
 };
-use raven_tests::{Lab, Nat, PoolSpec, Protocol, eventually, kubernetes::objects::default_gateway, privileged, process::Process};
+use raven_tests::{Lab, Nat, PoolSpec, Protocol, eventually, kubernetes::objects::default_gateway, privileged, process::Process, proof};
 
 use crate::{Running, SOON};
 
@@ -130,21 +127,20 @@ async fn requests_work_again_when_the_link_and_the_agents_are_back() {
         .spawn()
         .expect("nc starts");
     let _open = Killed(open);
-    let streams = || running.lab.node("x-a").ns.sh("curl -sS http://[::1]:10265/metrics | grep '^raven_proxy_open_streams '");
+    let streams = async || proof::metric(&running.lab.node("x-a").ns, "raven_proxy_open_streams").await?.context("it is told");
     let opened = || async {
-        ensure!(streams()?.trim() != "raven_proxy_open_streams 0");
+        ensure!(streams().await? != 0);
         Ok(())
     };
     running.check(eventually(SOON, "a stream is open", opened).await);
-    let off = serde_json::json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "raven-cfg" }, "data": { "enable-l7-proxy": "false" } });
-    let maps: Api<ConfigMap> = Api::namespaced(running.lab.cluster().client(), raven_api::DEFAULT_NAMESPACE);
-    maps.patch("raven-cfg", &PatchParams::apply("raven-lab"), &Patch::Apply(&off)).await.expect("L7 is switched off");
+    running.check(running.lab.cluster().put_setting("raven-cfg", "enable-l7-proxy", "false").await);
     let gone = || async {
         let left = running.lab.node("cloud-a").ns.sh("ss -Hltn | grep -E ':(1026[234]|20000) ' || true; ip rule | grep 9029 || true")?;
         ensure!(left.is_empty(), "{left}");
         let left = running.lab.node("cloud-b").ns.sh("ip rule | grep 9029 || true")?;
         ensure!(left.is_empty(), "{left}");
-        ensure!(streams()?.trim() == "raven_proxy_open_streams 0", "{}", streams()?);
+        let open = streams().await?;
+        ensure!(open == 0, "{open} streams are open");
         Ok(())
     };
     running.check(eventually(SOON, "L7 is off", gone).await);

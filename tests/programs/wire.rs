@@ -13,6 +13,7 @@ use std::{
 use boringtun::device::tun::TunSocket;
 use nix::{
     errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
     ifaddrs::getifaddrs,
     net::if_::if_nametoindex,
     sys::{
@@ -204,13 +205,17 @@ impl Port {
 
     /// What has come by the device until now.
     pub fn drain(&self) -> Vec<Vec<u8>> {
+        let flags = OFlag::from_bits_retain(fcntl(&self.socket, FcntlArg::F_GETFL).expect("its flags"));
+        let set = |flags| fcntl(&self.socket, FcntlArg::F_SETFL(flags)).expect("other flags");
+        set(flags | OFlag::O_NONBLOCK);
         let mut frame = vec![0; 1 << 16];
         let mut frames = Vec::new();
-        while let Ok((len, address)) = recvfrom_now(&self.socket, &mut frame) {
+        while let Ok((len, address)) = recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut frame) {
             if address.is_some_and(|address| address.ifindex() == self.index) {
                 frames.push(frame[..len].to_vec());
             }
         }
+        set(flags);
         frames
     }
 
@@ -229,16 +234,6 @@ impl Port {
         assert!(difference.is_empty(), "{what}: on {}:\n{difference}", self.device);
         port
     }
-}
-
-/// Without waiting for what is not there.
-fn recvfrom_now(socket: &OwnedFd, frame: &mut [u8]) -> nix::Result<(usize, Option<LinkAddr>)> {
-    use nix::fcntl::{FcntlArg, OFlag, fcntl};
-    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
-    fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    let received = recvfrom::<LinkAddr>(socket.as_raw_fd(), frame);
-    fcntl(socket, FcntlArg::F_SETFL(flags))?;
-    received
 }
 
 /// Sends frames on an Ethernet device of the thread's namespace.

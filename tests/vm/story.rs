@@ -91,12 +91,8 @@ async fn tell(story: &mut Story, lab: &Lab, gateways: &[String], agents: &mut [A
         story.note(&name, restarted(lab, agents, n).await);
     }
     story.note("programs are still attached once", attached(lab, gateways, true));
-    let changed = match changed(lab, agents).await {
-        Ok(seen) => Ok(seen),
-        // As in `restarted`.
-        Err(first) => changed(lab, agents).await.with_context(|| format!("twice; first: {first:#}")),
-    };
-    story.note(&format!("a prefix joins a pool and leaves it under {RATE} packets/s of others"), changed);
+    let seen = twice(async || changed(lab, agents).await).await;
+    story.note(&format!("a prefix joins a pool and leaves it under {RATE} packets/s of others"), seen);
 
     if !has_tcx() {
         let name = "a filter with the last word at the first priority costs x-a the fast tier and nothing else";
@@ -138,14 +134,19 @@ async fn all_ready(agents: &[Agent]) -> Result<String> {
     Ok(format!("{} of {}", agents.len(), agents.len()))
 }
 
-/// All agents are killed and restarted under a flow, and nothing is lost. An emulated processor may stand still for longer than
-/// queues last (seen once in some thirty runs), so what was lost must be lost again; both attempts are told.
+/// All agents are killed and restarted under a flow, and nothing is lost.
 async fn restarted(lab: &Lab, agents: &mut [Agent], family: usize) -> Result<String> {
-    let first = match proof::restart_under(lab, agents, "x-b", "y-b", family, RATE).await {
+    twice(async || proof::restart_under(lab, agents, "x-b", "y-b", family, RATE).await).await
+}
+
+/// An emulated processor may stand still for longer than queues last (seen once in some thirty runs), so what was lost must be lost again;
+/// both attempts are told.
+async fn twice(mut attempt: impl AsyncFnMut() -> Result<String>) -> Result<String> {
+    let first = match attempt().await {
         Ok(seen) => return Ok(seen),
         Err(error) => error,
     };
-    let second = proof::restart_under(lab, agents, "x-b", "y-b", family, RATE).await;
+    let second = attempt().await;
     second.map(|seen| format!("{seen} (a second attempt; the first: {first:#})")).with_context(|| format!("twice; first: {first:#}"))
 }
 

@@ -83,7 +83,7 @@ impl Bpf {
         if hook != Hook::UplinkXdp && !self.tcx {
             let attached = self.attach_filter(hook, device).map_err(|e| failed(chain(&e)))?;
             // A link that an agent with other settings left.
-            self.unpin_other_devices(hook, 0);
+            self.detach(hook);
             return Ok(attached);
         }
         let path = self.pin(hook, ifindex);

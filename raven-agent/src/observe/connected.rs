@@ -21,9 +21,10 @@ pub(super) struct Connected {
     what: &'static str,
     /// How long it may be without one that it had.
     patience: Duration,
-    /// Since when there has been none, and whether there was one before.
-    lack: Option<(Instant, bool)>,
+    /// There was one.
     had: bool,
+    /// Since when there has been none.
+    lack: Option<Instant>,
 }
 
 impl Connected {
@@ -38,12 +39,12 @@ impl Connected {
     }
 
     fn new(type_: ConditionType, what: &'static str, patience: Duration) -> Self {
-        Self { type_, what, patience, lack: None, had: false }
+        Self { type_, what, patience, had: false, lack: None }
     }
 
     /// A new term.
     pub(super) fn forget(&mut self) {
-        (self.lack, self.had) = (None, false);
+        (self.had, self.lack) = (false, None);
     }
 
     /// What is to be said, if anything. `live`: how many connections there are, of `all` that should be; where none should be, there is none
@@ -54,11 +55,11 @@ impl Connected {
             return None;
         }
         if live > 0 {
-            (self.lack, self.had) = (None, true);
+            (self.had, self.lack) = (true, None);
             return Some(self.say(true, "Connected", format!("a {}", self.what)));
         }
-        let (since, had) = *self.lack.get_or_insert((now, self.had));
-        let patience = if had { self.patience } else { FIRST };
+        let since = *self.lack.get_or_insert(now);
+        let patience = if self.had { self.patience } else { FIRST };
         (now.duration_since(since) >= patience).then(|| {
             self.say(false, "CutOff", format!("no {} for {patience:?} and more: look at this node's uplink and firewall", self.what))
         })

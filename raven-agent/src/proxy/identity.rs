@@ -161,10 +161,12 @@ pub fn bearer_of(certificate: &CertificateDer<'_>) -> Result<Bearer, Error> {
     }
 }
 
+fn alternatives<'a>(leaf: &'a X509Certificate<'_>) -> impl Iterator<Item = &'a GeneralName<'a>> {
+    leaf.subject_alternative_name().ok().flatten().into_iter().flat_map(|extension| &extension.value.general_names)
+}
+
 fn names(leaf: &X509Certificate<'_>) -> BTreeSet<String> {
-    let names = leaf.subject_alternative_name().ok().flatten();
-    let names = names.iter().flat_map(|extension| &extension.value.general_names);
-    names
+    alternatives(leaf)
         .filter_map(|name| match name {
             GeneralName::DNSName(name) => Some((*name).to_owned()),
             GeneralName::IPAddress(bytes) => match *bytes {
@@ -177,8 +179,7 @@ fn names(leaf: &X509Certificate<'_>) -> BTreeSet<String> {
 }
 
 fn uid(leaf: &X509Certificate<'_>) -> Option<String> {
-    let names = leaf.subject_alternative_name().ok().flatten()?;
-    names.value.general_names.iter().find_map(|name| match name {
+    alternatives(leaf).find_map(|name| match name {
         GeneralName::URI(uri) => uri.strip_prefix(UID_URI).map(str::to_owned),
         _ => None,
     })

@@ -154,10 +154,20 @@ struct Line<'a> {
 /// Lines of log about refusals, for each reason: so many at once …
 const SAID: NonZeroU32 = NonZeroU32::new(10).expect("not zero");
 
+/// Who has been told of in the log.
+struct Said(DefaultKeyedRateLimiter<Refusal>);
+
+impl Default for Said {
+    fn default() -> Self {
+        // … and one a second from then on: whoever knocks ten thousand times fills no disk.
+        Self(RateLimiter::keyed(Quota::per_second(NonZeroU32::MIN).allow_burst(SAID)))
+    }
+}
+
 /// Counters of the L7 path; clones count together.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct Stats {
-    said: Arc<DefaultKeyedRateLimiter<Refusal>>,
+    said: Arc<Said>,
     refused: Family<Refused, Counter>,
     streams: Counter,
     open: Gauge<i64, AtomicI64>,
@@ -168,28 +178,11 @@ pub struct Stats {
     ids: Arc<Ids>,
 }
 
-impl Default for Stats {
-    fn default() -> Self {
-        Self {
-            // … and one a second from then on: whoever knocks ten thousand times fills no disk.
-            said: Arc::new(RateLimiter::keyed(Quota::per_second(NonZeroU32::MIN).allow_burst(SAID))),
-            refused: Family::default(),
-            streams: Counter::default(),
-            open: Gauge::default(),
-            sent: Counter::default(),
-            received: Counter::default(),
-            tunnels: Arc::default(),
-            numbers: Arc::default(),
-            ids: Arc::default(),
-        }
-    }
-}
-
 impl Stats {
     /// Counts a refusal. True: it should be said, too (it is none of very many).
     pub fn refused(&self, reason: Refusal) -> bool {
         self.refused.get_or_create(&Refused { reason }).inc();
-        self.said.check_key(&reason).is_ok()
+        self.said.0.check_key(&reason).is_ok()
     }
 
     /// How often that was.

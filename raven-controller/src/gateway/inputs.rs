@@ -18,7 +18,7 @@ use raven_api::gateway::{EndpointType, Gateway};
 use raven_api::pool::{NodePoolSpec, NodePoolStatus};
 use raven_api::proxy::{LABEL_ENDPOINTS_NAME, LABEL_GATEWAY_TYPE};
 
-use super::links::LinkFacts;
+use super::links::Says;
 
 /// Label on a Gateway that a pool rule made: ours to delete. A person who removes it takes the Gateway over.
 pub const LABEL_MANAGED_BY: &str = "app.kubernetes.io/managed-by";
@@ -296,7 +296,7 @@ pub struct Inputs {
     /// Load balancers that have an address.
     pub balancers: Vec<BalancerFacts>,
     /// What gateway nodes say of their connections.
-    pub links: BTreeMap<NodeName, Arc<LinkFacts>>,
+    pub links: Says,
     /// Ranges of Service addresses.
     pub services: BTreeSet<IpNet>,
     /// Addresses of the API server.

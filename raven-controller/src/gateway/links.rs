@@ -52,25 +52,32 @@ impl LinkFacts {
 /// that took its place may be no better off.
 const DOUBT: Duration = Duration::from_secs(1800);
 
-/// Nodes that said that they are cut off and have said nothing since.
+/// What nodes say, by name.
+pub type Says = BTreeMap<NodeName, Arc<LinkFacts>>;
+
+/// Nodes that said last that they are cut off, and since when they have said nothing at all; `None`: they say so still.
 #[derive(Debug, Default)]
-pub struct Doubts(BTreeMap<(NodeName, EndpointType), Instant>);
+pub struct Doubts(BTreeMap<(NodeName, EndpointType), Option<Instant>>);
 
 impl Doubts {
-    /// Takes note of who fell silent, and of who speaks again.
-    pub fn note(&mut self, before: &BTreeMap<NodeName, Arc<LinkFacts>>, after: &BTreeMap<NodeName, Arc<LinkFacts>>, now: Instant) {
-        for type_ in [EndpointType::Tunnel, EndpointType::Proxy] {
-            let says = |facts: &BTreeMap<NodeName, Arc<LinkFacts>>, node: &NodeName| facts.get(node).and_then(|facts| facts.of(type_));
-            self.0.retain(|(node, of), _| *of != type_ || says(after, node).is_none());
-            let silent = before.keys().filter(|node| says(before, node) == Some(false) && says(after, node).is_none());
-            self.0.extend(silent.map(|node| ((node.clone(), type_), now)));
+    /// Takes note of what is said now: of who is cut off, who fell silent, and who speaks again.
+    pub fn note(&mut self, says: &Says, now: Instant) {
+        let of = |node: &NodeName, type_: EndpointType| says.get(node).and_then(|facts| facts.of(type_));
+        self.0.retain(|(node, type_), silent| match of(node, *type_) {
+            Some(connected) => !connected,
+            None => now.duration_since(*silent.get_or_insert(now)) < DOUBT,
+        });
+        for (node, facts) in says {
+            for type_ in [EndpointType::Tunnel, EndpointType::Proxy].into_iter().filter(|type_| facts.of(*type_) == Some(false)) {
+                self.0.insert((node.clone(), type_), None);
+            }
         }
     }
 
     /// What is said, and what is still held against who says nothing.
-    pub fn merge(&self, mut says: BTreeMap<NodeName, Arc<LinkFacts>>, now: Instant) -> BTreeMap<NodeName, Arc<LinkFacts>> {
-        for ((node, type_), since) in &self.0 {
-            if now.duration_since(*since) < DOUBT {
+    pub fn merge(&self, mut says: Says, now: Instant) -> Says {
+        for ((node, type_), silent) in &self.0 {
+            if silent.is_some_and(|since| now.duration_since(since) < DOUBT) {
                 Arc::make_mut(says.entry(node.clone()).or_default()).of_mut(*type_).get_or_insert(false);
             }
         }
@@ -81,7 +88,7 @@ impl Doubts {
 /// What gateway nodes say, and which sites bear witness.
 #[derive(Debug)]
 pub struct Links<'a> {
-    says: &'a BTreeMap<NodeName, Arc<LinkFacts>>,
+    says: &'a Says,
     connected: BTreeMap<EndpointType, BTreeSet<&'a GatewayName>>,
 }
 
@@ -117,17 +124,19 @@ mod tests {
 
     #[test]
     fn who_gave_way_is_held_in_doubt_until_it_speaks_or_time_passes() {
-        let says = |tunnel: Option<bool>| BTreeMap::from([(NodeName::from("e1"), Arc::new(LinkFacts { tunnel, proxy: None }))]);
+        let says = |tunnel: Option<bool>| Says::from([(NodeName::from("e1"), Arc::new(LinkFacts { tunnel, proxy: None }))]);
         let (now, mut doubts) = (Instant::now(), Doubts::default());
-        let held = |doubts: &Doubts, at: Instant| doubts.merge(BTreeMap::new(), at).get(&NodeName::from("e1")).and_then(|f| f.tunnel);
-        doubts.note(&says(Some(true)), &BTreeMap::new(), now);
+        let held = |doubts: &Doubts, at: Instant| doubts.merge(Says::new(), at).get(&NodeName::from("e1")).and_then(|f| f.tunnel);
+        doubts.note(&says(Some(true)), now);
+        doubts.note(&Says::new(), now);
         assert_eq!(held(&doubts, now), None, "it was connected");
-        doubts.note(&says(Some(false)), &BTreeMap::new(), now);
+        doubts.note(&says(Some(false)), now);
+        doubts.note(&Says::new(), now);
         assert_eq!(held(&doubts, now), Some(false), "its GatewayNode is gone");
-        doubts.note(&BTreeMap::new(), &says(None), now);
+        doubts.note(&says(None), now);
         assert_eq!(held(&doubts, now + DOUBT / 2), Some(false), "it is elected again, and has not said anything yet");
         assert_eq!(held(&doubts, now + DOUBT), None);
-        doubts.note(&says(None), &says(Some(true)), now);
+        doubts.note(&says(Some(true)), now);
         assert_eq!(held(&doubts, now), None, "it is connected");
     }
 

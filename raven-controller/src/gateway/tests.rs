@@ -3,3 +3,4 @@
 mod build;
 mod cases;
 mod laws;
+mod links;

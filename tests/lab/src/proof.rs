@@ -292,11 +292,13 @@ pub fn traceroute(lab: &Lab) -> Result<String> {
     Ok(hops.join(" → "))
 }
 
+/// What a capture takes to see fragments of either family.
+pub const FRAGMENTS: &str = "ip[6:2] & 0x3fff != 0 or ip6 proto 44";
+
 /// Large transfers both ways leave no fragment on the internet or the sender's LAN.
 pub async fn unfragmented(lab: &Lab, bytes: u64) -> Result<String> {
-    let fragments = "ip[6:2] & 0x3fff != 0 or ip6 proto 44";
-    let wire = Capture::start(lab.site(), &lab.inet, "wire", fragments).await?;
-    let lan = Capture::start(lab.site(), &lab.node("x-b").ns, "eth0", fragments).await?;
+    let wire = Capture::start(lab.site(), &lab.inet, "wire", FRAGMENTS).await?;
+    let lan = Capture::start(lab.site(), &lab.node("x-b").ns, "eth0", FRAGMENTS).await?;
     for family in 0..2 {
         bulk(lab, "x-b", "y-b", family, bytes).await?;
         bulk(lab, "y-b", "x-b", family, bytes).await?;
@@ -391,9 +393,7 @@ pub async fn lying_peer(lab: &Lab, kernel: bool) -> Result<String> {
         return Ok("5 sent, none arrived".to_owned());
     }
     ensure!(counted >= 5, "{} counted {counted} refused packets", end.name);
-    let metrics = http(&end.ns, "[::1]:10265", "/metrics").await?;
-    let line = metrics.lines().find(|l| l.starts_with("raven_tunnel_refused_packets_total "));
-    let told: u64 = line.and_then(|l| l.rsplit(' ').next()?.parse().ok()).with_context(|| format!("the metrics tell it: {metrics}"))?;
+    let told = metric(&end.ns, "raven_tunnel_refused_packets_total").await?.context("the metrics tell it")?;
     ensure!(told >= counted, "the metrics say {told}, the device {counted}");
     Ok(format!("5 sent, none arrived; {counted} refused by WireGuard at {}, and told in its metrics", end.name))
 }
@@ -482,6 +482,13 @@ pub async fn ready(agent: &Agent) -> Result<()> {
         Ok(())
     })
     .await
+}
+
+/// The value of one of the agent's metrics, by its name with labels; `None`: it is not there (yet).
+pub async fn metric(ns: &Namespace, name: &str) -> Result<Option<u64>> {
+    let text = http(ns, "[::1]:10265", "/metrics").await?;
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.map(|value| value.parse().with_context(|| format!("{name} is {value:?}"))).transpose()
 }
 
 /// A plain GET inside a namespace; the whole answer.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::Node as NodeObject;
+use k8s_openapi::api::core::v1::{ConfigMap, Node as NodeObject};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use raven_api::gateway::{Endpoint, ExposeType, Gateway, GatewaySpec};
@@ -99,6 +99,14 @@ impl Cluster {
         let parameters = PatchParams::apply(manager).force();
         let patched = api.patch_status(node, &parameters, &Patch::Apply(&object)).await;
         patched.map(drop).with_context(|| format!("set the status of Node {node}"))
+    }
+
+    /// Sets a key of one of the ConfigMaps that a person writes (`raven-cfg`, `raven-agent-config`).
+    pub async fn put_setting(&self, map: &str, key: &str, value: &str) -> Result<()> {
+        let api: Api<ConfigMap> = Api::namespaced(self.client(), raven_api::DEFAULT_NAMESPACE);
+        let object = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": map}, "data": {key: value}});
+        let patched = api.patch(map, &PatchParams::apply(MANAGER), &Patch::Apply(&object)).await;
+        patched.map(drop).with_context(|| format!("set {key} of ConfigMap {map}"))
     }
 
     /// Deletes a Node object.
