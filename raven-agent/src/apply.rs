@@ -56,6 +56,8 @@ pub struct Report {
     pub put_back: u64,
     /// Look again so soon.
     pub again: Option<Duration>,
+    /// When the run ended.
+    pub ended: Instant,
 }
 
 impl Report {
@@ -223,6 +225,7 @@ impl Reconciler {
         Arc::new(Report {
             put_back: self.put_back,
             again: notes.again,
+            ended: Instant::now(),
             plan,
             failures: notes.failures,
             surroundings: notes.surroundings,
@@ -287,11 +290,13 @@ impl Reconciler {
 
     async fn bring_up(&mut self, plan: &Plan, uplink: &Uplink, notes: &mut Notes) {
         let Some(overlay) = &plan.overlay else { return };
+        let addresses = &overlay.addresses;
         let overlay = match self.links.ensure_overlay(overlay).await {
             Ok(index) => index,
             Err(e) => return notes.failures.push(e.to_string()),
         };
         notes.failures.extend(set_sysctls(names::OVERLAY));
+        notes.take(self.links.ensure_addresses(names::OVERLAY, overlay, addresses).await);
         let tunnel = self.ensure_tunnel(plan, notes).await;
         let indexes = Indexes { uplink: uplink.index, overlay, tunnel };
         let xdp = self.bpf.is_attached(Hook::UplinkXdp, uplink.index);
@@ -315,6 +320,8 @@ impl Reconciler {
         };
         notes.surroundings.extend(found.iter().cloned());
         self.surroundings = Some((when, found));
+        let next_look = LOOK_AROUND.saturating_sub(when.elapsed());
+        notes.again = Some(notes.again.map_or(next_look, |again| again.min(next_look)));
     }
 
     fn configure(&mut self, plan: &Plan, indexes: Indexes, xdp: bool) -> Result<bool, bpf::Error> {
@@ -325,10 +332,18 @@ impl Reconciler {
     /// The tunnel device's index, on a gateway node.
     async fn ensure_tunnel(&mut self, plan: &Plan, notes: &mut Notes) -> Option<u32> {
         let want = plan.tunnel.as_ref()?;
-        match Tunnel::ensure(&self.links, want, &self.key).await {
-            Ok((tunnel, index)) => {
+        let tunnel = match Tunnel::ensure(&self.links).await {
+            Ok(tunnel) => self.tunnel.insert(tunnel),
+            Err(e) => {
+                notes.failures.push(e.to_string());
+                return None;
+            }
+        };
+        // A port that is taken is no reason to take down what works by another one.
+        notes.take(tunnel.configure(self.key.clone(), want.port).await.map(|()| false));
+        match self.links.ensure_up(names::TUNNEL, want.mtu).await {
+            Ok(index) => {
                 notes.failures.extend(set_sysctls(names::TUNNEL));
-                self.tunnel = Some(tunnel);
                 Some(index)
             }
             Err(e) => {
@@ -401,7 +416,7 @@ impl Reconciler {
             let Some(peer) = plan.state.peers.get(key).filter(|_| knock.last.elapsed() >= knock.wait) else { continue };
             *knock = Knock { last: Instant::now(), wait: 2 * knock.wait };
             let put = match tunnel.delete_peer(*key).await {
-                Ok(()) => tunnel.put_peer(*key, peer, false).await,
+                Ok(()) => tunnel.put_peer(*key, peer, None).await,
                 gone => gone,
             };
             match put {
@@ -429,7 +444,7 @@ impl Reconciler {
                     if peer.keepalive.is_some() && peer.endpoint.is_some() && !have.peers.contains_key(key) {
                         self.knocking.insert(*key, Knock { last: Instant::now(), wait: KNOCK });
                     }
-                    tunnel.put_peer(*key, &peer, have.peers.contains_key(key)).await.map_err(|e| e.to_string())
+                    tunnel.put_peer(*key, &peer, have.peers.get(key)).await.map_err(|e| e.to_string())
                 }
                 None => Err(format!("peer {key} waits for the tunnel device")),
             },
@@ -468,9 +483,10 @@ impl Reconciler {
             return;
         }
         // The reader of XDP's notes before their writer.
-        self.put_program(Hook::UplinkIngress, &uplink.name, uplink.index, notes);
+        let reads = self.put_program(Hook::UplinkIngress, &uplink.name, uplink.index, notes);
         let obstacle = match self.settings.tier {
             Tier::Tc => Some("--tier=tc".to_owned()),
+            Tier::Auto if !reads => Some(format!("{} is not attached", Hook::UplinkIngress.program())),
             Tier::Auto => self.asked_before(Hook::UplinkIngress, &uplink.name, uplink.index).await,
         };
         self.put_xdp(uplink, obstacle, notes);
@@ -493,8 +509,12 @@ impl Reconciler {
         })
     }
 
-    fn put_program(&mut self, hook: Hook, device: &str, index: u32, notes: &mut Notes) {
-        notes.take(self.bpf.attach(hook, device, index).map(|a| a != Attached::Unchanged && (self.settings.tcx() || a == Attached::New)));
+    /// True if it is there then.
+    fn put_program(&mut self, hook: Hook, device: &str, index: u32, notes: &mut Notes) -> bool {
+        let attached = self.bpf.attach(hook, device, index);
+        let there = attached.is_ok();
+        notes.take(attached.map(|a| a != Attached::Unchanged && (self.settings.tcx() || a == Attached::New)));
+        there
     }
 
     /// The fast tier, where it can be had: what XDP unwraps needs `uplink_ingress` to see it.

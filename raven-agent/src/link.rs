@@ -15,7 +15,7 @@ use netlink_packet_route::{
     address::AddressAttribute,
     link::{LinkAttribute, LinkMessage},
 };
-use rtnetlink::{Handle, MulticastGroup, new_multicast_connection, packet_core::NetlinkPayload};
+use rtnetlink::{Handle, MulticastGroup, new_connection, new_multicast_connection, packet_core::NetlinkPayload};
 
 use crate::names;
 
@@ -104,7 +104,10 @@ impl Links {
             MulticastGroup::Ipv4Rule,
             MulticastGroup::Ipv6Rule,
         ];
-        let (connection, handle, messages) = new_multicast_connection(&groups)?;
+        // By a socket of their own: where they are too many for it, the kernel drops what comes next, and that must be no answer to us.
+        let (notified, _, messages) = new_multicast_connection(&groups)?;
+        let (connection, handle, _) = new_connection()?;
+        tokio::spawn(notified);
         tokio::spawn(connection);
         let ours = messages.filter_map(|(message, _)| std::future::ready(concerns_us(&message.payload).then_some(())));
         Ok((Self { handle }, ours))
@@ -155,7 +158,7 @@ impl Links {
     }
 }
 
-/// True if a notification is about something that we made.
+/// True if a notification is about something that we made, or may have been: some were lost.
 fn concerns_us(payload: &NetlinkPayload<RouteNetlinkMessage>) -> bool {
     use RouteNetlinkMessage::{DelLink, DelRoute, DelRule, NewLink, NewRoute, NewRule};
     match payload {
@@ -169,7 +172,7 @@ fn concerns_us(payload: &NetlinkPayload<RouteNetlinkMessage>) -> bool {
         NetlinkPayload::InnerMessage(NewRoute(route) | DelRoute(route)) => {
             matches!(route::table_of(route), names::TABLE | names::DETOUR_TABLE)
         }
-        NetlinkPayload::InnerMessage(NewRule(_) | DelRule(_)) => true,
+        NetlinkPayload::InnerMessage(NewRule(_) | DelRule(_)) | NetlinkPayload::Overrun(_) => true,
         _ => false,
     }
 }

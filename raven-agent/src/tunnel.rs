@@ -7,7 +7,7 @@ pub mod engine;
 mod key;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -19,7 +19,7 @@ pub use self::key::load_or_make as load_or_make_key;
 use crate::{
     diff::Peer,
     link::{self, Links},
-    names, plan,
+    names,
     topology::PublicKey,
 };
 
@@ -80,14 +80,11 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
-    /// Sees to it that the device is there, with key, port and MTU; gives its index and public key as well.
-    pub async fn ensure(links: &Links, want: &plan::Tunnel, key: &Key) -> Result<(Self, u32), Error> {
+    /// Sees to it that the device is there.
+    pub async fn ensure(links: &Links) -> Result<Self, Error> {
         let backend = ensure_device(links).await?;
         let name: InterfaceName = names::TUNNEL.parse().map_err(|_| Error::Engine(format!("{} is no device name", names::TUNNEL)))?;
-        let tunnel = Self { backend, name };
-        tunnel.configure(key.clone(), want.port).await?;
-        let index = links.ensure_up(names::TUNNEL, want.mtu).await?;
-        Ok((tunnel, index))
+        Ok(Self { backend, name })
     }
 
     /// Who does WireGuard here.
@@ -95,7 +92,8 @@ impl Tunnel {
         self.backend
     }
 
-    async fn configure(&self, key: Key, port: u16) -> Result<(), Error> {
+    /// Gives it its key and its port. Should that fail, what it has goes on working.
+    pub async fn configure(&self, key: Key, port: u16) -> Result<(), Error> {
         let device = self.device().await?;
         // The engine does not tell its key; setting the one that it has is nothing to it. The kernel's is compared:
         // setting it anew would drop all sessions.
@@ -114,14 +112,13 @@ impl Tunnel {
 
     /// The peers as WireGuard has them.
     pub async fn peers(&self) -> Result<BTreeMap<PublicKey, Peer>, Error> {
-        let device = self.device().await?;
-        Ok(device.peers.iter().map(|info| (public_key(&info.config.public_key), self.peer(info))).collect())
+        Ok(self.sessions().await?.into_iter().map(|(key, (peer, _))| (key, peer)).collect())
     }
 
     /// The same with the age of each peer's last handshake, of one moment.
     pub async fn sessions(&self) -> Result<BTreeMap<PublicKey, (Peer, Option<Duration>)>, Error> {
-        let device = self.device().await?;
-        Ok(device.peers.iter().map(|info| (public_key(&info.config.public_key), (self.peer(info), self.age(info)))).collect())
+        let peers = whole(self.device().await?.peers);
+        Ok(peers.iter().map(|(key, info)| (*key, (self.peer(info), self.age(info)))).collect())
     }
 
     fn peer(&self, info: &PeerInfo) -> Peer {
@@ -144,22 +141,23 @@ impl Tunnel {
         }
     }
 
-    /// Makes or replaces a peer.
-    pub async fn put_peer(&self, key: PublicKey, peer: &Peer, exists: bool) -> Result<(), Error> {
-        // boringtun cannot change a peer (it panics): remove it first. The session is made anew with the next packet;
-        // the endpoint that was learned is in `peer`.
-        if exists && self.backend == Backend::Userspace {
-            self.delete_peer(key).await?;
+    /// Makes a peer, or changes the one that is there.
+    pub async fn put_peer(&self, key: PublicKey, peer: &Peer, have: Option<&Peer>) -> Result<(), Error> {
+        let updates = match self.backend {
+            Backend::Kernel => updates(key, peer, have, PREFIXES),
+            Backend::Userspace => {
+                // boringtun cannot change a peer (it panics): remove it first, and say all in one. The session is made anew with the
+                // next packet; the endpoint that was learned is in `peer`.
+                if have.is_some() {
+                    self.delete_peer(key).await?;
+                }
+                updates(key, peer, None, usize::MAX)
+            }
+        };
+        for config in updates {
+            self.update(DeviceUpdate::new().add_peer(config), format!("put peer {key} into {}", self.name)).await?;
         }
-        let mut config =
-            PeerConfigBuilder::new(&control_key(key)).replace_allowed_ips().set_persistent_keepalive_interval(peer.keepalive.unwrap_or(0));
-        if let Some(endpoint) = peer.endpoint {
-            config = config.set_endpoint(endpoint);
-        }
-        for prefix in &peer.allowed {
-            config = config.add_allowed_ip(prefix.addr(), prefix.prefix_len());
-        }
-        self.update(DeviceUpdate::new().add_peer(config), format!("put peer {key} into {}", self.name)).await
+        Ok(())
     }
 
     /// Makes a handshake with a peer that we dial happen now: the first one, or one with a peer that is dead. The kernel does so by itself when a keepalive is set;
@@ -195,10 +193,50 @@ impl Tunnel {
     }
 }
 
-/// `wireguard-control` blocks.
+/// How long WireGuard may take for an answer.
+const ANSWER: Duration = Duration::from_secs(20);
+
+/// `wireguard-control` blocks, for ever where the embedded engine hangs.
 async fn blocking<T: Send + 'static>(action: String, work: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Result<T, Error> {
-    let result = tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(std::io::Error::other(e)));
+    let result = match tokio::time::timeout(ANSWER, tokio::task::spawn_blocking(work)).await {
+        Ok(result) => result.unwrap_or_else(|e| Err(std::io::Error::other(e))),
+        Err(late) => Err(std::io::Error::new(std::io::ErrorKind::TimedOut, late)),
+    };
     result.map_err(|source| Error::Request { action, source })
+}
+
+/// Prefixes of one peer that fit into a request to the kernel, whose netlink messages have 8 KiB: an IPv6 one takes 40 bytes.
+const PREFIXES: usize = 128;
+
+/// The requests that make a peer what it should be, so many prefixes in each. Where none is taken away, those that are there stay: a
+/// packet that comes in the middle finds its peer.
+fn updates(key: PublicKey, peer: &Peer, have: Option<&Peer>, at_once: usize) -> Vec<PeerConfigBuilder> {
+    let stays = have.map(|have| &have.allowed).filter(|have| have.is_subset(&peer.allowed));
+    let prefixes: Vec<&IpNet> = peer.allowed.iter().filter(|prefix| stays.is_none_or(|stays| !stays.contains(prefix))).collect();
+    let mut first = PeerConfigBuilder::new(&control_key(key)).set_persistent_keepalive_interval(peer.keepalive.unwrap_or(0));
+    if let Some(endpoint) = peer.endpoint {
+        first = first.set_endpoint(endpoint);
+    }
+    if stays.is_none() {
+        first = first.replace_allowed_ips();
+    }
+    let mut parts = prefixes.chunks(at_once);
+    let with = |config: PeerConfigBuilder, part: &[&IpNet]| part.iter().fold(config, |c, p| c.add_allowed_ip(p.addr(), p.prefix_len()));
+    let first = with(first, parts.next().unwrap_or_default());
+    std::iter::once(first).chain(parts.map(|part| with(PeerConfigBuilder::new(&control_key(key)), part))).collect()
+}
+
+/// The kernel tells a peer with many prefixes in several parts, of which the first alone says more than the key (`uapi/linux/wireguard.h`,
+/// WG_CMD_GET_DEVICE).
+fn whole(parts: Vec<PeerInfo>) -> BTreeMap<PublicKey, PeerInfo> {
+    let mut peers: BTreeMap<PublicKey, PeerInfo> = BTreeMap::new();
+    for part in parts {
+        match peers.entry(public_key(&part.config.public_key)) {
+            Entry::Vacant(entry) => drop(entry.insert(part)),
+            Entry::Occupied(mut entry) => entry.get_mut().config.allowed_ips.extend(part.config.allowed_ips),
+        }
+    }
+    peers
 }
 
 /// A key as `wireguard-control` has it, which takes one only as text.
@@ -246,4 +284,57 @@ pub async fn remove(links: &Links) -> Result<bool, Error> {
         return Ok(true);
     }
     Ok(links.delete_device(names::TUNNEL).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use wireguard_control::AllowedIp;
+
+    use super::*;
+
+    fn prefixes(range: std::ops::Range<u8>) -> BTreeSet<IpNet> {
+        range.map(|n| format!("10.0.{n}.0/24").parse().expect("a prefix")).collect()
+    }
+
+    fn peer(allowed: BTreeSet<IpNet>) -> Peer {
+        Peer { endpoint: "192.0.2.1:51820".parse().ok(), allowed, keepalive: Some(15), alive: false }
+    }
+
+    fn told(updates: &[PeerConfigBuilder]) -> Vec<(bool, usize)> {
+        // Whether it replaces shows in the builder's text alone.
+        let replaces = |update: &PeerConfigBuilder| format!("{update:?}").contains("replace_allowed_ips: true");
+        updates.iter().map(|u| (replaces(u), u.clone().into_peer_config().allowed_ips.len())).collect()
+    }
+
+    #[test]
+    fn a_peer_with_many_prefixes_is_told_in_parts_and_only_the_first_replaces() {
+        let key = PublicKey([1; 32]);
+        assert_eq!(told(&updates(key, &peer(prefixes(0..250)), None, 100)), [(true, 100), (false, 100), (false, 50)]);
+        assert_eq!(told(&updates(key, &peer(prefixes(0..0)), None, 100)), [(true, 0)]);
+    }
+
+    #[test]
+    fn what_a_peer_has_already_stays_untouched_unless_something_is_taken_away() {
+        let key = PublicKey([1; 32]);
+        let have = peer(prefixes(0..150));
+        assert_eq!(told(&updates(key, &peer(prefixes(0..152)), Some(&have), 100)), [(false, 2)]);
+        assert_eq!(told(&updates(key, &peer(prefixes(1..152)), Some(&have), 100)), [(true, 100), (false, 51)]);
+    }
+
+    #[test]
+    fn a_peer_that_the_kernel_tells_in_parts_is_one() {
+        let part = |endpoint: Option<&str>, last: u8| {
+            let mut part = PeerInfo::from_public_key(control_key(PublicKey([1; 32])));
+            part.config.endpoint = endpoint.and_then(|text| text.parse().ok());
+            part.config.persistent_keepalive_interval = endpoint.map(|_| 15);
+            part.config.allowed_ips.push(AllowedIp { address: [10, 0, last, 0].into(), cidr: 24 });
+            part.stats.last_handshake_time = endpoint.map(|_| SystemTime::now());
+            part
+        };
+        let peers = whole(vec![part(Some("192.0.2.1:51820"), 1), part(None, 2), part(None, 3)]);
+        let tunnel = Tunnel { backend: Backend::Kernel, name: "wg0".parse().expect("a name") };
+        let seen = tunnel.peer(&peers[&PublicKey([1; 32])]);
+        assert_eq!(peers.len(), 1);
+        assert_eq!(seen, Peer { alive: true, ..peer(prefixes(1..4)) });
+    }
 }

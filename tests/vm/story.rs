@@ -9,7 +9,7 @@ use raven_common::Verdict;
 use raven_tests::agent::Agent;
 use raven_tests::probe::{self, Echo};
 use raven_tests::proof::{self, Check, FAMILIES};
-use raven_tests::{Lab, Node, eventually, kernel_log, offline as topology};
+use raven_tests::{Lab, Namespace, Node, eventually, kernel_log, offline as topology};
 
 /// Emulation carries little.
 const BULK: u64 = 4_000_000;
@@ -92,7 +92,7 @@ async fn tell(story: &mut Story, lab: &Lab, gateways: &[String], agents: &mut [A
     }
     story.note("programs are still attached once", attached(lab, gateways, true));
     let seen = twice(async || changed(lab, agents).await).await;
-    story.note(&format!("a prefix joins a pool and leaves it under {RATE} packets/s of others"), seen);
+    story.note(&format!("four hundred prefixes join a pool and leave it under {RATE} packets/s of others"), seen);
 
     if !has_tcx() {
         let name = "a filter with the last word at the first priority costs x-a the fast tier and nothing else";
@@ -185,30 +185,51 @@ async fn overtaken(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     Ok(format!("{carried} packets by overlay_ingress meanwhile"))
 }
 
-/// A prefix joins edge-y and leaves it again; what x-b and cloud-b say to each other does not suffer: the kernel's WireGuard changes what a
-/// peer may send while its session goes on.
+/// Four hundred prefixes join edge-y and leave it again; what x-b and cloud-b say to each other does not suffer: the kernel's WireGuard
+/// changes what a peer may send while its session goes on. It takes, and tells, a peer with so many in several parts only.
 async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
+    const MANY: u32 = 400;
     let (from, to) = (lab.pod("x-b"), lab.pod("cloud-b"));
     let before = topology::get(lab.node("x-b"))?;
-    let after = topology::with_prefix(&before, "edge-y", "192.168.77.0/24")?;
+    let after = topology::with_prefixes(&before, "edge-y", (0..MANY).map(|n| format!("172.{}.{}.0/24", 24 + n / 256, n % 256)))?;
     let flow = probe::Flow::start(&from.ns, &to.ns, to.v4.into(), RATE)?;
-    for (snapshot, there) in [(&after, true), (&before, false)] {
+    let gateway = lab.node("x-a");
+    for (snapshot, wanted) in [(&after, MANY), (&before, 0)] {
         for agent in agents.iter_mut() {
             topology::put(&agent.node, snapshot)?;
             agent.restart()?;
         }
-        eventually(Duration::from_secs(60), "every node has it in its map", || async {
+        eventually(Duration::from_secs(60), "every node has them in its map, and WireGuard", || async {
             for node in lab.nodes.iter().filter(|node| node.pool != "edge-y") {
                 let map = node.ns.sh("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/REMOTE4 | tr -d ' \\n'")?;
-                ensure!(map.contains("[192,168,77,0]") == there, "{}: {map}", node.name);
+                let count = map.matches("[172,24,").count() + map.matches("[172,25,").count();
+                ensure!(count == wanted as usize, "{}: {count}", node.name);
             }
+            let peer = gateway.ns.sh("wg show raven-wg0 allowed-ips | grep -o ' 172[.]2[45][.]' | wc -l")?;
+            ensure!(peer.trim() == wanted.to_string(), "the peer has {peer}");
             Ok(())
         })
         .await?;
+        settled(&gateway.ns).await?;
     }
     let report = flow.stop().await?;
     ensure!(report.lost == 0, "{report:?}");
-    Ok(format!("{} packets sent, 0 lost, longest gap {} ms", report.sent, report.longest_gap.as_millis()))
+    Ok(format!("{MANY} there and back, {} packets sent, 0 lost, longest gap {} ms", report.sent, report.longest_gap.as_millis()))
+}
+
+/// A run that has nothing to do does nothing: of what it finds, it puts back the one rule that is taken away.
+async fn settled(ns: &Namespace) -> Result<()> {
+    const PUT_BACK: &str = "raven_put_back_total";
+    let before = proof::metric(ns, PUT_BACK).await?.unwrap_or(0);
+    ns.run("ip", &["rule", "del", "pref", "100"])?;
+    let counted = eventually(Duration::from_secs(20), "the rule is back, and counted", || async {
+        let now = proof::metric(ns, PUT_BACK).await?.unwrap_or(0);
+        ensure!(now > before, "{now}");
+        Ok(now - before)
+    });
+    let counted = counted.await?;
+    ensure!(counted == 1, "{counted} things were put back, not one rule");
+    Ok(())
 }
 
 fn offline(more: &[&str]) -> Vec<String> {

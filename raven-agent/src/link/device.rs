@@ -79,7 +79,7 @@ impl Links {
         }
     }
 
-    /// Sees to it that `raven0` is there, and as it should be; gives its index.
+    /// Sees to it that `raven0` is there, and as it should be, all but its addresses; gives its index.
     pub async fn ensure_overlay(&self, want: &Overlay) -> Result<u32, Error> {
         let name = names::OVERLAY;
         let found = match self.find(name).await? {
@@ -100,7 +100,6 @@ impl Links {
             }
             self.change(name, LinkUnspec::new_with_index(found.index).mtu(want.mtu).arp(false).up().build()).await?;
         }
-        self.ensure_addresses(name, found.index, &want.addresses).await?;
         Ok(found.index)
     }
 
@@ -146,8 +145,9 @@ impl Links {
         Ok(true)
     }
 
-    async fn ensure_addresses(&self, name: &str, index: u32, want: &BTreeSet<IpNet>) -> Result<(), Error> {
-        let mut have = BTreeSet::new();
+    /// Gives a device of ours these addresses and no others; true if that was a change.
+    pub async fn ensure_addresses(&self, name: &str, index: u32, want: &BTreeSet<IpNet>) -> Result<bool, Error> {
+        let (mut have, mut changed) = (BTreeSet::new(), false);
         let mut stream = self.handle.address().get().set_link_index_filter(index).execute();
         while let Some(message) = stream.try_next().await.map_err(failed(format!("list addresses of {name}")))? {
             let ip = message.attributes.iter().find_map(|a| if let AddressAttribute::Address(ip) = a { Some(*ip) } else { None });
@@ -157,6 +157,7 @@ impl Links {
                 have.insert(address);
             } else {
                 self.handle.address().del(message).execute().await.map_err(failed(format!("remove address {address} from {name}")))?;
+                changed = true;
             }
         }
         for address in want.difference(&have) {
@@ -166,8 +167,9 @@ impl Links {
                 request.message_mut().header.flags |= netlink_packet_route::address::AddressHeaderFlags::Nodad;
             }
             request.execute().await.map_err(failed(format!("add address {address} to {name}")))?;
+            changed = true;
         }
-        Ok(())
+        Ok(changed)
     }
 }
 
@@ -187,9 +189,10 @@ fn quiet_ipv6(name: &str) {
 }
 
 /// What our own devices need: loose source checks (the effective value is the larger of `all` and this one, so 2 wins
-/// over a strict `all`) and forwarding, for what the fast path leaves to the stack. Gives what could not be set.
+/// over a strict `all`), forwarding, for what the fast path leaves to the stack, and IPv6 also on a node that has it switched off: its own
+/// devices are its owner's matter, other pools' pods are reached by ours. Gives what could not be set.
 pub fn set_sysctls(name: &str) -> Vec<String> {
-    let wanted = [("ipv4", "rp_filter", "2"), ("ipv4", "forwarding", "1"), ("ipv6", "forwarding", "1")];
+    let wanted = [("ipv4", "rp_filter", "2"), ("ipv4", "forwarding", "1"), ("ipv6", "disable_ipv6", "0"), ("ipv6", "forwarding", "1")];
     let mut problems = Vec::new();
     for (family, key, value) in wanted {
         let path = format!("/proc/sys/net/{family}/conf/{name}/{key}");

@@ -13,6 +13,10 @@ use crate::proxy::stats::Stats;
 /// How long a client may take to say what it wants.
 const HEAD: Duration = Duration::from_secs(5);
 
+/// A run takes seconds, and the next one comes within half a minute: one that has not ended by then waits for what will never come.
+/// Starting anew costs no packet.
+const STUCK: Duration = Duration::from_secs(300);
+
 /// Serves all paths on `address` until the process ends. An address that is taken is logged: no reason not to forward.
 pub async fn serve(address: SocketAddr, latest: watch::Receiver<Latest>, drops: Drops, proxy: Stats) {
     let listener = match bind(address).await {
@@ -54,7 +58,12 @@ async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
 fn answer<B>(request: &Request<B>, latest: &watch::Receiver<Latest>, drops: &Drops, proxy: &Stats) -> Response<Full<Bytes>> {
     let report = latest.borrow().as_ref().map(|(report, _)| report.clone());
     match request.uri().path() {
-        "/healthz" => text(StatusCode::OK, "ok\n".to_owned()),
+        "/healthz" => match report.map(|r| r.ended.elapsed()).filter(|age| *age > STUCK) {
+            None => text(StatusCode::OK, "ok\n".to_owned()),
+            Some(age) => {
+                text(StatusCode::SERVICE_UNAVAILABLE, format!("the run that began {} s ago does not end: start me anew\n", age.as_secs()))
+            }
+        },
         "/readyz" => match report {
             None => text(StatusCode::SERVICE_UNAVAILABLE, "waiting for the topology\n".to_owned()),
             Some(r) if r.failures.is_empty() => text(StatusCode::OK, "ok\n".to_owned()),

@@ -44,12 +44,12 @@ pub fn get(node: &Node) -> Result<Value> {
     serde_json::from_slice(&text).with_context(|| format!("{} is JSON", path.display()))
 }
 
-/// The same with one more prefix of a pool's first node.
-pub fn with_prefix(snapshot: &Value, gateway: &str, prefix: &str) -> Result<Value> {
+/// The same with more prefixes of a pool's first node.
+pub fn with_prefixes(snapshot: &Value, gateway: &str, prefixes: impl IntoIterator<Item = String>) -> Result<Value> {
     let mut changed = snapshot.clone();
     let gateways = changed["gateways"].as_array_mut().context("a list of Gateways")?;
     let one = gateways.iter_mut().find(|g| g["metadata"]["name"] == gateway).with_context(|| format!("Gateway {gateway}"))?;
-    one["status"]["nodes"][0]["subnets"].as_array_mut().context("a list of prefixes")?.push(prefix.into());
+    one["status"]["nodes"][0]["subnets"].as_array_mut().context("a list of prefixes")?.extend(prefixes.into_iter().map(Value::from));
     Ok(changed)
 }
 
