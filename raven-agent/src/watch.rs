@@ -2,7 +2,7 @@
 //!
 //! Never Nodes or Pods: what ten thousand agents cost the API server stays small.
 
-use std::{fmt::Debug, net::IpAddr, time::Duration};
+use std::{collections::BTreeSet, fmt::Debug, net::IpAddr, time::Duration};
 
 use futures::{
     StreamExt, TryStreamExt,
@@ -11,6 +11,7 @@ use futures::{
 use k8s_openapi::api::{core::v1::ConfigMap, discovery::v1::EndpointSlice};
 use kube::{
     Api, Client, Resource,
+    core::{DeserializeGuard, error_boundary::InvalidObject},
     runtime::{WatchStreamExt, reflector, watcher},
 };
 use raven_api::{
@@ -45,11 +46,12 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
     let configs: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), "default");
     let (gateways, a) = reflected("Gateways", Api::<Gateway>::all(client.clone()), all());
-    let (nodes, b) = reflected("GatewayNodes", Api::<GatewayNode>::all(client), all());
+    let (nodes, b) = reflected("GatewayNodes", Api::<DeserializeGuard<GatewayNode>>::all(client), all());
     let (switches, c) = reflected(SWITCHES, configs.clone(), named(SWITCHES));
     let (agent, d) = reflected(AGENT_CONFIG, configs.clone(), named(AGENT_CONFIG));
     let (ca, e) = reflected(CA_NAME, configs, named(CA_NAME));
     let (api_servers, f) = reflected(API_SERVERS, slices, named("kubernetes"));
+    let mut said = BTreeSet::new();
     let mut waiting = vec!["Gateways", "GatewayNodes", SWITCHES, AGENT_CONFIG, CA_NAME];
     let mut events = stream::select_all([a, b, c, d, e, f]);
     while let Some(seen) = events.next().await {
@@ -61,7 +63,7 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
         // looked at with everything else.
         let end = Instant::now() + BURST;
         while let Ok(Some(_)) = timeout_at(end.min(Instant::now() + SETTLE), events.next()).await {}
-        let (gateways, nodes) = (listed(&gateways), listed(&nodes));
+        let (gateways, nodes) = (listed(&gateways), readable(listed(&nodes), &mut said));
         let data = |store: &reflector::Store<ConfigMap>| store.state().first().and_then(|c| c.data.clone()).unwrap_or_default();
         let inputs = snapshot::lean(&Inputs {
             api_servers: api_servers.state().iter().flat_map(|slice| addresses(slice)).collect(),
@@ -90,6 +92,29 @@ fn listed<K: Resource<DynamicType = ()> + Clone + 'static>(store: &reflector::St
     store.state().iter().map(|object| (**object).clone()).collect()
 }
 
+/// Nodes write these themselves, and the API server lets more pass for a time than we can read: what one of them (stolen, say) writes must
+/// not blind all others. `said`: which ones have been complained of.
+fn readable(nodes: Vec<DeserializeGuard<GatewayNode>>, said: &mut BTreeSet<String>) -> Vec<GatewayNode> {
+    let mut broken = BTreeSet::new();
+    let mut read = Vec::new();
+    for node in nodes {
+        match node.0 {
+            Ok(node) => read.push(node),
+            Err(InvalidObject { error, metadata }) => {
+                let name = metadata.name.unwrap_or_default();
+                if !said.contains(&name) {
+                    tracing::warn!(
+                        "GatewayNode {name} cannot be read and is left out: {error}; its node wrote that: see what became of it"
+                    );
+                }
+                broken.insert(name);
+            }
+        }
+    }
+    *said = broken;
+    read
+}
+
 fn reflected<K>(what: &'static str, api: Api<K>, config: watcher::Config) -> (reflector::Store<K>, BoxStream<'static, Seen>)
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
@@ -108,4 +133,27 @@ where
         })
         .boxed();
     (store, events)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_one_node_writes_does_not_blind_the_others() {
+        let node = |name: &str, handshake: &str| {
+            let object = serde_json::json!({
+                "apiVersion": "raven.openyurt.io/v1beta1", "kind": "GatewayNode", "metadata": { "name": name }, "spec": { "gateway": "x", "version": "1" },
+                "status": { "peers": [{ "nodeName": "y", "gateway": "y", "lastHandshake": handshake }] },
+            });
+            serde_json::from_value::<DeserializeGuard<GatewayNode>>(object).expect("never an error")
+        };
+        // Both pass the API server's check of the format.
+        let list =
+            vec![node("good", "2026-01-01T00:00:00Z"), node("bad", "2026-01-01T00:00:00+99:99"), node("worse", "2026-01-01T00:00:00ZTx")];
+        let mut said = BTreeSet::new();
+        let read = readable(list, &mut said);
+        assert_eq!(read.iter().map(|n| n.metadata.name.as_deref()).collect::<Vec<_>>(), [Some("good")]);
+        assert_eq!(said, BTreeSet::from(["bad".to_owned(), "worse".to_owned()]));
+    }
 }

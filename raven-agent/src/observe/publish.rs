@@ -30,8 +30,11 @@ use crate::{
 
 /// How often peers are looked at.
 const PERIOD: Duration = Duration::from_secs(10);
-/// How often the status is written though nothing changed but handshakes: they are for people, not for machines.
-const REFRESH: Duration = Duration::from_secs(300);
+/// How often the status is written though nothing changed but handshakes: they are for people, and every agent of the cluster is told.
+const REFRESH: Duration = Duration::from_secs(1800);
+/// How often where only peers changed, for each of them, and at most: of a thousand sites one always comes or goes, and the list is long.
+const PEER: Duration = Duration::from_millis(100);
+const PEERS: Duration = Duration::from_secs(60);
 
 /// What the reconciler tells everybody after a run.
 pub type Latest = Option<(Arc<Report>, Option<Tunnel>)>;
@@ -113,8 +116,8 @@ impl Publisher {
         let verdicts = self.verdicts(report, &seen, proxied.as_ref(), Instant::now());
         let proxy = proxied.map(|proxied| proxied.status);
         let status = status(report, &seen, proxy, condition::merge(&old, &verdicts, None, Timestamp::now()), Timestamp::now());
-        let due = self.written.is_none_or(|t| t.elapsed() > REFRESH);
-        if due || self.status.as_ref().map(without_handshakes) != Some(without_handshakes(&status)) {
+        let age = self.written.map_or(Duration::MAX, |written| written.elapsed());
+        if age > self.status.as_ref().map_or(Duration::ZERO, |old| patience(old, &status)) {
             self.publish_status(status).await?;
         }
         Ok(())
@@ -228,8 +231,44 @@ fn verdict(report: &Report) -> Verdict {
     Verdict { type_: ConditionType::Ready, ok, reason, message }
 }
 
-fn without_handshakes(status: &GatewayNodeStatus) -> GatewayNodeStatus {
-    let mut status = status.clone();
-    status.peers.iter_mut().for_each(|p| p.last_handshake = None);
-    status
+/// How old `old` may become where `new` is what would be written.
+fn patience(old: &GatewayNodeStatus, new: &GatewayNodeStatus) -> Duration {
+    let without_handshakes = |status: &GatewayNodeStatus| {
+        let mut status = status.clone();
+        status.peers.iter_mut().for_each(|p| p.last_handshake = None);
+        status
+    };
+    let without_peers = |status: &GatewayNodeStatus| GatewayNodeStatus { peers: Vec::new(), peer_summary: None, ..status.clone() };
+    match (without_handshakes(old), without_handshakes(new)) {
+        (old, new) if old == new => REFRESH,
+        (old, new) if without_peers(&old) == without_peers(&new) => PEERS.min(PEER * u32::try_from(new.peers.len()).unwrap_or(u32::MAX)),
+        _ => Duration::ZERO,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(peers: usize, live: usize) -> GatewayNodeStatus {
+        let peer = |n: usize| PeerStatus {
+            node_name: format!("n{n}"),
+            gateway: "site".to_owned(),
+            observed_endpoint: Some(format!("192.0.2.1:{n}")),
+            last_handshake: Some(Time(Timestamp::UNIX_EPOCH)),
+        };
+        GatewayNodeStatus { peer_summary: Some(format!("{live}/{peers}")), peers: (0..peers).map(peer).collect(), ..Default::default() }
+    }
+
+    #[test]
+    fn what_matters_is_written_at_once_peers_by_their_number_and_handshakes_rarely() {
+        let old = status(2, 2);
+        let mut shaken = old.clone();
+        shaken.peers[0].last_handshake = Some(Time(Timestamp::MAX));
+        assert_eq!(patience(&old, &shaken), REFRESH);
+        assert_eq!(patience(&old, &status(2, 1)), 2 * PEER, "a small cluster sees it at once");
+        assert_eq!(patience(&status(5000, 1), &status(5000, 2)), PEERS);
+        let other_tier = GatewayNodeStatus { dataplane_tier: Some("tc".to_owned()), ..status(2, 1) };
+        assert_eq!(patience(&old, &other_tier), Duration::ZERO);
+    }
 }

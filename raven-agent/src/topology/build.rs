@@ -142,7 +142,7 @@ impl Builder {
             self.problem(format!("Gateway {gateway}: node {node}: {prefix} can be no pod prefix"));
             return None;
         }
-        if let Some((other, owner)) = overlapping(&self.taken, &prefix) {
+        if let Some((other, owner)) = overlapping(&self.taken, &prefix, gateway) {
             self.problem(format!("Gateway {gateway}: node {node}: {prefix} overlaps {other} of Gateway {owner}; it is left out"));
             return None;
         }
@@ -204,7 +204,9 @@ fn proxies(pool: &Pool, active: &[Endpoint], ready: &BTreeSet<String>) -> BTreeM
     on.filter_map(|endpoint| {
         let outer = pool.members.get(&endpoint.node_name)?.outer;
         let text = |value: Option<&String>| value.filter(|v| !v.is_empty()).cloned();
-        let host = text(endpoint.public_ip.as_ref()).or_else(|| text(endpoint.config.get(CONFIG_HOSTNAME)));
+        // A certificate has the address itself, so of its ways to be written one.
+        let canonical = |text: String| text.parse::<IpAddr>().map_or(text, |address| address.to_string());
+        let host = text(endpoint.public_ip.as_ref()).map(canonical).or_else(|| text(endpoint.config.get(CONFIG_HOSTNAME)));
         // A LAN-only installation: the node's own address is the public one.
         let host = pool.exposed.then(|| host.unwrap_or_else(|| outer.to_string()));
         let dial = host.map(|host| (host, endpoint.dialled_port()));
@@ -234,14 +236,17 @@ fn is_routable(prefix: &IpNet) -> bool {
     }
 }
 
-/// A prefix of `taken` that overlaps `prefix`: either holds it, or lies inside it.
-fn overlapping<'a>(taken: &'a BTreeMap<IpNet, String>, prefix: &IpNet) -> Option<(&'a IpNet, &'a String)> {
-    let holder = (0..=prefix.prefix_len()).rev().find_map(|len| {
+/// A prefix of `taken` for whose sake `gateway` cannot have `prefix`: the same one, or another Gateway's that holds it or lies inside it.
+/// Inside one Gateway the longest match tells them apart, as the controller has it.
+fn overlapping<'a>(taken: &'a BTreeMap<IpNet, String>, prefix: &IpNet, gateway: &str) -> Option<(&'a IpNet, &'a String)> {
+    let in_the_way = |(other, owner): &(&IpNet, &String)| *other == prefix || *owner != gateway;
+    let mut holders = (0..=prefix.prefix_len()).rev().filter_map(|len| {
         let wider = IpNet::new(prefix.addr(), len).ok()?.trunc();
         taken.get_key_value(&wider)
     });
     // Canonical prefixes sort by address first, so those inside `prefix` follow it at once.
-    holder.or_else(|| taken.range(*prefix..).take_while(|(p, _)| prefix.contains(&p.addr())).find(|(p, _)| prefix.contains(*p)))
+    let mut inside = taken.range(*prefix..).take_while(|(p, _)| prefix.contains(&p.addr())).filter(|(p, _)| prefix.contains(*p));
+    holders.find(in_the_way).or_else(|| inside.find(in_the_way))
 }
 
 #[cfg(test)]
@@ -255,7 +260,7 @@ mod tests {
     #[test]
     fn overlap_is_found_in_both_directions_and_not_between_neighbours() {
         let t = taken(&["10.0.0.0/24", "10.0.2.0/24", "fd00::/64"]);
-        let overlaps = |p: &str| overlapping(&t, &p.parse().expect("a prefix")).is_some();
+        let overlaps = |p: &str| overlapping(&t, &p.parse().expect("a prefix"), "ours").is_some();
         assert!(overlaps("10.0.0.0/24"));
         assert!(overlaps("10.0.0.128/25"));
         assert!(overlaps("10.0.0.0/16"));
@@ -264,6 +269,22 @@ mod tests {
         assert!(!overlaps("10.0.3.0/24"));
         assert!(overlaps("fd00::/48"));
         assert!(!overlaps("fd01::/48"));
+    }
+
+    #[test]
+    fn one_gateways_prefixes_may_nest_but_not_around_another_ones() {
+        let mut t = taken(&["10.0.0.0/16", "10.2.0.0/24"]);
+        t.insert("10.0.1.0/24".parse().expect("a prefix"), "other".to_owned());
+        t.insert("10.0.2.0/24".parse().expect("a prefix"), "other".to_owned());
+        let overlaps = |p: &str| overlapping(&t, &p.parse().expect("a prefix"), "other").is_some();
+        assert!(!overlaps("10.0.3.0/24"), "inside its own /16");
+        assert!(!overlaps("10.0.0.0/12"), "around its own");
+        assert!(overlaps("10.0.1.0/24"), "the same one, of another node");
+        t.insert("10.3.0.0/24".parse().expect("a prefix"), "third".to_owned());
+        let conflict = overlapping(&t, &"10.0.0.0/8".parse().expect("a prefix"), "other");
+        assert_eq!(conflict.map(|(_, owner)| owner.as_str()), Some("third"), "found behind its own");
+        let conflict = overlapping(&t, &"10.0.1.128/25".parse().expect("a prefix"), "third");
+        assert_eq!(conflict.map(|(_, owner)| owner.as_str()), Some("other"));
     }
 
     #[test]
