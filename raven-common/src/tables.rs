@@ -149,9 +149,10 @@ pub struct Handshakes {
 }
 
 /// Handshake initiations that one source address may send within a window. A peer sends one in five seconds while it has no
-/// session; this leaves room for some dozens of peers behind one address (CGNAT). What comes from many addresses at once
-/// is WireGuard's own business (cookies, whitepaper §5.3): a limit over all sources would lock roaming peers out.
-pub const MAX_HANDSHAKES: u64 = 32;
+/// session; this leaves room for two thousand peers behind one address (CGNAT), and somebody who floods by a peer's address has to send
+/// as many as cost WireGuard a twentieth of a core (some 100 µs each) before they are in that peer's way. What comes from many addresses
+/// at once is WireGuard's own business (cookies, whitepaper §5.3): a limit over all sources would lock roaming peers out.
+pub const MAX_HANDSHAKES: u64 = 512;
 
 /// `EVENTS`: a dropped packet, for a person to look at. A sample: at most one per CPU in [`SAMPLE_PERIOD_NS`].
 #[repr(C)]
