@@ -33,6 +33,9 @@ use crate::{
 
 /// A run without a change, to find what no notification told (a map that somebody else changed, say).
 const RESYNC: Duration = Duration::from_secs(30);
+/// How long the API server may say nothing at all on a connection that it owes an answer: a server that is gone would be waited for for
+/// ever. Watches have a bookmark about once a minute.
+const SILENCE: Duration = Duration::from_secs(90);
 /// Changes within this time are one.
 const SETTLE: Duration = Duration::from_millis(100);
 
@@ -122,13 +125,14 @@ async fn connect(config: &Run) -> Result<(Option<Client>, Option<IpNet>)> {
     if config.offline {
         return Ok((None, None));
     }
-    let cluster = match &config.kubeconfig {
+    let mut cluster = match &config.kubeconfig {
         Some(path) => {
             let file = Kubeconfig::read_from(path).with_context(|| format!("read kubeconfig {}", path.display()))?;
             kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?
         }
         None => kube::Config::incluster().context("no --kubeconfig, and not in a pod with a service account")?,
     };
+    (cluster.read_timeout, cluster.reset_reader_on_write) = (Some(SILENCE), true);
     let server = cluster.cluster_url.host().and_then(|h| h.trim_matches(['[', ']']).parse().ok()).map(|ip: std::net::IpAddr| ip.into());
     Ok((Some(Client::try_from(cluster)?), server))
 }

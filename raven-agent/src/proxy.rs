@@ -25,7 +25,7 @@ mod waiting;
 
 use std::{
     collections::BTreeMap,
-    net::{Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -96,7 +96,10 @@ pub fn listen_transparently() -> std::io::Result<std::net::TcpListener> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Part {
     Gate(u16),
-    Entrance(Kind),
+    /// By name, at this address.
+    Entrance(Kind, SocketAddr),
+    /// By address: the one listener that the program hands connections to.
+    Dialled,
     Dialler,
 }
 
@@ -136,7 +139,7 @@ impl Proxy {
             let mut failures = self.run_parts(&plan, &wires, &mut running).await;
             failures.extend(problem.borrow_and_update().clone());
             // Whoever is sent here by the Service finds every port; by address is L3's neighbour, and said by it.
-            let needed = parts(&plan, false);
+            let needed = self.parts(&plan, false);
             let ready = identity.borrow_and_update().is_some() && needed.iter().all(|part| running.contains_key(part));
             let status = status(&plan.role, ready, &up.borrow_and_update(), failures);
             let dials = if let Role::Edge(clouds) = &plan.role { clouds.len() } else { 0 };
@@ -154,14 +157,14 @@ impl Proxy {
 
     /// Starts what should run and does not, ends what should not; gives what could not be started.
     async fn run_parts(&self, plan: &Plan, wires: &Wires, running: &mut BTreeMap<Part, Task>) -> Vec<String> {
-        let parts = parts(plan, self.dialled.is_some());
+        let parts = self.parts(plan, self.dialled.is_some());
         running.retain(|part, task| parts.contains(part) && !task.0.is_finished());
         let mut failures = Vec::new();
         for part in parts {
             if running.contains_key(&part) {
                 continue;
             }
-            match self.start(part, plan, wires).await {
+            match self.start(part, wires).await {
                 Ok(task) => drop(running.insert(part, Task(task))),
                 Err(e) => failures.push(e),
             }
@@ -169,18 +172,25 @@ impl Proxy {
         failures
     }
 
-    async fn start(&self, part: Part, now: &Plan, wires: &Wires) -> Result<JoinHandle<()>, String> {
+    async fn start(&self, part: Part, wires: &Wires) -> Result<JoinHandle<()>, String> {
         let (plan, stats) = (wires.plan.subscribe(), self.stats.clone());
         Ok(match part {
             Part::Gate(port) => {
                 // From everywhere: this is what sites dial.
-                let listener = self.listen(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port)).await?;
+                let listener = listen(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port)).await?;
                 let gate = Gate { plan, identity: wires.identity.subscribe(), tunnels: wires.tunnels.clone(), stats };
                 tokio::spawn(gate.run(listener))
             }
-            Part::Entrance(kind) => {
-                let listener = self.entrance(kind, now).await?;
+            Part::Entrance(kind, address) => {
+                let listener = listen(address).await?;
                 tokio::spawn(Entrance { plan, tunnels: wires.tunnels.clone(), stats }.run(listener, kind))
+            }
+            Part::Dialled => {
+                let listener = self.dialled.as_ref().ok_or_else(|| "there is no listener for connections by address".to_owned())?;
+                // Another handle of the same socket: it is the one that the program hands connections to.
+                let handle = listener.try_clone().and_then(TcpListener::from_std);
+                let listener = handle.map_err(|e| format!("use the listener for connections by address: {e}"))?;
+                tokio::spawn(Entrance { plan, tunnels: wires.tunnels.clone(), stats }.run(listener, Kind::Dialled))
             }
             Part::Dialler => {
                 let (clouds, identity) = (wires.clouds.subscribe(), wires.identity.subscribe());
@@ -189,40 +199,41 @@ impl Proxy {
         })
     }
 
-    async fn entrance(&self, kind: Kind, plan: &Plan) -> Result<TcpListener, String> {
+    fn parts(&self, plan: &Plan, dialled: bool) -> Vec<Part> {
         // `:PORT` is the node's own address, as upstream has it: what the Service's endpoints are. A gateway node may be on the internet,
         // and a kubelet's read-only port asks nobody who he is.
-        let here = |address: SocketAddr, port: u16| match (address.ip(), plan.directory.address_of(&self.settings.node)) {
+        let own = plan.directory.address_of(&self.settings.node).filter(|own| is_here(*own));
+        let here = |address: SocketAddr, port: u16| match (address.ip(), own) {
             (ip, Some(own)) if ip == Ipv6Addr::UNSPECIFIED => SocketAddr::new(own, port),
             (ip, _) => SocketAddr::new(ip, port),
         };
-        let by_name = match kind {
-            Kind::Secure(KUBELET_PORT) => here(self.settings.secure, self.settings.secure.port()),
-            Kind::Secure(port) => here(self.settings.secure, secure_listener(port)),
-            Kind::Insecure => here(self.settings.insecure, self.settings.insecure.port()),
-            Kind::Dialled => {
-                let listener = self.dialled.as_ref().ok_or_else(|| "there is no listener for connections by address".to_owned())?;
-                // Another handle of the same socket: it is the one that the program hands connections to.
-                let handle = listener.try_clone().and_then(TcpListener::from_std);
-                return handle.map_err(|e| format!("use the listener for connections by address: {e}"));
+        match &plan.role {
+            Role::None => Vec::new(),
+            Role::Edge(_) => vec![Part::Dialler],
+            Role::Cloud { port, .. } => {
+                let secure = plan.directory.ports.https.iter().map(|port| {
+                    let listener = if *port == KUBELET_PORT { self.settings.secure.port() } else { secure_listener(*port) };
+                    Part::Entrance(Kind::Secure(*port), here(self.settings.secure, listener))
+                });
+                let insecure = Part::Entrance(Kind::Insecure, here(self.settings.insecure, self.settings.insecure.port()));
+                [Part::Gate(*port), insecure].into_iter().chain(dialled.then_some(Part::Dialled)).chain(secure).collect()
             }
-        };
-        self.listen(by_name).await
+        }
     }
+}
 
-    async fn listen(&self, address: SocketAddr) -> Result<TcpListener, String> {
-        let everywhere = (Ipv6Addr::UNSPECIFIED, address.port());
-        let bound = match TcpListener::bind(address).await {
-            // The Node's InternalIP is on a box in front of this one (`--node-ip`).
-            Err(e) if e.kind() == std::io::ErrorKind::AddrNotAvailable && !address.ip().is_unspecified() => {
-                TcpListener::bind(everywhere).await
-            }
-            // `[::]` needs IPv6 in the kernel; without it, all of IPv4.
-            Err(_) if address.ip().is_unspecified() && address.is_ipv6() => TcpListener::bind(("0.0.0.0", address.port())).await,
-            bound => bound,
-        };
-        bound.map_err(|e| format!("listen on TCP port {}: {e} (does another program use it? `ss -ltnp`)", address.port()))
-    }
+/// Whether this machine has the address; the Node's InternalIP may be on a box in front of it (`--node-ip`).
+fn is_here(address: IpAddr) -> bool {
+    std::net::UdpSocket::bind((address, 0)).is_ok()
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, String> {
+    let bound = match TcpListener::bind(address).await {
+        // `[::]` needs IPv6 in the kernel; without it, all of IPv4.
+        Err(_) if address.ip().is_unspecified() && address.is_ipv6() => TcpListener::bind(("0.0.0.0", address.port())).await,
+        bound => bound,
+    };
+    bound.map_err(|e| format!("listen on TCP port {}: {e} (does another program use it? `ss -ltnp`)", address.port()))
 }
 
 /// What joins the parts: each is written in one place and followed in others.
@@ -275,18 +286,6 @@ fn purpose(plan: &Plan) -> Purpose {
         Role::None => Purpose::None,
         Role::Edge(_) => Purpose::Client(plan.uid.clone()),
         Role::Cloud { names, .. } => Purpose::Server(names.clone()),
-    }
-}
-
-fn parts(plan: &Plan, dialled: bool) -> Vec<Part> {
-    match &plan.role {
-        Role::None => Vec::new(),
-        Role::Edge(_) => vec![Part::Dialler],
-        Role::Cloud { port, .. } => {
-            let secure = plan.directory.ports.https.iter().map(|port| Part::Entrance(Kind::Secure(*port)));
-            let dialled = dialled.then_some(Part::Entrance(Kind::Dialled));
-            [Part::Gate(*port), Part::Entrance(Kind::Insecure)].into_iter().chain(dialled).chain(secure).collect()
-        }
     }
 }
 

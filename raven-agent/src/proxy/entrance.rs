@@ -107,7 +107,17 @@ impl Entrance {
 
     /// The bytes are nobody's business but the node's: what was dialled says where they go.
     async fn dialled(&self, mut client: TcpStream, from: SocketAddr, place: Place) {
-        drop(place);
+        // TLS and HTTP both begin with the client. Who says nothing holds a place here, which is given away, not one of the site's streams.
+        let mut byte = [0];
+        let spoke = tokio::select! {
+            spoke = timeout(limits::HEAD, client.peek(&mut byte)) => spoke,
+            () = place.over.cancelled() => return,
+        };
+        match spoke {
+            Ok(Ok(n)) if n > 0 => drop(place),
+            Ok(_) => return,
+            Err(_) => return self.turn_away(&mut client, from, Refusal::Slow, &[], "not a byte in time").await,
+        }
         let Ok(to) = client.local_addr() else { return };
         let found = self.plan.borrow().directory.by_address(to.ip().to_canonical(), to.port()).cloned();
         match found {

@@ -42,7 +42,9 @@ pub(super) async fn serve(entrance: Entrance, client: TcpStream, place: Place) {
         async move { Ok::<_, Infallible>(answer(&entrance, request).await) }
     });
     let mut builder = hyper::server::conn::http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(limits::HEAD).half_close(true);
+    // A client that ends its half has lost interest, as Go's servers have it, too: with `half_close` a node that never answers would be
+    // waited for long after the last client has given up.
+    builder.timer(TokioTimer::new()).header_read_timeout(limits::HEAD).half_close(false);
     tokio::select! {
         // A client that goes away, or speaks no HTTP, has been told by hyper.
         _ = builder.serve_connection(TokioIo::new(client), service) => {}

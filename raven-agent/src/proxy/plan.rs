@@ -168,7 +168,7 @@ pub fn plan(topology: &Topology, me: &str, present: Option<Ipv4Addr>) -> Plan {
     Plan { role, uid, directory: directory(topology, own_pool), detour: detour(topology, pool, me, present) }
 }
 
-/// Addresses of this pool's own nodes are never taken.
+/// Addresses of nodes that can be reached directly, and the API server's, are never taken, whatever a node at an edge says its own is.
 fn detour(topology: &Topology, own: &Pool, me: &str, present: Option<Ipv4Addr>) -> Option<Detour> {
     if !own.exposed {
         return None;
@@ -184,7 +184,9 @@ fn detour(topology: &Topology, own: &Pool, me: &str, present: Option<Ipv4Addr>) 
             DetourTo::Gateway(nearest)
         }
     };
-    let taken: BTreeSet<Ipv4Addr> = own.members.values().map(|member| member.outer).collect();
+    let exposed = topology.pools.values().filter(|pool| pool.exposed).flat_map(|pool| pool.members.values()).map(|member| member.outer);
+    let api_servers = topology.api_servers.iter().filter_map(|address| if let IpAddr::V4(v4) = address { Some(*v4) } else { None });
+    let taken: BTreeSet<Ipv4Addr> = exposed.chain(api_servers).collect();
     let mut nodes: BTreeMap<Ipv4Addr, Vec<(String, String)>> = BTreeMap::new();
     for (name, pool) in topology.pools.iter().filter(|(_, pool)| !pool.exposed) {
         for (node, member) in pool.members.iter().filter(|(_, member)| !taken.contains(&member.outer)) {
@@ -268,6 +270,22 @@ mod tests {
         assert!(!here.nodes.contains_key(&Ipv4Addr::new(10, 0, 0, 2)), "its own pool");
         assert_eq!(plan(&topology, "c2", None).detour.map(|d| d.to), Some(DetourTo::Gateway([10, 0, 0, 1].into())));
         assert_eq!(plan(&topology, "x1", None).detour, None);
+    }
+
+    #[test]
+    fn an_edge_that_calls_itself_by_another_machines_address_gets_none_of_its_traffic() {
+        let mut topology = topology();
+        topology.pools.insert("cloud-2".to_owned(), pool(true, &[("d1", [10, 9, 0, 1])], "d1"));
+        topology.api_servers.insert([10, 9, 9, 9].into());
+        let edge = topology.pools.get_mut("edge-x").expect("it is there");
+        for (name, address) in [("x3", [10, 9, 0, 1]), ("x4", [10, 9, 9, 9]), ("x5", [10, 1, 0, 5])] {
+            edge.members.insert(name.to_owned(), Member { outer: address.into(), prefixes: BTreeSet::new() });
+        }
+        let nodes = plan(&topology, "c1", None).detour.expect("a gateway node").nodes;
+        let taken = |address: [u8; 4]| nodes.contains_key(&Ipv4Addr::from(address));
+        assert!(!taken([10, 9, 0, 1]), "another exposed pool's");
+        assert!(!taken([10, 9, 9, 9]), "the API server's");
+        assert!(taken([10, 1, 0, 5]));
     }
 
     #[test]
