@@ -32,7 +32,8 @@ where
     }
 }
 
-fn patience() -> f64 {
+/// What deadlines and upper bounds are multiplied by: `RAVEN_TEST_PATIENCE`, 1 when left out.
+pub fn patience() -> f64 {
     let factor = std::env::var("RAVEN_TEST_PATIENCE").ok().and_then(|v| v.parse().ok());
     factor.filter(|f: &f64| f.is_finite() && *f > 0.0).unwrap_or(1.0)
 }

@@ -39,7 +39,7 @@ pub mod site;
 pub mod teardown;
 mod wire;
 
-pub use eventually::eventually;
+pub use eventually::{eventually, patience};
 pub use namespace::Namespace;
 pub use site::{Forward, Masquerade, MasqueradeBy, Nat, Node, Pod, Pool, PoolSpec, Protocol, Site};
 pub use teardown::{down, down_all, labs};

@@ -11,12 +11,18 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
 use sha2::{Digest, Sha256};
 
 use crate::namespace::Namespace;
 
 /// How long servers wait before they look whether they are still wanted.
 const TICK: Duration = Duration::from_millis(100);
+/// What a flow's receiver may have waiting, bytes. The default holds some two hundred packets: a stall of the test's own thread would
+/// be taken for packets that were lost on the way. This is ten seconds of the fastest flow.
+const RECEIVE_BUFFER: usize = 8 << 20;
+/// How many packets a flow's sender that woke up late sends at once, at most: more might fill a queue on the way, by our own fault.
+const BURST: u32 = 100;
 
 /// One ICMP echo. `None`: no answer within a second. Else the TTL or hop limit of the answer.
 pub async fn ping(from: &Namespace, to: IpAddr) -> Result<Option<u8>> {
@@ -306,6 +312,7 @@ impl Flow {
     pub fn start(from: &Namespace, to: &Namespace, address: IpAddr, per_second: u32) -> Result<Self> {
         ensure!(per_second > 0, "a flow needs a rate");
         let socket = to.within(move || UdpSocket::bind((address, 0)))??;
+        setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER).context("give the flow's receiver a large buffer")?;
         let target = socket.local_addr()?;
         socket.set_read_timeout(Some(TICK))?;
         let out = from.within(move || -> std::io::Result<_> {
@@ -337,13 +344,15 @@ impl Flow {
 }
 
 fn pace(socket: &UdpSocket, per_second: u32, stop: &AtomicBool) -> Result<u64> {
-    let start = Instant::now();
+    let mut start = Instant::now();
     let mut payload = [0; 64];
     let mut sent = 0_u64;
+    let arrears = Duration::from_secs_f64(f64::from(BURST) / f64::from(per_second));
     while !stop.load(Ordering::Relaxed) {
-        // By the clock and not by the pause: a late wake-up is caught up with.
+        // By the clock and not by the pause: a late wake-up is caught up with, as far as one burst goes. The rest is never sent.
         let due = start + Duration::from_secs_f64(sent as f64 / f64::from(per_second));
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        start += due.elapsed().saturating_sub(arrears);
         payload[..8].copy_from_slice(&sent.to_be_bytes());
         // What the stack refuses (no route, an ICMP error of an earlier one) is lost like what the wire loses.
         let _ = socket.send(&payload);
@@ -353,7 +362,8 @@ fn pace(socket: &UdpSocket, per_second: u32, stop: &AtomicBool) -> Result<u64> {
 }
 
 fn collect(socket: &UdpSocket, done: &AtomicBool) -> Arrived {
-    const QUIET: Duration = Duration::from_millis(500);
+    // Longer than a busy machine keeps the last packets somewhere on the way.
+    const QUIET: Duration = Duration::from_secs(2);
     let mut arrived = Arrived::default();
     let (mut highest, mut last) = (0, None::<Instant>);
     let mut buffer = [0; 2048];
