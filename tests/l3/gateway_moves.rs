@@ -8,7 +8,10 @@ use kube::{Api, api::ListParams};
 use raven_api::{Gateway, gateway::EndpointType};
 use raven_tests::{Lab, eventually, privileged, probe, probe::Flow, proof};
 
-use crate::Running;
+use crate::{Running, live_change::lost_at_most};
+
+/// Datagrams a second.
+const RATE: u32 = 500;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_other_node_takes_over_when_the_gateway_node_fails() {
@@ -21,8 +24,8 @@ async fn the_other_node_takes_over_when_the_gateway_node_fails() {
     // Who has nothing to do with it loses nothing; who does is back soon.
     let (bystander, own_pod) = (lab.pod("y-b"), lab.pod("x-b"));
     let to = lab.pod("cloud-b");
-    let others = running.check(Flow::start(&bystander.ns, &to.ns, to.v4.into(), 500));
-    let own = running.check(Flow::start(&own_pod.ns, &to.ns, to.v4.into(), 500));
+    let others = running.check(Flow::start(&bystander.ns, &to.ns, to.v4.into(), RATE));
+    let own = running.check(Flow::start(&own_pod.ns, &to.ns, to.v4.into(), RATE));
     let begin = Instant::now();
     running.check(lab.cluster().set_ready("x-a", false).await);
     let took = running.until("x-b", "CONFIG", "\"tunnel_port\":4500", true).await;
@@ -39,8 +42,9 @@ async fn the_other_node_takes_over_when_the_gateway_node_fails() {
     println!("convergence: the gateway node is replaced: {} ms until its pods reach others again", begin.elapsed().as_millis());
     let (others, own) = (running.check(others.stop().await), running.check(own.stop().await));
     println!("convergence: the site's flow was interrupted for {} ms; another site's: {others:?}", own.longest_gap.as_millis());
-    // None but for the embedded engine, which stands still while a peer is added (see `live_change`).
-    assert!(others.lost * 20 <= others.sent, "another site's flow: {others:?}");
+    // None but for the embedded engine (see `live_change`): the cloud's stands still while it takes one peer away and gets another, and the
+    // other site's remakes its session with the cloud when the moving site's prefixes go, and when they come back.
+    assert!(others.lost <= lost_at_most(4, RATE), "another site's flow: {others:?}");
     // The new gateway node's pod, and one of the node that was it before.
     for from in ["x-b", "x-a"] {
         for to in ["cloud-b", "y-b"] {

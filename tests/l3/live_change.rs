@@ -8,11 +8,20 @@ use kube::{
     api::{DeleteParams, Patch, PatchParams},
 };
 use raven_api::Gateway;
-use raven_tests::{eventually, privileged, probe::Flow};
+use raven_tests::{eventually, patience, privileged, probe::Flow};
 
 use crate::Running;
 
 const SOON: Duration = Duration::from_secs(10);
+/// How long packets may be lost for one change of a peer with the embedded engine, which cannot change one in place (boringtun): the peer
+/// is taken away and put back, and a handshake is made, one message each way. That is milliseconds; the rest is for a busy machine. It is
+/// far less than the 5 s (WireGuard's REKEY_TIMEOUT) after which a handshake that got lost is tried again.
+const REMADE: Duration = Duration::from_millis(200);
+
+/// How many packets of a flow may be lost for so many changes of peers.
+pub(crate) fn lost_at_most(changes: u32, per_second: u32) -> u64 {
+    ((REMADE * changes).mul_f64(patience()).as_secs_f64() * f64::from(per_second)) as u64
+}
 
 impl Running {
     /// How long from now until a map of a node has, or has not, a prefix.
@@ -37,7 +46,8 @@ async fn nodes_prefixes_and_gateways_come_and_go_under_traffic() {
     let running = Running::start().await.expect("the lab starts");
     let lab = &running.lab;
     let (from, to) = (lab.pod("x-b"), lab.pod("cloud-b"));
-    let flow = Flow::start(&from.ns, &to.ns, to.v4.into(), 500).expect("the flow starts");
+    const RATE: u32 = 500;
+    let flow = Flow::start(&from.ns, &to.ns, to.v4.into(), RATE).expect("the flow starts");
     let gateways: Api<Gateway> = Api::all(lab.cluster().client());
     let annotate = async |value: Option<&str>| -> Result<()> {
         let patch = serde_json::json!({ "metadata": { "annotations": { "raven.openyurt.io/extra-allowed-source-cidrs": value } } });
@@ -63,7 +73,8 @@ async fn nodes_prefixes_and_gateways_come_and_go_under_traffic() {
     println!("convergence: a Gateway is deleted: {} ms", left.as_millis());
 
     let report = running.check(flow.stop().await);
-    // The embedded engine cannot change a peer in place (boringtun): each change of what the cloud relays remakes the
-    // session of x-a, and packets wait for it. The kernel's WireGuard does not, see the kernel tests.
-    assert!(report.lost * 20 <= report.sent, "{report:?}");
+    // Each of the five changes what the cloud relays, and so remakes the session of x-a. The kernel's WireGuard loses nothing by it, see
+    // the kernel tests.
+    println!("convergence: of another site's flow: {report:?}");
+    assert!(report.lost <= lost_at_most(5, RATE), "{report:?}");
 }

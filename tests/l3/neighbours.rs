@@ -155,6 +155,9 @@ async fn filters_of_one_priority_are_put_in_order_or_said_to_be_in_the_way() {
     let first = running.check(last_word(&node.ns, "eth0", || filter(1)));
     running.agent("x-a").arguments.extend(["--tc-attach".to_owned(), "clsact".to_owned()]);
     running.agent("x-a").restart().expect("the agent starts");
+    // Its own word: until it has written its status, the GatewayNode tells what the one before it said.
+    let ready = proof::ready(running.agent("x-a")).await;
+    running.check(ready);
     let moved = eventually(Duration::from_secs(20), "the filter took over from the link", || async {
         let links = node.ns.sh("ls /sys/fs/bpf/raven/v1/links")?;
         ensure!(!links.contains("uplink_ingress"), "{links}");

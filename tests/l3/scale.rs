@@ -61,10 +61,19 @@ async fn ten_thousand_nodes_arrive_in_one_agents_maps() {
     }
     let lab = Lab::builder().up().await.expect("the lab comes up");
     lab.cluster().apply_gateways(lab.site()).await.expect("its own Gateways");
-    // One round of the controller puts the agent's own node into its pool; then it would only undo what the test writes.
+    // One round of the controller puts the agent's own node into its pool; then it would only undo what the test writes. (An agent that is
+    // in no pool is ready, too: it says nothing of the controller.)
     let mut controller = lab.start_controller().await.expect("the controller starts");
     let agent = lab.start_agent("x-b").await.expect("the agent starts");
     proof::ready(&agent).await.expect("the agent is ready");
+    let gateways: Api<Gateway> = Api::all(lab.cluster().client());
+    eventually(Duration::from_secs(30), "the controller has put x-b into its pool", || async {
+        let nodes = gateways.get("edge-x").await?.status.context("a status")?.nodes;
+        ensure!(nodes.iter().any(|n| n.node_name == "x-b"), "its nodes: {nodes:?}");
+        Ok(())
+    })
+    .await
+    .expect("the controller works");
     controller.kill().expect("the controller dies");
     let resident = || memory_mb(agent.process.pid(), "VmRSS").expect("it runs");
     let before = resident();
