@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
 use crate::kubelet::SecondApiServer;
+use crate::patience;
 use crate::proof::Check;
 
 /// What the pod of [`POD`] does: a line every fifth of a second, and an HTTP server.
@@ -15,7 +16,10 @@ pub const SCRIPT: &str = "mkdir -p /www; echo served > /www/index.html; httpd -p
 /// The pod that all of them use.
 pub const POD: &str = "probe";
 
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How long an output may keep its reader waiting.
+const WORD: Duration = Duration::from_secs(30);
+/// How long one kubectl may take: for 100 MB by `cp`, a tar at either end and everything on one busy machine.
+const WHOLE: Duration = Duration::from_secs(180);
 
 /// Both ways in which kubectl streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,7 +210,7 @@ fn run(command: &mut Command, input: &str) -> Result<String> {
     Ok(text)
 }
 
-/// Output of both kinds, and the exit status; killed after [`PATIENCE`].
+/// Output of both kinds, and the exit status; killed after [`WHOLE`].
 fn run_with(command: &mut Command, input: &[u8]) -> Result<(String, Option<i32>)> {
     let mut child = command
         .stdin(Stdio::piped())
@@ -238,7 +242,7 @@ impl Guard {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
         let (release, released) = std::sync::mpsc::channel::<()>();
         std::thread::spawn(move || {
-            if released.recv_timeout(PATIENCE * 2) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            if released.recv_timeout(WHOLE.mul_f64(patience())) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                 let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
             }
         });
@@ -248,7 +252,7 @@ impl Guard {
 
 /// Reads until a word shows. A source that says nothing more ends with its process, which a [`Guard`] ends.
 fn read_until(source: &mut impl Read, seen: &mut String, word: &str) -> Result<()> {
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + WORD.mul_f64(patience());
     let mut bytes = [0; 1024];
     while !seen.contains(word) {
         let n = source.read(&mut bytes)?;

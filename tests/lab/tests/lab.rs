@@ -77,9 +77,17 @@ async fn a_flow_counts_what_is_lost() {
     let lab = network().await;
     let (from, to) = (lab.pod("x-a"), lab.pod("x-b"));
     let flow = Flow::start(&from.ns, &to.ns, to.v4.into(), 1000).expect("flow starts");
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    to.ns.nft("table ip hole {\n chain in {\n type filter hook input priority 0\n meta l4proto udp drop\n }\n}\n").expect("rules");
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    for (table, verdict) in [("some_arrive", "accept"), ("some_are_lost", "drop")] {
+        let rule =
+            format!("table ip {table} {{ chain in {{ type filter hook input priority 0; meta l4proto udp counter {verdict}; }}; }}\n");
+        to.ns.nft(&rule).expect("rules");
+        let counted = eventually(SOON, table, async || {
+            let listed = to.ns.run("nft", &["list", "table", "ip", table])?;
+            ensure!(!listed.contains("packets 0 "), "{listed}");
+            Ok(())
+        });
+        counted.await.expect("the flow runs");
+    }
     let report = flow.stop().await.expect("flow stops");
     assert!(report.lost > 0 && report.received > 0, "{report:?}");
     assert_eq!(report.lost + report.received, report.sent);
