@@ -85,7 +85,10 @@ pub struct ProxyStatus {
     #[serde(default)]
     pub message: String,
     /// Nodes at the other end of its tunnels, sorted.
+    // Of cloud gateway nodes there are few. (No `x-kubernetes-list-type: set`: a list that becomes one later has elements that no field
+    // manager owns, so server-side apply would never take the present ones away again.)
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 1024))]
     pub tunnels: Vec<String>,
 }
 

@@ -91,7 +91,8 @@ impl Ports {
 /// last; its tunnels' other ends know better.
 ///
 /// Witnesses are the elected nodes of edge Gateways that are Ready (condition Elected says so: a site without power says nothing new, and
-/// is not asked). One that has as many witnesses as half of the best has: a gateway node that hardly a site reaches is passed over.
+/// is not asked). One that has as many witnesses as half of the best has: a gateway node that hardly a site reaches is passed over. Each
+/// witness counts once, and for nobody but elected cloud nodes: what it says is its own list, and it may be a stolen box.
 pub fn ready<'a>(gateways: &'a [Gateway], nodes: &'a [GatewayNode]) -> BTreeSet<&'a str> {
     let elected = |exposed: bool| {
         let of_kind = gateways.iter().filter(move |g| g.spec.expose_type.is_edge() != exposed);
@@ -103,7 +104,8 @@ pub fn ready<'a>(gateways: &'a [Gateway], nodes: &'a [GatewayNode]) -> BTreeSet<
     let proxies: Vec<_> = proxies.filter(|(_, proxy)| proxy.ready).collect();
     let mut witnesses: BTreeMap<&str, usize> = BTreeMap::new();
     for (_, edge) in proxies.iter().filter(|(name, _)| edges.contains(name)) {
-        edge.tunnels.iter().for_each(|cloud| *witnesses.entry(cloud).or_default() += 1);
+        let seen: BTreeSet<&str> = edge.tunnels.iter().map(String::as_str).filter(|name| clouds.contains(name)).collect();
+        seen.into_iter().for_each(|cloud| *witnesses.entry(cloud).or_default() += 1);
     }
     let most = witnesses.values().copied().max().unwrap_or(0);
     let seen = |name: &str| most == 0 || witnesses.get(name).copied().unwrap_or(0) * 2 >= most;
@@ -129,7 +131,8 @@ pub fn secure_listener(port: u16) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gateway::{ExposeType, GatewaySpec, ProxyConfig};
+    use crate::gateway::{Endpoint, ExposeType, GatewaySpec, ProxyConfig};
+    use crate::gateway_node::{GatewayNodeSpec, GatewayNodeStatus, ProxyStatus};
 
     fn gateway(expose_type: ExposeType, http: &str, https: &str) -> Gateway {
         let proxy_config =
@@ -148,5 +151,34 @@ mod tests {
         let colliding = gateway(ExposeType::PublicIP, "", "9443,19443");
         assert_eq!(Ports::of([&colliding]).https, BTreeSet::from([9443, 10250]), "19443 would be 9443's listener");
         assert_eq!(Ports::of([&gateway(ExposeType::PublicIP, "", "0,99999")]), Ports::default());
+    }
+
+    #[test]
+    fn an_edge_has_one_voice_for_each_cloud_node_and_none_for_what_is_no_cloud_node() {
+        let site = |name: &str, expose_type: ExposeType, nodes: &[&str]| {
+            let mut gateway = Gateway::new(name, GatewaySpec { expose_type, ..GatewaySpec::default() });
+            let elected =
+                nodes.iter().map(|node| Endpoint { node_name: (*node).to_owned(), type_: EndpointType::Proxy, ..Endpoint::default() });
+            let condition = serde_json::json!({ "type": "Elected", "status": "True", "reason": "x", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z" });
+            let conditions = vec![serde_json::from_value(condition).expect("a condition")];
+            gateway.status = Some(GatewayStatus { active_endpoints: elected.collect(), conditions, ..GatewayStatus::default() });
+            gateway
+        };
+        let node = |name: &str, tunnels: Vec<String>| {
+            let mut node = GatewayNode::new(name, GatewayNodeSpec::default());
+            let proxy = Some(ProxyStatus { ready: true, tunnels, ..ProxyStatus::default() });
+            node.status = Some(GatewayNodeStatus { proxy, ..GatewayNodeStatus::default() });
+            node
+        };
+        let gateways =
+            [site("cloud", ExposeType::PublicIP, &["a", "b"]), site("x", ExposeType::Edge, &["x1"]), site("y", ExposeType::Edge, &["y1"])];
+        let ready_with = |stolen: Vec<String>| {
+            let honest = vec!["a".to_owned(), "b".to_owned()];
+            let nodes = [node("a", vec![]), node("b", vec![]), node("x1", honest), node("y1", stolen)];
+            ready(&gateways, &nodes).into_iter().map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(ready_with(vec!["ghost".to_owned(); 10_000]), ["a", "b"]);
+        assert_eq!(ready_with(vec!["a".to_owned(); 10_000]), ["a", "b"]);
+        assert_eq!(ready_with((0..10_000).map(|n| format!("ghost-{n}")).collect()), ["a", "b"]);
     }
 }
