@@ -1,5 +1,7 @@
 //! Who gets a certificate of the proxies' CA: the agent on the node that it is for, and nobody else.
 
+use std::time::Duration;
+
 use anyhow::{Context, ensure};
 use k8s_openapi::{
     ByteString,
@@ -74,7 +76,7 @@ async fn a_node_that_is_deleted_takes_its_certificate_along_also_where_a_new_one
     let only = Endpoint { node_name: "x-a".to_owned(), type_: EndpointType::Proxy, under_nat: true, ..Endpoint::default() };
     gateway.spec.endpoints.push(only);
     running.check(running.lab.cluster().apply_gateway(&gateway).await);
-    let _server = running.check(running.serve("x-b"));
+    running.check(running.serve("x-b").await);
     running.check(running.answered("x-b").await);
     let request = || running.ask("cloud-b", "x-b", 20);
 
@@ -103,7 +105,8 @@ async fn a_node_that_is_deleted_takes_its_certificate_along_also_where_a_new_one
         ensure!(refused().await? > before, "it has not dialled yet");
         Ok(())
     };
-    running.check(eventually(SOON, "the old certificate is turned away", again).await);
+    // Who was refused dials again after 30 s at the latest, which its jitter may double.
+    running.check(eventually(Duration::from_secs(90), "the old certificate is turned away", again).await);
     let said = running.check(request());
     assert!(said.contains("no tunnel to Gateway edge-x"), "{said}");
 

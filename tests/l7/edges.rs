@@ -12,7 +12,7 @@ async fn a_node_at_one_edge_reads_a_kubelet_at_another_through_the_cloud() {
     }
     let running = Running::of(Lab::builder()).await.expect("the lab starts");
     let lab = &running.lab;
-    let _server = running.check(running.serve("y-b"));
+    running.check(running.serve("y-b").await);
     running.check(running.answered("y-b").await);
     // The way to the proxy's Service, whose endpoints are addresses of cloud nodes.
     running.check(lab.cluster().put_setting("raven-agent-config", "forward-node-ip", "true").await);

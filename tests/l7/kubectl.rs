@@ -22,17 +22,17 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
     running.check(lab.run_pod("x-b", POD, SCRIPT).await);
 
     let server = running.check(lab.api_server_on("cloud-b", Prefer::Hostname).await);
-    report(&running, &kubectl::all(&server, "by name, from an ordinary node", 100));
+    running.all(&server, "by name, from an ordinary node", 100).await;
     // With the node's DNS and kube-proxy, which the API server brought: `kubectl top`, by way of metrics-server.
     running.top(&server, "by name", Prefer::Hostname).await;
     running.check(server.kill());
 
     let server = running.check(lab.api_server_on("cloud-a", Prefer::Hostname).await);
-    report(&running, &kubectl::all(&server, "by name, from the gateway node", 5));
+    running.all(&server, "by name, from the gateway node", 5).await;
     running.check(server.kill());
 
     let server = running.check(lab.api_server_on("cloud-a", Prefer::InternalIP).await);
-    report(&running, &kubectl::all(&server, "by address, from the gateway node", 10));
+    running.all(&server, "by address, from the gateway node", 10).await;
     // What is taken is visible, and is the kubelet's ports alone.
     let taken = running.check(lab.node("cloud-a").ns.sh("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/KUBELETS | tr -d ' \\n'"));
     assert!(taken.contains("\"address\":[10,1,0,12],\"port\":10250"), "{taken}");
@@ -42,7 +42,7 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
     running.check(server.kill());
 
     let server = running.check(lab.api_server_on("cloud-b", Prefer::InternalIP).await);
-    report(&running, &kubectl::all(&server, "by address, from an ordinary node", 10));
+    running.all(&server, "by address, from an ordinary node", 10).await;
     running.top(&server, "by address", Prefer::InternalIP).await;
     running.check(server.kill());
 
@@ -72,12 +72,18 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
         ("cloud-b", Prefer::InternalIP, "by address, from an ordinary node, L3 off"),
     ] {
         let server = running.check(lab.api_server_on(node, prefer).await);
-        report(&running, &kubectl::all(&server, way, 5));
+        running.all(&server, way, 5).await;
         running.check(server.kill());
     }
 }
 
 impl Running {
+    /// All that people do, once the way is there: the agents learn of it by themselves, and CoreDNS and kube-proxy were started a moment ago.
+    async fn all(&self, server: &SecondApiServer, way: &str, megabytes: usize) {
+        self.check(eventually(SOON, &format!("there is a way, {way}"), || async { kubectl::logs(server) }).await);
+        report(self, &kubectl::all(server, way, megabytes));
+    }
+
     /// metrics-server on an ordinary cloud node reads the kubelet at the edge, and `kubectl top` tells what it read.
     async fn top(&self, server: &SecondApiServer, way: &str, prefer: Prefer) {
         let mut metrics = self.check(self.lab.start_metrics_server("cloud-b", prefer).await);

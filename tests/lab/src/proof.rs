@@ -493,12 +493,18 @@ pub async fn metric(ns: &Namespace, name: &str) -> Result<Option<u64>> {
 
 /// A plain GET inside a namespace; the whole answer.
 pub async fn http(ns: &Namespace, address: &str, path: &str) -> Result<String> {
-    let (address, path) = (address.to_owned(), path.to_owned());
+    http_of(ns, address, address, path, ANSWER).await
+}
+
+/// The same for another host, with a deadline for the connection and for each piece of the answer.
+pub async fn http_of(ns: &Namespace, address: &str, host: &str, path: &str, within: Duration) -> Result<String> {
+    let (address, host, path) = (address.to_owned(), host.to_owned(), path.to_owned());
     ns.within_async(move || {
         use std::io::{Read, Write};
-        let mut stream = std::net::TcpStream::connect(&address).with_context(|| format!("connect to {address}"))?;
-        stream.set_read_timeout(Some(ANSWER))?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+        let to = address.parse().with_context(|| format!("{address} is an address and a port"))?;
+        let mut stream = std::net::TcpStream::connect_timeout(&to, within).with_context(|| format!("connect to {address}"))?;
+        stream.set_read_timeout(Some(within))?;
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").as_bytes())?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         Ok(answer)
