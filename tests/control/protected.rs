@@ -9,7 +9,7 @@ use raven_api::LABEL_GATEWAY;
 use raven_tests::eventually;
 use serde_json::json;
 
-use crate::stage::{SOON, Stage, elects, play, says, status};
+use crate::stage::{SOON, Stage, elects, nodes, play, says, status};
 
 const CRD: &str = "blockaffinities.crd.projectcalico.org";
 
@@ -61,7 +61,13 @@ async fn what_must_stay_out_of_the_tunnel_is_refused_and_everything_else_works_o
         stage.nodes().create(&PostParams::default(), &serde_json::from_value(api_server_in_it)?).await?;
         stage.put_node_status("x-c", "a-person", json!({"addresses": [{"type": "InternalIP", "address": "10.1.0.4"}]})).await?;
         let part = "podCIDR 10.0.0.0/24 of node x-c would take along 10.0.0.5/32 (the API server's address)";
-        let told = stage.until("site", "does not get the podCIDR", |g| says(g, "Accepted", "False", "PrefixProtected", part)).await?;
+        let told = stage
+            .until("site", "does not get the podCIDR", |g| {
+                // Its address comes a moment after the node itself.
+                ensure!(nodes(g) == ["x-a", "x-b", "x-c"], "its nodes: {:?}", nodes(g));
+                says(g, "Accepted", "False", "PrefixProtected", part)
+            })
+            .await?;
         assert_eq!(status(&told).nodes[2].subnets, Vec::<String>::new());
 
         // A node that says it lives in another pool's pods takes nothing from them.

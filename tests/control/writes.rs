@@ -1,10 +1,11 @@
 //! When the controller writes, and when not; and what it may.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
+use raven_tests::eventually;
 use serde_json::json;
 
-use crate::stage::{Stage, play};
+use crate::stage::{SOON, Stage, play};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn neither_heartbeats_nor_a_restart_cause_a_write() {
@@ -24,7 +25,11 @@ async fn neither_heartbeats_nor_a_restart_cause_a_write() {
 
         // It hands the Lease back, so the next one need not wait; and finds that all is as it should be.
         controller.signal(Signal::SIGTERM)?;
-        let status = controller.wait()?;
+        let ended = eventually(SOON, "the controller ends", || {
+            let ended = controller.ended();
+            async { ended?.context("it runs") }
+        });
+        let status = ended.await?;
         ensure!(status.success(), "the controller ended with {status}: {}", controller.output()?);
         let _controller = stage.controller("two", &[]).await?;
         stage.fence().await?;
