@@ -2,7 +2,7 @@
 //!
 //! In the order data flows: a person writes a [`gateway::Gateway`]; the controller elects and writes its status;
 //! each gateway node's agent announces itself in a [`gateway_node::GatewayNode`]; every agent reads both.
-//! [`proxy`] holds the names and numbers of the L7 path. [`conversion`] keeps the oldest version of the Gateway, [`gateway_v1alpha1`], readable and writable.
+//! [`proxy`] holds the names and numbers of the L7 path. [`guarded`] reads lists in which one object may be unreadable. [`conversion`] keeps the oldest version of the Gateway, [`gateway_v1alpha1`], readable and writable.
 //! Names and numbers that OpenYurt users already have are kept (`API.md`).
 
 #![forbid(unsafe_code)]
@@ -12,12 +12,14 @@ pub mod conversion;
 pub mod gateway;
 pub mod gateway_node;
 pub mod gateway_v1alpha1;
+pub mod guarded;
 pub mod pool;
 pub mod proxy;
 pub mod schema;
 
 pub use gateway::{Gateway, GatewaySpec, GatewayStatus};
 pub use gateway_node::{GatewayNode, GatewayNodeSpec, GatewayNodeStatus};
+pub use guarded::Guarded;
 
 /// API group of all our resources.
 pub const GROUP: &str = "raven.openyurt.io";

@@ -104,8 +104,8 @@ pub fn ready<'a>(gateways: &'a [Gateway], nodes: &'a [GatewayNode]) -> BTreeSet<
     let proxies: Vec<_> = proxies.filter(|(_, proxy)| proxy.ready).collect();
     let mut witnesses: BTreeMap<&str, usize> = BTreeMap::new();
     for (_, edge) in proxies.iter().filter(|(name, _)| edges.contains(name)) {
-        let seen: BTreeSet<&str> = edge.tunnels.iter().map(String::as_str).filter(|name| clouds.contains(name)).collect();
-        seen.into_iter().for_each(|cloud| *witnesses.entry(cloud).or_default() += 1);
+        let named: BTreeSet<&str> = edge.tunnels.iter().map(String::as_str).filter(|name| clouds.contains(name)).collect();
+        named.into_iter().for_each(|cloud| *witnesses.entry(cloud).or_default() += 1);
     }
     let most = witnesses.values().copied().max().unwrap_or(0);
     let seen = |name: &str| most == 0 || witnesses.get(name).copied().unwrap_or(0) * 2 >= most;

@@ -12,6 +12,8 @@ pub mod app;
 pub mod apply;
 pub mod authority;
 pub mod config;
+#[cfg(test)]
+mod fake_api;
 pub mod gateway;
 pub mod health;
 pub mod lead;

@@ -2,11 +2,12 @@
 //!
 //! Each `follow_*` function is a task that sends [`Update`]s; [`World`](crate::world::World) absorbs them.
 
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::pin::pin;
 use std::time::Duration;
 
-use futures::StreamExt;
+use futures::{Stream, StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
@@ -15,7 +16,8 @@ use kube::core::DynamicObject;
 use kube::discovery::ApiResource;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::{Api, Client, Resource};
+use kube::{Api, Client, Resource, ResourceExt};
+use raven_api::guarded::{Guarded, Unreadable};
 use raven_api::proxy::LABEL_GATEWAY_TYPE;
 use raven_api::{Gateway, GatewayNode};
 use serde::de::DeserializeOwned;
@@ -32,7 +34,7 @@ pub struct Optional {
     versions: &'static [&'static str],
     kind: &'static str,
     plural: &'static str,
-    wrap: fn(Event<DynamicObject>) -> Update,
+    wrap: fn(Event<Guarded<DynamicObject>>) -> Update,
     absent: fn() -> Update,
 }
 
@@ -70,13 +72,13 @@ pub enum Update {
     /// About Gateways.
     Gateway(Event<Gateway>),
     /// About Nodes.
-    Node(Event<Node>),
+    Node(Event<Guarded<Node>>),
     /// About NodePools.
-    Pool(Event<DynamicObject>),
+    Pool(Event<Guarded<DynamicObject>>),
     /// The CRD of NodePools is not installed.
     NoPools,
     /// About Calico's BlockAffinities.
-    Block(Event<DynamicObject>),
+    Block(Event<Guarded<DynamicObject>>),
     /// Calico is not installed.
     NoBlocks,
     /// About ranges of Service addresses.
@@ -92,7 +94,7 @@ pub enum Update {
     /// They cannot be known.
     NoBalancers,
     /// About GatewayNodes.
-    Link(Event<DynamicObject>),
+    Link(Event<Guarded<DynamicObject>>),
     /// They cannot be read: nobody is known to be cut off.
     NoLinks,
     /// About ConfigMap `raven-cfg`.
@@ -103,30 +105,32 @@ pub enum Update {
 
 /// Follows all Gateways.
 pub async fn follow_gateways(client: Client, updates: mpsc::Sender<Update>) {
-    follow(Api::<Gateway>::all(client), watcher::Config::default(), &updates, Update::Gateway, None).await;
+    follow(events(Api::<Gateway>::all(client), watcher::Config::default()), &updates, Update::Gateway, None).await;
 }
 
 /// Follows all Nodes.
 pub async fn follow_nodes(client: Client, updates: mpsc::Sender<Update>) {
-    follow(Api::<Node>::all(client), watcher::Config::default(), &updates, Update::Node, None).await;
+    follow(guarded(Api::<Guarded<Node>>::all(client), watcher::Config::default()), &updates, Update::Node, None).await;
 }
 
 /// Follows our Services of type LoadBalancer: their addresses are what others dial.
 pub async fn follow_balancers(client: Client, namespace: String, updates: mpsc::Sender<Update>) {
     let ours = watcher::Config::default().labels(LABEL_GATEWAY_TYPE);
-    follow(Api::<Service>::namespaced(client, &namespace), ours, &updates, Update::Balancer, Some(|| Update::NoBalancers)).await;
+    let api = Api::<Service>::namespaced(client, &namespace);
+    follow(events(api, ours), &updates, Update::Balancer, Some(|| Update::NoBalancers)).await;
 }
 
 /// Follows what gateway nodes say of their connections.
 pub async fn follow_links(client: Client, updates: mpsc::Sender<Update>) {
-    let api = Api::<DynamicObject>::all_with(client, &ApiResource::erase::<GatewayNode>(&()));
-    follow(api, watcher::Config::default(), &updates, Update::Link, Some(|| Update::NoLinks)).await;
+    let api = Api::<Guarded<DynamicObject>>::all_with(client, &ApiResource::erase::<GatewayNode>(&()));
+    follow(guarded(api, watcher::Config::default()), &updates, Update::Link, Some(|| Update::NoLinks)).await;
 }
 
 /// Follows the one ConfigMap with the switches.
 pub async fn follow_switches(client: Client, namespace: String, updates: mpsc::Sender<Update>) {
     let only = watcher::Config::default().fields(&format!("metadata.name={CONFIG_MAP}"));
-    follow(Api::<ConfigMap>::namespaced(client, &namespace), only, &updates, Update::Switches, Some(|| Update::NoSwitches)).await;
+    let api = Api::<ConfigMap>::namespaced(client, &namespace);
+    follow(events(api, only), &updates, Update::Switches, Some(|| Update::NoSwitches)).await;
 }
 
 /// Follows the addresses of the API server.
@@ -134,7 +138,7 @@ pub async fn follow_api_server(client: Client, updates: mpsc::Sender<Update>) {
     let (namespace, name) = API_SERVER_SLICE;
     let only = watcher::Config::default().fields(&format!("metadata.name={name}"));
     let api = Api::<EndpointSlice>::namespaced(client, namespace);
-    follow(api, only, &updates, Update::ApiServer, Some(|| Update::NoApiServer)).await;
+    follow(events(api, only), &updates, Update::ApiServer, Some(|| Update::NoApiServer)).await;
 }
 
 /// Follows the ranges of Service addresses, where the API server has them as objects (Kubernetes 1.33 and later); looks again now and then
@@ -159,19 +163,48 @@ pub async fn follow_services(client: Client, updates: mpsc::Sender<Update>) {
         tokio::time::sleep(LOOK_AGAIN).await;
     }
     let api = Api::<ServiceCIDR>::all(client);
-    follow(api, watcher::Config::default(), &updates, Update::Services, Some(|| Update::NoServices)).await;
+    follow(events(api, watcher::Config::default()), &updates, Update::Services, Some(|| Update::NoServices)).await;
+}
+
+/// What a watch says of objects that people and controllers write: none of them is unreadable but by a defect, and then nothing is done
+/// without it.
+pub fn events<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Result<Event<K>>> + Send
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    watcher(api, config).default_backoff()
+}
+
+/// The same of objects that a node writes about itself (its agent, its kubelet, its CNI): one that cannot be read is named in the log,
+/// once, and counts as absent.
+pub fn guarded<K>(api: Api<Guarded<K>>, config: watcher::Config) -> impl Stream<Item = watcher::Result<Event<Guarded<K>>>> + Send
+where
+    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
+{
+    let mut said = BTreeSet::new();
+    events(api, config).inspect_ok(move |event| {
+        let (Event::Apply(object) | Event::InitApply(object)) = event else { return };
+        match &object.0 {
+            Ok(_) => {
+                said.remove(&object.name_any());
+            }
+            Err(Unreadable { error, .. }) => {
+                let (kind, name) = (std::any::type_name::<K>(), object.name_any());
+                if said.insert(name.clone()) {
+                    tracing::warn!(kind, name, "cannot be read and is left out: {error} (its node wrote that: see what became of it)");
+                }
+            }
+        }
+    })
 }
 
 async fn follow<K>(
-    api: Api<K>,
-    config: watcher::Config,
+    events: impl Stream<Item = watcher::Result<Event<K>>>,
     updates: &mpsc::Sender<Update>,
     wrap: fn(Event<K>) -> Update,
     failed: Option<fn() -> Update>,
-) where
-    K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
-{
-    let mut events = pin!(watcher(api, config).default_backoff());
+) {
+    let mut events = pin!(events);
     let mut refusals = 0;
     while let Some(event) = events.next().await {
         let update = match event {
@@ -214,7 +247,7 @@ pub async fn follow_optional(client: Client, what: &'static Optional, updates: m
                 None => {}
                 Some(Some(version)) => {
                     tracing::info!(crd = what.crd, %version, "installed");
-                    objects = watcher(objects_of(&client, what, version), watcher::Config::default()).default_backoff().boxed();
+                    objects = guarded(objects_of(&client, what, version), watcher::Config::default()).boxed();
                 }
                 Some(None) => {
                     objects = futures::stream::pending().boxed();
@@ -276,7 +309,7 @@ impl Installed {
     }
 }
 
-fn objects_of(client: &Client, what: &Optional, version: &str) -> Api<DynamicObject> {
+fn objects_of(client: &Client, what: &Optional, version: &str) -> Api<Guarded<DynamicObject>> {
     let resource = ApiResource {
         group: what.group.to_owned(),
         version: version.to_owned(),

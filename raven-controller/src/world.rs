@@ -9,11 +9,11 @@ use std::time::Instant;
 use ipnet::IpNet;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
-use kube::ResourceExt;
 use kube::core::DynamicObject;
 use kube::runtime::watcher::Event;
-use raven_api::Gateway;
+use kube::{Resource, ResourceExt};
 use raven_api::pool::{NodePoolSpec, NodePoolStatus};
+use raven_api::{Gateway, Guarded};
 
 use crate::gateway::inputs::parse_prefix;
 use crate::gateway::links::{Doubts, LinkFacts};
@@ -140,11 +140,11 @@ impl World {
         match update {
             Update::Gateway(Event::Apply(gateway)) => self.absorb_gateway(gateway),
             Update::Gateway(event) => self.gateways.absorb(event, parse_gateway),
-            Update::Node(event) => self.nodes.absorb(event, |node| (node.name_any().as_str().into(), NodeFacts::parse(&node))),
-            Update::Pool(event) => self.pools.absorb(event, parse_pool),
+            Update::Node(event) => self.nodes.absorb(event, |node| read(node, |node| NodeFacts::parse(&node))),
+            Update::Pool(event) => self.pools.absorb(event, |pool| read(pool, |pool| Some(parse_pool(&pool)))),
             Update::NoPools => self.pools.reset(),
             Update::Block(event) => {
-                self.blocks.absorb(event, |block| (block.name_any(), block.data.get("spec").and_then(BlockFacts::parse)))
+                self.blocks.absorb(event, |block| read(block, |block| block.data.get("spec").and_then(BlockFacts::parse)))
             }
             Update::NoBlocks => self.blocks.reset(),
             Update::Services(event) => self.services.absorb(event, parse_services),
@@ -153,7 +153,7 @@ impl World {
             Update::Balancer(event) => self.balancers.absorb(event, |service| (service.name_any(), BalancerFacts::parse(&service))),
             Update::NoBalancers => self.balancers.begin(),
             Update::Link(event) => {
-                let changed = self.links.absorb(event, |node| (node.name_any().as_str().into(), LinkFacts::parse(&node)));
+                let changed = self.links.absorb(event, |node| read(node, |node| LinkFacts::parse(&node)));
                 if changed {
                     self.doubts.note(&self.links.facts, Instant::now());
                 }
@@ -203,7 +203,12 @@ fn parse_gateway(mut gateway: Gateway) -> (GatewayName, Option<GatewayFacts>) {
     (gateway.name_any().as_str().into(), GatewayFacts::parse(gateway))
 }
 
-fn parse_pool(pool: DynamicObject) -> (String, Option<PoolFacts>) {
+// One that cannot be read gives no facts.
+fn read<K: Resource, N: for<'a> From<&'a str>, V>(object: Guarded<K>, parse: impl Fn(K) -> Option<V>) -> (N, Option<V>) {
+    (object.name_any().as_str().into(), object.0.ok().and_then(parse))
+}
+
+fn parse_pool(pool: &DynamicObject) -> PoolFacts {
     let name = pool.name_any();
     let part = |key: &str| pool.data.get(key).cloned().unwrap_or_default();
     let spec = serde_json::from_value::<NodePoolSpec>(part("spec"))
@@ -211,8 +216,7 @@ fn parse_pool(pool: DynamicObject) -> (String, Option<PoolFacts>) {
         .unwrap_or_default();
     // Without a status yet: nodes are known by their labels.
     let status = serde_json::from_value::<NodePoolStatus>(part("status")).ok();
-    let facts = PoolFacts::new(&name, &spec, status.as_ref());
-    (name, Some(facts))
+    PoolFacts::new(&name, &spec, status.as_ref())
 }
 
 fn parse_services(range: ServiceCIDR) -> (String, Option<Vec<IpNet>>) {
@@ -267,9 +271,24 @@ mod tests {
     fn a_heartbeat_is_no_change() {
         let mut world = World::new(Settings { rules: true, ..Default::default() });
         let mut node = Node { metadata: ObjectMeta { name: Some("n".into()), ..Default::default() }, ..Default::default() };
-        assert!(world.absorb(Update::Node(Event::Apply(node.clone()))));
+        assert!(world.absorb(Update::Node(Event::Apply(Guarded(Ok(node.clone()))))));
         node.metadata.resource_version = Some("77".into());
-        assert!(!world.absorb(Update::Node(Event::Apply(node))));
+        assert!(!world.absorb(Update::Node(Event::Apply(Guarded(Ok(node))))));
+    }
+
+    #[test]
+    fn a_node_that_cannot_be_read_any_more_counts_as_absent() {
+        let mut world = World::new(Settings { rules: true, ..Default::default() });
+        let node = |heartbeat: &str| {
+            let text = format!(
+                r#"{{"metadata":{{"name":"n"}},"status":{{"conditions":[{{"type":"X","status":"True","lastHeartbeatTime":"{heartbeat}"}}]}}}}"#
+            );
+            serde_json::from_str(&text).expect("never an error")
+        };
+        assert!(world.absorb(Update::Node(Event::Apply(node("2026-01-01T00:00:00Z")))));
+        assert_eq!(world.inputs().nodes.len(), 1);
+        assert!(world.absorb(Update::Node(Event::Apply(node("9999-12-31T23:59:59Z")))));
+        assert_eq!(world.inputs().nodes.len(), 0);
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! What the L7 half needs of the API server's objects, kept by watches.
 
-use std::{collections::BTreeMap, fmt::Debug, net::IpAddr, time::Duration};
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use futures::{
-    StreamExt,
+    Stream, StreamExt,
     stream::{self, BoxStream},
 };
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Service};
@@ -15,12 +15,12 @@ use kube::{
         watcher,
     },
 };
-use raven_api::{Gateway, GatewayNode, proxy::INTERNAL_SERVICE};
-use serde::de::DeserializeOwned;
+use raven_api::{Gateway, GatewayNode, Guarded, proxy::INTERNAL_SERVICE};
 use tokio::time::{Instant, timeout_at};
 
 use crate::config::CONFIG_MAP;
 use crate::gateway::{NodeFacts, Switches};
+use crate::watch::{events, guarded};
 
 /// Changes that follow each other this closely are one.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -31,8 +31,8 @@ const BURST: Duration = Duration::from_secs(1);
 #[derive(Clone)]
 pub struct Cluster {
     gateways: Store<Gateway>,
-    gateway_nodes: Store<GatewayNode>,
-    nodes: Store<Node>,
+    gateway_nodes: Store<Guarded<GatewayNode>>,
+    nodes: Store<Guarded<Node>>,
     services: Store<Service>,
     switches: Store<ConfigMap>,
 }
@@ -42,21 +42,22 @@ pub struct Changes(BoxStream<'static, ()>);
 
 /// Starts to follow.
 pub fn follow(client: Client, namespace: &str) -> (Cluster, Changes) {
+    let all = watcher::Config::default;
     let named = |name: &str| watcher::Config::default().fields(&format!("metadata.name={name}"));
-    let (gateways, a) = reflected(Api::all(client.clone()), watcher::Config::default());
-    let (gateway_nodes, b) = reflected(Api::all(client.clone()), watcher::Config::default());
-    let (nodes, c) = reflected(Api::all(client.clone()), watcher::Config::default());
-    let (services, d) = reflected(Api::namespaced(client.clone(), namespace), named(INTERNAL_SERVICE));
-    let (switches, e) = reflected(Api::namespaced(client, namespace), named(CONFIG_MAP));
+    let (gateways, a) = reflected(events(Api::all(client.clone()), all()));
+    let (gateway_nodes, b) = reflected(guarded(Api::all(client.clone()), all()));
+    let (nodes, c) = reflected(guarded(Api::all(client.clone()), all()));
+    let (services, d) = reflected(events(Api::namespaced(client.clone(), namespace), named(INTERNAL_SERVICE)));
+    let (switches, e) = reflected(events(Api::namespaced(client, namespace), named(CONFIG_MAP)));
     (Cluster { gateways, gateway_nodes, nodes, services, switches }, Changes(stream::select_all([a, b, c, d, e]).boxed()))
 }
 
-fn reflected<K>(api: Api<K>, config: watcher::Config) -> (Store<K>, BoxStream<'static, ()>)
+fn reflected<K>(events: impl Stream<Item = watcher::Result<watcher::Event<K>>> + Send + 'static) -> (Store<K>, BoxStream<'static, ()>)
 where
-    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
+    K: Resource<DynamicType = ()> + Clone + Send + Sync + 'static,
 {
     let (store, writer) = reflector::store();
-    let events = watcher::watcher(api, config).default_backoff().reflect(writer).filter_map(|event| async move {
+    let events = events.reflect(writer).filter_map(|event| async move {
         match event {
             Ok(watcher::Event::InitDone | watcher::Event::Apply(_) | watcher::Event::Delete(_)) => Some(()),
             Ok(_) => None,
@@ -97,19 +98,21 @@ impl Cluster {
         self.gateways.state().iter().map(|g| (**g).clone()).collect()
     }
 
-    /// All GatewayNodes.
+    /// All GatewayNodes that can be read.
     pub fn gateway_nodes(&self) -> Vec<GatewayNode> {
-        self.gateway_nodes.state().iter().map(|n| (**n).clone()).collect()
+        self.gateway_nodes.state().iter().filter_map(|n| n.0.as_ref().ok().cloned()).collect()
     }
 
-    /// All Nodes.
+    /// All Nodes that can be read.
     pub fn nodes(&self) -> Vec<NodeFacts> {
-        self.nodes.state().iter().filter_map(|n| NodeFacts::parse(n)).collect()
+        self.nodes.state().iter().filter_map(|n| NodeFacts::parse(n.0.as_ref().ok()?)).collect()
     }
 
-    /// UIDs of all Nodes, by name.
+    /// UIDs of these, by name.
     pub fn node_uids(&self) -> BTreeMap<String, String> {
-        self.nodes.state().iter().filter_map(|n| Some((n.metadata.name.clone()?, n.metadata.uid.clone()?))).collect()
+        let nodes = self.nodes.state();
+        let read = nodes.iter().filter_map(|n| n.0.as_ref().ok());
+        read.filter_map(|n| Some((n.metadata.name.clone()?, n.metadata.uid.clone()?))).collect()
     }
 
     /// Addresses of the internal Service.
@@ -122,5 +125,41 @@ impl Cluster {
     /// L7 is on.
     pub fn l7(&self) -> bool {
         self.switches.state().first().map(|map| Switches::parse(&map.data.clone().unwrap_or_default())).unwrap_or_default().l7
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake_api::{FakeApi, list};
+
+    #[tokio::test]
+    async fn what_one_box_writes_about_itself_stops_nothing() {
+        let api = FakeApi::serve(|asked| {
+            Ok(match asked {
+                "GET /apis/raven.openyurt.io/v1beta1/gatewaynodes" => list(&[
+                    r#"{"metadata":{"name":"stolen"},"spec":{},"status":{"peers":[{"nodeName":"y","gateway":"y","lastHandshake":"2026-01-01T00:00:00+99:99"}]}}"#,
+                    r#"{"metadata":{"name":"taken","managedFields":[{"manager":"x","time":"9999-12-31T23:59:59Z"}]},"spec":{}}"#,
+                    r#"{"metadata":{"name":"good"},"spec":{}}"#,
+                ]),
+                "GET /api/v1/nodes" => list(&[
+                    r#"{"metadata":{"name":"stolen","uid":"1"},"status":{"conditions":[{"type":"X","status":"True","lastHeartbeatTime":"9999-12-31T23:59:59Z"}]}}"#,
+                    r#"{"metadata":{"name":"good","uid":"2"}}"#,
+                ]),
+                _ => list(&[]),
+            })
+        })
+        .await;
+        let (cluster, mut changes) = follow(api.client.clone(), "kube-system");
+        let listed = tokio::time::timeout(Duration::from_secs(10), async {
+            while !cluster.complete() {
+                changes.next().await;
+            }
+        });
+        listed.await.expect("everything is listed");
+        let names: Vec<String> = cluster.gateway_nodes().into_iter().filter_map(|node| node.metadata.name).collect();
+        assert_eq!(names, ["good"]);
+        assert_eq!(cluster.nodes().iter().map(|node| node.name.as_str()).collect::<Vec<_>>(), ["good"]);
+        assert_eq!(cluster.node_uids(), BTreeMap::from([("good".to_owned(), "2".to_owned())]));
     }
 }

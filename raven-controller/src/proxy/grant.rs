@@ -18,11 +18,11 @@ use kube::{
     runtime::{
         WatchStreamExt,
         events::{Event, EventType, Recorder, Reporter},
-        watcher::{self, watcher},
+        watcher,
     },
 };
 use raven_api::{
-    MANAGER_CONTROLLER,
+    Guarded, MANAGER_CONTROLLER,
     proxy::{CA_KEY, CA_NAME, SIGNER_CLIENT, SIGNER_SERVER},
 };
 use serde_json::json;
@@ -34,6 +34,7 @@ use super::{
     sign::{Facts, Refusal, Signer, judge},
 };
 use crate::lead::Mandate;
+use crate::watch::guarded;
 
 /// How often the CA is looked at.
 const LOOK: Duration = Duration::from_secs(3600);
@@ -74,10 +75,10 @@ impl Granter {
 
     /// Runs for ever.
     pub async fn run(mut self) {
-        let requests: Api<CertificateSigningRequest> = Api::all(self.client.clone());
+        let requests: Api<Guarded<CertificateSigningRequest>> = Api::all(self.client.clone());
         let of = |signer: &str| {
             let only = watcher::Config::default().fields(&format!("spec.signerName={signer}"));
-            watcher(requests.clone(), only).default_backoff().touched_objects()
+            guarded(requests.clone(), only).touched_objects()
         };
         let all = || futures::stream::select(of(SIGNER_CLIENT), of(SIGNER_SERVER));
         let mut seen = pin!(all());
@@ -86,7 +87,7 @@ impl Granter {
         loop {
             tokio::select! {
                 Some(request) = seen.next() => match request {
-                    Ok(request) if is_open(&request) => waiting.push(request),
+                    Ok(Guarded(Ok(request))) if is_open(&request) => waiting.push(request),
                     Ok(_) => {}
                     Err(e) => tracing::warn!(error = %e, "watch CertificateSigningRequests (does RBAC allow it?)"),
                 },
