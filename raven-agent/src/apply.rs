@@ -333,14 +333,21 @@ impl Reconciler {
     async fn ensure_tunnel(&mut self, plan: &Plan, notes: &mut Notes) -> Option<u32> {
         let want = plan.tunnel.as_ref()?;
         let tunnel = match Tunnel::ensure(&self.links).await {
-            Ok(tunnel) => self.tunnel.insert(tunnel),
+            Ok(tunnel) => tunnel,
             Err(e) => {
                 notes.failures.push(e.to_string());
                 return None;
             }
         };
-        // A port that is taken is no reason to take down what works by another one.
-        notes.take(tunnel.configure(self.key.clone(), want.port).await.map(|()| false));
+        self.tunnel = Some(tunnel.clone());
+        if let Err(e) = tunnel.configure(self.key.clone(), want.port).await {
+            notes.failures.push(e.to_string());
+            // A port that is taken is no reason to take down what works by another one. An engine without any ends at its first packet.
+            if !tunnel.has_port().await {
+                self.tunnel = None;
+                return None;
+            }
+        }
         match self.links.ensure_up(names::TUNNEL, want.mtu).await {
             Ok(index) => {
                 notes.failures.extend(set_sysctls(names::TUNNEL));

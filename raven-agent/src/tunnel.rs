@@ -8,6 +8,7 @@ mod key;
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    net::{Ipv4Addr, Ipv6Addr, UdpSocket},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -107,7 +108,17 @@ impl Tunnel {
         } else if same_key {
             return Ok(());
         }
-        self.update(update, format!("set key and UDP port {port} of {} (is another program using the port?)", self.name)).await
+        let action = format!("set key and UDP port {port} of {} (is another program using the port?)", self.name);
+        // The engine gives its old port up before it asks for the new one; the kernel after it has it.
+        if self.backend == Backend::Userspace && device.listen_port != Some(port) && is_taken(port) {
+            return Err(Error::Request { action, source: std::io::ErrorKind::AddrInUse.into() });
+        }
+        self.update(update, action).await
+    }
+
+    /// Whether it has a port to receive by.
+    pub async fn has_port(&self) -> bool {
+        self.device().await.is_ok_and(|device| device.listen_port.is_some_and(|port| port != 0))
     }
 
     /// The peers as WireGuard has them.
@@ -167,7 +178,7 @@ impl Tunnel {
         let Some(target) = target.map(IpNet::network) else { return };
         let any = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         // Port 9 is `discard`. Should it fail, the keepalive does the same a little later.
-        let _ = std::net::UdpSocket::bind(any).and_then(|socket| socket.send_to(&[], (target, 9)));
+        let _ = UdpSocket::bind(any).and_then(|socket| socket.send_to(&[], (target, 9)));
     }
 
     /// Removes a peer.
@@ -191,6 +202,11 @@ impl Tunnel {
         let (name, backend) = (self.name, self.control());
         blocking(action, move || update.apply(&name, backend)).await
     }
+}
+
+fn is_taken(port: u16) -> bool {
+    let in_use = |bound: std::io::Result<_>| bound.is_err_and(|e: std::io::Error| e.kind() == std::io::ErrorKind::AddrInUse);
+    in_use(UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).map(drop)) || in_use(UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).map(drop))
 }
 
 /// How long WireGuard may take for an answer.

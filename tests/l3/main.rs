@@ -6,6 +6,7 @@
 
 mod forged;
 mod gateway_moves;
+mod goes_on;
 mod live_change;
 mod neighbours;
 mod node_addresses;
