@@ -58,12 +58,7 @@ async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
 fn answer<B>(request: &Request<B>, latest: &watch::Receiver<Latest>, drops: &Drops, proxy: &Stats) -> Response<Full<Bytes>> {
     let report = latest.borrow().as_ref().map(|(report, _)| report.clone());
     match request.uri().path() {
-        "/healthz" => match report.map(|r| r.ended.elapsed()).filter(|age| *age > STUCK) {
-            None => text(StatusCode::OK, "ok\n".to_owned()),
-            Some(age) => {
-                text(StatusCode::SERVICE_UNAVAILABLE, format!("the run that began {} s ago does not end: start me anew\n", age.as_secs()))
-            }
-        },
+        "/healthz" => health(report.map(|r| r.ended.elapsed())),
         "/readyz" => match report {
             None => text(StatusCode::SERVICE_UNAVAILABLE, "waiting for the topology\n".to_owned()),
             Some(r) if r.failures.is_empty() => text(StatusCode::OK, "ok\n".to_owned()),
@@ -79,8 +74,28 @@ fn answer<B>(request: &Request<B>, latest: &watch::Receiver<Latest>, drops: &Dro
     }
 }
 
+/// `age`: since the last run ended, if there was one.
+fn health(age: Option<Duration>) -> Response<Full<Bytes>> {
+    match age.filter(|age| *age > STUCK) {
+        None => text(StatusCode::OK, "ok\n".to_owned()),
+        Some(age) => text(StatusCode::SERVICE_UNAVAILABLE, format!("no run has ended for {} s: start me anew\n", age.as_secs())),
+    }
+}
+
 fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_agent_whose_run_does_not_end_is_not_healthy() {
+        assert_eq!(health(None).status(), StatusCode::OK, "it waits for the first topology");
+        assert_eq!(health(Some(Duration::from_secs(60))).status(), StatusCode::OK);
+        assert_eq!(health(Some(STUCK + Duration::from_secs(1))).status(), StatusCode::SERVICE_UNAVAILABLE);
+    }
 }
