@@ -58,7 +58,8 @@ async fn answered(
     let (status, body) = match answer(&what) {
         Ok(json) => (200, json),
         Err(code) => {
-            (code, format!(r#"{{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"Refused","message":"no","code":{code}}}"#))
+            let reason = if code == 404 { "NotFound" } else { "Forbidden" };
+            (code, format!(r#"{{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"{reason}","message":"no","code":{code}}}"#))
         }
     };
     asked.lock().expect("no test holds it").push(what);

@@ -1,10 +1,10 @@
 //! What leads clients to gateway nodes: the internal Service, the hosts file, load balancers and their addresses.
 
 use anyhow::{Context, ensure};
-use k8s_openapi::api::core::v1::{ConfigMap, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Endpoints, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::Api;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use raven_api::LABEL_GATEWAY;
 use raven_api::proxy::{DNS_CONFIG_MAP, DNS_KEY, INTERNAL_SERVICE};
 use raven_tests::eventually;
@@ -26,6 +26,11 @@ async fn load_balancers_are_made_for_gateways_that_ask_and_their_addresses_are_w
         };
         apply("cloud", json!({"exposeType": "LoadBalancer", "proxyConfig": {"proxyHTTPSPort": "10250,9443"}})).await?;
         apply("site", json!({"endpoints": [{"nodeName": "x-a", "type": "tunnel", "underNAT": true}]})).await?;
+        // As upstream's Raven leaves them behind.
+        let left: Api<Endpoints> = Api::namespaced(client.clone(), "kube-system");
+        let addresses = json!([{"addresses": [{"ip": "10.1.0.9"}], "ports": [{"name": "https-10250", "port": 10263}]}]);
+        let object = serde_json::from_value(json!({"metadata": {"name": INTERNAL_SERVICE}, "subsets": addresses}))?;
+        left.create(&PostParams::default(), &object).await?;
         let _controller = stage.controller("one", &[]).await?;
 
         let balancers = ListParams::default().labels("raven.openyurt.io/gateway-type");
@@ -69,6 +74,11 @@ async fn load_balancers_are_made_for_gateways_that_ask_and_their_addresses_are_w
         .await?;
 
         // What nobody asks for any more goes.
+        eventually(SOON, "upstream's Endpoints are gone", async || {
+            ensure!(left.get_opt(INTERNAL_SERVICE).await?.is_none(), "they are there");
+            Ok(())
+        })
+        .await?;
         stage.gateways.delete("cloud", &DeleteParams::default()).await?;
         eventually(SOON, "the load balancers are gone", async || {
             let left = services.list(&balancers).await?.items.len();

@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
+use raven_api::proxy::INTERNAL_SERVICE;
 use raven_tests::eventually;
 use serde_json::json;
 
@@ -77,10 +78,15 @@ async fn the_controller_may_do_its_work_and_no_more() {
             ("create", requests),
             ("patch", requests),
             ("list", "pods"),
+            ("get", "endpoints"),
+            ("delete", "endpoints"),
         ];
         for (verb, what) in never {
             assert!(!may(verb, what), "{verb} {what}");
         }
+        let by_name = format!("endpoints/{INTERNAL_SERVICE}");
+        let answer = stage.lab.cluster().kubectl(&["auth", "can-i", "delete", &by_name, "-n", "kube-system", account])?;
+        assert_eq!(answer.trim(), "yes", "what upstream left behind");
         // Services and slices are Raven's business in its own namespace only.
         for (verb, what) in [("list", slices), ("patch", slices), ("patch", "services"), ("create", "services")] {
             assert!(!may_in("default", verb, what), "{verb} {what} in namespace default");

@@ -7,7 +7,7 @@ use std::{
 };
 
 use k8s_openapi::api::{
-    core::v1::{ConfigMap, Service},
+    core::v1::{ConfigMap, Endpoints, Service},
     discovery::v1::EndpointSlice,
 };
 use kube::{
@@ -16,7 +16,7 @@ use kube::{
 };
 use raven_api::{
     MANAGER_CONTROLLER,
-    proxy::{DNS_CONFIG_MAP, DNS_KEY},
+    proxy::{DNS_CONFIG_MAP, DNS_KEY, INTERNAL_SERVICE},
 };
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -98,7 +98,19 @@ impl Publisher {
         let map = json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": DNS_CONFIG_MAP }, "data": { DNS_KEY: hosts } });
         let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
         let hosts = self.put(&api, "ConfigMap", DNS_CONFIG_MAP, &map).await;
-        services.and(slices).and(hosts)
+        services.and(slices).and(hosts).and(self.forget_upstream().await)
+    }
+
+    /// Upstream's Raven has Endpoints of the Service's name, which nobody owns: after a switch they stay, and Kubernetes mirrors them into
+    /// a slice beside ours, of nodes that were elected then. Once is enough; and once more with everything else.
+    async fn forget_upstream(&mut self) -> Result<(), Error> {
+        let (kind, name) = ("Endpoints", INTERNAL_SERVICE.to_owned());
+        if !self.written.contains_key(&(kind, name.clone())) {
+            let api: Api<Endpoints> = Api::namespaced(self.client.clone(), &self.namespace);
+            self.delete(&api, kind, &name).await?;
+            self.written.insert((kind, name), Value::Null);
+        }
+        Ok(())
     }
 
     /// Writes all of a kind, and deletes what carries our label besides.
@@ -234,5 +246,17 @@ mod tests {
         there.lock().expect("no test holds it").pop();
         publisher.publish().await.expect("written");
         assert_eq!(written(&api), [format!("PATCH {SERVICES}/{balancer}")]);
+    }
+
+    #[tokio::test]
+    async fn endpoints_that_upstream_left_behind_go_once() {
+        const ENDPOINTS: &str = "DELETE /api/v1/namespaces/kube-system/endpoints/x-raven-proxy-internal-svc";
+        let (api, mut publisher) = publisher(|_| None).await;
+        let asked = |api: &FakeApi| api.asked().iter().filter(|asked| *asked == ENDPOINTS).count();
+        publisher.publish().await.expect("written");
+        publisher.publish().await.expect("written");
+        assert_eq!(asked(&api), 1);
+        let (_api, mut publisher) = self::publisher(|asked| (asked == ENDPOINTS).then_some(Err(404))).await;
+        publisher.publish().await.expect("there are none");
     }
 }
