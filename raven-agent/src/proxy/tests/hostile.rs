@@ -10,7 +10,7 @@ use rcgen::ExtendedKeyUsagePurpose;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    time::timeout,
+    time::{Instant, timeout},
 };
 use tokio_rustls::{TlsConnector, rustls::pki_types::ServerName};
 
@@ -176,8 +176,8 @@ async fn ten_thousand_half_open_connections_keep_nobody_out() {
             held.pop_front();
         }
     }
-    let crowded = world.cloud_stats.refusals(Refusal::TooMany);
-    assert!(crowded > 1_000, "{crowded} had to go");
+    // The last of them may still wait to be accepted.
+    eventually("more than a thousand had to go", || world.cloud_stats.refusals(Refusal::TooMany) > 1_000).await;
     // With all of them at the door: an honest client, and an edge that lost its tunnels.
     let secure = world.secure;
     let honest = async || {
@@ -219,7 +219,7 @@ async fn plain_requests_go_where_they_say_one_by_one() {
             });
         }
     });
-    let port = world.port + 1;
+    let port = world.http_port;
     let seen = http(&world, &format!("GET /metrics HTTP/1.1\r\nHost: x2:{port}\r\nConnection: close\r\n\r\n")).await;
     assert!(seen.starts_with("HTTP/1.1 200") && seen.contains("GET /metrics HTTP/1.1"), "{seen}");
     let seen = http(&world, &format!("GET /m?nodeName=x2 HTTP/1.1\r\nHost: svc:{port}\r\nConnection: close\r\n\r\n")).await;
@@ -274,7 +274,7 @@ async fn each_refusal_is_said_once_and_a_flood_of_them_fills_no_disk() {
     let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || lines.clone()).finish();
     let _here = tracing::subscriber::set_default(subscriber);
     let world = World::start().await;
-    let port = world.port + 1;
+    let port = world.http_port;
 
     let other = world.ca.pem_for(&["x2"], ExtendedKeyUsagePurpose::ClientAuth, (2099, 1, 1));
     assert!(!brought(&world, &other, &world.ca.pem).await);
@@ -288,11 +288,13 @@ async fn each_refusal_is_said_once_and_a_flood_of_them_fills_no_disk() {
     timeout(SOON, client.read_to_end(&mut alert)).await.expect("in time").expect("an alert");
     assert_eq!(log.lines_with("no node of this cluster is called \"nowhere\""), 1);
 
-    let before = world.cloud_stats.refusals(Refusal::Unknown);
+    let (before, begin) = (world.cloud_stats.refusals(Refusal::Unknown), Instant::now());
     for _ in 0..200 {
         ask("again").await;
     }
     assert_eq!(world.cloud_stats.refusals(Refusal::Unknown), before + 200, "every one is counted");
     let said = log.lines_with("no node of this cluster is called \"again\"");
-    assert!((1..40).contains(&said), "{said} of 200 are said");
+    // Ten, and one for each second that it took.
+    let most = 11 + begin.elapsed().as_secs();
+    assert!((1..=most).contains(&(said as u64)), "{said} of 200 are said");
 }

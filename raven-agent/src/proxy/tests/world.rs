@@ -3,10 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicU16, Ordering},
-    },
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -16,7 +13,7 @@ use rcgen::{
 };
 use tokio::{
     io::AsyncReadExt,
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::watch,
     time::{Instant, timeout},
 };
@@ -45,8 +42,6 @@ use crate::topology::{Member, Pool, ProxyPeer, Topology};
 
 /// How long anything may take.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
-/// Each world has a port of its own for its nodes: tests run side by side.
-static PORT: AtomicU16 = AtomicU16::new(0);
 
 /// UID of every node.
 const UID: &str = "0b1e7c1c-6f0e-4d6e-9a53-2d1f6d3c8a11";
@@ -112,7 +107,10 @@ impl Ca {
 
 pub(super) struct World {
     pub(super) ca: Ca,
+    /// The nodes' port for TLS, and the one for plain HTTP.
     pub(super) port: u16,
+    pub(super) http_port: u16,
+    sockets: [Mutex<Option<TcpSocket>>; 2],
     pub(super) gate: SocketAddr,
     pub(super) secure: SocketAddr,
     pub(super) insecure: SocketAddr,
@@ -126,7 +124,22 @@ pub(super) struct World {
     cloud_identity: watch::Sender<Option<Arc<Identity>>>,
 }
 
-fn topology(port: u16) -> Topology {
+/// A port of node x2 that is nobody else's, also while nobody listens there.
+fn reserved() -> (TcpSocket, u16) {
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.bind(([127, 0, 0, 3], 0).into()).expect("a port");
+    let port = socket.local_addr().expect("an address").port();
+    (socket, port)
+}
+
+/// As the agent does: a stream is two sockets at least, and some tests hold thousands.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource::RLIMIT_NOFILE, getrlimit, setrlimit};
+    let raised = getrlimit(RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(RLIMIT_NOFILE, hard, hard));
+    raised.expect("up to the hard limit anybody may");
+}
+
+fn topology(port: u16, http_port: u16) -> Topology {
     let pool = |exposed, nodes: &[(&str, u8)], proxy: &str| {
         let members =
             nodes.iter().map(|(name, last)| ((*name).to_owned(), Member { outer: [127, 0, 0, *last].into(), prefixes: BTreeSet::new() }));
@@ -138,15 +151,16 @@ fn topology(port: u16) -> Topology {
         ("cloud".to_owned(), pool(true, &[("c1", 1)], "c1")),
         ("edge-x".to_owned(), pool(false, &[("x1", 2), ("x2", 3)], "x1")),
     ]);
-    let ports = Ports { http: BTreeSet::from([port + 1]), https: BTreeSet::from([port]) };
+    let ports = Ports { http: BTreeSet::from([http_port]), https: BTreeSet::from([port]) };
     Topology { pools, ports, ..Topology::default() }
 }
 
 impl World {
     /// Starts both halves and waits for the tunnels.
     pub(super) async fn start() -> Self {
-        let port = 21_000 + 2 * PORT.fetch_add(1, Ordering::Relaxed);
-        let topology = topology(port);
+        raise_file_limit();
+        let ((socket, port), (http_socket, http_port)) = (reserved(), reserved());
+        let topology = topology(port, http_port);
         let ca = Ca::new();
         let cloud_plan = watch::Sender::new(Arc::new(plan(&topology, "c1", None)));
         let edge_plan = watch::Sender::new(Arc::new(plan(&topology, "x1", None)));
@@ -170,6 +184,8 @@ impl World {
         let world = Self {
             ca,
             port,
+            http_port,
+            sockets: [socket, http_socket].map(|socket| Mutex::new(Some(socket))),
             gate: addresses[0],
             secure: addresses[1],
             insecure: addresses[2],
@@ -212,7 +228,7 @@ impl World {
 
     /// The edge's node is elected no more.
     pub(super) fn dismiss(&self) {
-        let mut topology = topology(self.port);
+        let mut topology = topology(self.port, self.http_port);
         topology.pools.get_mut("edge-x").expect("it is there").proxies.clear();
         self.cloud_plan.send_replace(Arc::new(plan(&topology, "c1", None)));
     }
@@ -227,14 +243,19 @@ impl World {
         self.edge_identity.send_replace(identity(&["x1"], ExtendedKeyUsagePurpose::ClientAuth));
     }
 
-    /// A listener on node x2.
+    /// The listener on node x2.
     pub(super) async fn listen(&self) -> TcpListener {
-        TcpListener::bind(("127.0.0.3", self.port)).await.expect("a port of its own")
+        self.listener(0)
     }
 
     /// The same, for plain HTTP.
     pub(super) async fn listen_http(&self) -> TcpListener {
-        TcpListener::bind(("127.0.0.3", self.port + 1)).await.expect("a port of its own")
+        self.listener(1)
+    }
+
+    fn listener(&self, which: usize) -> TcpListener {
+        let socket = self.sockets[which].lock().expect("nobody panics").take();
+        socket.expect("there is one listener of each kind").listen(1024).expect("its port is reserved")
     }
 
     pub(super) async fn open(&self, node: &str) -> Result<Opened, Error> {
