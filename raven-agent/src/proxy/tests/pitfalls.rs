@@ -70,12 +70,12 @@ async fn still(counter: &AtomicU64, least: u64, quiet: Duration) -> u64 {
     }
 }
 
-/// Opens so many streams, some at a time: the node's queue of connections holds a thousand and twenty-four, and a stream has to be answered
+/// Opens so many streams, a hundred at a time: the node's queue of connections holds a thousand and twenty-four, and a stream has to be answered
 /// within [`limits::CONNECT`] and [`limits::ATTEMPT`] also where one core does everything.
-async fn open(world: &World, count: usize, at_a_time: usize) -> Vec<Result<Opened, Error>> {
+async fn open(world: &World, count: usize) -> Vec<Result<Opened, Error>> {
     let mut open = Vec::new();
     while open.len() < count {
-        let next = at_a_time.min(count - open.len());
+        let next = (count - open.len()).min(100);
         open.extend(futures::future::join_all((0..next).map(|_| world.open("x2"))).await);
     }
     open
@@ -145,7 +145,7 @@ async fn s3_more_streams_than_the_other_side_allows_block_nobody() {
     let world = World::start().await;
     node(&world, |client, _| echo(client)).await;
     let most = (limits::STREAMS as usize - 1) * limits::TUNNELS;
-    let mut open: Vec<Opened> = open(&world, most, 100).await.into_iter().map(|stream| stream.expect("there is room")).collect();
+    let mut open: Vec<Opened> = open(&world, most).await.into_iter().map(|stream| stream.expect("there is room")).collect();
     let refused = timeout(limits::OPEN * 2, world.open("x2")).await.expect("told in time");
     assert!(refused.is_err(), "there is no room");
     open.truncate(most / 2);
@@ -256,9 +256,9 @@ async fn s4c_what_stalled_readers_held_is_given_back() {
     for _ in 0..=limits::TUNNELS as u64 * u64::from(limits::CONNECTION_WINDOW) / held {
         sent.store(0, Ordering::Relaxed);
         // While those that are there flood.
-        let stalled = open(&world, READERS, 100).await;
+        let stalled = open(&world, READERS).await;
         assert!(stalled.iter().all(Result::is_ok));
-        // All that they may send, and what lies in the sockets before. A pause for the end would not make the test fail.
+        // All that they may send, and what lies in the sockets before. (A pause that is taken for the end fails nothing.)
         let full = timeout(SOON * 6, still(&sent, held, Duration::from_millis(500))).await;
         assert!(full.is_ok(), "{} bytes were sent, {held} may be held", sent.load(Ordering::Relaxed));
     }
@@ -307,7 +307,7 @@ async fn a_thousand_logs_flow_beside_one_that_is_never_read() {
     .await;
     let unread = world.open("x2").await.expect("a stream");
     timeout(SOON * 3, still(&sent, 0, QUIET)).await.expect("its sender stops");
-    let logs = open(&world, LOGS, 100).await.into_iter().map(|log| async {
+    let logs = open(&world, LOGS).await.into_iter().map(|log| async {
         let mut log = log.expect("a stream");
         let (begin, mut text) = (Instant::now(), String::new());
         timeout(SOON * 3, log.read_to_string(&mut text)).await.expect("in time").expect("all of it");
