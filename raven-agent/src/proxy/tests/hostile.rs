@@ -15,7 +15,7 @@ use tokio::{
 use tokio_rustls::{TlsConnector, rustls::pki_types::ServerName};
 
 use super::{
-    super::{hello, identity::Identity, limits, stats::Refusal},
+    super::{entrance::Kind, hello, identity::Identity, limits, stats::Refusal},
     SOON,
     world::{Ca, World, eventually},
 };
@@ -149,6 +149,20 @@ async fn who_says_nothing_is_turned_away_in_time() {
     timeout(SOON, nameless.read_to_end(&mut answer)).await.expect("in time").expect("closed");
     assert_eq!(answer, [21, 3, 3, 0, 2, 2, 112], "the alert `unrecognized_name`");
     assert_eq!(world.cloud_stats.refusals(Refusal::NoName), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_dials_a_nodes_address_and_says_nothing_holds_no_stream_of_its_site() {
+    let world = World::start().await;
+    // Where the programs bring connections to x2, which has that address.
+    let dialled = world.listen().await;
+    let address = dialled.local_addr().expect("an address");
+    tokio::spawn(world.entrance().run(dialled, Kind::Dialled));
+    let mut silent = TcpStream::connect(address).await.expect("connected");
+    let mut rest = Vec::new();
+    timeout(limits::HEAD + SOON, silent.read_to_end(&mut rest)).await.expect("in time").expect("closed");
+    assert_eq!(world.cloud_stats.refusals(Refusal::Slow), 1);
+    assert_eq!(world.cloud_stats.open_streams() + world.edge_stats.open_streams(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

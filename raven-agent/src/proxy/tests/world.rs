@@ -243,6 +243,11 @@ impl World {
         self.edge_identity.send_replace(identity(&["x1"], ExtendedKeyUsagePurpose::ClientAuth));
     }
 
+    /// One more entrance of the cloud gateway node.
+    pub(super) fn entrance(&self) -> Entrance {
+        Entrance { plan: self.cloud_plan.subscribe(), tunnels: self.tunnels.clone(), stats: self.cloud_stats.clone() }
+    }
+
     /// The listener on node x2.
     pub(super) async fn listen(&self) -> TcpListener {
         self.listener(0)
