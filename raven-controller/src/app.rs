@@ -20,8 +20,11 @@ use crate::{health, watch as follow};
 
 // Watches wait when the reconciler is busy writing.
 const UPDATES: usize = 1024;
-// A write that hangs after that is cut off when the Lease cannot be renewed either.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+// How long the API server may say nothing on a connection that it owes an answer. One whose host lost its power with our request in hand
+// never says anything again, while the elector, which dials anew, stays leader. Watches ask for bookmarks, which come once a minute; the
+// first one of an API server that has just started after two (seen with 1.37).
+const SILENCE: Duration = Duration::from_secs(150);
 
 /// Why the controller cannot start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +56,7 @@ pub enum Error {
 
 /// A client by kubeconfig, or by whatever the surroundings offer.
 pub async fn client(config: &Config) -> Result<Client, Error> {
-    let mut settings = match &config.kubeconfig {
+    let settings = match &config.kubeconfig {
         Some(path) => {
             let error = |source| Error::Kubeconfig { path: path.display().to_string(), source: Box::new(source) };
             let file = Kubeconfig::read_from(path).map_err(error)?;
@@ -61,7 +64,13 @@ pub async fn client(config: &Config) -> Result<Client, Error> {
         }
         None => ClientConfig::infer().await.map_err(|e| Error::Infer(Box::new(e)))?,
     };
+    client_of(settings)
+}
+
+fn client_of(mut settings: ClientConfig) -> Result<Client, Error> {
     settings.connect_timeout = Some(CONNECT_TIMEOUT);
+    // The time counts from the request, not from when its pooled connection fell idle.
+    (settings.read_timeout, settings.reset_reader_on_write) = (Some(SILENCE), true);
     Client::try_from(settings).map_err(|e| Error::Client(Box::new(e)))
 }
 
@@ -157,5 +166,33 @@ impl Parts {
             None => return "none",
         };
         self.names.iter().find(|(known, _)| *known == id).map_or("unknown", |(_, name)| name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::Node;
+    use kube::Api;
+    use tokio::io::AsyncReadExt;
+    use tokio::net::TcpListener;
+    use tokio::time::{Instant, pause, timeout};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_api_server_that_is_gone_is_not_waited_for_for_ever() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let uri = format!("http://{}", listener.local_addr().expect("it is bound")).parse().expect("a URI");
+        let nodes: Api<Node> = Api::all(client_of(ClientConfig::new(uri)).expect("a client"));
+        let request = tokio::spawn(async move { nodes.get("n").await });
+        // The request arrives, and nothing comes of it: the host has lost its power.
+        let (mut stream, _) = listener.accept().await.expect("it dials");
+        stream.read_u8().await.expect("it asks");
+        pause();
+        let asked = Instant::now();
+        let outcome = timeout(Duration::from_secs(600), request).await.expect("it gives up").expect("no panic");
+        assert!(outcome.is_err());
+        // Nor is a watch without news cut off before it has its bookmark.
+        assert!((121..=180).contains(&asked.elapsed().as_secs()), "{:?}", asked.elapsed());
     }
 }
