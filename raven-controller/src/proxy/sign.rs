@@ -6,6 +6,7 @@
 //! very Node object: one that is deleted takes it along, also where a later one has the same name.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use jiff::SignedDuration;
 use k8s_openapi::api::certificates::v1::CertificateSigningRequestSpec;
@@ -185,12 +186,17 @@ fn allowed(node: &str, signer: Signer, facts: &Facts<'_>) -> Result<BTreeSet<Str
         let Some(status) = &gateway.status else { continue };
         let elected = status.active_endpoints.iter().filter(|e| e.type_ == EndpointType::Proxy && e.node_name == node);
         for endpoint in elected {
-            names.extend(endpoint.public_ip.clone().filter(|ip| !ip.is_empty()));
+            names.extend(endpoint.public_ip.as_deref().filter(|ip| !ip.is_empty()).map(canonical));
             names.extend(endpoint.config.get(CONFIG_HOSTNAME).cloned());
             names.extend(status.nodes.iter().filter(|n| n.node_name == node).map(|n| n.private_ip.clone()));
         }
     }
     if names.is_empty() { Err(Refusal::NotElected(node.to_owned())) } else { Ok(names) }
+}
+
+/// An address as a request has it: a person may have written it in another way (`2001:DB8:0::1`).
+fn canonical(address: &str) -> String {
+    address.parse::<IpAddr>().map_or_else(|_| address.to_owned(), |ip| ip.to_string())
 }
 
 fn usages(request: &CertificateSigningRequestSpec, signer: Signer) -> Result<(), Refusal> {
@@ -242,10 +248,14 @@ mod tests {
     }
 
     fn judged(request: &CertificateSigningRequestSpec, signer: Signer) -> Result<Granted, Refusal> {
+        judged_at("198.51.100.10", request, signer)
+    }
+
+    fn judged_at(public_ip: &str, request: &CertificateSigningRequestSpec, signer: Signer) -> Result<Granted, Refusal> {
         let endpoint = Endpoint {
             node_name: "cloud-a".to_owned(),
             type_: EndpointType::Proxy,
-            public_ip: Some("198.51.100.10".to_owned()),
+            public_ip: Some(public_ip.to_owned()),
             ..Endpoint::default()
         };
         let mut gateway = Gateway::new("cloud", GatewaySpec { expose_type: ExposeType::PublicIP, ..GatewaySpec::default() });
@@ -301,6 +311,16 @@ mod tests {
         assert_eq!(refused(&request(&["198.51.100.99"], "server auth", Some("cloud-a")), Signer::Server), "NamesNotAllowed");
         assert_eq!(refused(&request(&["x-a"], "server auth", Some("x-a")), Signer::Server), "NotElected");
         assert_eq!(refused(&request(&["198.51.100.10"], "client auth", Some("cloud-a")), Signer::Server), "UsagesNotAllowed");
+    }
+
+    #[test]
+    fn an_address_is_the_same_however_somebody_wrote_it() {
+        let request = request(&["2001:db8::1"], "server auth", Some("cloud-a"));
+        for written in ["2001:db8::1", "2001:DB8::1", "2001:db8:0::1", "2001:0db8:0000:0000:0000:0000:0000:0001"] {
+            let granted = judged_at(written, &request, Signer::Server).unwrap_or_else(|refusal| panic!("{written}: {refusal}"));
+            assert_eq!(granted.names, ["2001:db8::1"]);
+        }
+        assert_eq!(judged_at("2001:db8::2", &request, Signer::Server).expect_err("another's").reason(), "NamesNotAllowed");
     }
 
     #[test]
