@@ -51,7 +51,7 @@ pub fn decide(inputs: &Inputs) -> Decisions {
 
     subnets::assign(inputs, &mut drafts);
 
-    let cluster = status::ClusterView::of(&drafts);
+    let cluster = status::ClusterView::of(inputs, &drafts);
     let gateways = drafts.into_iter().map(|draft| (draft.gateway.name.clone(), draft.finish(&cluster, inputs.switches))).collect();
     Decisions { gateways, create: membership.create, delete: membership.delete, strays: membership.strays }
 }

@@ -3,7 +3,7 @@
 //! A [`Draft`] collects what the parts found out about one Gateway; [`Draft::finish`] makes a [`Decision`] of it, which becomes a
 //! `GatewayStatus` once the present one (for the transition times) and the time are known. One writer: nobody else writes status.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::net::IpAddr;
 
@@ -15,7 +15,7 @@ use raven_api::proxy::CONFIG_HOSTNAME;
 use raven_api::{ANNOTATION_EXTRA_CIDRS, LABEL_GATEWAY};
 
 use super::elect::Election;
-use super::inputs::{GatewayFacts, NodeFacts, Switches};
+use super::inputs::{GatewayFacts, Inputs, NodeFacts, Switches};
 use super::{GatewayName, NodeName};
 
 /// Reason of conditions (and of the Event about it) where no candidate is ready.
@@ -72,25 +72,27 @@ pub struct Draft<'a> {
     pub refusals: Vec<Refusal>,
 }
 
-/// Beginning of the note about nodes whose address nodes of other pools have, too: the Event about it is found by it.
-pub const BY_NAME_ONLY: &str = "kubelets reached by name only";
+/// Beginning of the note about nodes whose address nodes of other pools, or of none, have, too: the Event about it is found by it.
+pub const BY_NAME_ONLY: &str = "kubelets to be reached by name only";
 
 /// What one Gateway has to know of the others.
 #[derive(Debug, Default)]
 pub struct ClusterView {
     /// Exposed Gateways, and whether others find an elected tunnel node there.
     exposed: Vec<(GatewayName, bool)>,
-    /// InternalIPs that nodes of several pools have, and who has them.
-    shared: BTreeMap<IpAddr, Vec<(GatewayName, NodeName)>>,
+    /// InternalIPs that nodes of several pools, or of a pool and of none, have, and who has them.
+    shared: Owners,
 }
 
+type Owners = BTreeMap<IpAddr, Vec<(Option<GatewayName>, NodeName)>>;
+
 impl ClusterView {
-    /// From all drafts.
-    pub fn of(drafts: &[Draft<'_>]) -> Self {
+    /// From all drafts, and the nodes in none of them.
+    pub fn of(inputs: &Inputs, drafts: &[Draft<'_>]) -> Self {
         let exposed = drafts.iter().filter(|d| d.is_exposed());
         let mut exposed: Vec<_> = exposed.map(|d| (d.gateway.name.clone(), !d.tunnel.elected.is_empty())).collect();
         exposed.sort();
-        Self { exposed, shared: shared_addresses(drafts) }
+        Self { exposed, shared: shared_addresses(inputs, drafts) }
     }
 }
 
@@ -122,12 +124,17 @@ impl Decision {
     }
 }
 
-fn shared_addresses(drafts: &[Draft<'_>]) -> BTreeMap<IpAddr, Vec<(GatewayName, NodeName)>> {
-    let mut by_address: BTreeMap<IpAddr, Vec<(GatewayName, NodeName)>> = BTreeMap::new();
+fn shared_addresses(inputs: &Inputs, drafts: &[Draft<'_>]) -> Owners {
+    let mut by_address = Owners::new();
+    let mut members = BTreeSet::new();
     for draft in drafts {
         for (node, address) in draft.nodes.iter().filter_map(|(node, _)| Some((node, node.address?))) {
-            by_address.entry(address).or_default().push((draft.gateway.name.clone(), node.name.clone()));
+            members.insert(&node.name);
+            by_address.entry(address).or_default().push((Some(draft.gateway.name.clone()), node.name.clone()));
         }
+    }
+    for node in inputs.nodes.values().filter(|node| !members.contains(&node.name)) {
+        node.addresses().for_each(|address| by_address.entry(address).or_default().push((None, node.name.clone())));
     }
     by_address.retain(|_, owners| owners.iter().any(|(gateway, _)| *gateway != owners[0].0));
     by_address.values_mut().for_each(|owners| owners.sort());
@@ -307,8 +314,10 @@ impl Draft<'_> {
             .iter()
             .filter_map(|(node, _)| {
                 let address = node.address?;
-                let (gateway, other) = cluster.shared.get(&address)?.iter().find(|(gateway, _)| *gateway != self.gateway.name)?;
-                Some(format!("{} ({address}, which node {other} of Gateway {gateway} has, too)", node.name))
+                let own = Some(&self.gateway.name);
+                let (gateway, other) = cluster.shared.get(&address)?.iter().find(|(gateway, _)| gateway.as_ref() != own)?;
+                let whose = gateway.as_ref().map_or_else(|| "no Gateway".to_owned(), |gateway| format!("Gateway {gateway}"));
+                Some(format!("{} ({address}, which node {other} of {whose} has, too)", node.name))
             })
             .collect();
         (!shared.is_empty()).then(|| format!("{BY_NAME_ONLY}: {}", enumerate(&shared)))

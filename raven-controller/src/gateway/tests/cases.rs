@@ -562,7 +562,7 @@ fn sites_with_the_same_addresses_are_told_that_names_are_needed_once() {
         let status = cluster.resource(name).status.clone().expect("applied");
         status.conditions.into_iter().find(|c| c.type_ == "Ready").expect("a condition").message
     };
-    let note = "kubelets reached by name only: e1 (192.168.1.10, which node f1 of Gateway far has, too)";
+    let note = "kubelets to be reached by name only: e1 (192.168.1.10, which node f1 of Gateway far has, too)";
     assert!(ready(&after, "edge").contains(note), "{}", ready(&after, "edge"));
     assert!(!ready(&after, "cloud").contains("by name only"), "the cloud's own nodes are reached directly");
     let said = |before: &Cluster, after: &Cluster| {
@@ -573,6 +573,24 @@ fn sites_with_the_same_addresses_are_told_that_names_are_needed_once() {
     let event = said(&before, &after);
     assert_eq!((event.len(), event[0].warning, event[0].note.as_str()), (1, true, note));
     assert!(said(&after, &after.clone().apply(3)).is_empty(), "nothing twice");
+}
+
+#[test]
+fn a_site_is_told_of_a_node_of_the_cloud_or_of_no_pool_that_has_its_address() {
+    let lying = |address: &str| {
+        let cluster = two_pools().node(at_address(node("nobodys", "10.9.1.0/24"), "10.9.0.1"));
+        let cluster = cluster.node(at_address(member("cloud", "c1", "10.1.1.0/24"), "10.0.0.1"));
+        cluster.node(at_address(member("edge", "e1", "10.2.1.0/24"), address)).apply(1)
+    };
+    let event = |cluster: &Cluster| {
+        let new = cluster.resource("edge").status.clone().expect("applied");
+        changes(&cluster.0, &"edge".into(), None, &new).into_iter().find(|c| c.reason == "NodeAddressAmbiguous").map(|c| c.note)
+    };
+    assert_eq!(event(&lying("10.2.0.1")), None);
+    let cloud = "kubelets to be reached by name only: e1 (10.0.0.1, which node c1 of Gateway cloud has, too)";
+    assert_eq!(event(&lying("10.0.0.1")).as_deref(), Some(cloud));
+    let nobody = "kubelets to be reached by name only: e1 (10.9.0.1, which node nobodys of no Gateway has, too)";
+    assert_eq!(event(&lying("10.9.0.1")).as_deref(), Some(nobody));
 }
 
 #[test]
