@@ -34,8 +34,8 @@ use crate::{
 /// A run without a change, to find what no notification told (a map that somebody else changed, say).
 const RESYNC: Duration = Duration::from_secs(30);
 /// How long the API server may say nothing at all on a connection that it owes an answer: a server that is gone would be waited for for
-/// ever. Watches have a bookmark about once a minute.
-const SILENCE: Duration = Duration::from_secs(90);
+/// ever. Watches have a bookmark about once a minute, the first one after a server's start after two.
+const SILENCE: Duration = Duration::from_secs(150);
 /// Changes within this time are one.
 const SETTLE: Duration = Duration::from_millis(100);
 

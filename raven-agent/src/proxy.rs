@@ -86,6 +86,9 @@ pub fn listen_transparently() -> std::io::Result<std::net::TcpListener> {
     use socket2::{Domain, Socket, Type};
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.set_ip_transparent_v4(true)?;
+    // What it accepts has the port that was dialled for its own, and this: or the node's own kubelet could not listen there again after a
+    // restart, for as long as a connection to another node's lives, or is remembered (EADDRINUSE).
+    socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
     socket.listen(1024)?;

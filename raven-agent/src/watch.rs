@@ -11,11 +11,11 @@ use futures::{
 use k8s_openapi::api::{core::v1::ConfigMap, discovery::v1::EndpointSlice};
 use kube::{
     Api, Client, Resource,
-    core::{DeserializeGuard, error_boundary::InvalidObject},
     runtime::{WatchStreamExt, reflector, watcher},
 };
 use raven_api::{
-    Gateway, GatewayNode,
+    Gateway, GatewayNode, Guarded,
+    guarded::Unreadable,
     proxy::{CA_KEY, CA_NAME, ready},
 };
 use serde::de::DeserializeOwned;
@@ -46,7 +46,7 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
     let configs: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), "default");
     let (gateways, a) = reflected("Gateways", Api::<Gateway>::all(client.clone()), all());
-    let (nodes, b) = reflected("GatewayNodes", Api::<DeserializeGuard<GatewayNode>>::all(client), all());
+    let (nodes, b) = reflected("GatewayNodes", Api::<Guarded<GatewayNode>>::all(client), all());
     let (switches, c) = reflected(SWITCHES, configs.clone(), named(SWITCHES));
     let (agent, d) = reflected(AGENT_CONFIG, configs.clone(), named(AGENT_CONFIG));
     let (ca, e) = reflected(CA_NAME, configs, named(CA_NAME));
@@ -94,13 +94,13 @@ fn listed<K: Resource<DynamicType = ()> + Clone + 'static>(store: &reflector::St
 
 /// Nodes write these themselves, and the API server lets more pass for a time than we can read: what one of them (stolen, say) writes must
 /// not blind all others. `said`: which ones have been complained of.
-fn readable(nodes: Vec<DeserializeGuard<GatewayNode>>, said: &mut BTreeSet<String>) -> Vec<GatewayNode> {
+fn readable(nodes: Vec<Guarded<GatewayNode>>, said: &mut BTreeSet<String>) -> Vec<GatewayNode> {
     let mut broken = BTreeSet::new();
     let mut read = Vec::new();
     for node in nodes {
         match node.0 {
             Ok(node) => read.push(node),
-            Err(InvalidObject { error, metadata }) => {
+            Err(Unreadable { error, metadata }) => {
                 let name = metadata.name.unwrap_or_default();
                 if !said.contains(&name) {
                     tracing::warn!(
@@ -146,7 +146,7 @@ mod tests {
                 "apiVersion": "raven.openyurt.io/v1beta1", "kind": "GatewayNode", "metadata": { "name": name }, "spec": { "gateway": "x", "version": "1" },
                 "status": { "peers": [{ "nodeName": "y", "gateway": "y", "lastHandshake": handshake }] },
             });
-            serde_json::from_value::<DeserializeGuard<GatewayNode>>(object).expect("never an error")
+            serde_json::from_str::<Guarded<GatewayNode>>(&object.to_string()).expect("never an error")
         };
         // Both pass the API server's check of the format.
         let list =

@@ -171,16 +171,10 @@ async fn requests_work_again_when_the_link_and_the_agents_are_back() {
     assert!(edge.intersection(&cloud).count() > 3, "at the edge {edge:?}, in the cloud {cloud:?}");
 
     // L7 switched off: nothing of it listens, leads anywhere or goes on.
-    let open = running
-        .lab
-        .node("cloud-b")
-        .ns
-        .command("busybox")
-        .args(["nc", "10.1.0.12", "10255"])
-        .stdin(std::process::Stdio::piped())
-        .spawn()
-        .expect("nc starts");
-    let _open = Killed(open);
+    let client = &mut running.lab.node("cloud-b").ns.command("busybox");
+    let mut open = Killed(client.args(["nc", "10.1.0.12", "10255"]).stdin(std::process::Stdio::piped()).spawn().expect("nc starts"));
+    // Who says nothing at all has no stream.
+    std::io::Write::write_all(open.0.stdin.as_mut().expect("piped"), b"GET /").expect("said");
     let streams = async || proof::metric(&running.lab.node("x-a").ns, "raven_proxy_open_streams").await?.context("it is told");
     let opened = || async {
         ensure!(streams().await? != 0);
