@@ -54,6 +54,13 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Nobody answered in time.
+    fn is_silence(&self) -> bool {
+        matches!(self, Self::Request { source, .. } if source.kind() == std::io::ErrorKind::TimedOut)
+    }
+}
+
 /// Who does WireGuard on this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
@@ -81,11 +88,17 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
-    /// Sees to it that the device is there.
+    /// Sees to it that the device is there, and somebody who answers for it.
     pub async fn ensure(links: &Links) -> Result<Self, Error> {
         let backend = ensure_device(links).await?;
         let name: InterfaceName = names::TUNNEL.parse().map_err(|_| Error::Engine(format!("{} is no device name", names::TUNNEL)))?;
-        Ok(Self { backend, name })
+        let tunnel = Self { backend, name };
+        if backend == Backend::Userspace && tunnel.device().await.is_err_and(|e| e.is_silence()) {
+            tracing::warn!("the embedded WireGuard engine has not answered for {ANSWER:?}: starting it anew");
+            engine::kill(names::TUNNEL).await?;
+            engine::start(names::TUNNEL).await?;
+        }
+        Ok(tunnel)
     }
 
     /// Who does WireGuard here.
@@ -98,22 +111,18 @@ impl Tunnel {
         let device = self.device().await?;
         // The engine does not tell its key; setting the one that it has is nothing to it. The kernel's is compared:
         // setting it anew would drop all sessions.
-        let same_key = self.backend == Backend::Kernel && device.private_key.as_ref() == Some(&key);
-        let mut update = DeviceUpdate::new();
-        if !same_key {
-            update = update.set_private_key(key);
+        if self.backend == Backend::Userspace || device.private_key.as_ref() != Some(&key) {
+            self.update(DeviceUpdate::new().set_private_key(key), format!("set the key of {}", self.name)).await?;
         }
-        if device.listen_port != Some(port) {
-            update = update.set_listen_port(port);
-        } else if same_key {
+        if device.listen_port == Some(port) {
             return Ok(());
         }
-        let action = format!("set key and UDP port {port} of {} (is another program using the port?)", self.name);
+        let action = format!("set UDP port {port} of {} (is another program using the port?)", self.name);
         // The engine gives its old port up before it asks for the new one; the kernel after it has it.
-        if self.backend == Backend::Userspace && device.listen_port != Some(port) && is_taken(port) {
+        if self.backend == Backend::Userspace && is_taken(port) {
             return Err(Error::Request { action, source: std::io::ErrorKind::AddrInUse.into() });
         }
-        self.update(update, action).await
+        self.update(DeviceUpdate::new().set_listen_port(port), action).await
     }
 
     /// Whether it has a port to receive by.
@@ -210,7 +219,7 @@ fn is_taken(port: u16) -> bool {
 }
 
 /// How long WireGuard may take for an answer.
-const ANSWER: Duration = Duration::from_secs(20);
+const ANSWER: Duration = Duration::from_secs(10);
 
 /// `wireguard-control` blocks, for ever where the embedded engine hangs.
 async fn blocking<T: Send + 'static>(action: String, work: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Result<T, Error> {

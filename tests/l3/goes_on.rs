@@ -70,3 +70,18 @@ async fn a_node_with_ipv6_switched_off_keeps_ipv4() {
         running.check(ready.await);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_hangs_is_started_anew() {
+    if !privileged("an_engine_that_hangs_is_started_anew") {
+        return;
+    }
+    let running = Running::start().await.expect("the lab starts");
+    // Sockets of one node's network namespace: its own engine's.
+    let stopped = "kill -STOP $(ss -Hxlp | grep raven-wg0.sock | grep -o 'pid=[0-9]*' | head -n 1 | cut -d= -f2)";
+    running.check(running.lab.node("x-a").ns.sh(stopped));
+    let (cloud, edge) = (running.lab.pool("cloud").clone(), running.lab.pool("edge-x").clone());
+    // Half a minute until somebody asks it, ten seconds until it is given up.
+    let talks = eventually(std::time::Duration::from_secs(90), "the pools talk again", || proof::reach(&running.lab, &cloud, &edge, 0));
+    running.check(talks.await);
+}

@@ -14,6 +14,13 @@ use std::{
 
 use backon::{ConstantBuilder, Retryable};
 use boringtun::device::{DeviceConfig, DeviceHandle};
+use nix::{
+    sys::{
+        signal::{self, Signal},
+        socket::{getsockopt, sockopt::PeerCredentials},
+    },
+    unistd::Pid,
+};
 
 use super::Error;
 
@@ -54,6 +61,15 @@ pub async fn start(device: &str) -> Result<(), Error> {
     // Somebody has to take note of its end, however much later.
     std::thread::spawn(move || child.wait());
     result.map_err(|e| failed(&e))
+}
+
+/// Ends an engine that does not answer any more, by force.
+pub async fn kill(device: &str) -> Result<(), Error> {
+    let failed = |e: &dyn std::fmt::Display| Error::Engine(format!("end the one that does not answer: {e}"));
+    let stream = UnixStream::connect(socket(device)).map_err(|e| failed(&e))?;
+    let peer = getsockopt(&stream, PeerCredentials).map_err(|e| failed(&e))?;
+    signal::kill(Pid::from_raw(peer.pid()), Signal::SIGKILL).map_err(|e| failed(&e))?;
+    stop(device).await
 }
 
 /// Ends the engine and waits until its device is gone.

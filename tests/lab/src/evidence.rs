@@ -11,7 +11,7 @@ use crate::site::Site;
 /// What is asked of each node; what fails says so in the file.
 const NODE_COMMANDS: [(&str, &str); 7] = [
     ("ip", "ip -s -d link; ip addr; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; ip neigh; bridge fdb"),
-    ("wg", "wg show all dump; wg show"),
+    ("wg", "timeout 10 wg show all dump; timeout 10 wg show"),
     ("bpf", "bpftool net; tc qdisc; ls -lR /sys/fs/bpf; bpftool prog"),
     ("maps", "find /sys/fs/bpf -type f | while read p; do echo \"## $p\"; bpftool map dump pinned \"$p\" 2>&1 | head -c 200000; done"),
     ("nft", "nft list ruleset; iptables-legacy-save 2>/dev/null; ip6tables-legacy-save 2>/dev/null"),
