@@ -147,6 +147,11 @@ async fn measure(runs: usize) -> Result<Measured> {
     let server = pools[0].forward(Protocol::Tcp, konnectivity::AGENT_PORT, 0);
     pools[0].forwards.push(server);
     let lab = Lab::builder().pools(pools).up().await?;
+    // What every distribution's kernel does unless told otherwise; this machine's may have another default, which namespaces inherit.
+    fs::write("/proc/sys/net/ipv4/tcp_allowed_congestion_control", "reno cubic bbr")?;
+    for ns in lab.site().namespaces() {
+        ns.sh("echo cubic > /proc/sys/net/ipv4/tcp_congestion_control")?;
+    }
     lab.cluster().apply_gateways(lab.site()).await?;
     let _controller = lab.start_controller().await?;
     let mut agents = lab.start_agents().await?;

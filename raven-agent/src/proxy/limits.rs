@@ -32,6 +32,9 @@ pub(crate) const UNACKNOWLEDGED: Duration = Duration::from_secs(3);
 pub(crate) const PONG: Duration = Duration::from_secs(30);
 /// What may lie unsent in a tunnel's socket, bytes.
 pub(crate) const UNSENT: u32 = 128 << 10;
+/// TCP congestion control of tunnels (TCP_CONGESTION, tcp(7)), where the kernel has it. It goes by the rate at which packets arrive, where
+/// cubic, most kernels' default, halves its own at each loss: at 1 % lost and 50 ms that leaves a few Mbit/s of any link.
+pub(crate) const CONGESTION: &str = "bbr";
 /// How often a tunnel is asked for an answer of its other end, to know how long that takes. For people: nothing follows from it.
 pub(crate) const PROBE: Duration = Duration::from_secs(15);
 

@@ -5,7 +5,7 @@ use std::{
     fmt, io,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Once,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
@@ -103,12 +103,22 @@ pub(crate) fn prepare(stream: &TcpStream) {
 /// Pings see to it that there is always something under way, and the kernel ends the connection when nothing at all of it is acknowledged
 /// in time (TCP_USER_TIMEOUT, tcp(7)): a dead link is told from a thin one, on which a ping's answer waits behind what a `kubectl cp`
 /// sends. What has not been sent yet waits in its own stream, not in the socket, where a key stroke would wait behind it
-/// (TCP_NOTSENT_LOWAT).
+/// (TCP_NOTSENT_LOWAT). A packet that a bad link lost is no reason to slow down, as it is for the kernel's usual congestion control: see
+/// [`limits::CONGESTION`].
 pub(crate) fn prepare_tunnel(connection: &TcpStream) {
+    static SAID: Once = Once::new();
     let _ = connection.set_nodelay(true);
     let socket = SockRef::from(connection);
     let _ = socket.set_tcp_user_timeout(Some(limits::UNACKNOWLEDGED));
     let _ = socket.set_tcp_notsent_lowat(limits::UNSENT);
+    if let Err(e) = socket.set_tcp_congestion(limits::CONGESTION.as_bytes()) {
+        SAID.call_once(|| {
+            let control = limits::CONGESTION;
+            tracing::info!(
+                "no TCP congestion control {control} ({e}; modprobe tcp_{control}): tunnels are slow on links that lose packets"
+            );
+        });
+    }
 }
 
 /// Counts what passes.
