@@ -33,9 +33,6 @@ use crate::{
 
 /// A run without a change, to find what no notification told (a map that somebody else changed, say).
 const RESYNC: Duration = Duration::from_secs(30);
-/// How long the API server may say nothing at all on a connection that it owes an answer: a server that is gone would be waited for for
-/// ever. Watches have a bookmark about once a minute, the first one after a server's start after two.
-const SILENCE: Duration = Duration::from_secs(150);
 /// Changes within this time are one.
 const SETTLE: Duration = Duration::from_millis(100);
 
@@ -132,7 +129,7 @@ async fn connect(config: &Run) -> Result<(Option<Client>, Option<IpNet>)> {
         }
         None => kube::Config::incluster().context("no --kubeconfig, and not in a pod with a service account")?,
     };
-    (cluster.read_timeout, cluster.reset_reader_on_write) = (Some(SILENCE), true);
+    (cluster.read_timeout, cluster.reset_reader_on_write) = (Some(raven_api::API_SERVER_SILENCE), true);
     let server = cluster.cluster_url.host().and_then(|h| h.trim_matches(['[', ']']).parse().ok()).map(|ip: std::net::IpAddr| ip.into());
     Ok((Some(Client::try_from(cluster)?), server))
 }

@@ -8,6 +8,8 @@
 #![forbid(unsafe_code)]
 
 pub mod condition;
+use std::time::Duration;
+
 pub mod conversion;
 pub mod gateway;
 pub mod gateway_node;
@@ -44,6 +46,12 @@ pub const MANAGER_AGENT: &str = "raven-agent";
 pub const DEFAULT_NAMESPACE: &str = "kube-system";
 /// Service account of the agents.
 pub const AGENT_SERVICE_ACCOUNT: &str = "raven-agent-account";
+
+/// How long the API server may say nothing on a connection that it owes an answer. One whose host lost its power with our request in hand
+/// never says anything again. Watches ask for bookmarks, which come once a minute; the first one of an API server that has just started
+/// after two (seen with 1.37). For a client's `read_timeout`, with `reset_reader_on_write`: it counts from the request, not from when its
+/// pooled connection fell idle.
+pub const API_SERVER_SILENCE: Duration = Duration::from_secs(150);
 
 /// Port of the WireGuard tunnel, and what `Endpoint.port` means when it is left out for a tunnel.
 pub const DEFAULT_TUNNEL_PORT: u16 = 4500;

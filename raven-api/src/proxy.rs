@@ -1,6 +1,7 @@
 //! Names and numbers of the L7 path, where users have them already (`API.md`), and which ports of a kubelet it reaches.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use crate::{Gateway, GatewayNode, GatewayStatus, gateway::EndpointType};
 
@@ -126,6 +127,11 @@ fn listed(text: Option<&str>) -> impl Iterator<Item = u16> {
 /// its own.
 pub fn secure_listener(port: u16) -> u16 {
     if port == KUBELET_PORT { INTERNAL_SECURE_PORT } else { 20_000 + port % 10_000 }
+}
+
+/// A host as a certificate has it: of the ways in which a person may write an address (`2001:DB8:0::1`) one; a name as it is.
+pub fn canonical_host(host: &str) -> String {
+    host.parse::<IpAddr>().map_or_else(|_| host.to_owned(), |address| address.to_string())
 }
 
 #[cfg(test)]

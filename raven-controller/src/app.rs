@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config as ClientConfig};
+use raven_api::API_SERVER_SILENCE;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{Id, JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -21,10 +22,6 @@ use crate::{health, watch as follow};
 // Watches wait when the reconciler is busy writing.
 const UPDATES: usize = 1024;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-// How long the API server may say nothing on a connection that it owes an answer. One whose host lost its power with our request in hand
-// never says anything again, while the elector, which dials anew, stays leader. Watches ask for bookmarks, which come once a minute; the
-// first one of an API server that has just started after two (seen with 1.37).
-const SILENCE: Duration = Duration::from_secs(150);
 
 /// Why the controller cannot start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -69,8 +66,8 @@ pub async fn client(config: &Config) -> Result<Client, Error> {
 
 fn client_of(mut settings: ClientConfig) -> Result<Client, Error> {
     settings.connect_timeout = Some(CONNECT_TIMEOUT);
-    // The time counts from the request, not from when its pooled connection fell idle.
-    (settings.read_timeout, settings.reset_reader_on_write) = (Some(SILENCE), true);
+    // A write may wait for a server that is gone, while the elector, which dials anew, stays leader.
+    (settings.read_timeout, settings.reset_reader_on_write) = (Some(API_SERVER_SILENCE), true);
     Client::try_from(settings).map_err(|e| Error::Client(Box::new(e)))
 }
 

@@ -1,6 +1,6 @@
 //! What cannot be had, or is switched off, takes nothing down that works.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use kube::{
     Api,
     api::{Patch, PatchParams},
@@ -62,12 +62,8 @@ async fn a_node_with_ipv6_switched_off_keeps_ipv4() {
     let talks = eventually(std::time::Duration::from_secs(30), "IPv4 works", || proof::reach(&running.lab, &cloud, &edge, 0));
     running.check(talks.await);
     for node in ["x-a", "x-b"] {
-        let ready = eventually(std::time::Duration::from_secs(30), "the agent is content", || async {
-            let answer = proof::http(&running.lab.node(node).ns, "127.0.0.1:10275", "/readyz").await?;
-            ensure!(answer.contains("200 OK"), "{answer}");
-            Ok(())
-        });
-        running.check(ready.await);
+        let ready = proof::ready(running.agent(node)).await;
+        running.check(ready);
     }
 }
 

@@ -9,8 +9,7 @@ use raven_tests::{Lab, agent::binary, eventually, privileged, probe::Echo, proof
 
 use crate::Running;
 
-/// An agent that is told of nothing new looks around again after 25 s, and if its run of every 30 s has just been, after 55 s; then its
-/// status has to be written.
+/// An agent that is told of nothing new looks around again after 25 s; then its status has to be written.
 const SOON: Duration = Duration::from_secs(90);
 
 impl Running {

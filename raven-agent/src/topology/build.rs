@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use raven_api::{
     Gateway, GatewayNode,
     gateway::{Endpoint, EndpointType, NodeInfo},
-    proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID, Ports},
+    proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID, Ports, canonical_host},
 };
 use serde::{Deserialize, Serialize};
 
@@ -204,9 +204,7 @@ fn proxies(pool: &Pool, active: &[Endpoint], ready: &BTreeSet<String>) -> BTreeM
     on.filter_map(|endpoint| {
         let outer = pool.members.get(&endpoint.node_name)?.outer;
         let text = |value: Option<&String>| value.filter(|v| !v.is_empty()).cloned();
-        // A certificate has the address itself, so of its ways to be written one.
-        let canonical = |text: String| text.parse::<IpAddr>().map_or(text, |address| address.to_string());
-        let host = text(endpoint.public_ip.as_ref()).map(canonical).or_else(|| text(endpoint.config.get(CONFIG_HOSTNAME)));
+        let host = text(endpoint.public_ip.as_ref()).map(|ip| canonical_host(&ip)).or_else(|| text(endpoint.config.get(CONFIG_HOSTNAME)));
         // A LAN-only installation: the node's own address is the public one.
         let host = pool.exposed.then(|| host.unwrap_or_else(|| outer.to_string()));
         let dial = host.map(|host| (host, endpoint.dialled_port()));

@@ -6,14 +6,13 @@
 //! very Node object: one that is deleted takes it along, also where a later one has the same name.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 
 use jiff::SignedDuration;
 use k8s_openapi::api::certificates::v1::CertificateSigningRequestSpec;
 use raven_api::{
     AGENT_SERVICE_ACCOUNT, Gateway,
     gateway::EndpointType,
-    proxy::{CONFIG_HOSTNAME, SIGNER_CLIENT, SIGNER_SERVER},
+    proxy::{CONFIG_HOSTNAME, SIGNER_CLIENT, SIGNER_SERVER, canonical_host},
 };
 use rcgen::{CertificateSigningRequestParams, PublicKey, SanType};
 
@@ -186,17 +185,12 @@ fn allowed(node: &str, signer: Signer, facts: &Facts<'_>) -> Result<BTreeSet<Str
         let Some(status) = &gateway.status else { continue };
         let elected = status.active_endpoints.iter().filter(|e| e.type_ == EndpointType::Proxy && e.node_name == node);
         for endpoint in elected {
-            names.extend(endpoint.public_ip.as_deref().filter(|ip| !ip.is_empty()).map(canonical));
+            names.extend(endpoint.public_ip.as_deref().filter(|ip| !ip.is_empty()).map(canonical_host));
             names.extend(endpoint.config.get(CONFIG_HOSTNAME).cloned());
             names.extend(status.nodes.iter().filter(|n| n.node_name == node).map(|n| n.private_ip.clone()));
         }
     }
     if names.is_empty() { Err(Refusal::NotElected(node.to_owned())) } else { Ok(names) }
-}
-
-/// An address as a request has it: a person may have written it in another way (`2001:DB8:0::1`).
-fn canonical(address: &str) -> String {
-    address.parse::<IpAddr>().map_or_else(|_| address.to_owned(), |ip| ip.to_string())
 }
 
 fn usages(request: &CertificateSigningRequestSpec, signer: Signer) -> Result<(), Refusal> {

@@ -477,7 +477,7 @@ fn discards(lab: &Lab) -> Result<String> {
 pub async fn ready(agent: &Agent) -> Result<()> {
     let what = format!("the agent of {} is ready", agent.node.name);
     eventually(Duration::from_secs(30), &what, || async {
-        let answer = http(&agent.node.ns, "[::1]:10275", "/readyz").await?;
+        let answer = http(&agent.node.ns, "127.0.0.1:10275", "/readyz").await?;
         ensure!(answer.starts_with("HTTP/1.1 200"), "it answers {}", answer.lines().next().unwrap_or_default());
         Ok(())
     })

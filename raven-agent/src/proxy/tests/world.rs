@@ -178,9 +178,6 @@ impl World {
             stats: cloud_stats.clone(),
         };
         tokio::spawn(keeper.run(gate));
-        let entrance = Entrance { plan: cloud_plan.subscribe(), tunnels: tunnels.clone(), stats: cloud_stats.clone() };
-        tokio::spawn(entrance.clone().run(secure, Kind::Secure(port)));
-        tokio::spawn(entrance.run(insecure, Kind::Insecure));
         let world = Self {
             ca,
             port,
@@ -198,6 +195,8 @@ impl World {
             edge: Mutex::default(),
             cloud_identity,
         };
+        tokio::spawn(world.entrance().run(secure, Kind::Secure(port)));
+        tokio::spawn(world.entrance().run(insecure, Kind::Insecure));
         world.start_edge();
         world.connected().await;
         world
@@ -243,7 +242,7 @@ impl World {
         self.edge_identity.send_replace(identity(&["x1"], ExtendedKeyUsagePurpose::ClientAuth));
     }
 
-    /// One more entrance of the cloud gateway node.
+    /// An entrance of the cloud gateway node.
     pub(super) fn entrance(&self) -> Entrance {
         Entrance { plan: self.cloud_plan.subscribe(), tunnels: self.tunnels.clone(), stats: self.cloud_stats.clone() }
     }
