@@ -455,6 +455,10 @@ impl Reconciler {
                 }
                 None => Err(format!("peer {key} waits for the tunnel device")),
             },
+            Step::TakePrefixes(_, prefixes) => match &self.tunnel {
+                Some(tunnel) => tunnel.take(prefixes).await.map_err(|e| e.to_string()),
+                None => Ok(()),
+            },
             Step::DeletePeer(key) => match &self.tunnel {
                 Some(tunnel) => {
                     self.left.extend(have.peers.get(key).and_then(|peer| peer.endpoint).map(|endpoint| (*key, endpoint)));

@@ -5,7 +5,7 @@
 //! go (maps), then what sends packets there (routes); removal in the opposite order.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, SocketAddr},
 };
 
@@ -55,7 +55,7 @@ pub struct Peer {
     /// Where it is: configured in a plan, learned or configured in the kernel.
     pub endpoint: Option<SocketAddr>,
     /// What it may send.
-    pub allowed: std::collections::BTreeSet<IpNet>,
+    pub allowed: BTreeSet<IpNet>,
     /// Seconds.
     pub keepalive: Option<u16>,
     /// It has a session now (a handshake that is not older than 180 s). Never set in a plan.
@@ -69,7 +69,7 @@ pub enum Step {
     PutNode(Ipv4Addr, Node),
     /// Say which node has a prefix.
     PutLocal(IpNet, Local),
-    /// Make or replace a peer.
+    /// Make a peer or change it. What one has too much is taken away by [`Step::TakePrefixes`].
     PutPeer(PublicKey, Peer),
     /// Say where a remote prefix goes.
     PutRemote(IpNet, Remote),
@@ -79,6 +79,8 @@ pub enum Step {
     DeleteRoute(IpNet),
     /// See [`Step::DeleteRoute`].
     DeleteRemote(IpNet),
+    /// Take prefixes from a peer that no other peer gets (one that another gets leaves it by that).
+    TakePrefixes(PublicKey, BTreeSet<IpNet>),
     /// See [`Step::DeleteRoute`].
     DeletePeer(PublicKey),
     /// See [`Step::DeleteRoute`].
@@ -97,6 +99,7 @@ pub fn diff(have: &State, want: &State) -> Vec<Step> {
     steps.extend(puts(&have.routes, &want.routes).map(|(k, v)| Step::PutRoute(*k, *v)));
     steps.extend(gone(&have.routes, &want.routes).map(|k| Step::DeleteRoute(*k)));
     steps.extend(gone(&have.remote, &want.remote).map(|k| Step::DeleteRemote(*k)));
+    steps.extend(taken(&have.peers, &want.peers));
     steps.extend(gone(&have.peers, &want.peers).map(|k| Step::DeletePeer(*k)));
     steps.extend(gone(&have.local, &want.local).map(|k| Step::DeleteLocal(*k)));
     steps.extend(gone(&have.nodes, &want.nodes).map(|k| Step::DeleteNode(*k)));
@@ -109,6 +112,14 @@ fn puts<'a, K: Ord, V: PartialEq>(have: &'a BTreeMap<K, V>, want: &'a BTreeMap<K
 
 fn gone<'a, K: Ord, V>(have: &'a BTreeMap<K, V>, want: &'a BTreeMap<K, V>) -> impl Iterator<Item = &'a K> {
     have.keys().filter(|k| !want.contains_key(k))
+}
+
+fn taken(have: &BTreeMap<PublicKey, Peer>, want: &BTreeMap<PublicKey, Peer>) -> impl Iterator<Item = Step> {
+    let kept: BTreeSet<IpNet> = want.values().flat_map(|peer| &peer.allowed).copied().collect();
+    have.iter().filter(|(key, _)| want.contains_key(key)).filter_map(move |(key, peer)| {
+        let taken: BTreeSet<IpNet> = peer.allowed.difference(&kept).copied().collect();
+        (!taken.is_empty()).then_some(Step::TakePrefixes(*key, taken))
+    })
 }
 
 /// A peer's endpoint is what it was last heard from while its session lives: a configured one is merely older. Only a

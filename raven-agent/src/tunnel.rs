@@ -161,7 +161,7 @@ impl Tunnel {
         }
     }
 
-    /// Makes a peer, or changes the one that is there.
+    /// Makes a peer, or changes the one that is there; what it has too much the kernel leaves it until [`Tunnel::take`].
     pub async fn put_peer(&self, key: PublicKey, peer: &Peer, have: Option<&Peer>) -> Result<(), Error> {
         let updates = match self.backend {
             Backend::Kernel => updates(key, peer, have, PREFIXES),
@@ -176,6 +176,22 @@ impl Tunnel {
         };
         for config in updates {
             self.update(DeviceUpdate::new().add_peer(config), format!("put peer {key} into {}", self.name)).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes prefixes away from whichever peer has them. The kernel would empty a peer before it fills it anew, and packets that come in
+    /// between have no peer; a prefix that another peer gets leaves its old one by that alone. So a peer gets these that nobody is, and
+    /// goes with them.
+    pub async fn take(&self, prefixes: &BTreeSet<IpNet>) -> Result<(), Error> {
+        // The engine was told the whole peer.
+        if self.backend == Backend::Userspace {
+            return Ok(());
+        }
+        let nobody = Key::generate_private().get_public();
+        for part in prefixes.iter().collect::<Vec<_>>().chunks(PREFIXES) {
+            let update = DeviceUpdate::new().add_peer(with_prefixes(PeerConfigBuilder::new(&nobody), part)).remove_peer_by_key(&nobody);
+            self.update(update, format!("take {} prefixes away from a peer of {}", part.len(), self.name)).await?;
         }
         Ok(())
     }
@@ -233,22 +249,26 @@ async fn blocking<T: Send + 'static>(action: String, work: impl FnOnce() -> std:
 /// Prefixes of one peer that fit into a request to the kernel, whose netlink messages have 8 KiB: an IPv6 one takes 40 bytes.
 const PREFIXES: usize = 128;
 
-/// The requests that make a peer what it should be, so many prefixes in each. Where none is taken away, those that are there stay: a
-/// packet that comes in the middle finds its peer.
+/// The requests that make a peer what it should be, so many prefixes in each. What one has already stays: a packet that comes in the middle
+/// finds its peer.
 fn updates(key: PublicKey, peer: &Peer, have: Option<&Peer>, at_once: usize) -> Vec<PeerConfigBuilder> {
-    let stays = have.map(|have| &have.allowed).filter(|have| have.is_subset(&peer.allowed));
-    let prefixes: Vec<&IpNet> = peer.allowed.iter().filter(|prefix| stays.is_none_or(|stays| !stays.contains(prefix))).collect();
+    let has = |prefix: &IpNet| have.is_some_and(|have| have.allowed.contains(prefix));
+    let missing: Vec<&IpNet> = peer.allowed.iter().filter(|prefix| !has(prefix)).collect();
     let mut first = PeerConfigBuilder::new(&control_key(key)).set_persistent_keepalive_interval(peer.keepalive.unwrap_or(0));
-    if let Some(endpoint) = peer.endpoint {
+    // Where it was heard last meanwhile is newer than what was read.
+    if let Some(endpoint) = peer.endpoint.filter(|endpoint| have.is_none_or(|have| have.endpoint != Some(*endpoint))) {
         first = first.set_endpoint(endpoint);
     }
-    if stays.is_none() {
+    if have.is_none() {
         first = first.replace_allowed_ips();
     }
-    let mut parts = prefixes.chunks(at_once);
-    let with = |config: PeerConfigBuilder, part: &[&IpNet]| part.iter().fold(config, |c, p| c.add_allowed_ip(p.addr(), p.prefix_len()));
-    let first = with(first, parts.next().unwrap_or_default());
-    std::iter::once(first).chain(parts.map(|part| with(PeerConfigBuilder::new(&control_key(key)), part))).collect()
+    let mut parts = missing.chunks(at_once);
+    let first = with_prefixes(first, parts.next().unwrap_or_default());
+    std::iter::once(first).chain(parts.map(|part| with_prefixes(PeerConfigBuilder::new(&control_key(key)), part))).collect()
+}
+
+fn with_prefixes(config: PeerConfigBuilder, prefixes: &[&IpNet]) -> PeerConfigBuilder {
+    prefixes.iter().fold(config, |config, prefix| config.add_allowed_ip(prefix.addr(), prefix.prefix_len()))
 }
 
 /// The kernel tells a peer with many prefixes in several parts, of which the first alone says more than the key (`uapi/linux/wireguard.h`,
@@ -339,11 +359,17 @@ mod tests {
     }
 
     #[test]
-    fn what_a_peer_has_already_stays_untouched_unless_something_is_taken_away() {
+    fn what_a_peer_has_already_stays_untouched() {
         let key = PublicKey([1; 32]);
         let have = peer(prefixes(0..150));
-        assert_eq!(told(&updates(key, &peer(prefixes(0..152)), Some(&have), 100)), [(false, 2)]);
-        assert_eq!(told(&updates(key, &peer(prefixes(1..152)), Some(&have), 100)), [(true, 100), (false, 51)]);
+        for wanted in [0..152, 1..152] {
+            let updates = updates(key, &peer(prefixes(wanted)), Some(&have), 100);
+            assert_eq!(told(&updates), [(false, 2)]);
+            assert_eq!(updates[0].clone().into_peer_config().endpoint, None, "WireGuard knows better where it is");
+        }
+        let moved = Peer { endpoint: "192.0.2.2:1".parse().ok(), ..have.clone() };
+        let updates = updates(key, &moved, Some(&have), 100);
+        assert_eq!(updates[0].clone().into_peer_config().endpoint, moved.endpoint);
     }
 
     #[test]

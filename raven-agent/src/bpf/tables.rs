@@ -20,7 +20,7 @@ use crate::{
 
 /// True for a step that changes a map.
 pub fn is_map_entry(step: &Step) -> bool {
-    !matches!(step, Step::PutRoute(..) | Step::DeleteRoute(_) | Step::PutPeer(..) | Step::DeletePeer(_))
+    !matches!(step, Step::PutRoute(..) | Step::DeleteRoute(_) | Step::PutPeer(..) | Step::TakePrefixes(..) | Step::DeletePeer(_))
 }
 
 /// Counters, summed over CPUs.

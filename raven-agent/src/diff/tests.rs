@@ -6,7 +6,7 @@ use proptest::{collection, option, prelude::*};
 
 use super::*;
 
-/// What the kernel does with a step. WireGuard gives an allowed IP to the peer that asked last.
+/// What the kernel does with a step. WireGuard gives an allowed IP to the peer that asked last, and leaves it there until it is taken.
 fn apply(mut state: State, steps: &[Step]) -> State {
     for step in steps {
         match step.clone() {
@@ -18,8 +18,14 @@ fn apply(mut state: State, steps: &[Step]) -> State {
                 for peer in state.peers.values_mut() {
                     peer.allowed.retain(|p| !v.allowed.contains(p));
                 }
-                let alive = state.peers.get(&k).is_some_and(|p| p.alive);
-                state.peers.insert(k, Peer { alive, ..v });
+                let have = state.peers.remove(&k).unwrap_or_default();
+                let allowed = have.allowed.union(&v.allowed).copied().collect();
+                state.peers.insert(k, Peer { alive: have.alive, allowed, ..v });
+            }
+            Step::TakePrefixes(k, taken) => {
+                let peer = state.peers.get_mut(&k).expect("the peer is there");
+                assert!(taken.is_subset(&peer.allowed), "only its own are taken");
+                peer.allowed.retain(|p| !taken.contains(p));
             }
             Step::DeleteRoute(k) => drop(state.routes.remove(&k)),
             Step::DeleteRemote(k) => drop(state.remote.remove(&k)),
@@ -119,6 +125,17 @@ proptest! {
     }
 
     #[test]
+    fn a_prefix_that_stays_has_a_peer_at_every_step(have in state(), want in want()) {
+        let all = |state: &State| -> BTreeSet<IpNet> { state.peers.values().flat_map(|p| &p.allowed).copied().collect() };
+        let stays: BTreeSet<IpNet> = all(&have).intersection(&all(&want)).copied().collect();
+        let mut state = have.clone();
+        for step in diff(&have, &want) {
+            state = apply(state, std::slice::from_ref(&step));
+            prop_assert!(stays.is_subset(&all(&state)), "{step:?}");
+        }
+    }
+
+    #[test]
     fn packets_are_sent_only_where_they_are_expected(have in state(), want in want()) {
         let steps = diff(&have, &want);
         let place = |wanted: fn(&Step) -> bool| steps.iter().position(wanted);
@@ -129,7 +146,7 @@ proptest! {
             prop_assert!(admitted < route);
         }
         let route_gone = last(|s| matches!(s, Step::DeleteRoute(_)));
-        let removed = place(|s| matches!(s, Step::DeleteRemote(_) | Step::DeletePeer(_) | Step::DeleteLocal(_) | Step::DeleteNode(_)));
+        let removed = place(|s| matches!(s, Step::DeleteRemote(_) | Step::TakePrefixes(..) | Step::DeletePeer(_) | Step::DeleteLocal(_) | Step::DeleteNode(_)));
         if let (Some(route), Some(removed)) = (route_gone, removed) {
             prop_assert!(route < removed);
         }
