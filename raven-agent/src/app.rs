@@ -52,6 +52,7 @@ pub async fn run(config: Run) -> Result<()> {
         tc_attach: config.tc_attach,
         tier: config.tier,
         ebpf_object: config.ebpf_object.clone(),
+        preshared_key_file: config.preshared_key_file.clone(),
     };
     tracing::info!(%release, ?settings, version = env!("CARGO_PKG_VERSION"), "starting");
     let key = tunnel::load_or_make_key(&config.state_dir.join(names::KEY_FILE))?;

@@ -23,7 +23,7 @@ use crate::{
     names, netfilter,
     plan::{Detour, Indexes, Me, Plan, Role, plan},
     surroundings,
-    topology::{PublicKey, Topology},
+    topology::{PresharedKey, PublicKey, Topology},
     tunnel::{self, Backend, Tunnel},
 };
 
@@ -84,6 +84,8 @@ pub struct Settings {
     pub tier: Tier,
     /// An object in place of the built-in one.
     pub ebpf_object: Option<PathBuf>,
+    /// Where the cluster's preshared key is, if there is one.
+    pub preshared_key_file: PathBuf,
 }
 
 impl Settings {
@@ -103,6 +105,7 @@ pub struct Reconciler {
     links: Links,
     bpf: Bpf,
     key: Key,
+    preshared: Option<PresharedKey>,
     tunnel: Option<Tunnel>,
     /// Where peers that are gone were heard from last. One that comes back is asked there for a new session: by itself it may go on with
     /// the old one, which we have forgotten, for two minutes.
@@ -177,6 +180,7 @@ impl Reconciler {
             links,
             bpf,
             key,
+            preshared: None,
             tunnel: None,
             left: BTreeMap::new(),
             knocking: BTreeMap::new(),
@@ -199,6 +203,7 @@ impl Reconciler {
     /// See the module's text. `news`: the topology is another one than last time.
     pub async fn reconcile(&mut self, topology: &Topology, news: bool) -> Arc<Report> {
         let mut notes = Notes::default();
+        let news = self.read_preshared(&mut notes) || news;
         let member = topology.pool_of(&self.settings.node).and_then(|(_, pool)| pool.members.get(&self.settings.node));
         let address = self.settings.node_ip.or(member.map(|m| IpAddr::V4(m.outer)));
         let uplink = match address {
@@ -285,6 +290,24 @@ impl Reconciler {
             protected: self.settings.protected.iter().copied().chain(subnets).collect(),
             addresses: uplink.map(|u| u.node_addresses.clone()).unwrap_or_default(),
             detour: self.bpf.detour(),
+            preshared: self.preshared,
+        }
+    }
+
+    /// True if it is another one than before. One that cannot be read stays what it was.
+    fn read_preshared(&mut self, notes: &mut Notes) -> bool {
+        match tunnel::load_preshared(&self.settings.preshared_key_file) {
+            Ok(preshared) if preshared == self.preshared => false,
+            Ok(preshared) => {
+                let what = if preshared.is_some() { "tunnels have a preshared key" } else { "tunnels have no preshared key any more" };
+                tracing::info!(file = %self.settings.preshared_key_file.display(), "{what}: both ends must agree");
+                self.preshared = preshared;
+                true
+            }
+            Err(e) => {
+                notes.failures.push(e.to_string());
+                false
+            }
         }
     }
 

@@ -75,6 +75,10 @@ pub struct Run {
     /// Folder for key and last topology.
     #[arg(long, default_value = crate::names::STATE_DIR)]
     pub state_dir: PathBuf,
+    /// File with a preshared key for all tunnels of the cluster, as `wg genpsk` makes it (any other text is hashed); without it there is none. It may change at
+    /// any time.
+    #[arg(long, default_value = crate::names::PRESHARED_KEY_FILE)]
+    pub preshared_key_file: PathBuf,
     /// Prefix that must never be sent into the tunnel, whatever a Gateway says (the Service range, say). Repeatable.
     #[arg(long = "protected-cidr")]
     pub protected: Vec<IpNet>,

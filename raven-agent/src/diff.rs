@@ -12,7 +12,7 @@ use std::{
 use ipnet::IpNet;
 use raven_common::tables::{Local, Node, Remote};
 
-use crate::topology::PublicKey;
+use crate::topology::{PresharedKey, PublicKey};
 
 /// The part of the kernel's state that is sets of keyed things.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -58,6 +58,8 @@ pub struct Peer {
     pub allowed: BTreeSet<IpNet>,
     /// Seconds.
     pub keepalive: Option<u16>,
+    /// The cluster's, where it has one.
+    pub preshared: Option<PresharedKey>,
     /// It has a session now (a handshake that is not older than 180 s). Never set in a plan.
     pub alive: bool,
 }
@@ -127,7 +129,7 @@ fn taken(have: &BTreeMap<PublicKey, Peer>, want: &BTreeMap<PublicKey, Peer>) -> 
 fn put_peer(key: PublicKey, have: Option<&Peer>, want: &Peer) -> Option<Step> {
     let Some(have) = have else { return Some(Step::PutPeer(key, want.clone())) };
     let endpoint = if have.alive { have.endpoint.or(want.endpoint) } else { want.endpoint.or(have.endpoint) };
-    let same = have.allowed == want.allowed && have.keepalive == want.keepalive && have.endpoint == endpoint;
+    let same = Peer { endpoint, alive: have.alive, ..want.clone() } == *have;
     (!same).then(|| Step::PutPeer(key, Peer { endpoint, ..want.clone() }))
 }
 

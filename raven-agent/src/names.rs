@@ -8,6 +8,9 @@ pub const OVERLAY: &str = "raven0";
 /// The tunnel device: WireGuard, of the kernel or on a TUN device.
 pub const TUNNEL: &str = "raven-wg0";
 
+/// Key `vpn-connection-psk` of Secret `raven-agent-secret`, where the DaemonSet mounts it.
+pub const PRESHARED_KEY_FILE: &str = "/etc/raven/secret/vpn-connection-psk";
+
 /// Our routing table; nothing but remote prefixes lies in it.
 pub const TABLE: u32 = 9027;
 /// Our rule, before `main` (32766): everybody looks into [`TABLE`] first.

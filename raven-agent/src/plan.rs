@@ -20,7 +20,7 @@ use raven_common::{OVERLAY_OVERHEAD, TUNNEL_OVERHEAD, tables};
 use crate::{
     diff::State,
     proxy::{self, plan::DetourTo},
-    topology::{Pool, Topology},
+    topology::{Pool, PresharedKey, Topology},
 };
 
 pub use self::path::gateway_ids;
@@ -39,6 +39,8 @@ pub struct Me {
     pub addresses: BTreeSet<IpAddr>,
     /// The gateway node to which connections by address go now.
     pub detour: Option<Ipv4Addr>,
+    /// Of all tunnels, where the cluster has one.
+    pub preshared: Option<PresharedKey>,
 }
 
 /// What this node is to its pool.
@@ -169,7 +171,7 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     });
     let mut state = State {
         routes: routes::routes(&paths, role, &sources, mtu),
-        peers: if role == Role::Gateway { peers::peers(&paths, pool) } else { BTreeMap::new() },
+        peers: if role == Role::Gateway { peers::peers(&paths, pool, me.preshared) } else { BTreeMap::new() },
         remote: maps::remote(&paths, role, &me.node, pool),
         local: maps::local(pool),
         nodes: maps::nodes(pool),

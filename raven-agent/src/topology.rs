@@ -17,7 +17,7 @@ use raven_api::proxy::Ports;
 
 pub use self::{
     build::{Inputs, build},
-    key::PublicKey,
+    key::{PresharedKey, PublicKey},
     settings::{AGENT_CONFIG, SWITCHES, Settings},
 };
 

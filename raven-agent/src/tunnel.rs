@@ -12,16 +12,17 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use base64::{Engine, engine::general_purpose::STANDARD};
 use ipnet::IpNet;
 use netlink_packet_route::link::InfoKind;
 use wireguard_control::{Device, DeviceUpdate, InterfaceName, Key, PeerConfigBuilder, PeerInfo};
 
-pub use self::key::load_or_make as load_or_make_key;
+pub use self::key::{load_or_make as load_or_make_key, load_preshared};
 use crate::{
     diff::Peer,
     link::{self, Links},
     names,
-    topology::PublicKey,
+    topology::{PresharedKey, PublicKey},
 };
 
 /// A session that is older than this is dead: WireGuard rejects it (whitepaper §6.1, Reject-After-Time).
@@ -147,6 +148,8 @@ impl Tunnel {
             endpoint: info.config.endpoint,
             allowed,
             keepalive: info.config.persistent_keepalive_interval.filter(|k| *k != 0),
+            // The kernel says "none" by zeros.
+            preshared: info.config.preshared_key.as_ref().map(|key| PresharedKey(bytes(key))).filter(|key| key.0 != [0; 32]),
             alive: self.age(info).is_some_and(|age| age < SESSION_LIFE),
         }
     }
@@ -259,6 +262,11 @@ fn updates(key: PublicKey, peer: &Peer, have: Option<&Peer>, at_once: usize) -> 
     if let Some(endpoint) = peer.endpoint.filter(|endpoint| have.is_none_or(|have| have.endpoint != Some(*endpoint))) {
         first = first.set_endpoint(endpoint);
     }
+    first = match (peer.preshared, have.and_then(|have| have.preshared)) {
+        (Some(PresharedKey(key)), _) => first.set_preshared_key(key_from(key)),
+        (None, Some(_)) => first.unset_preshared_key(),
+        (None, None) => first,
+    };
     if have.is_none() {
         first = first.replace_allowed_ips();
     }
@@ -286,13 +294,21 @@ fn whole(parts: Vec<PeerInfo>) -> BTreeMap<PublicKey, PeerInfo> {
 
 /// A key as `wireguard-control` has it, which takes one only as text.
 fn control_key(key: PublicKey) -> Key {
-    Key::from_base64(&key.to_string()).expect("base64 of 32 bytes is a key")
+    key_from(key.0)
+}
+
+fn key_from(bytes: [u8; 32]) -> Key {
+    Key::from_base64(&STANDARD.encode(bytes)).expect("base64 of 32 bytes is a key")
 }
 
 fn public_key(key: &Key) -> PublicKey {
+    PublicKey(bytes(key))
+}
+
+fn bytes(key: &Key) -> [u8; 32] {
     let mut bytes = [0; 32];
     bytes.copy_from_slice(key.as_bytes());
-    PublicKey(bytes)
+    bytes
 }
 
 /// The public half.
@@ -342,7 +358,7 @@ mod tests {
     }
 
     fn peer(allowed: BTreeSet<IpNet>) -> Peer {
-        Peer { endpoint: "192.0.2.1:51820".parse().ok(), allowed, keepalive: Some(15), alive: false }
+        Peer { endpoint: "192.0.2.1:51820".parse().ok(), allowed, keepalive: Some(15), preshared: None, alive: false }
     }
 
     fn told(updates: &[PeerConfigBuilder]) -> Vec<(bool, usize)> {

@@ -81,8 +81,14 @@ pub fn run(json: bool) -> Result<()> {
 fn measure(nodes: usize) -> Result<Cost> {
     let inputs = cluster(nodes);
     let (topology, build_ms) = timed(|| build(&inputs));
-    let me =
-        |node: &str| Me { node: node.to_owned(), uplink_mtu: 1500, protected: BTreeSet::new(), addresses: BTreeSet::new(), detour: None };
+    let me = |node: &str| Me {
+        node: node.to_owned(),
+        uplink_mtu: 1500,
+        protected: BTreeSet::new(),
+        addresses: BTreeSet::new(),
+        detour: None,
+        preshared: None,
+    };
     let (gateway, plan_gateway_ms) = timed(|| plan(&topology, &me("n0-0")));
     let (ordinary, plan_ordinary_ms) = timed(|| plan(&topology, &me("n0-1")));
     anyhow::ensure!(gateway.state.remote.len() == 2 * (nodes - POOL) && ordinary.state.remote.len() == gateway.state.remote.len());

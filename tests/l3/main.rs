@@ -13,6 +13,7 @@ mod node_addresses;
 mod nothing_is_left;
 mod outages;
 mod path;
+mod preshared;
 mod scale;
 mod services;
 mod surroundings;

@@ -59,13 +59,14 @@ fn route() -> impl Strategy<Value = Route> {
 fn peers() -> impl Strategy<Value = BTreeMap<PublicKey, Peer>> {
     // No prefix with two peers: neither a kernel nor a plan can have that.
     let owned = collection::btree_map(prefix(), 0u8..4, 0..12);
-    let rest = collection::vec((option::of(endpoint()), option::of(Just(15u16)), any::<bool>(), any::<bool>()), 4);
+    let preshared = option::of((1u8..3).prop_map(|n| PresharedKey([n; 32])));
+    let rest = collection::vec((option::of(endpoint()), option::of(Just(15u16)), preshared, any::<bool>(), any::<bool>()), 4);
     (owned, rest).prop_map(|(owned, rest)| {
         let mut peers = BTreeMap::new();
-        for (n, (endpoint, keepalive, alive, exists)) in rest.into_iter().enumerate().map(|(n, r)| (n as u8, r)) {
+        for (n, (endpoint, keepalive, preshared, alive, exists)) in rest.into_iter().enumerate().map(|(n, r)| (n as u8, r)) {
             let allowed: BTreeSet<_> = owned.iter().filter(|(_, o)| **o == n).map(|(p, _)| *p).collect();
             if exists {
-                peers.insert(PublicKey([n; 32]), Peer { endpoint, allowed, keepalive, alive });
+                peers.insert(PublicKey([n; 32]), Peer { endpoint, allowed, keepalive, preshared, alive });
             }
         }
         peers
@@ -105,6 +106,7 @@ proptest! {
         for (key, peer) in &want.peers {
             prop_assert_eq!(&after.peers[key].allowed, &peer.allowed);
             prop_assert_eq!(after.peers[key].keepalive, peer.keepalive);
+            prop_assert_eq!(after.peers[key].preshared, peer.preshared);
         }
         prop_assert_eq!(diff(&after, &want), vec![], "a second run finds nothing to do");
     }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     diff::Peer,
-    topology::{Pool, PublicKey, Topology},
+    topology::{Pool, PresharedKey, PublicKey, Topology},
 };
 
 /// Seconds between keepalives towards a peer that we dial: below the 30 s after which the meanest NATs forget a UDP
@@ -17,7 +17,7 @@ const KEEPALIVE: u16 = 15;
 
 /// One peer per gateway node that we talk to directly; its allowed IPs are what it may send: its own share of its pool,
 /// and the pools that it relays.
-pub(super) fn peers(paths: &BTreeMap<&str, Path>, own: &Pool) -> BTreeMap<PublicKey, Peer> {
+pub(super) fn peers(paths: &BTreeMap<&str, Path>, own: &Pool, preshared: Option<PresharedKey>) -> BTreeMap<PublicKey, Peer> {
     let mut peers = BTreeMap::new();
     // A gateway node behind NAT dials; one that can be dialled waits, so that it never aims at a stale address.
     let own_dialable = own.dialable();
@@ -30,7 +30,7 @@ pub(super) fn peers(paths: &BTreeMap<&str, Path>, own: &Pool) -> BTreeMap<Public
                 .flat_map(|(_, prefixes)| prefixes.iter().copied())
                 .collect();
             let keepalive = (gateway.dial.is_some() && !own_dialable).then_some(KEEPALIVE);
-            peers.insert(key, Peer { endpoint: gateway.dial, allowed, keepalive, alive: false });
+            peers.insert(key, Peer { endpoint: gateway.dial, allowed, keepalive, preshared, alive: false });
         }
     }
     for path in paths.values() {

@@ -67,7 +67,14 @@ fn inputs(sites: &[Site]) -> Inputs {
 }
 
 fn me(site: usize, node: u8) -> Me {
-    Me { node: node_name(site, node), uplink_mtu: 1500, protected: BTreeSet::new(), addresses: BTreeSet::new(), detour: None }
+    Me {
+        node: node_name(site, node),
+        uplink_mtu: 1500,
+        protected: BTreeSet::new(),
+        addresses: BTreeSet::new(),
+        detour: None,
+        preshared: None,
+    }
 }
 
 fn everybody(sites: &[Site]) -> Vec<Me> {

@@ -1,8 +1,9 @@
-//! A WireGuard public key, checked once.
+//! WireGuard keys that come from outside, checked once.
 
 use std::{fmt, str::FromStr};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
+use sha2::{Digest, Sha256};
 
 /// 32 bytes of Curve25519.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -31,5 +32,40 @@ impl fmt::Display for PublicKey {
 impl fmt::Debug for PublicKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+/// What both ends of every tunnel know besides their own keys (WireGuard whitepaper §5.2). Never shown.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct PresharedKey(pub [u8; 32]);
+
+impl PresharedKey {
+    /// From a text as `wg genpsk` makes it; any other is hashed with SHA-256, and an empty one is none.
+    pub fn from_text(text: &str) -> Option<Self> {
+        let text = text.trim();
+        let key = STANDARD.decode(text).ok().and_then(|bytes| bytes.try_into().ok());
+        (!text.is_empty()).then(|| Self(key.unwrap_or_else(|| Sha256::digest(text).into())))
+    }
+}
+
+impl fmt::Debug for PresharedKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(a preshared key)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_preshared_key_is_taken_as_it_is_or_hashed_and_never_shown() {
+        let text = STANDARD.encode([7; 32]);
+        let key = PresharedKey::from_text(&format!("{text}\n")).expect("a key");
+        assert_eq!(key, PresharedKey([7; 32]));
+        assert!(!format!("{key:?}").contains(char::is_numeric));
+        let hashed = PresharedKey::from_text("raven").expect("a key").0;
+        assert_eq!(hashed[..4], [0x09, 0x2c, 0xda, 0x39], "sha256sum's");
+        assert_eq!(PresharedKey::from_text(" \n"), None);
     }
 }

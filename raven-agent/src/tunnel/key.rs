@@ -1,4 +1,5 @@
-//! The node's WireGuard key: made here, readable by root alone, kept across restarts, never sent anywhere.
+//! The node's WireGuard key: made here, readable by root alone, kept across restarts, never sent anywhere. And the cluster's preshared
+//! key, where somebody made one.
 
 use std::{
     fs::{self, OpenOptions},
@@ -10,6 +11,7 @@ use std::{
 use wireguard_control::Key;
 
 use super::Error;
+use crate::topology::PresharedKey;
 
 /// The key in `path`; made if there is none. One that cannot be read as a key is put aside, not overwritten.
 pub fn load_or_make(path: &Path) -> Result<Key, Error> {
@@ -30,6 +32,15 @@ pub fn load_or_make(path: &Path) -> Result<Key, Error> {
     let key = Key::generate_private();
     write(path, &key).map_err(|e| failed(e.to_string()))?;
     Ok(key)
+}
+
+/// The preshared key in `path`; none if there is no such file, or nothing in it.
+pub fn load_preshared(path: &Path) -> Result<Option<PresharedKey>, Error> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(PresharedKey::from_text(&text)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::Key { path: path.display().to_string(), reason: e.to_string() }),
+    }
 }
 
 /// Written beside and renamed, so that a power cut leaves a whole key or none.

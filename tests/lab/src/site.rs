@@ -84,6 +84,8 @@ pub enum MasqueradeBy {
     Nftables,
     /// The `nat` table of `iptables` and `ip6tables` (whatever backend that command has).
     Iptables,
+    /// The same by the tables that the kernel had before nftables.
+    IptablesLegacy,
 }
 
 /// What to build: give it to [`crate::LabBuilder`].

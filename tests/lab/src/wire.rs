@@ -119,6 +119,18 @@ addr add {pod6}/64 dev cni0 nodad
     masquerade(site, node)
 }
 
+impl MasqueradeBy {
+    /// All that work here; what does not is printed as skipped, with the reason.
+    pub fn all() -> Vec<Self> {
+        let mut all = vec![Self::Nftables, Self::Iptables];
+        match output(Command::new("unshare").args(["-n", "ip6tables-legacy", "-t", "nat", "-L", "-n"])) {
+            Ok(_) => all.push(Self::IptablesLegacy),
+            Err(why) => eprintln!("SKIPPED: legacy iptables: {why:#}"),
+        }
+        all
+    }
+}
+
 /// The CNI's masquerade. Multicast stays alone, as the bridge plugin has it.
 fn masquerade(site: &Site, node: &Node) -> Result<()> {
     let (own_v4, own_v6) = match site.masquerade {
@@ -143,7 +155,8 @@ fn masquerade(site: &Site, node: &Node) -> Result<()> {
             node.pod_cidr_v6(),
             own_v6.join(", "),
         )),
-        MasqueradeBy::Iptables => {
+        by => {
+            let legacy = if by == MasqueradeBy::IptablesLegacy { "-legacy" } else { "" };
             let rules = |from: &str, own: &[String], multicast: &str| {
                 let mut rules = String::from("*nat\n:CNI-MASQ - [0:0]\n");
                 let _ = writeln!(rules, "-A POSTROUTING -s {from} -j CNI-MASQ");
@@ -155,8 +168,8 @@ fn masquerade(site: &Site, node: &Node) -> Result<()> {
             };
             let v4 = rules(&node.pod_cidr_v4(), &own_v4, "224.0.0.0/4");
             let v6 = rules(&node.pod_cidr_v6(), &own_v6, "ff00::/8");
-            feed(node.ns.command("iptables-restore").args(["-w", "--noflush"]), &v4)?;
-            feed(node.ns.command("ip6tables-restore").args(["-w", "--noflush"]), &v6)
+            feed(node.ns.command(&format!("iptables{legacy}-restore")).args(["-w", "--noflush"]), &v4)?;
+            feed(node.ns.command(&format!("ip6tables{legacy}-restore")).args(["-w", "--noflush"]), &v6)
         }
     }
 }

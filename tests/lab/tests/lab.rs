@@ -121,7 +121,7 @@ async fn the_cni_masquerades_what_leaves_the_pool() {
     if !privileged("the_cni_masquerades_what_leaves_the_pool") {
         return;
     }
-    for by in [MasqueradeBy::Nftables, MasqueradeBy::Iptables] {
+    for by in MasqueradeBy::all() {
         for (masquerade, expected) in [(Masquerade::BeyondPool, true), (Masquerade::Never, false)] {
             let lab = Lab::builder().without_kubernetes().masquerade(masquerade, by).up().await.expect("lab");
             let (node, pod) = (lab.node("cloud-a"), lab.pod("cloud-a"));

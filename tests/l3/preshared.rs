@@ -1,0 +1,82 @@
+//! A preshared key for the cluster's tunnels: taken from a file at any time, and no tunnel without it.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use raven_tests::{Node, eventually, privileged, proof};
+
+use crate::Running;
+
+/// Beside the key; in a cluster it is where the Secret is mounted.
+const FILE: &str = "/var/lib/raven/preshared";
+const SOON: Duration = Duration::from_secs(60);
+const OURS: &str = "3q2+796tvu/erb7v3q2+796tvu/erb7v3q2+796tvu8=";
+
+/// Writes the file and lets the agent look (by itself it does every 30 s).
+fn give(node: &Node, text: &str) -> Result<()> {
+    node.ns.sh(&format!("umask 077; printf %s '{text}' > {FILE}; ip rule del pref 100")).map(drop)
+}
+
+/// Waits until all peers of a gateway node have the key; as `wg` says it.
+async fn has(node: &Node, key: &str) -> Result<()> {
+    eventually(SOON, &format!("{} has the key", node.name), || async {
+        let shown = node.ns.run("wg", &["show", "raven-wg0", "preshared-keys"])?;
+        let all = shown.lines().count() > 0 && shown.lines().all(|line| line.ends_with(&format!("\t{key}")));
+        ensure!(all, "{shown}");
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_preshared_key_is_taken_at_any_time_and_both_ends_must_have_it() {
+    if !privileged("a_preshared_key_is_taken_at_any_time_and_both_ends_must_have_it") {
+        return;
+    }
+    let mut running = Running::start().await.expect("the lab starts");
+    let gateways = ["cloud-a", "x-a", "y-a"];
+    for name in gateways {
+        let agent = running.agent(name);
+        agent.arguments.extend(["--preshared-key-file".to_owned(), FILE.to_owned()]);
+        agent.restart().expect("the agent starts");
+    }
+    let running = &running;
+    let lab = &running.lab;
+    for agent in running.agents.iter().filter(|agent| gateways.contains(&agent.node.name.as_str())) {
+        running.check(proof::ready(agent).await);
+        running.check(has(&agent.node, "(none)").await);
+    }
+    for name in gateways {
+        running.check(give(lab.node(name), OURS));
+    }
+    for name in gateways {
+        running.check(has(lab.node(name), OURS).await);
+    }
+    running.check(proof::converged(lab).await);
+
+    // One that has another key is out, and nobody else is.
+    running.check(give(lab.node("x-a"), "what somebody made up"));
+    // sha256sum's, in base64.
+    running.check(has(lab.node("x-a"), "CJDOWH9Mn6xxK+BAyAuZHH7x70z+/O3D8QXqCrJLkvY=").await);
+    let (cloud, y) = (lab.pool("cloud").clone(), lab.pool("edge-y").clone());
+    let cut = async || {
+        let pings = lab.pod("x-b").ns.sh(&format!("ping -c 2 -W 1 {} >/dev/null && echo answered || true", lab.pod("cloud-b").v4))?;
+        ensure!(pings.is_empty(), "x-b still reaches cloud-b: {pings}");
+        Ok(())
+    };
+    running.check(eventually(SOON, "edge-x is cut off", cut).await);
+    running.check(proof::reach(lab, &cloud, &y, 0).await);
+
+    running.check(give(lab.node("x-a"), OURS));
+    running.check(has(lab.node("x-a"), OURS).await);
+    running.check(proof::converged(lab).await);
+
+    // The Secret is gone: as if there had never been one.
+    for name in gateways {
+        running.check(lab.node(name).ns.sh(&format!("rm {FILE}; ip rule del pref 100")));
+    }
+    for name in gateways {
+        running.check(has(lab.node(name), "(none)").await);
+    }
+    running.check(proof::converged(lab).await);
+}
