@@ -2,7 +2,7 @@
 //!
 //! Never Nodes or Pods: what ten thousand agents cost the API server stays small.
 
-use std::{collections::BTreeSet, fmt::Debug, net::IpAddr, time::Duration};
+use std::{fmt::Debug, net::IpAddr, time::Duration};
 
 use futures::{
     StreamExt, TryStreamExt,
@@ -15,7 +15,7 @@ use kube::{
 };
 use raven_api::{
     Gateway, GatewayNode, Guarded,
-    guarded::Unreadable,
+    guarded::Told,
     proxy::{CA_KEY, CA_NAME, ready},
 };
 use serde::de::DeserializeOwned;
@@ -51,7 +51,7 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
     let (agent, d) = reflected(AGENT_CONFIG, configs.clone(), named(AGENT_CONFIG));
     let (ca, e) = reflected(CA_NAME, configs, named(CA_NAME));
     let (api_servers, f) = reflected(API_SERVERS, slices, named("kubernetes"));
-    let mut said = BTreeSet::new();
+    let mut told = Told::of("GatewayNode");
     let mut waiting = vec!["Gateways", "GatewayNodes", SWITCHES, AGENT_CONFIG, CA_NAME];
     let mut events = stream::select_all([a, b, c, d, e, f]);
     while let Some(seen) = events.next().await {
@@ -63,7 +63,7 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
         // looked at with everything else.
         let end = Instant::now() + BURST;
         while let Ok(Some(_)) = timeout_at(end.min(Instant::now() + SETTLE), events.next()).await {}
-        let (gateways, nodes) = (listed(&gateways), readable(listed(&nodes), &mut said));
+        let (gateways, nodes) = (listed(&gateways), readable(listed(&nodes), &mut told));
         let data = |store: &reflector::Store<ConfigMap>| store.state().first().and_then(|c| c.data.clone()).unwrap_or_default();
         let inputs = snapshot::lean(&Inputs {
             api_servers: api_servers.state().iter().flat_map(|slice| addresses(slice)).collect(),
@@ -93,26 +93,15 @@ fn listed<K: Resource<DynamicType = ()> + Clone + 'static>(store: &reflector::St
 }
 
 /// Nodes write these themselves, and the API server lets more pass for a time than we can read: what one of them (stolen, say) writes must
-/// not blind all others. `said`: which ones have been complained of.
-fn readable(nodes: Vec<Guarded<GatewayNode>>, said: &mut BTreeSet<String>) -> Vec<GatewayNode> {
-    let mut broken = BTreeSet::new();
-    let mut read = Vec::new();
-    for node in nodes {
-        match node.0 {
-            Ok(node) => read.push(node),
-            Err(Unreadable { error, metadata }) => {
-                let name = metadata.name.unwrap_or_default();
-                if !said.contains(&name) {
-                    tracing::warn!(
-                        "GatewayNode {name} cannot be read and is left out: {error}; its node wrote that: see what became of it"
-                    );
-                }
-                broken.insert(name);
-            }
+/// not blind all others.
+fn readable(nodes: Vec<Guarded<GatewayNode>>, told: &mut Told) -> Vec<GatewayNode> {
+    let read = nodes.into_iter().filter_map(|node| {
+        if let Some(news) = told.news(&node) {
+            tracing::warn!("{news}");
         }
-    }
-    *said = broken;
-    read
+        node.0.ok()
+    });
+    read.collect()
 }
 
 fn reflected<K>(what: &'static str, api: Api<K>, config: watcher::Config) -> (reflector::Store<K>, BoxStream<'static, Seen>)
@@ -151,9 +140,12 @@ mod tests {
         // Both pass the API server's check of the format.
         let list =
             vec![node("good", "2026-01-01T00:00:00Z"), node("bad", "2026-01-01T00:00:00+99:99"), node("worse", "2026-01-01T00:00:00ZTx")];
-        let mut said = BTreeSet::new();
-        let read = readable(list, &mut said);
+        let mut told = Told::of("GatewayNode");
+        let read = readable(list.clone(), &mut told);
         assert_eq!(read.iter().map(|n| n.metadata.name.as_deref()).collect::<Vec<_>>(), [Some("good")]);
-        assert_eq!(said, BTreeSet::from(["bad".to_owned(), "worse".to_owned()]));
+        assert!(list.iter().all(|node| told.news(node).is_none()), "each is named once");
+        let mut told = Told::of("GatewayNode");
+        let news: Vec<String> = list.iter().filter_map(|node| told.news(node)).collect();
+        assert!(matches!(&news[..], [bad, worse] if bad.contains("GatewayNode bad ") && worse.contains("GatewayNode worse ")), "{news:?}");
     }
 }

@@ -6,9 +6,10 @@
 //! of any depth into `metadata.managedFields`.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::Resource;
+use kube::{Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
@@ -24,6 +25,35 @@ pub struct Unreadable {
     pub error: String,
     /// Its name, namespace, UID and version.
     pub metadata: ObjectMeta,
+}
+
+/// Which unreadable objects of a kind a log has named.
+#[derive(Clone, Debug)]
+pub struct Told {
+    kind: &'static str,
+    names: BTreeSet<String>,
+}
+
+impl Told {
+    /// None yet.
+    pub fn of(kind: &'static str) -> Self {
+        Self { kind, names: BTreeSet::new() }
+    }
+
+    /// What to say of an object that cannot be read: once, until it can be read again.
+    pub fn news<K: Resource>(&mut self, object: &Guarded<K>) -> Option<String> {
+        let name = object.name_any();
+        match &object.0 {
+            Ok(_) => {
+                self.names.remove(&name);
+                None
+            }
+            Err(Unreadable { error, .. }) => self.names.insert(name.clone()).then(|| {
+                let kind = self.kind;
+                format!("{kind} {name} cannot be read and is left out: {error} (its node wrote that: see what became of it)")
+            }),
+        }
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -89,7 +119,6 @@ impl<K: Resource> Resource for Guarded<K> {
 #[cfg(test)]
 mod tests {
     use k8s_openapi::api::core::v1::Node;
-    use kube::ResourceExt;
     use kube::core::{DynamicObject, ObjectList, WatchEvent};
 
     use super::*;

@@ -2,7 +2,6 @@
 //!
 //! Each `follow_*` function is a task that sends [`Update`]s; [`World`](crate::world::World) absorbs them.
 
-use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::pin::pin;
 use std::time::Duration;
@@ -16,8 +15,8 @@ use kube::core::DynamicObject;
 use kube::discovery::ApiResource;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::{Api, Client, Resource, ResourceExt};
-use raven_api::guarded::{Guarded, Unreadable};
+use kube::{Api, Client, Resource};
+use raven_api::guarded::{Guarded, Told};
 use raven_api::proxy::LABEL_GATEWAY_TYPE;
 use raven_api::{Gateway, GatewayNode};
 use serde::de::DeserializeOwned;
@@ -110,7 +109,7 @@ pub async fn follow_gateways(client: Client, updates: mpsc::Sender<Update>) {
 
 /// Follows all Nodes.
 pub async fn follow_nodes(client: Client, updates: mpsc::Sender<Update>) {
-    follow(guarded(Api::<Guarded<Node>>::all(client), watcher::Config::default()), &updates, Update::Node, None).await;
+    follow(guarded("Node", Api::<Guarded<Node>>::all(client), watcher::Config::default()), &updates, Update::Node, None).await;
 }
 
 /// Follows our Services of type LoadBalancer: their addresses are what others dial.
@@ -123,7 +122,7 @@ pub async fn follow_balancers(client: Client, namespace: String, updates: mpsc::
 /// Follows what gateway nodes say of their connections.
 pub async fn follow_links(client: Client, updates: mpsc::Sender<Update>) {
     let api = Api::<Guarded<DynamicObject>>::all_with(client, &ApiResource::erase::<GatewayNode>(&()));
-    follow(guarded(api, watcher::Config::default()), &updates, Update::Link, Some(|| Update::NoLinks)).await;
+    follow(guarded("GatewayNode", api, watcher::Config::default()), &updates, Update::Link, Some(|| Update::NoLinks)).await;
 }
 
 /// Follows the one ConfigMap with the switches.
@@ -177,23 +176,19 @@ where
 
 /// The same of objects that a node writes about itself (its agent, its kubelet, its CNI): one that cannot be read is named in the log,
 /// once, and counts as absent.
-pub fn guarded<K>(api: Api<Guarded<K>>, config: watcher::Config) -> impl Stream<Item = watcher::Result<Event<Guarded<K>>>> + Send
+pub fn guarded<K>(
+    kind: &'static str,
+    api: Api<Guarded<K>>,
+    config: watcher::Config,
+) -> impl Stream<Item = watcher::Result<Event<Guarded<K>>>> + Send
 where
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    let mut said = BTreeSet::new();
+    let mut told = Told::of(kind);
     events(api, config).inspect_ok(move |event| {
         let (Event::Apply(object) | Event::InitApply(object)) = event else { return };
-        match &object.0 {
-            Ok(_) => {
-                said.remove(&object.name_any());
-            }
-            Err(Unreadable { error, .. }) => {
-                let (kind, name) = (std::any::type_name::<K>(), object.name_any());
-                if said.insert(name.clone()) {
-                    tracing::warn!(kind, name, "cannot be read and is left out: {error} (its node wrote that: see what became of it)");
-                }
-            }
+        if let Some(news) = told.news(object) {
+            tracing::warn!("{news}");
         }
     })
 }
@@ -247,7 +242,7 @@ pub async fn follow_optional(client: Client, what: &'static Optional, updates: m
                 None => {}
                 Some(Some(version)) => {
                     tracing::info!(crd = what.crd, %version, "installed");
-                    objects = guarded(objects_of(&client, what, version), watcher::Config::default()).boxed();
+                    objects = guarded(what.kind, objects_of(&client, what, version), watcher::Config::default()).boxed();
                 }
                 Some(None) => {
                     objects = futures::stream::pending().boxed();

@@ -45,8 +45,8 @@ pub fn follow(client: Client, namespace: &str) -> (Cluster, Changes) {
     let all = watcher::Config::default;
     let named = |name: &str| watcher::Config::default().fields(&format!("metadata.name={name}"));
     let (gateways, a) = reflected(events(Api::all(client.clone()), all()));
-    let (gateway_nodes, b) = reflected(guarded(Api::all(client.clone()), all()));
-    let (nodes, c) = reflected(guarded(Api::all(client.clone()), all()));
+    let (gateway_nodes, b) = reflected(guarded("GatewayNode", Api::all(client.clone()), all()));
+    let (nodes, c) = reflected(guarded("Node", Api::all(client.clone()), all()));
     let (services, d) = reflected(events(Api::namespaced(client.clone(), namespace), named(INTERNAL_SERVICE)));
     let (switches, e) = reflected(events(Api::namespaced(client, namespace), named(CONFIG_MAP)));
     (Cluster { gateways, gateway_nodes, nodes, services, switches }, Changes(stream::select_all([a, b, c, d, e]).boxed()))

@@ -78,7 +78,7 @@ impl Granter {
         let requests: Api<Guarded<CertificateSigningRequest>> = Api::all(self.client.clone());
         let of = |signer: &str| {
             let only = watcher::Config::default().fields(&format!("spec.signerName={signer}"));
-            guarded(requests.clone(), only).touched_objects()
+            guarded("CertificateSigningRequest", requests.clone(), only).touched_objects()
         };
         let all = || futures::stream::select(of(SIGNER_CLIENT), of(SIGNER_SERVER));
         let mut seen = pin!(all());

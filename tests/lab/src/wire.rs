@@ -168,8 +168,8 @@ fn masquerade(site: &Site, node: &Node) -> Result<()> {
             };
             let v4 = rules(&node.pod_cidr_v4(), &own_v4, "224.0.0.0/4");
             let v6 = rules(&node.pod_cidr_v6(), &own_v6, "ff00::/8");
-            feed(node.ns.command(&format!("iptables{legacy}-restore")).args(["-w", "--noflush"]), &v4)?;
-            feed(node.ns.command(&format!("ip6tables{legacy}-restore")).args(["-w", "--noflush"]), &v6)
+            feed(node.ns.command(format!("iptables{legacy}-restore")).args(["-w", "--noflush"]), &v4)?;
+            feed(node.ns.command(format!("ip6tables{legacy}-restore")).args(["-w", "--noflush"]), &v6)
         }
     }
 }
