@@ -25,4 +25,16 @@ pub struct Generator {
     pub frame: [u8; FRAME_LEN],
 }
 
+/// `SENDER`: frames that one CPU has sent.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sender {
+    /// All.
+    pub sent: u64,
+    /// Of these, arrived or given up, as of the last look.
+    pub done: u64,
+    /// Given up.
+    pub lost: u64,
+}
+
 const _: () = assert!(size_of::<Generator>() == 28 + FRAME_LEN);

@@ -237,7 +237,7 @@ const _: () = assert!(size_of::<CounterKey>() == 8 && size_of::<Count>() == 16 &
 
 #[cfg(feature = "user")]
 mod pod {
-    use crate::generator::Generator;
+    use crate::generator::{Generator, Sender};
 
     use super::{Config, Count, CounterKey, DropSample, Handshakes, KubeletAddress, KubeletNode, Local, Node, PrefixKey, Remote};
 
@@ -249,6 +249,6 @@ mod pod {
         )*};
     }
 
-    pod!(Remote, Local, Node, Config, CounterKey, Count, Handshakes, DropSample, Generator, KubeletAddress, KubeletNode);
+    pod!(Remote, Local, Node, Config, CounterKey, Count, Handshakes, DropSample, Generator, Sender, KubeletAddress, KubeletNode);
     pod!(PrefixKey<[u8; 4]>, PrefixKey<[u8; 16]>);
 }

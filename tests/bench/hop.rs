@@ -30,8 +30,9 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use aya::{
     Ebpf, EbpfLoader, TestRun, TestRunOptions,
-    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, PerCpuValues, lpm_trie::Key},
     programs::{SchedClassifier, TcAttachType, TestRunAttrs, Xdp, XdpMode, tc},
+    util::nr_cpus,
 };
 use nix::{
     sched::{CloneFlags, CpuSet, sched_setaffinity, setns},
@@ -39,7 +40,7 @@ use nix::{
 };
 use raven_agent::bpf::Hook;
 use raven_common::{
-    generator::{FRAME_LEN, Generator},
+    generator::{FRAME_LEN, Generator, Sender},
     tables::{CONFIG_RELAY, CONFIG_TUNNEL_REDIRECT, Config, Local, NODE_IS_GATEWAY, Node, Remote},
 };
 
@@ -226,9 +227,18 @@ impl Hop {
         Ok(map.set(0, generator, 0)?)
     }
 
+    /// Frames of an earlier measurement that were on their way when its set-up went do not arrive any more.
+    fn forget(&mut self) -> Result<()> {
+        let mut sender: PerCpuArray<_, Sender> = self.generator.map_mut("SENDER").context("SENDER")?.try_into()?;
+        sender.set(0, PerCpuValues::try_from(vec![Sender::default(); nr_cpus().map_err(|(_, error)| error)?])?, 0)?;
+        let mut arrived: Array<_, u64> = self.generator.map_mut("ARRIVED").context("ARRIVED")?.try_into()?;
+        Ok(arrived.set(0, 0, 0)?)
+    }
+
     /// Sends for `time` and gives what was counted and what the hop's thread worked meanwhile.
     pub fn measure(&mut self, direction: Direction, time: Duration) -> Result<Sample> {
         self.aim(direction)?;
+        self.forget()?;
         let receiver = match direction {
             Direction::ToTunnel => "eth0",
             Direction::ToOverlay => "feed1",
@@ -293,8 +303,8 @@ impl Hop {
     }
 
     fn arrived(&self) -> Result<u64> {
-        let map: PerCpuArray<&MapData, u64> = self.generator.map("ARRIVED").context("ARRIVED")?.try_into()?;
-        Ok(map.get(&0, 0)?.iter().sum())
+        let map: Array<&MapData, u64> = self.generator.map("ARRIVED").context("ARRIVED")?.try_into()?;
+        Ok(map.get(&0, 0)?)
     }
 
     /// The NAPI thread of a device of the gateway node: others of the same name are other namespaces'.

@@ -9,37 +9,66 @@ mod runtime;
 use aya_ebpf::{
     bindings::{TC_ACT_OK, TC_ACT_SHOT, xdp_action},
     btf_maps::{Array, PerCpuArray},
-    helpers::bpf_redirect,
+    helpers::{bpf_ktime_get_ns, bpf_redirect},
     macros::{btf_map, classifier, xdp},
     programs::{TcContext, XdpContext},
 };
 use raven_common::{
     checksum,
-    generator::{FRAME_LEN, Generator},
+    generator::{FRAME_LEN, Generator, Sender},
 };
 
 /// What to send. Written before a run, read by the generator.
 #[btf_map]
 static GENERATOR: Array<Generator, 1> = Array::new();
 
-/// How many frames this CPU has made.
+/// What this CPU has sent.
 #[btf_map]
-static SENT: PerCpuArray<u64, 1> = PerCpuArray::new();
+static SENDER: PerCpuArray<Sender, 1> = PerCpuArray::new();
 
-/// How many frames arrived, per CPU.
+/// How many frames arrived. One CPU counts: the hop's.
 #[btf_map]
-static ARRIVED: PerCpuArray<u64, 1> = PerCpuArray::new();
+static ARRIVED: Array<u64, 1> = Array::new();
 
-/// Adds one to a counter of this CPU; gives what it was.
+/// How many frames arrived, as the hop's CPU counts them now.
 #[inline(always)]
-fn count(map: &PerCpuArray<u64, 1>) -> u64 {
-    let Some(value) = map.get_ptr_mut(0) else { return 0 };
-    // SAFETY: this CPU's own value, which always exists.
-    unsafe {
-        let before = *value;
-        *value = before + 1;
-        before
+fn arrived() -> u64 {
+    // SAFETY: the array's only entry always exists; a count that is a moment old is as good.
+    ARRIVED.get_ptr_mut(0).map_or(0, |count| unsafe { count.read_volatile() })
+}
+
+/// Frames on their way at a time: a veth's queue holds 256, and 64 are made before any is let go. What does not fit into the queue would be
+/// given back to the generator's memory by its CPU, and contend there with the hop, which gives back what arrived: that is no part of a hop.
+const WINDOW: u64 = 160;
+/// Looks at the clock, which pass the time, until a full window is given up: a fifth of a millisecond.
+const PATIENCE: u32 = 8192;
+/// And in between two looks at what arrived, whose cache line is the hop's.
+const BETWEEN: u32 = 256;
+
+/// Waits until a frame may be sent; gives its number.
+#[inline(always)]
+fn next() -> Option<u64> {
+    // SAFETY: this CPU's own entry, which always exists.
+    let sender = unsafe { &mut *SENDER.get_ptr_mut(0)? };
+    if sender.sent - sender.done >= WINDOW {
+        for look in 0..PATIENCE {
+            if look % BETWEEN == 0 {
+                sender.done = sender.lost + arrived();
+                if sender.sent - sender.done < WINDOW {
+                    break;
+                }
+            }
+            // SAFETY: a helper call without arguments.
+            unsafe { bpf_ktime_get_ns() };
+        }
+        // What is lost on the way never arrives.
+        if sender.sent - sender.done >= WINDOW {
+            sender.lost += sender.sent - sender.done;
+            sender.done = sender.sent;
+        }
     }
+    sender.sent += 1;
+    Some(sender.sent)
 }
 
 /// Makes each frame that `BPF_PROG_TEST_RUN` hands in anew (the pages come back as the last receiver left them), with the
@@ -51,8 +80,9 @@ pub fn generate(ctx: XdpContext) -> u32 {
     if start + FRAME_LEN > ctx.data_end() {
         return xdp_action::XDP_ABORTED;
     }
+    let Some(number) = next() else { return xdp_action::XDP_ABORTED };
     // Never zero, or there would be a panic to call.
-    let turn = (count(&SENT) % u64::from(generator.addresses.max(1))) as u32;
+    let turn = (number % u64::from(generator.addresses.max(1))) as u32;
     let address = u32::from_be_bytes(generator.base) + turn * generator.stride;
     let [high, low] = [(address >> 16) as u16, address as u16];
     let [base_high, base_low] =
@@ -85,7 +115,10 @@ pub fn pass(_ctx: XdpContext) -> u32 {
 /// Counts and drops, in TC: where WireGuard or the network card would take the packet; or to measure what comes before.
 #[classifier]
 pub fn swallow(_ctx: TcContext) -> i32 {
-    count(&ARRIVED);
+    if let Some(count) = ARRIVED.get_ptr_mut(0) {
+        // SAFETY: the array's only entry always exists, and no other CPU writes it.
+        unsafe { count.write_volatile(count.read_volatile() + 1) };
+    }
     TC_ACT_SHOT
 }
 
