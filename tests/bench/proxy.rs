@@ -1,6 +1,6 @@
 //! `bench proxy`: streams through the L7 tunnel against a direct TCP connection between the same two nodes (the site's router maps a
-//! port for it, which real sites do not), and against konnectivity where its programs are on PATH; on a good link and on a bad one. The ways
-//! alternate within a run; medians count.
+//! port for it, which real sites do not), and against konnectivity where its programs are on PATH; on a link that is as fast as this machine
+//! copies, on one of 1 Gbit/s, and on a bad one. The ways alternate within a run; medians count.
 //!
 //! The tunnel's way: by address, from the cloud gateway node itself: program, proxy, HTTP/2 over TLS, the site's NAT, its gateway node, the
 //! node. Konnectivity's: an HTTP CONNECT by a local socket to its server on the same node, its agent on the same gateway node of the site.
@@ -45,6 +45,8 @@ struct Link {
 }
 
 const GOOD: Link = Link { name: "good", bad: None, bulk: 400_000_000, streams: 100, requests: 300 };
+/// The line of a site that has a good one.
+const GIGABIT: Link = Link { name: "1 Gbit/s", ..GOOD };
 const BAD: Link = Link { name: "50 ms, 1 % lost", bad: Some((Duration::from_millis(25), 100)), bulk: 3_000_000, streams: 20, requests: 60 };
 
 /// Runs it.
@@ -64,7 +66,7 @@ pub fn run(runs: usize, json: bool) -> Result<()> {
     table.load_style(ASCII_MARKDOWN).set_header(["link", "what"].into_iter().chain(ways.iter().copied()));
     let ratio = |value: f64| format!("{value:.2}");
     let ms = |value: f64| format!("{value:.2} ms");
-    for (link, seen) in [(&GOOD, &seen.good), (&BAD, &seen.bad)] {
+    for (link, seen) in [(&GOOD, &seen.good), (&GIGABIT, &seen.gigabit), (&BAD, &seen.bad)] {
         let mut row = |what: String, cell: &dyn Fn(&Seen) -> String| {
             let cells = ways.iter().filter_map(|way| seen.get(way)).map(cell);
             table.add_row([link.name.to_owned(), what].into_iter().chain(cells));
@@ -74,7 +76,7 @@ pub fn run(runs: usize, json: bool) -> Result<()> {
         row(format!("{} streams, throughput × direct", link.streams), &|s| ratio(s.many));
         row("small request, added, p50".to_owned(), &|s| ms(s.added[0]));
         row("small request, added, p99".to_owned(), &|s| ms(s.added[1]));
-        if link.bad.is_none() {
+        if seen.values().any(|s| s.idle > 0.0) {
             row("memory of an idle stream, both ends".to_owned(), &|s| {
                 if s.idle > 0.0 { format!("{:.0} bytes", s.idle) } else { String::new() }
             });
@@ -96,12 +98,13 @@ struct Seen {
     many: f64,
     /// p50 and p99, ms.
     added: [f64; 2],
-    /// Bytes; not measured on a bad link.
+    /// Bytes; measured on one link.
     idle: f64,
 }
 
 struct Measured {
     good: BTreeMap<&'static str, Seen>,
+    gigabit: BTreeMap<&'static str, Seen>,
     bad: BTreeMap<&'static str, Seen>,
 }
 
@@ -111,6 +114,7 @@ impl Measured {
             let Some(good) = self.good.get(way) else { return Value::Null };
             let mut object = fields(good);
             object["bytes_per_idle_stream"] = json!(good.idle.round());
+            object["gigabit_link"] = self.gigabit.get(way).map_or(Value::Null, fields);
             object["bad_link"] = self.bad.get(way).map_or(Value::Null, fields);
             object
         };
@@ -182,10 +186,14 @@ async fn measure(runs: usize) -> Result<Measured> {
         let idle = idle(&client, way, pids).await?;
         good.entry(name).or_default().idle = idle;
     }
+    let line = &lab.pool("edge-x").router;
+    line.sh("tc qdisc add dev wan root tbf rate 1gbit burst 256kb latency 10ms")?;
+    let gigabit = compare(&client, &ways, &direct, &GIGABIT, runs).await?;
+    line.sh("tc qdisc del dev wan root")?;
     let (delay, one_in) = BAD.bad.context("a bad link is bad")?;
     let _impaired = lab.impair("edge-x", delay, one_in)?;
     let bad = compare(&client, &ways, &direct, &BAD, runs).await?;
-    Ok(Measured { good, bad })
+    Ok(Measured { good, gigabit, bad })
 }
 
 /// Every way against the direct one, in turn.
