@@ -260,6 +260,24 @@ async fn plain_requests_go_where_they_say_one_by_one() {
     assert!(!seen.contains("GET /b"), "{seen}");
 }
 
+/// The node never answers, and the client gives up: nobody is waited for on the node's side of the tunnel.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_plain_request_ends_with_its_client() {
+    let world = World::start().await;
+    let listener = world.listen_http().await;
+    let mut client = TcpStream::connect(world.insecure).await.expect("connected");
+    let request = format!("GET /slow HTTP/1.1\r\nHost: x2:{}\r\n\r\n", world.http_port);
+    client.write_all(request.as_bytes()).await.expect("sent");
+    let (mut node, _) = timeout(SOON, listener.accept()).await.expect("in time").expect("the request's connection");
+    let mut asked = vec![0; 65_536];
+    let n = timeout(SOON, node.read(&mut asked)).await.expect("in time").expect("the request");
+    assert!(asked[..n].starts_with(b"GET /slow"));
+    // As Ctrl-C at `curl` does: an end, and no more.
+    drop(client);
+    let after = timeout(SOON, node.read(&mut asked)).await.expect("the node hears of it");
+    assert!(matches!(after, Ok(0) | Err(_)), "{after:?}");
+}
+
 /// Lines of log, in memory.
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
