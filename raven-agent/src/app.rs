@@ -27,7 +27,7 @@ use crate::{
     names, observe,
     proxy::{self, Proxy, stats::Stats},
     snapshot,
-    topology::{Inputs, Topology, build},
+    topology::{Inputs, PresharedKey, Topology, build},
     tunnel, watch as api_watch,
 };
 
@@ -53,6 +53,7 @@ pub async fn run(config: Run) -> Result<()> {
         tier: config.tier,
         ebpf_object: config.ebpf_object.clone(),
         preshared_key_file: config.preshared_key_file.clone(),
+        preshared_key: config.preshared_key.as_deref().and_then(|text| PresharedKey::from_bytes(text.as_bytes())),
     };
     tracing::info!(%release, ?settings, version = env!("CARGO_PKG_VERSION"), "starting");
     let key = tunnel::load_or_make_key(&config.state_dir.join(names::KEY_FILE))?;

@@ -2,6 +2,7 @@
 //! others; what failed is reported and tried again with the next run.
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -84,8 +85,10 @@ pub struct Settings {
     pub tier: Tier,
     /// An object in place of the built-in one.
     pub ebpf_object: Option<PathBuf>,
-    /// Where the cluster's preshared key is, if there is one.
+    /// Where the cluster's preshared key is, if there is one; and the one that counts where there is no such file.
     pub preshared_key_file: PathBuf,
+    /// See above.
+    pub preshared_key: Option<PresharedKey>,
 }
 
 impl Settings {
@@ -105,7 +108,8 @@ pub struct Reconciler {
     links: Links,
     bpf: Bpf,
     key: Key,
-    preshared: Option<PresharedKey>,
+    /// Of all tunnels; unknown until it could be read once.
+    preshared: Option<Option<PresharedKey>>,
     tunnel: Option<Tunnel>,
     /// Where peers that are gone were heard from last. One that comes back is asked there for a new session: by itself it may go on with
     /// the old one, which we have forgotten, for two minutes.
@@ -290,19 +294,21 @@ impl Reconciler {
             protected: self.settings.protected.iter().copied().chain(subnets).collect(),
             addresses: uplink.map(|u| u.node_addresses.clone()).unwrap_or_default(),
             detour: self.bpf.detour(),
-            preshared: self.preshared,
+            preshared: self.preshared.flatten(),
         }
     }
 
     /// True if it is another one than before. One that cannot be read stays what it was.
     fn read_preshared(&mut self, notes: &mut Notes) -> bool {
         match tunnel::load_preshared(&self.settings.preshared_key_file) {
-            Ok(preshared) if preshared == self.preshared => false,
             Ok(preshared) => {
-                let what = if preshared.is_some() { "tunnels have a preshared key" } else { "tunnels have no preshared key any more" };
-                tracing::info!(file = %self.settings.preshared_key_file.display(), "{what}: both ends must agree");
-                self.preshared = preshared;
-                true
+                let preshared = preshared.or(self.settings.preshared_key);
+                let before = self.preshared.replace(preshared);
+                if before.flatten() != preshared {
+                    let what = if preshared.is_some() { "tunnels have a preshared key" } else { "tunnels have no preshared key any more" };
+                    tracing::info!(file = %self.settings.preshared_key_file.display(), "{what}: both ends must agree");
+                }
+                before != Some(preshared)
             }
             Err(e) => {
                 notes.failures.push(e.to_string());
@@ -401,7 +407,14 @@ impl Reconciler {
             Ok(have) => have,
             Err(e) => return notes.failures.push(e),
         };
-        let steps = diff(&have, &plan.state);
+        let mut want = Cow::Borrowed(&plan.state);
+        if self.preshared.is_none() {
+            // Nobody knows the key yet: what WireGuard has is what an earlier agent read.
+            for (key, peer) in &mut want.to_mut().peers {
+                peer.preshared = have.peers.get(key).and_then(|have| have.preshared);
+            }
+        }
+        let steps = diff(&have, &want);
         // Steps of one kind stand together, and routes do not depend on each other: they are sent without waiting for each
         // answer, or ten thousand of them would take a minute.
         for group in steps.chunk_by(|a, b| is_route(a) && is_route(b)) {

@@ -79,6 +79,9 @@ pub struct Run {
     /// any time.
     #[arg(long, default_value = crate::names::PRESHARED_KEY_FILE)]
     pub preshared_key_file: PathBuf,
+    /// The same where there is no such file, as upstream's DaemonSet has it: in the environment only, which not everybody may read.
+    #[arg(long, env = "VPN_CONNECTION_PSK", hide = true, hide_env_values = true)]
+    pub preshared_key: Option<String>,
     /// Prefix that must never be sent into the tunnel, whatever a Gateway says (the Service range, say). Repeatable.
     #[arg(long = "protected-cidr")]
     pub protected: Vec<IpNet>,

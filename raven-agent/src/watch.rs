@@ -95,6 +95,7 @@ fn listed<K: Resource<DynamicType = ()> + Clone + 'static>(store: &reflector::St
 /// Nodes write these themselves, and the API server lets more pass for a time than we can read: what one of them (stolen, say) writes must
 /// not blind all others.
 fn readable(nodes: Vec<Guarded<GatewayNode>>, told: &mut Told) -> Vec<GatewayNode> {
+    told.keep(nodes.iter());
     let read = nodes.into_iter().filter_map(|node| {
         if let Some(news) = told.news(&node) {
             tracing::warn!("{news}");
@@ -144,6 +145,8 @@ mod tests {
         let read = readable(list.clone(), &mut told);
         assert_eq!(read.iter().map(|n| n.metadata.name.as_deref()).collect::<Vec<_>>(), [Some("good")]);
         assert!(list.iter().all(|node| told.news(node).is_none()), "each is named once");
+        assert_eq!(readable(Vec::new(), &mut told).len(), 0);
+        assert_eq!(list.iter().filter_map(|node| told.news(node)).count(), 2, "and once more when it comes back");
         let mut told = Told::of("GatewayNode");
         let news: Vec<String> = list.iter().filter_map(|node| told.news(node)).collect();
         assert!(matches!(&news[..], [bad, worse] if bad.contains("GatewayNode bad ") && worse.contains("GatewayNode worse ")), "{news:?}");

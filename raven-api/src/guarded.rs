@@ -40,6 +40,17 @@ impl Told {
         Self { kind, names: BTreeSet::new() }
     }
 
+    /// Forgets what is not there any more.
+    pub fn forget(&mut self, name: &str) {
+        self.names.remove(name);
+    }
+
+    /// Forgets all but these.
+    pub fn keep<'a, K: Resource + 'a>(&mut self, there: impl Iterator<Item = &'a Guarded<K>>) {
+        let there: BTreeSet<String> = there.map(|object| object.name_any()).collect();
+        self.names.retain(|name| there.contains(name));
+    }
+
     /// What to say of an object that cannot be read: once, until it can be read again.
     pub fn news<K: Resource>(&mut self, object: &Guarded<K>) -> Option<String> {
         let name = object.name_any();

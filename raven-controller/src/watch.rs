@@ -15,7 +15,7 @@ use kube::core::DynamicObject;
 use kube::discovery::ApiResource;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::{Api, Client, Resource};
+use kube::{Api, Client, Resource, ResourceExt};
 use raven_api::guarded::{Guarded, Told};
 use raven_api::proxy::LABEL_GATEWAY_TYPE;
 use raven_api::{Gateway, GatewayNode};
@@ -185,11 +185,14 @@ where
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
 {
     let mut told = Told::of(kind);
-    events(api, config).inspect_ok(move |event| {
-        let (Event::Apply(object) | Event::InitApply(object)) = event else { return };
-        if let Some(news) = told.news(object) {
-            tracing::warn!("{news}");
+    events(api, config).inspect_ok(move |event| match event {
+        Event::Apply(object) | Event::InitApply(object) => {
+            if let Some(news) = told.news(object) {
+                tracing::warn!("{news}");
+            }
         }
+        Event::Delete(object) => told.forget(&object.name_any()),
+        Event::Init | Event::InitDone => {}
     })
 }
 

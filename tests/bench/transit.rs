@@ -98,7 +98,7 @@ fn direction_name(direction: Direction) -> &'static str {
 
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+    (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0
 }
 
 /// Packets per millisecond of CPU from nanoseconds per packet.

@@ -61,16 +61,27 @@ async fn measure(runs: usize) -> Result<Measured> {
     eventually(proof::CONVERGENCE, "the two hosts meet through Raven", answers).await?;
     let (backend, _engines) = bare(&lab, server, client).await?;
     for (node, core) in [(client, 0), (server, 1)] {
-        let engines = node.ns.sh(&format!("for pid in $(ip netns pids {}); do taskset -a -c -p {core} $pid; done", node.ns.name));
-        engines.with_context(|| format!("give {} a core", node.name))?;
+        let pinned = node.ns.sh(&format!("for pid in $(ip netns pids {}); do taskset -a -c -p {core} $pid; done", node.ns.name));
+        let pinned = pinned.with_context(|| format!("give {} a core", node.name))?;
+        ensure!(
+            pinned.lines().any(|line| line.ends_with(&format!("new affinity list: {core}"))),
+            "{} has no core of its own: {pinned}",
+            node.name
+        );
     }
     let mut listener = server.ns.command("iperf3");
     listener.arg("-s");
     let listener = Process::start("iperf3", &lab.logs(), listener)?;
     let (mut raven, mut bare) = (Vec::new(), Vec::new());
-    for _ in 0..runs {
-        raven.push(mbit(&client.ns, &target.to_string()).await?);
-        bare.push(mbit(&client.ns, BARE_ENDS[0]).await?);
+    let target = target.to_string();
+    for run in 0..runs {
+        let ways = [(&mut raven, target.as_str()), (&mut bare, BARE_ENDS[0])];
+        let mut order: Vec<_> = ways.into_iter().collect();
+        // Neither way is always the first.
+        order.rotate_left(run % 2);
+        for (seen, to) in order {
+            seen.push(mbit(&client.ns, to).await?);
+        }
     }
     drop(listener);
     let ratios = raven.iter().zip(&bare).map(|(raven, bare)| raven / bare).collect();
@@ -117,5 +128,5 @@ async fn mbit(from: &Namespace, to: &str) -> Result<f64> {
 
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+    (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0
 }

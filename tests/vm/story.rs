@@ -91,6 +91,7 @@ async fn tell(story: &mut Story, lab: &Lab, gateways: &[String], agents: &mut [A
         story.note(&name, restarted(lab, agents, n).await);
     }
     story.note("programs are still attached once", attached(lab, gateways, true));
+    story.note("a preshared key: taken while agents run, and sessions are made with it", preshared(lab, gateways).await);
     let seen = twice(async || changed(lab, agents).await).await;
     story.note(&format!("four hundred prefixes join a pool and leave it under {RATE} packets/s of others"), seen);
 
@@ -183,6 +184,38 @@ async fn overtaken(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     };
     eventually(Duration::from_secs(30), "the fast tier is back", back).await?;
     Ok(format!("{carried} packets by overlay_ingress meanwhile"))
+}
+
+/// All nodes have one file system here, so one file is everybody's Secret. Sessions go on with the keys they have: they are ended.
+async fn preshared(lab: &Lab, gateways: &[String]) -> Result<String> {
+    const FOLDER: &str = "/etc/raven/secret";
+    const KEY: &str = "3q2+796tvu/erb7v3q2+796tvu/erb7v3q2+796tvu8=";
+    fs::create_dir_all(FOLDER)?;
+    fs::write(format!("{FOLDER}/vpn-connection-psk"), KEY)?;
+    let gateways: Vec<&Node> = gateways.iter().map(|name| lab.node(name)).collect();
+    for node in &gateways {
+        node.ns.run("ip", &["rule", "del", "pref", "100"])?;
+    }
+    let has = async |node: &Node| {
+        eventually(Duration::from_secs(40), &format!("{} has the key", node.name), || async {
+            let shown = node.ns.run("wg", &["show", "raven-wg0", "preshared-keys"])?;
+            ensure!(shown.lines().count() > 0 && shown.lines().all(|line| line.ends_with(&format!("\t{KEY}"))), "{shown}");
+            Ok(shown.lines().count())
+        })
+        .await
+    };
+    for node in &gateways {
+        has(node).await?;
+    }
+    for node in &gateways {
+        node.ns.sh("for key in $(wg show raven-wg0 peers); do wg set raven-wg0 peer $key remove; done; ip rule del pref 100")?;
+    }
+    let mut peers = 0;
+    for node in &gateways {
+        peers += has(node).await?;
+    }
+    proof::converged(lab).await?;
+    Ok(format!("{peers} peers with it"))
 }
 
 /// Four hundred prefixes join edge-y and leave it again; what x-b and cloud-b say to each other does not suffer: the kernel's WireGuard

@@ -40,11 +40,12 @@ impl fmt::Debug for PublicKey {
 pub struct PresharedKey(pub [u8; 32]);
 
 impl PresharedKey {
-    /// From a text as `wg genpsk` makes it; any other is hashed with SHA-256, and an empty one is none.
-    pub fn from_text(text: &str) -> Option<Self> {
-        let text = text.trim();
-        let key = STANDARD.decode(text).ok().and_then(|bytes| bytes.try_into().ok());
-        (!text.is_empty()).then(|| Self(key.unwrap_or_else(|| Sha256::digest(text).into())))
+    /// From a text as `wg genpsk` makes it; anything else is hashed with SHA-256. Nothing is none, and so are zeros, which WireGuard takes for it.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let text = bytes.trim_ascii();
+        let key = STANDARD.decode(text).ok().and_then(|key| key.try_into().ok());
+        let key = key.unwrap_or_else(|| Sha256::digest(text).into());
+        (!text.is_empty() && key != [0; 32]).then_some(Self(key))
     }
 }
 
@@ -61,11 +62,14 @@ mod tests {
     #[test]
     fn a_preshared_key_is_taken_as_it_is_or_hashed_and_never_shown() {
         let text = STANDARD.encode([7; 32]);
-        let key = PresharedKey::from_text(&format!("{text}\n")).expect("a key");
+        let key = PresharedKey::from_bytes(format!("{text}\n").as_bytes()).expect("a key");
         assert_eq!(key, PresharedKey([7; 32]));
         assert!(!format!("{key:?}").contains(char::is_numeric));
-        let hashed = PresharedKey::from_text("raven").expect("a key").0;
+        let hashed = PresharedKey::from_bytes(b"raven").expect("a key").0;
         assert_eq!(hashed[..4], [0x09, 0x2c, 0xda, 0x39], "sha256sum's");
-        assert_eq!(PresharedKey::from_text(" \n"), None);
+        assert!(PresharedKey::from_bytes(&[0xff; 32]).is_some(), "no text, and a key all the same");
+        for none in [" \n", &STANDARD.encode([0; 32])] {
+            assert_eq!(PresharedKey::from_bytes(none.as_bytes()), None, "{none:?}");
+        }
     }
 }

@@ -36,8 +36,8 @@ pub fn load_or_make(path: &Path) -> Result<Key, Error> {
 
 /// The preshared key in `path`; none if there is no such file, or nothing in it.
 pub fn load_preshared(path: &Path) -> Result<Option<PresharedKey>, Error> {
-    match fs::read_to_string(path) {
-        Ok(text) => Ok(PresharedKey::from_text(&text)),
+    match fs::read(path) {
+        Ok(bytes) => Ok(PresharedKey::from_bytes(&bytes)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Error::Key { path: path.display().to_string(), reason: e.to_string() }),
     }

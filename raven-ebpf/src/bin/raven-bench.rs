@@ -54,6 +54,11 @@ fn next() -> Option<u64> {
         for look in 0..PATIENCE {
             if look % BETWEEN == 0 {
                 sender.done = sender.lost + arrived();
+                // Some that were given up have arrived after all.
+                if sender.done > sender.sent {
+                    sender.lost = sender.lost.saturating_sub(sender.done - sender.sent);
+                    sender.done = sender.sent;
+                }
                 if sender.sent - sender.done < WINDOW {
                     break;
                 }

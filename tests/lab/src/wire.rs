@@ -123,7 +123,7 @@ impl MasqueradeBy {
     /// All that work here; what does not is printed as skipped, with the reason.
     pub fn all() -> Vec<Self> {
         let mut all = vec![Self::Nftables, Self::Iptables];
-        match output(Command::new("unshare").args(["-n", "ip6tables-legacy", "-t", "nat", "-L", "-n"])) {
+        match output(Command::new("unshare").args(["-n", "sh", "-ec", "iptables-legacy -t nat -L -n; ip6tables-legacy -t nat -L -n"])) {
             Ok(_) => all.push(Self::IptablesLegacy),
             Err(why) => eprintln!("SKIPPED: legacy iptables: {why:#}"),
         }
