@@ -71,3 +71,10 @@ fn main() -> Result<()> {
         Command::Memory => memory::run(arguments.json),
     }
 }
+
+/// The middle one, or the mean of the two in the middle.
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0
+}

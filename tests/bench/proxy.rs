@@ -21,7 +21,10 @@ use comfy_table::{Table, presets::ASCII_MARKDOWN};
 use raven_tests::{Lab, Namespace, PoolSpec, Protocol, eventually, process::memory_mb};
 use serde_json::{Value, json};
 
-use crate::konnectivity::{self, Konnectivity};
+use crate::{
+    konnectivity::{self, Konnectivity},
+    median,
+};
 
 /// The node's port, and the port of its router that leads there directly.
 const PORT: u16 = 10255;
@@ -371,10 +374,4 @@ fn busy_seconds() -> Result<f64> {
     // user nice system idle iowait irq softirq …, in hundredths.
     let idle = numbers.get(3).unwrap_or(&0.0) + numbers.get(4).unwrap_or(&0.0);
     Ok((numbers.iter().take(8).sum::<f64>() - idle) / 100.0)
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0
 }

@@ -10,7 +10,10 @@ use comfy_table::{Table, presets::ASCII_MARKDOWN};
 use raven_agent::bpf::Hook;
 use serde_json::json;
 
-use crate::hop::{Direction, Hop, Programs};
+use crate::{
+    hop::{Direction, Hop, Programs},
+    median,
+};
 
 /// How long one measurement lasts.
 const TIME: Duration = Duration::from_millis(700);
@@ -96,11 +99,6 @@ fn direction_name(direction: Direction) -> &'static str {
     }
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0
-}
-
 /// Packets per millisecond of CPU from nanoseconds per packet.
 fn kpps(nanoseconds: f64) -> f64 {
     1_000_000.0 / nanoseconds
@@ -123,7 +121,7 @@ fn alternate(hop: &mut Hop, direction: Direction, variants: &[Variant], runs: us
             set_up.remove(hop)?;
         }
     }
-    Ok(variants.iter().copied().zip(samples.into_iter().map(median)).collect())
+    Ok(variants.iter().copied().zip(samples.iter().map(|samples| median(samples))).collect())
 }
 
 fn to_tunnel(hop: &mut Hop, prefixes: u32, runs: usize) -> Result<Vec<Line>> {
@@ -148,7 +146,7 @@ fn to_overlay(hop: &mut Hop, prefixes: u32, runs: usize) -> Result<Vec<Line>> {
 fn feed(hop: &mut Hop, runs: usize) -> Result<f64> {
     hop.end_at_feed()?;
     let samples: Result<Vec<f64>> = (0..runs).map(|_| Ok(hop.measure(Direction::ToOverlay, TIME)?.nanoseconds())).collect();
-    Ok(median(samples?))
+    Ok(median(&samples?))
 }
 
 /// A variant in place.

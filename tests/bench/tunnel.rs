@@ -8,6 +8,8 @@ use anyhow::{Context, Result, ensure};
 use comfy_table::{Table, presets::ASCII_MARKDOWN};
 use raven_tests::{Lab, Node, PoolSpec, Protocol, agent, eventually, namespace::Namespace, offline, probe, process::Process, proof};
 
+use crate::median;
+
 /// How long one measurement lasts, seconds.
 const SECONDS: &str = "3";
 /// The bare device, its port, and its two ends.
@@ -75,17 +77,16 @@ async fn measure(runs: usize) -> Result<Measured> {
     let (mut raven, mut bare) = (Vec::new(), Vec::new());
     let target = target.to_string();
     for run in 0..runs {
-        let ways = [(&mut raven, target.as_str()), (&mut bare, BARE_ENDS[0])];
-        let mut order: Vec<_> = ways.into_iter().collect();
+        let mut ways = [(&mut raven, target.as_str()), (&mut bare, BARE_ENDS[0])];
         // Neither way is always the first.
-        order.rotate_left(run % 2);
-        for (seen, to) in order {
+        ways.rotate_left(run % 2);
+        for (seen, to) in ways {
             seen.push(mbit(&client.ns, to).await?);
         }
     }
     drop(listener);
-    let ratios = raven.iter().zip(&bare).map(|(raven, bare)| raven / bare).collect();
-    Ok(Measured { backend, ratio: median(ratios), raven: median(raven), bare: median(bare) })
+    let ratios: Vec<f64> = raven.iter().zip(&bare).map(|(raven, bare)| raven / bare).collect();
+    Ok(Measured { backend, ratio: median(&ratios), raven: median(&raven), bare: median(&bare) })
 }
 
 /// Bare WireGuard between the two hosts, of the kind that this kernel has.
@@ -124,9 +125,4 @@ async fn mbit(from: &Namespace, to: &str) -> Result<f64> {
     let said: serde_json::Value = serde_json::from_slice(&done.stdout).context("iperf3 prints JSON")?;
     let bits = said["end"]["sum_received"]["bits_per_second"].as_f64();
     Ok(bits.with_context(|| format!("iperf3 to {to}: {}", said["error"]))? / 1e6)
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0
 }

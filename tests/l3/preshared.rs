@@ -12,27 +12,10 @@ const FILE: &str = "/var/lib/raven/preshared";
 const SOON: Duration = Duration::from_secs(60);
 const OURS: &str = "3q2+796tvu/erb7v3q2+796tvu/erb7v3q2+796tvu8=";
 
-/// Writes the file and lets the agent look (by itself it does every 30 s). With the kernel's WireGuard a session goes on with the old key
-/// for up to three minutes: all are ended, and the agent makes its peers anew.
+/// Writes the file and lets the agent look (by itself it does every 30 s), for new sessions.
 fn give(node: &Node, text: &str) -> Result<()> {
     node.ns.sh(&format!("umask 077; printf %s '{text}' > {FILE}"))?;
-    anew(node)
-}
-
-fn anew(node: &Node) -> Result<()> {
-    let end = "for key in $(wg show raven-wg0 peers); do wg set raven-wg0 peer $key remove; done";
-    node.ns.sh(&format!("{end}; ip rule del pref 100")).map(drop)
-}
-
-/// Waits until all peers of a gateway node have the key; as `wg` says it.
-async fn has(node: &Node, key: &str) -> Result<()> {
-    eventually(SOON, &format!("{} has the key", node.name), || async {
-        let shown = node.ns.run("wg", &["show", "raven-wg0", "preshared-keys"])?;
-        let all = shown.lines().count() > 0 && shown.lines().all(|line| line.ends_with(&format!("\t{key}")));
-        ensure!(all, "{shown}");
-        Ok(())
-    })
-    .await
+    proof::end_sessions(node)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -50,20 +33,20 @@ async fn a_preshared_key_is_taken_at_any_time_and_both_ends_must_have_it() {
     let lab = &running.lab;
     for agent in running.agents.iter().filter(|agent| gateways.contains(&agent.node.name.as_str())) {
         running.check(proof::ready(agent).await);
-        running.check(has(&agent.node, "(none)").await);
+        running.check(proof::preshared(&agent.node, "(none)").await);
     }
     for name in gateways {
         running.check(give(lab.node(name), OURS));
     }
     for name in gateways {
-        running.check(has(lab.node(name), OURS).await);
+        running.check(proof::preshared(lab.node(name), OURS).await);
     }
     running.check(proof::converged(lab).await);
 
     // One that has another key is out, and nobody else is.
     running.check(give(lab.node("x-a"), "what somebody made up"));
     // sha256sum's, in base64.
-    running.check(has(lab.node("x-a"), "CJDOWH9Mn6xxK+BAyAuZHH7x70z+/O3D8QXqCrJLkvY=").await);
+    running.check(proof::preshared(lab.node("x-a"), "CJDOWH9Mn6xxK+BAyAuZHH7x70z+/O3D8QXqCrJLkvY=").await);
     let (cloud, y) = (lab.pool("cloud").clone(), lab.pool("edge-y").clone());
     // Longer than a new session takes: an agent that dials asks again after half a second, one and two.
     let mut ping = lab.pod("x-b").ns.command("ping");
@@ -74,7 +57,7 @@ async fn a_preshared_key_is_taken_at_any_time_and_both_ends_must_have_it() {
     running.check(proof::reach(lab, &cloud, &y, 0).await);
 
     running.check(give(lab.node("x-a"), OURS));
-    running.check(has(lab.node("x-a"), OURS).await);
+    running.check(proof::preshared(lab.node("x-a"), OURS).await);
     running.check(proof::converged(lab).await);
 
     // A key that cannot be read is no reason to go on without one, for a new agent neither.
@@ -82,22 +65,22 @@ async fn a_preshared_key_is_taken_at_any_time_and_both_ends_must_have_it() {
     running.agent("x-a").restart().expect("the agent starts");
     let lab = &running.lab;
     let says_so = async || {
-        let said = lab.node("x-a").ns.sh("curl -s localhost:10275/readyz")?;
+        let said = proof::http(&lab.node("x-a").ns, "127.0.0.1:10275", "/readyz").await?;
         ensure!(said.contains(FILE), "{said}");
         Ok(())
     };
     running.check(eventually(SOON, "the agent says that it cannot read it", says_so).await);
-    running.check(has(lab.node("x-a"), OURS).await);
+    running.check(proof::preshared(lab.node("x-a"), OURS).await);
     running.check(proof::converged(lab).await);
     running.check(lab.node("x-a").ns.sh(&format!("rmdir {FILE}; touch {FILE}")));
 
     // The Secret is gone: as if there had never been one.
     for name in gateways {
         running.check(lab.node(name).ns.sh(&format!("rm {FILE}")));
-        running.check(anew(lab.node(name)));
+        running.check(proof::end_sessions(lab.node(name)));
     }
     for name in gateways {
-        running.check(has(lab.node(name), "(none)").await);
+        running.check(proof::preshared(lab.node(name), "(none)").await);
     }
     running.check(proof::converged(lab).await);
 }

@@ -196,23 +196,15 @@ async fn preshared(lab: &Lab, gateways: &[String]) -> Result<String> {
     for node in &gateways {
         node.ns.run("ip", &["rule", "del", "pref", "100"])?;
     }
-    let has = async |node: &Node| {
-        eventually(Duration::from_secs(40), &format!("{} has the key", node.name), || async {
-            let shown = node.ns.run("wg", &["show", "raven-wg0", "preshared-keys"])?;
-            ensure!(shown.lines().count() > 0 && shown.lines().all(|line| line.ends_with(&format!("\t{KEY}"))), "{shown}");
-            Ok(shown.lines().count())
-        })
-        .await
-    };
     for node in &gateways {
-        has(node).await?;
+        proof::preshared(node, KEY).await?;
     }
     for node in &gateways {
-        node.ns.sh("for key in $(wg show raven-wg0 peers); do wg set raven-wg0 peer $key remove; done; ip rule del pref 100")?;
+        proof::end_sessions(node)?;
     }
     let mut peers = 0;
     for node in &gateways {
-        peers += has(node).await?;
+        peers += proof::preshared(node, KEY).await?;
     }
     proof::converged(lab).await?;
     Ok(format!("{peers} peers with it"))

@@ -473,6 +473,23 @@ fn discards(lab: &Lab) -> Result<String> {
     Ok(format!("discarded by devices (received, sent), sockets and backlogs: {}", words.join("; ")))
 }
 
+/// All peers of a gateway node have this preshared key (`(none)`: none has one), as `wg` says it; gives how many they are.
+pub async fn preshared(node: &Node, key: &str) -> Result<usize> {
+    eventually(Duration::from_secs(60), &format!("{} has the key", node.name), || async {
+        let shown = node.ns.run("wg", &["show", "raven-wg0", "preshared-keys"])?;
+        ensure!(shown.lines().count() > 0 && shown.lines().all(|line| line.ends_with(&format!("\t{key}"))), "{shown}");
+        Ok(shown.lines().count())
+    })
+    .await
+}
+
+/// Ends all sessions of a gateway node, and lets the agent look; it makes its peers anew. With the kernel's WireGuard a session goes on with an
+/// old preshared key for up to three minutes.
+pub fn end_sessions(node: &Node) -> Result<()> {
+    let end = "for key in $(wg show raven-wg0 peers); do wg set raven-wg0 peer $key remove; done";
+    node.ns.sh(&format!("{end}; ip rule del pref 100")).map(drop)
+}
+
 /// Waits until an agent says that its dataplane is as planned.
 pub async fn ready(agent: &Agent) -> Result<()> {
     let what = format!("the agent of {} is ready", agent.node.name);
