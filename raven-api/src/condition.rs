@@ -1,4 +1,4 @@
-//! Condition types and reasons, as they stand in `status.conditions`. The words are part of the API: scripts match on them.
+//! Condition types in `status.conditions` of Gateways and GatewayNodes. The words are part of the API: scripts match on them.
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -6,20 +6,20 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 /// Condition types of a Gateway or GatewayNode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ConditionType {
-    /// The whole thing works as far as its writer can tell; else the message says what is missing.
+    /// The object works, as far as its writer can observe; the message lists what is missing.
     Ready,
-    /// Enough gateway nodes are elected.
+    /// Gateway: enough gateway nodes are elected.
     Elected,
-    /// Everything that the resource claims was accepted; false names what was refused, and why.
+    /// Gateway: every claim is accepted; when false, the message lists each rejected claim with the reason.
     Accepted,
-    /// Of a GatewayNode that dials: its tunnel has a session with another pool; false after a while without, absent in between.
+    /// GatewayNode of an edge: its tunnel has a session with another pool. False after a period without one, absent before that.
     TunnelConnected,
-    /// Of an edge's GatewayNode: its proxy has a tunnel to the cloud; likewise.
+    /// GatewayNode of an edge: its proxy has a connection to the cloud. False after a period without one, absent before that.
     ProxyConnected,
 }
 
 impl ConditionType {
-    /// As it stands in the status.
+    /// Value of the condition's `type` field.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Ready => "Ready",
@@ -31,21 +31,23 @@ impl ConditionType {
     }
 }
 
-/// A condition before it has a transition time.
+/// A condition without its transition time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// Which condition.
+    /// Type of the condition.
     pub type_: ConditionType,
-    /// True or false. (We never say Unknown.)
+    /// Status: True or False. Raven never writes Unknown.
     pub ok: bool,
-    /// CamelCase, stable.
+    /// Reason in CamelCase; part of the API.
     pub reason: &'static str,
-    /// For a person: which object, what is wrong, what to do.
+    /// Message for users: the object, the problem and the remedy.
     pub message: String,
 }
 
-/// `verdicts` as conditions. The transition time of one that has not changed its status is kept from `old`, so an
-/// unchanged status is byte for byte the same and applying it again is no write.
+/// Converts verdicts to conditions.
+///
+/// A condition whose status is unchanged keeps its transition time from `old`. An unchanged status is therefore identical byte for byte,
+/// and applying it again writes nothing.
 pub fn merge(old: &[Condition], verdicts: &[Verdict], generation: Option<i64>, now: Timestamp) -> Vec<Condition> {
     verdicts
         .iter()

@@ -1,10 +1,11 @@
-//! Gateways of v1alpha1 as v1beta1 and back: pure functions, for the conversion webhook.
+//! Converts Gateways between v1alpha1 and v1beta1: pure functions, used by the conversion webhook.
 //!
-//! To v1beta1: replicas of both kinds are 1, endpoints are of type tunnel on port 4500. Back: the first active endpoint is taken. What
-//! v1alpha1 has no field for travels in two annotations of the v1alpha1 object and is put back on the way to v1beta1, so that a client
-//! of the old version that reads an object and writes it again changes nothing but what it means to change. (The API server itself
-//! sends the status there and back when it updates a spec in the old version, so the status is kept, too.)
-//! An object whose annotations were lost on the way (`kubectl replace` of a bare file) is what its v1alpha1 fields say.
+//! - To v1beta1: both replica counts are 1, endpoints are of type tunnel on port 4500.
+//! - To v1alpha1: the first active endpoint becomes `activeEndpoint`.
+//! - Fields that v1alpha1 lacks are stored in two annotations of the v1alpha1 object and restored by the conversion to v1beta1. A client of
+//!   the old version that reads, modifies and writes an object therefore loses nothing. The API server converts the status back and forth
+//!   when it updates a spec in the old version, so the status is preserved in the same manner.
+//! - An object without the annotations (`kubectl replace` of a plain file) is converted from its v1alpha1 fields alone.
 
 use std::collections::BTreeMap;
 
@@ -16,12 +17,12 @@ use crate::DEFAULT_TUNNEL_PORT;
 use crate::gateway::{self as v1beta1, EndpointType, ProxyConfig, TunnelConfig};
 use crate::gateway_v1alpha1 as v1alpha1;
 
-/// Annotation on a v1alpha1 Gateway: JSON of what its spec cannot hold.
+/// Annotation on a v1alpha1 Gateway: JSON of the v1beta1 spec's additional fields.
 pub const ANNOTATION_SPEC: &str = "raven.openyurt.io/v1beta1-spec";
-/// Annotation on a v1alpha1 Gateway: JSON of what its status cannot hold.
+/// Annotation on a v1alpha1 Gateway: JSON of the v1beta1 status's additional fields.
 pub const ANNOTATION_STATUS: &str = "raven.openyurt.io/v1beta1-status";
 
-// Endpoints whole, in their order: by them is known which one a v1alpha1 endpoint was.
+// Contains complete endpoints in their order: they identify the v1beta1 endpoint of each v1alpha1 endpoint.
 #[derive(Serialize, Deserialize, PartialEq)]
 #[serde(rename_all = "camelCase")]
 struct KeptSpec {
@@ -30,7 +31,7 @@ struct KeptSpec {
     endpoints: Vec<v1beta1::Endpoint>,
 }
 
-// Without the nodes, which both versions have and which may be thousands.
+// Without the nodes: both versions have them, and there may be thousands.
 #[derive(Serialize, Deserialize, PartialEq)]
 #[serde(rename_all = "camelCase")]
 struct KeptStatus {
@@ -39,7 +40,7 @@ struct KeptStatus {
     observed_generation: Option<i64>,
 }
 
-/// `old` as v1beta1.
+/// Converts a Gateway to v1beta1.
 pub fn to_v1beta1(old: v1alpha1::Gateway) -> v1beta1::Gateway {
     let mut metadata = old.metadata;
     let kept_spec = take::<KeptSpec>(&mut metadata, ANNOTATION_SPEC);
@@ -47,11 +48,11 @@ pub fn to_v1beta1(old: v1alpha1::Gateway) -> v1beta1::Gateway {
     v1beta1::Gateway { metadata, spec: spec_to_v1beta1(old.spec, kept_spec), status: old.status.map(|s| status_to_v1beta1(s, kept_status)) }
 }
 
-/// `new` as v1alpha1.
+/// Converts a Gateway to v1alpha1.
 pub fn to_v1alpha1(new: v1beta1::Gateway) -> v1alpha1::Gateway {
     let mut metadata = new.metadata;
     let spec = spec_to_v1alpha1(&new.spec);
-    // What the old fields say by themselves needs no annotation.
+    // No annotation if the v1alpha1 fields alone convert back to the same spec.
     let plain = spec_to_v1beta1(spec.clone(), None) == new.spec;
     let kept = KeptSpec { proxy_config: new.spec.proxy_config, tunnel_config: new.spec.tunnel_config, endpoints: new.spec.endpoints };
     put(&mut metadata, ANNOTATION_SPEC, (!plain).then_some(&kept));
@@ -69,7 +70,7 @@ pub fn to_v1alpha1(new: v1beta1::Gateway) -> v1alpha1::Gateway {
 
 fn spec_to_v1beta1(old: v1alpha1::GatewaySpec, kept: Option<KeptSpec>) -> v1beta1::GatewaySpec {
     let (proxy_config, tunnel_config, endpoints) = match kept {
-        Some(kept) => (kept.proxy_config, kept.tunnel_config, recognise(old.endpoints, kept.endpoints)),
+        Some(kept) => (kept.proxy_config, kept.tunnel_config, match_endpoints(old.endpoints, kept.endpoints)),
         None => {
             let endpoints = old.endpoints.into_iter().map(endpoint_to_v1beta1).collect();
             (Some(ProxyConfig::default()), Some(TunnelConfig::default()), endpoints)
@@ -92,7 +93,7 @@ fn status_to_v1beta1(old: v1alpha1::GatewayStatus, kept: Option<KeptStatus>) -> 
         Some(kept) if kept.active_endpoints.first().map(endpoint_to_v1alpha1) == old.active_endpoint => {
             (kept.active_endpoints, kept.conditions, kept.observed_generation)
         }
-        // Somebody of the old version elected another one: of the others nothing is known any more.
+        // A controller of the old version elected a different endpoint: the stored list is stale.
         Some(kept) => (old.active_endpoint.into_iter().map(endpoint_to_v1beta1).collect(), kept.conditions, kept.observed_generation),
         None => (old.active_endpoint.into_iter().map(endpoint_to_v1beta1).collect(), Vec::new(), None),
     };
@@ -120,24 +121,24 @@ fn overlaid(below: v1beta1::Endpoint, old: v1alpha1::Endpoint) -> v1beta1::Endpo
     v1beta1::Endpoint { node_name: old.node_name, under_nat: old.under_nat, public_ip: old.public_ip, config: old.config, ..below }
 }
 
-// Each v1alpha1 endpoint on top of the kept one that it was: first those that did not change (so an untouched list comes back as it
-// was, also one that names a node twice), then, of what is left, by node. One that is nobody's is new.
-fn recognise(old: Vec<v1alpha1::Endpoint>, kept: Vec<v1beta1::Endpoint>) -> Vec<v1beta1::Endpoint> {
+// Merges each v1alpha1 endpoint into its stored v1beta1 endpoint. Unchanged endpoints are matched first, so that an untouched list is restored
+// exactly, even if it names a node twice; then the rest by node name. An endpoint without a match is new.
+fn match_endpoints(old: Vec<v1alpha1::Endpoint>, kept: Vec<v1beta1::Endpoint>) -> Vec<v1beta1::Endpoint> {
     let mut free: Vec<Option<v1beta1::Endpoint>> = kept.into_iter().map(Some).collect();
-    let mut claim = |matches: &dyn Fn(&v1beta1::Endpoint) -> bool| {
+    let mut take_first = |matches: &dyn Fn(&v1beta1::Endpoint) -> bool| {
         free.iter_mut().find(|slot| slot.as_ref().is_some_and(matches)).and_then(Option::take)
     };
-    let unchanged: Vec<Option<v1beta1::Endpoint>> = old.iter().map(|e| claim(&|kept| endpoint_to_v1alpha1(kept) == *e)).collect();
+    let unchanged: Vec<Option<v1beta1::Endpoint>> = old.iter().map(|e| take_first(&|kept| endpoint_to_v1alpha1(kept) == *e)).collect();
     let pairs = old.into_iter().zip(unchanged);
     pairs
-        .map(|(endpoint, unchanged)| match unchanged.or_else(|| claim(&|kept| kept.node_name == endpoint.node_name)) {
+        .map(|(endpoint, unchanged)| match unchanged.or_else(|| take_first(&|kept| kept.node_name == endpoint.node_name)) {
             Some(kept) => overlaid(kept, endpoint),
             None => endpoint_to_v1beta1(endpoint),
         })
         .collect()
 }
 
-// JSON that is not ours (somebody edited it) counts as absent: a conversion must not fail, or the object could not even be read.
+// Malformed JSON (the annotation was edited) counts as absent: if the conversion failed, the object could not even be read.
 fn take<T: DeserializeOwned>(metadata: &mut ObjectMeta, key: &str) -> Option<T> {
     let annotations = metadata.annotations.as_mut()?;
     let text = annotations.remove(key)?;
@@ -152,7 +153,7 @@ fn put<T: Serialize>(metadata: &mut ObjectMeta, key: &str, kept: Option<&T>) {
         annotations.remove(key);
     }
     if let Some(kept) = kept {
-        let text = serde_json::to_string(kept).expect("texts, numbers and maps with text keys always are JSON");
+        let text = serde_json::to_string(kept).expect("strings, numbers and maps with string keys are valid JSON");
         metadata.annotations.get_or_insert_with(BTreeMap::new).insert(key.to_owned(), text);
     }
 }

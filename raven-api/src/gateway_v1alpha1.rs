@@ -1,7 +1,7 @@
-//! The Gateway, version v1alpha1: what the oldest OpenYurt users wrote. Converted from and to v1beta1.
+//! The Gateway, version v1alpha1, as the oldest OpenYurt installations have it. Converted from and to v1beta1.
 //!
-//! Served by way of the controller's conversion webhook. Its schema refuses what v1beta1's refuses: the API server checks an object in the
-//! version in which it was sent, not in the one that is stored.
+//! The controller's conversion webhook serves it. The schema rejects the same values as v1beta1's: the API server validates an object in
+//! the version of the request, not in the storage version.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::gateway::ExposeType;
 
-/// What a person asked for in v1alpha1.
+/// Desired pool in v1alpha1.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[kube(
     group = "raven.openyurt.io",
@@ -30,52 +30,52 @@ use crate::gateway::ExposeType;
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("!has(self.exposeType) || size(self.exposeType) == 0 || !has(self.endpoints) || self.endpoints.all(e, !has(e.underNAT) || !e.underNAT)")
-        .message("an exposed gateway (exposeType is set) is dialled by others: no endpoint of it may be underNAT"),
+        .message("gateway nodes of other pools dial an exposed gateway (exposeType is set): no endpoint of it may be underNAT"),
     validation = Rule::new("!has(self.endpoints) || self.endpoints.all(e, (has(e.underNAT) && e.underNAT) == (has(self.endpoints[0].underNAT) && self.endpoints[0].underNAT))")
-        .message("underNAT must be the same for all endpoints of a gateway: they sit behind the same site")
+        .message("underNAT must be the same for all endpoints of a gateway: they are behind the same site")
 )]
 pub struct GatewaySpec {
-    /// Which nodes belong to the pool.
+    /// Selects the nodes of the pool.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_selector: Option<LabelSelector>,
     /// `LoadBalancer`, or empty for an edge gateway.
     #[serde(default, skip_serializing_if = "ExposeType::is_edge")]
     pub expose_type: ExposeType,
-    /// Candidates.
+    /// Candidates for the election of the gateway node.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 256))]
     pub endpoints: Vec<Endpoint>,
 }
 
-/// A candidate in v1alpha1.
+/// A candidate for the gateway node in v1alpha1.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("!has(self.publicIP) || size(self.publicIP) == 0 || (isIP(self.publicIP) && ip(self.publicIP).isGlobalUnicast())")
-        .message("publicIP must be an IPv4 or IPv6 address that others can dial, not a name or a prefix, and not a loopback, link-local or multicast address"))]
+        .message("publicIP must be an IPv4 or IPv6 address that other pools can dial, not a name or a prefix, and not a loopback, link-local or multicast address"))]
 pub struct Endpoint {
-    /// The node, by its Kubernetes name.
+    /// Kubernetes name of the node.
     #[schemars(length(min = 1, max = 253))]
     pub node_name: String,
-    /// True if nobody can dial this node from outside its site.
+    /// True if this node cannot be dialled from outside its site.
     #[serde(rename = "underNAT", default)]
     pub under_nat: bool,
-    /// Address by which others reach this node.
+    /// Address at which peers outside the site reach this node.
     #[serde(rename = "publicIP", default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 45))]
     pub public_ip: Option<String>,
-    /// Free settings.
+    /// Additional settings.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub config: BTreeMap<String, String>,
 }
 
-/// What upstream's controller wrote in v1alpha1.
+/// Observed pool and elected gateway node in v1alpha1.
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct GatewayStatus {
-    /// The pool's nodes.
+    /// Nodes of the pool.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nodes: Vec<crate::gateway::NodeInfo>,
-    /// The one elected endpoint.
+    /// The elected gateway node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub active_endpoint: Option<Endpoint>,
 }

@@ -1,9 +1,8 @@
-//! Objects of which each is read for itself: what one box writes about itself must not keep the others' from being read.
+//! Objects that are parsed one by one, so that an unreadable object does not make the whole list unreadable.
 //!
-//! The API server lets more pass than we can read (of a time, say, `2026-01-01T00:00:00ZTx`, or a year that ends after ours), and in a list
-//! one object that cannot be read makes the whole of it unreadable, at every attempt. `kube::core::DeserializeGuard` is the same idea, and
-//! not enough here: it fails with the list if `metadata` is what cannot be read, and whoever may write an object may write times and trees
-//! of any depth into `metadata.managedFields`.
+//! The API server accepts values that our parsers reject, for example the time `2026-01-01T00:00:00ZTx` or a year beyond our range. In a
+//! plain list one such object fails the whole list at every attempt. `kube::core::DeserializeGuard` does not suffice: it still fails if
+//! `metadata` is unreadable, and every writer of an object can put arbitrary times and deeply nested trees into `metadata.managedFields`.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -14,56 +13,81 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
-/// An object, or why it cannot be read.
+/// An object, or the reason why it is unreadable.
 #[derive(Clone, Debug)]
 pub struct Guarded<K>(pub Result<K, Unreadable>);
 
-/// What is known of an object that cannot be read.
+/// An object that could not be parsed.
 #[derive(Clone, Debug)]
 pub struct Unreadable {
-    /// What the parser says.
+    /// Message of the parser.
     pub error: String,
-    /// Its name, namespace, UID and version.
+    /// Name, namespace, UID and resource version, as far as they are readable.
     pub metadata: ObjectMeta,
 }
 
-/// Which unreadable objects of a kind a log has named.
+/// Remembers which unreadable objects of a kind were reported, so that each is logged once until it is readable again.
 #[derive(Clone, Debug)]
-pub struct Told {
+pub struct UnreadableLog {
     kind: &'static str,
     names: BTreeSet<String>,
 }
 
-impl Told {
-    /// None yet.
-    pub fn of(kind: &'static str) -> Self {
+/// Former name of [`UnreadableLog`], used by raven-agent.
+pub type Told = UnreadableLog;
+
+impl UnreadableLog {
+    /// Creates an empty log for objects of `kind`.
+    pub fn new(kind: &'static str) -> Self {
         Self { kind, names: BTreeSet::new() }
     }
 
-    /// Forgets what is not there any more.
+    /// Kind of the objects.
+    pub fn kind(&self) -> &'static str {
+        self.kind
+    }
+
+    /// Forgets a deleted object.
     pub fn forget(&mut self, name: &str) {
         self.names.remove(name);
     }
 
-    /// Forgets all but these.
-    pub fn keep<'a, K: Resource + 'a>(&mut self, there: impl Iterator<Item = &'a Guarded<K>>) {
-        let there: BTreeSet<String> = there.map(|object| object.name_any()).collect();
-        self.names.retain(|name| there.contains(name));
+    /// Forgets all objects but those of the current list.
+    pub fn retain<'a, K: Resource + 'a>(&mut self, current: impl Iterator<Item = &'a Guarded<K>>) {
+        let current: BTreeSet<String> = current.map(|object| object.name_any()).collect();
+        self.names.retain(|name| current.contains(name));
     }
 
-    /// What to say of an object that cannot be read: once, until it can be read again.
-    pub fn news<K: Resource>(&mut self, object: &Guarded<K>) -> Option<String> {
+    /// Returns the parser's message if the object is unreadable and was not reported since it was last readable.
+    pub fn first_failure<'a, K: Resource>(&mut self, object: &'a Guarded<K>) -> Option<&'a str> {
         let name = object.name_any();
         match &object.0 {
             Ok(_) => {
                 self.names.remove(&name);
                 None
             }
-            Err(Unreadable { error, .. }) => self.names.insert(name.clone()).then(|| {
-                let kind = self.kind;
-                format!("{kind} {name} cannot be read and is left out: {error} (its node wrote that: see what became of it)")
-            }),
+            Err(Unreadable { error, .. }) => self.names.insert(name).then_some(error.as_str()),
         }
+    }
+
+    /// Former name of [`Self::new`], used by raven-agent.
+    #[doc(hidden)]
+    pub fn of(kind: &'static str) -> Self {
+        Self::new(kind)
+    }
+
+    /// Former name of [`Self::retain`], used by raven-agent.
+    #[doc(hidden)]
+    pub fn keep<'a, K: Resource + 'a>(&mut self, current: impl Iterator<Item = &'a Guarded<K>>) {
+        self.retain(current);
+    }
+
+    /// Former variant of [`Self::first_failure`] that returns prose, used by raven-agent.
+    #[doc(hidden)]
+    pub fn news<K: Resource>(&mut self, object: &Guarded<K>) -> Option<String> {
+        let (kind, name) = (self.kind, object.name_any());
+        self.first_failure(object)
+            .map(|error| format!("{kind} {name} is unreadable and is ignored: {error}; inspect the node that wrote it"))
     }
 }
 
@@ -81,7 +105,7 @@ struct Names {
     resource_version: Option<String>,
 }
 
-/// From JSON text only, as the API server sends it: passing over an object's text knows no depth that is too deep.
+/// Works for JSON text only, the format of the API server. Skipping an object's text has no limit on nesting depth, unlike parsing it.
 impl<'de, K: DeserializeOwned> Deserialize<'de> for Guarded<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = Box::<RawValue>::deserialize(deserializer)?;
@@ -137,7 +161,7 @@ mod tests {
 
     const HEAD: &str = r#""apiVersion":"raven.openyurt.io/v1beta1","kind":"GatewayNode""#;
 
-    // Each of them an API server of 1.37 takes and gives back (tried), from whoever may write the object.
+    // An API server of version 1.37 accepts and returns each of these.
     fn bad_ones() -> Vec<String> {
         let status =
             |status: &str| format!(r#"{{{HEAD},"metadata":{{"name":"bad","resourceVersion":"7"}},"spec":{{}},"status":{status}}}"#);
@@ -155,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_cannot_be_read_is_named_and_the_others_are_read() {
+    fn unreadable_object_does_not_affect_the_rest_of_the_list() {
         for bad in bad_ones() {
             let good = |name: &str| format!(r#"{{{HEAD},"metadata":{{"name":"{name}"}},"spec":{{"gateway":"g"}}}}"#);
             let list = format!(
@@ -175,11 +199,11 @@ mod tests {
     }
 
     #[test]
-    fn other_kinds_have_their_times_too() {
+    fn nodes_and_dynamic_objects_are_guarded_too() {
         let late = r#"{"apiVersion":"v1","kind":"Node","metadata":{"name":"n"},"status":{"conditions":[{"type":"X","status":"True","lastHeartbeatTime":"9999-12-31T23:59:59Z"}]}}"#;
         let node: Guarded<Node> = serde_json::from_str(late).expect("never an error");
         assert_eq!((node.name_any(), node.0.is_err()), ("n".to_owned(), true));
         let words: Guarded<DynamicObject> = serde_json::from_str(&bad_ones()[0]).expect("never an error");
-        assert!(words.0.is_ok(), "nobody has asked for its status yet");
+        assert!(words.0.is_ok(), "a DynamicObject does not parse the status");
     }
 }

@@ -1,30 +1,30 @@
-//! NodePool of OpenYurt (`apps.openyurt.io`), as far as Raven reads it: optional, its CRD may be absent.
+//! NodePool of OpenYurt (`apps.openyurt.io`): the fields that Raven reads. The CRD is optional.
 
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// What a NodePool says.
+/// Spec of a NodePool.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[kube(group = "apps.openyurt.io", version = "v1beta1", kind = "NodePool", plural = "nodepools", status = "NodePoolStatus")]
 #[serde(rename_all = "camelCase")]
 pub struct NodePoolSpec {
-    /// `Edge` or `Cloud`.
+    /// Side of the pool: `Edge` or `Cloud`.
     #[serde(rename = "type", default)]
     pub type_: String,
-    /// The pool has no CNI.
+    /// True if the pool has no CNI.
     #[serde(default)]
     pub host_network: bool,
-    /// Its nodes reach each other without help.
+    /// True if the pool's nodes reach each other without a tunnel.
     #[serde(default)]
     pub inter_connectivity: bool,
 }
 
-/// What OpenYurt's controller found.
+/// Status of a NodePool, written by OpenYurt's controller.
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct NodePoolStatus {
-    /// Names of its nodes.
+    /// Names of the pool's nodes.
     #[serde(default)]
     pub nodes: Vec<String>,
 }

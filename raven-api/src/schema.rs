@@ -1,11 +1,10 @@
-//! The CRDs as `cargo xtask crds` writes them.
+//! The CRDs, written to deploy/crds by `cargo xtask crds`.
 //!
-//! The Gateway's two versions have different schemas, so between them objects are converted by the controller's webhook
-//! ([`crate::conversion`]). That strategy stands in the manifest from the beginning, and v1alpha1 is served from the beginning: there is no
-//! moment at which the API server would serve v1alpha1 with strategy `None`, which drops every field that the schemas do not share. What
-//! the manifest cannot have is the webhook's CA: the controller adds `caBundle`, a field that nobody else owns, so applying the manifest
-//! again takes nothing away and meets no conflict. Until then, and whenever the webhook is away, requests for v1alpha1 fail with an error
-//! that names it; v1beta1, which is what is stored, needs no conversion.
+//! The two versions of the Gateway have different schemas; the controller's webhook converts between them ([`crate::conversion`]). The
+//! manifest contains the webhook from the start, so the API server never serves v1alpha1 with conversion strategy `None`, which would drop
+//! every field that only one schema has. The manifest cannot contain the webhook's CA: the controller adds `caBundle`. No other field manager
+//! owns that field, so applying the manifest again neither removes it nor conflicts. Until `caBundle` is set, and while the webhook is
+//! unavailable, requests for v1alpha1 fail with an error that names the webhook. v1beta1 is the storage version and needs no conversion.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
     CustomResourceConversion, CustomResourceDefinition, ServiceReference, WebhookClientConfig, WebhookConversion,
@@ -15,16 +14,19 @@ use kube::core::crd::{MergeError, merge_crds};
 
 use crate::{DEFAULT_NAMESPACE, gateway, gateway_node, gateway_v1alpha1};
 
-/// The CRD of the Gateway.
+/// Name of the Gateway's CRD.
 pub const GATEWAY_CRD: &str = "gateways.raven.openyurt.io";
-/// Service of the conversion webhook; the Secret with its certificate bears the same name.
+/// Name of the conversion webhook's Service, and of the Secret with its certificate.
 pub const WEBHOOK_SERVICE: &str = "raven-controller-webhook";
-/// Path that the API server posts to.
+/// Path of conversion requests.
 pub const WEBHOOK_PATH: &str = "/convert";
-/// Port of the Service.
+/// Port of the conversion webhook's Service.
 pub const WEBHOOK_SERVICE_PORT: i32 = 443;
 
-/// All CRDs, by name. Fails only if two versions of one kind disagree about scope or names, which a test would show.
+/// Returns all CRDs, sorted by name.
+///
+/// # Errors
+/// If two versions of a kind differ in scope or names, which would be a defect of this crate.
 pub fn crds() -> Result<Vec<CustomResourceDefinition>, MergeError> {
     let mut gateway = merge_crds(vec![gateway::Gateway::crd(), gateway_v1alpha1::Gateway::crd()], "v1beta1")?;
     gateway.spec.conversion = Some(conversion());

@@ -18,22 +18,22 @@ async fn the_api_server_refuses_what_can_only_be_a_mistake() {
             (json!({"exposeType": "Public"}), &["spec.exposeType", "supported values", "PublicIP", "LoadBalancer"][..]),
             (
                 json!({"exposeType": "PublicIP", "endpoints": [{"nodeName": "a", "underNAT": true}]}),
-                &["an exposed gateway (exposeType is set) is dialled by others: no endpoint of it may be underNAT"],
+                &["gateway nodes of other pools dial an exposed gateway (exposeType is set): no endpoint of it may be underNAT"],
             ),
             (
                 endpoints(json!([{"nodeName": "a", "underNAT": true}, {"nodeName": "b"}])),
-                &["underNAT must be the same for all endpoints of a gateway: they sit behind the same site"],
+                &["underNAT must be the same for all endpoints of a gateway: they are behind the same site"],
             ),
             (
                 endpoints(json!([{"nodeName": "a", "publicIP": "example.com"}])),
-                &["publicIP must be an IPv4 or IPv6 address that others can dial, not a name or a prefix"],
+                &["publicIP must be an IPv4 or IPv6 address that other pools can dial, not a name or a prefix"],
             ),
             (endpoints(json!([{"nodeName": "a", "publicIP": "192.0.2.0/24"}])), &["publicIP must be an IPv4 or IPv6 address"]),
             (endpoints(json!([{"nodeName": "a", "publicIP": "127.0.0.1"}])), &["not a loopback, link-local or multicast address"]),
             (endpoints(json!([{"nodeName": "a", "publicIP": "ff02::1"}])), &["not a loopback, link-local or multicast address"]),
             (
                 endpoints(json!([{"nodeName": "a", "publicIP": "0.0.0.0"}])),
-                &["publicIP must be an IPv4 or IPv6 address that others can dial"],
+                &["publicIP must be an IPv4 or IPv6 address that other pools can dial"],
             ),
             (endpoints(json!([{"nodeName": "a", "publicPort": 0}])), &["spec.endpoints[0].publicPort", "greater than or equal to 1"]),
             (proxies(3, 2), &["proxyConfig.Replicas is larger than the number of endpoints of type proxy"]),

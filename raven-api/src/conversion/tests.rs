@@ -1,4 +1,4 @@
-//! Both round trips lose nothing; and what an old client changes on the way is what changes.
+//! Both round trips are lossless, and a v1alpha1 client changes only the fields that it writes.
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, Time};
@@ -9,7 +9,7 @@ use serde_json::json;
 use super::*;
 use crate::gateway::{ExposeType, NodeInfo};
 
-// Few values, so that endpoints that look alike are common.
+// Few values, so that similar endpoints are frequent.
 fn endpoint() -> impl Strategy<Value = v1beta1::Endpoint> {
     let texts = (option::of("[a-c]"), option::of("[a-c]"), collection::btree_map("[a-c]", "[a-c\"\\\\é]{0,2}", 0..3));
     let ports = (option::of(prop_oneof![Just(4500), 1..65536]), option::of(1..65536));
@@ -102,27 +102,27 @@ fn old_gateway() -> impl Strategy<Value = v1alpha1::Gateway> {
     (metadata(), spec, option::of(status)).prop_map(|(metadata, spec, status)| v1alpha1::Gateway { metadata, spec, status })
 }
 
-// As the API server stores and sends it.
+// Serializes and parses, as the API server does.
 fn through_json<T: Serialize + DeserializeOwned>(object: &T) -> T {
     let text = serde_json::to_string(object).expect("an object is JSON");
-    serde_json::from_str(&text).expect("and can be read again")
+    serde_json::from_str(&text).expect("it can be parsed again")
 }
 
 proptest! {
     #[test]
-    fn an_old_gateway_comes_back_as_it_was(old in old_gateway()) {
+    fn v1alpha1_round_trip_is_lossless(old in old_gateway()) {
         let new = through_json(&to_v1beta1(old.clone()));
         prop_assert_eq!(to_v1alpha1(new), old);
     }
 
     #[test]
-    fn a_new_gateway_comes_back_as_it_was(new in new_gateway()) {
+    fn v1beta1_round_trip_is_lossless(new in new_gateway()) {
         let old = through_json(&to_v1alpha1(new.clone()));
         prop_assert_eq!(to_v1beta1(old), new);
     }
 
     #[test]
-    fn converting_changes_no_metadata_but_our_two_annotations(new in new_gateway()) {
+    fn conversion_changes_only_two_annotations_of_the_metadata(new in new_gateway()) {
         let mut old = to_v1alpha1(new.clone()).metadata;
         put::<()>(&mut old, ANNOTATION_SPEC, None);
         put::<()>(&mut old, ANNOTATION_STATUS, None);
@@ -131,8 +131,8 @@ proptest! {
     }
 
     #[test]
-    fn an_old_client_changes_what_it_writes_and_nothing_else(mut new in new_gateway(), which in any::<prop::sample::Index>()) {
-        // With one endpoint per node there is no doubt which one was meant.
+    fn v1alpha1_client_changes_only_what_it_writes(mut new in new_gateway(), which in any::<prop::sample::Index>()) {
+        // With one endpoint per node, the match is unambiguous.
         let mut seen = std::collections::BTreeSet::new();
         new.spec.endpoints.retain(|e| seen.insert(e.node_name.clone()));
         let mut old = to_v1alpha1(new.clone());
@@ -162,7 +162,7 @@ fn old_from_json() -> v1alpha1::Gateway {
 }
 
 #[test]
-fn what_v1alpha1_never_said_is_filled_in_as_upstream_does() {
+fn fields_missing_in_v1alpha1_get_upstreams_defaults() {
     let new = serde_json::to_value(to_v1beta1(old_from_json())).expect("JSON");
     let endpoint =
         json!({"nodeName": "a", "type": "tunnel", "port": 4500, "underNAT": false, "publicIP": "192.0.2.1", "config": {"k": "v"}});
@@ -184,7 +184,7 @@ fn what_v1alpha1_never_said_is_filled_in_as_upstream_does() {
 }
 
 #[test]
-fn of_several_active_endpoints_the_first_is_shown() {
+fn first_active_endpoint_becomes_the_v1alpha1_endpoint() {
     let mut new = to_v1beta1(old_from_json());
     let active = |name: &str| v1beta1::Endpoint { node_name: name.to_owned(), ..Default::default() };
     new.status.as_mut().expect("it has one").active_endpoints = vec![active("b"), active("a")];
@@ -193,7 +193,7 @@ fn of_several_active_endpoints_the_first_is_shown() {
 }
 
 #[test]
-fn an_endpoint_that_an_old_client_adds_is_a_tunnel_and_one_that_it_removes_is_gone() {
+fn endpoint_added_in_v1alpha1_is_a_tunnel_and_removed_one_is_deleted() {
     let mut new = to_v1beta1(old_from_json());
     new.spec.tunnel_config = Some(TunnelConfig { replicas: 2 });
     new.spec.endpoints[0].type_ = EndpointType::Proxy;
@@ -208,7 +208,7 @@ fn an_endpoint_that_an_old_client_adds_is_a_tunnel_and_one_that_it_removes_is_go
 }
 
 #[test]
-fn an_annotation_that_somebody_broke_counts_as_absent() {
+fn malformed_annotation_counts_as_absent() {
     let mut old = old_from_json();
     old.metadata.annotations = Some([(ANNOTATION_SPEC.to_owned(), "{".to_owned())].into());
     let new = to_v1beta1(old);
