@@ -1,8 +1,10 @@
-//! Builds the stages and joins them. The only place that spawns tasks of the agent.
+//! Builds the stages and connects them.
 //!
-//! [`watch`](crate::watch) and the snapshot on disk give the inputs; one loop owns the drivers and reconciles when inputs
-//! change, when somebody else changes our part of the kernel, and now and then anyway; the publisher and the admin
-//! servers read what it reports. Ending leaves everything as it is: packets go on.
+//! [`watch`](crate::watch) and the snapshot on disk provide the inputs. One loop owns the drivers and reconciles when the inputs change, when another
+//! program changes Raven's part of the kernel, and at intervals. The publisher and the HTTP servers read its reports. Stopping changes nothing: packets are
+//! still forwarded.
+//!
+//! Two runtimes: the proxy, which moves the bytes of streams, has its own threads, so that a metrics scrape or a large API event does not delay them.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -14,10 +16,12 @@ use kube::{
     config::{KubeConfigOptions, Kubeconfig},
 };
 use tokio::{
+    runtime::{Builder, Runtime},
     signal::unix::{SignalKind, signal},
     sync::watch,
     time::{interval, sleep},
 };
+use tracing::Instrument;
 
 use crate::{
     apply::{Reconciler, Report, Settings},
@@ -25,23 +29,24 @@ use crate::{
     config::Run,
     link::Links,
     names, observe,
-    proxy::{self, Proxy, stats::Stats},
+    plan::{ProxyPlan, plan},
+    proxy::{self, Proxy, ProxySettings, stats::Stats},
     snapshot,
     topology::{Inputs, PresharedKey, Topology, build},
     tunnel, watch as api_watch,
 };
 
-/// A run without a change, to find what no notification told (a map that somebody else changed, say).
+/// Interval of runs without a change. They find changes that cause no notification, such as map entries changed by another program.
 const RESYNC: Duration = Duration::from_secs(30);
-/// Changes within this time are one.
+/// Changes within this time cause one run.
 const SETTLE: Duration = Duration::from_millis(100);
 
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(config: Run) -> Result<()> {
-    config.upstream.warnings().iter().for_each(|w| tracing::warn!("{w}"));
-    anyhow::ensure!(!config.node_name.is_empty(), "--node-name (or NODE_NAME) is needed: the name of this node in Kubernetes");
+    config.upstream.warnings().iter().for_each(|flag| tracing::warn!(flag, "a flag of upstream has no effect"));
+    anyhow::ensure!(!config.node_name.is_empty(), "--node-name (or NODE_NAME) is required: the name of this node in Kubernetes");
     let release = probe::release().map_err(anyhow::Error::msg)?;
-    anyhow::ensure!(release >= probe::FLOOR, "Linux {release} is older than {}, the oldest that Raven runs on", probe::FLOOR);
+    anyhow::ensure!(release >= probe::FLOOR, "Linux {release} is not supported; Raven needs Linux {} or later", probe::FLOOR);
     let (client, server) = connect(&config).await?;
     let protected = config.protected.iter().copied().chain(server).chain(service_address()).collect();
     let settings = Settings {
@@ -55,30 +60,32 @@ pub async fn run(config: Run) -> Result<()> {
         preshared_key_file: config.preshared_key_file.clone(),
         preshared_key: config.preshared_key.as_deref().and_then(|text| PresharedKey::from_bytes(text.as_bytes())),
     };
-    tracing::info!(%release, ?settings, version = env!("CARGO_PKG_VERSION"), "starting");
-    let key = tunnel::load_or_make_key(&config.state_dir.join(names::KEY_FILE))?;
+    tracing::info!(node = settings.node, kernel = %release, version = env!("CARGO_PKG_VERSION"), "starting");
+    tracing::debug!(?settings, "settings");
+    let key = tunnel::load_or_create_key(&config.state_dir.join(names::KEY_FILE))?;
     let (links, kernel_events) = Links::connect()?;
-    let dialled = proxy::listen_transparently();
-    if let Err(e) = &dialled {
-        tracing::warn!("listen for connections by address: {e}; kubelets of edge nodes are reached by name only");
-    }
-    let dialled = dialled.ok();
-    let mut reconciler = Reconciler::new(settings, links, key, dialled.as_ref().and_then(|l| l.try_clone().ok()))?;
+    let intercepted = proxy::listen_for_intercepted()
+        .inspect_err(
+            |e| tracing::warn!(error = %e, "cannot listen for intercepted connections; kubelets of edge nodes are reachable by name only"),
+        )
+        .ok();
+    let mut reconciler = Reconciler::new(settings, links, key, intercepted.as_ref().and_then(|l| l.try_clone().ok()))?;
     if let Some(flush) = reconciler.take_trace() {
         tokio::spawn(trace(flush));
     }
 
     let (inputs, inputs_seen) = watch::channel(last_topology(&config));
     let (reports, latest) = watch::channel(None);
-    let (orders, proxied, stats) = (watch::Sender::default(), watch::Sender::new(None), Stats::default());
-    let proxy = proxy::Settings {
+    let (plans, proxied, stats) = (watch::Sender::default(), watch::Sender::new(None), Stats::default());
+    let proxy = ProxySettings {
         node: config.node_name.clone(),
         state: config.state_dir.clone(),
         secure: config.proxy_internal_secure_addr,
         insecure: config.proxy_internal_insecure_addr,
     };
-    let proxy = Proxy::new(proxy, client.clone(), orders.subscribe(), proxied.clone(), stats.clone(), dialled);
-    tokio::spawn(proxy.run());
+    let proxy = Proxy::new(proxy, client.clone(), plans.subscribe(), proxied.clone(), stats.clone(), intercepted);
+    let proxy_runtime = ProxyRuntime::new()?;
+    proxy_runtime.0.as_ref().map(|runtime| runtime.spawn(proxy.run()));
     if let Some(client) = client {
         let (watched, namespace, inputs) = (client.clone(), config.namespace.clone(), inputs.clone());
         tokio::spawn(async move { api_watch::run(watched, &namespace, inputs).await });
@@ -86,16 +93,16 @@ pub async fn run(config: Run) -> Result<()> {
     }
     let drops = observe::Drops::default();
     tokio::spawn(drops.clone().read());
-    tokio::spawn(observe::admin::serve(config.metric_bind_addr, latest.clone(), drops.clone(), stats.clone()));
-    tokio::spawn(observe::admin::serve(config.health_probe_addr, latest, drops, stats));
+    let sources = observe::admin::Sources { latest, proxy: proxied.subscribe(), drops, stats };
+    tokio::spawn(observe::admin::serve(config.metric_bind_addr, sources.clone()));
+    tokio::spawn(observe::admin::serve(config.health_probe_addr, sources));
     let work = Loop {
-        node: config.node_name.clone(),
         reconciler,
         feed: Feed::new(inputs_seen),
         kernel_events,
         snapshot: config.state_dir.join(names::SNAPSHOT_FILE),
         reports,
-        orders,
+        plans,
     };
     tokio::select! {
         () = work.run() => Ok(()),
@@ -103,7 +110,26 @@ pub async fn run(config: Run) -> Result<()> {
     }
 }
 
-/// Writes the programs' log lines, where they were built to have any.
+/// The runtime of the proxy. Dropping it aborts its tasks without waiting for them.
+struct ProxyRuntime(Option<Runtime>);
+
+impl ProxyRuntime {
+    fn new() -> Result<Self> {
+        let runtime = Builder::new_multi_thread().worker_threads(2).thread_name("proxy").enable_all().build();
+        Ok(Self(Some(runtime.context("cannot start the threads of the proxy")?)))
+    }
+}
+
+impl Drop for ProxyRuntime {
+    fn drop(&mut self) {
+        // A runtime must not be dropped in an async context, unless in the background.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// Copies the programs' log lines, if they were built with logging.
 async fn trace(mut flush: impl FnMut()) {
     let mut period = interval(SETTLE);
     loop {
@@ -115,28 +141,28 @@ async fn trace(mut flush: impl FnMut()) {
 async fn stop() -> Result<()> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
-    tracing::info!("stopping; the dataplane stays as it is");
+    tracing::info!("stopping; the kernel continues to forward");
     Ok(())
 }
 
-/// The client, and the API server's address, which must never end in the tunnel.
+/// The client, and the API server's address, which must never enter the tunnel.
 async fn connect(config: &Run) -> Result<(Option<Client>, Option<IpNet>)> {
     if config.offline {
         return Ok((None, None));
     }
     let mut cluster = match &config.kubeconfig {
         Some(path) => {
-            let file = Kubeconfig::read_from(path).with_context(|| format!("read kubeconfig {}", path.display()))?;
+            let file = Kubeconfig::read_from(path).with_context(|| format!("cannot read kubeconfig {}", path.display()))?;
             kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?
         }
-        None => kube::Config::incluster().context("no --kubeconfig, and not in a pod with a service account")?,
+        None => kube::Config::incluster().context("no service account found; set --kubeconfig outside of a Pod")?,
     };
     (cluster.read_timeout, cluster.reset_reader_on_write) = (Some(raven_api::API_SERVER_SILENCE), true);
     let server = cluster.cluster_url.host().and_then(|h| h.trim_matches(['[', ']']).parse().ok()).map(|ip: std::net::IpAddr| ip.into());
     Ok((Some(Client::try_from(cluster)?), server))
 }
 
-/// The API server's Service, in a pod.
+/// The address of the API server's Service, in a Pod.
 fn service_address() -> Option<IpNet> {
     let host = std::env::var("KUBERNETES_SERVICE_HOST").ok()?;
     host.parse::<std::net::IpAddr>().ok().map(IpNet::from)
@@ -151,128 +177,151 @@ fn last_topology(config: &Run) -> Option<Inputs> {
         }
         Ok(None) => None,
         Err(e) => {
-            tracing::warn!("read {}: {e}; waiting for the API server", path.display());
+            tracing::warn!(path = %path.display(), error = %e, "cannot read the last topology; waiting for the API server");
             None
         }
     }
 }
 
+/// The reconcile loop.
 struct Loop<S> {
-    node: String,
     reconciler: Reconciler,
     feed: Feed,
     kernel_events: S,
     snapshot: PathBuf,
     reports: watch::Sender<observe::Latest>,
-    orders: watch::Sender<proxy::Orders>,
+    plans: watch::Sender<Arc<ProxyPlan>>,
 }
 
 impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
     async fn run(mut self) {
-        let mut said = Vec::new();
-        // Most runs come without new inputs (the kernel changed, or nothing did): what follows from the inputs alone is kept.
-        let mut known: Option<Known> = None;
-        loop {
-            let (mut news, mut again) = (false, None);
-            if let Some(inputs) = self.feed.take() {
-                news = true;
-                let topology = build(&inputs);
-                self.orders.send_replace((Arc::new(proxy::plan::plan(&topology, &self.node, None)), topology.proxy_ca.clone()));
-                known = Some(Known { topology, inputs, saved: false });
+        let mut log = ComplaintLog::default();
+        // Most runs have no new inputs, so the topology is kept between runs.
+        let mut current: Option<Current> = None;
+        for run in 1_u64.. {
+            let inputs = self.feed.take();
+            let new_topology = inputs.is_some();
+            if let Some(inputs) = inputs {
+                current = Some(Current { topology: build(&inputs), inputs, saved: false });
             }
-            if let Some(known) = &mut known {
-                self.keep(known);
-                let report = self.reconciler.reconcile(&known.topology, news).await;
-                again = report.again;
-                say(&report, &mut said);
+            let mut rerun_after = None;
+            if let Some(current) = &mut current {
+                self.save(current);
+                let span = tracing::info_span!("reconcile", run);
+                let report = self.reconcile(&current.topology, new_topology).instrument(span).await;
+                rerun_after = report.rerun_after;
+                log.write(&report);
                 self.reports.send_replace(Some((report, self.reconciler.tunnel())));
             }
             tokio::select! {
                 () = self.feed.changed() => {}
                 Some(()) = self.kernel_events.next() => {}
-                () = sleep(again.unwrap_or(RESYNC)) => {}
+                () = sleep(rerun_after.unwrap_or(RESYNC)) => {}
             }
-            // What our own steps caused, and what comes in a burst, is looked at once.
+            // Bursts of events, and the events of this run's own steps, cause one run.
             sleep(SETTLE).await;
             while let Some(Some(())) = futures::FutureExt::now_or_never(self.kernel_events.next()) {}
         }
     }
 
-    /// Writes the snapshot, if it is not there as it should be; tried again with every run until it is.
-    fn keep(&self, known: &mut Known) {
-        if known.saved && self.snapshot.exists() {
+    async fn reconcile(&mut self, topology: &Topology, new_topology: bool) -> Arc<Report> {
+        let observed = self.reconciler.observe(topology).await;
+        let plan = Arc::new(plan(topology, &observed.me));
+        self.plans.send_if_modified(|have| {
+            let changed = *have != plan.proxy;
+            if changed {
+                *have = plan.proxy.clone();
+            }
+            changed
+        });
+        self.reconciler.apply(plan, observed, new_topology).await
+    }
+
+    /// Writes the snapshot if the file is missing or outdated. After a failure, every run tries again.
+    fn save(&self, current: &mut Current) {
+        if current.saved && self.snapshot.exists() {
             return;
         }
-        match self.save(&known.inputs) {
-            Ok(()) => known.saved = true,
+        let stored = snapshot::load(&self.snapshot).ok().flatten();
+        let result = match stored.as_ref() == Some(&snapshot::lean(&current.inputs)) {
+            true => Ok(()),
+            false => snapshot::save(&self.snapshot, &current.inputs),
+        };
+        match result {
+            Ok(()) => current.saved = true,
             Err(e) => {
-                tracing::warn!("write {}: {e}; a boot without the API server would start with an older topology", self.snapshot.display())
+                let path = self.snapshot.display();
+                tracing::warn!(%path, error = %e, "cannot write the topology; a boot without the API server would use an older one");
             }
         }
     }
-
-    fn save(&self, inputs: &Inputs) -> std::io::Result<()> {
-        let same = snapshot::load(&self.snapshot).ok().flatten().as_ref() == Some(&snapshot::lean(inputs));
-        if same { Ok(()) } else { snapshot::save(&self.snapshot, inputs) }
-    }
 }
 
-/// The inputs, each taken once.
+/// The latest inputs, each taken once.
 ///
-/// To wait for a change of a `watch` channel is to have seen it, so `has_changed` says no right after: what was waited for is
-/// remembered here until it is taken.
+/// Waiting for a change of a `watch` channel marks it as seen, so `has_changed` is false afterwards. The change is therefore stored here
+/// until it is taken.
 struct Feed {
     inputs: watch::Receiver<Option<Inputs>>,
-    fresh: bool,
+    changed: bool,
 }
 
 impl Feed {
     fn new(inputs: watch::Receiver<Option<Inputs>>) -> Self {
-        Self { inputs, fresh: true }
+        Self { inputs, changed: true }
     }
 
-    /// Inputs that nobody has taken yet.
+    /// Inputs that have not been taken yet.
     fn take(&mut self) -> Option<Inputs> {
-        std::mem::take(&mut self.fresh).then(|| self.inputs.borrow_and_update().clone()).flatten()
+        std::mem::take(&mut self.changed).then(|| self.inputs.borrow_and_update().clone()).flatten()
     }
 
-    /// Waits for other inputs; for ever where nobody watches any more.
+    /// Waits for new inputs; forever if there is no watch.
     async fn changed(&mut self) {
         match self.inputs.changed().await {
-            Ok(()) => self.fresh = true,
+            Ok(()) => self.changed = true,
             Err(_) => std::future::pending().await,
         }
     }
 }
 
-/// The latest inputs, and what follows from them alone.
-struct Known {
+/// The latest inputs and their topology.
+struct Current {
     inputs: Inputs,
     topology: Topology,
-    /// The snapshot on disk is of these inputs.
+    /// The snapshot on disk has these inputs.
     saved: bool,
 }
 
-/// Logs what is new: a complaint once, until it is gone.
-fn say(report: &Arc<Report>, said: &mut Vec<String>) {
-    let complaints: Vec<String> = report.complaints().cloned().collect();
-    complaints.iter().filter(|c| !said.contains(c)).for_each(|c| tracing::warn!("{c}"));
-    if complaints.is_empty() && !said.is_empty() {
-        tracing::info!("all of the above is settled");
-    }
-    *said = complaints;
-    if report.changes > 0 {
-        tracing::info!(
-            changes = report.changes,
-            role = ?report.plan.role,
-            gateway = report.plan.pool,
-            tier = report.tier,
-            tier_reason = report.tier_reason,
-            wireguard = report.backend.map(tunnel::Backend::as_str),
-            prefixes = report.plan.state.remote.len(),
-            peers = report.plan.state.peers.len(),
-            "the dataplane is as planned"
-        );
+/// Logs each complaint once, until it is resolved.
+#[derive(Default)]
+struct ComplaintLog {
+    logged: Vec<String>,
+}
+
+impl ComplaintLog {
+    fn write(&mut self, report: &Report) {
+        let complaints: Vec<String> = report.complaints().collect();
+        for problem in complaints.iter().filter(|c| !self.logged.contains(c)) {
+            tracing::warn!(problem, "this node does not forward as planned");
+        }
+        if complaints.is_empty() && !self.logged.is_empty() {
+            tracing::info!("all reported problems are resolved");
+        }
+        self.logged = complaints;
+        if report.change.any() {
+            tracing::info!(
+                changes = report.change.0,
+                role = report.plan.role.as_str(),
+                gateway = report.plan.pool,
+                tier = report.tier,
+                tier_reason = report.tier_reason,
+                wireguard = report.backend.map(tunnel::Backend::as_str),
+                prefixes = report.plan.state.remote.len(),
+                peers = report.plan.state.peers.len(),
+                "applied changes"
+            );
+        }
     }
 }
 
@@ -281,10 +330,10 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn inputs_that_were_waited_for_are_taken_once() {
+    async fn inputs_are_taken_once() {
         let (sender, receiver) = watch::channel(None);
         let mut feed = Feed::new(receiver);
-        assert_eq!(feed.take(), None, "there are none yet");
+        assert_eq!(feed.take(), None, "no inputs exist yet");
         let inputs = Inputs { gateways: vec![raven_api::Gateway::new("cloud", Default::default())], ..Inputs::default() };
         sender.send_replace(Some(inputs.clone()));
         feed.changed().await;

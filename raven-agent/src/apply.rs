@@ -1,99 +1,72 @@
-//! Brings the kernel to what the plan says: reads what is there, diffs, runs the steps. One failed step never stops the
-//! others; what failed is reported and tried again with the next run.
+//! Brings the kernel to the planned state, in two calls per run: [`Reconciler::observe`] reads what the plan depends on,
+//! [`Reconciler::apply`] runs the drivers. A failed step never stops the others; it is reported and retried in the next run.
+
+mod handshakes;
+mod interception;
+mod preshared;
+mod programs;
+mod report;
+mod steps;
 
 use std::{
-    borrow::Cow,
-    collections::BTreeMap,
-    net::{IpAddr, SocketAddr},
+    collections::BTreeSet,
+    net::{IpAddr, TcpListener},
     path::PathBuf,
     sync::Arc,
     time::Duration,
 };
 
-use futures::{StreamExt, stream};
+use ipnet::IpNet;
 use tokio::time::Instant;
 
-use raven_common::tables::KubeletAddress;
-use wireguard_control::Key;
-
+pub use self::report::{Error, Report};
+use self::{
+    handshakes::{FIRST_RETRY, Handshakes},
+    preshared::PresharedSource,
+    report::Outcome,
+};
 use crate::{
-    bpf::{self, Attached, Bpf, Hook, probe::Release},
+    bpf::{self, Bpf, Hook, probe::Release},
     config::{TcAttach, Tier},
-    diff::{Peer, State, Step, diff},
-    link::{self, Links, Uplink, Way, set_sysctls},
+    diff::diff,
+    link::{self, Links, Uplink, set_sysctls},
     names, netfilter,
-    plan::{Detour, Indexes, Me, Plan, Role, plan},
+    plan::{Me, Plan},
+    state::{Change, Indexes, Role, State},
     surroundings,
-    topology::{PresharedKey, PublicKey, Topology},
-    tunnel::{self, Backend, Tunnel},
+    topology::{PresharedKey, Topology},
+    tunnel::{self, Backend, PrivateKey, Tunnel},
 };
 
-/// How often the surroundings are looked at when nothing changes.
-const LOOK_AROUND: Duration = Duration::from_secs(25);
+/// Period of the check of the surroundings while nothing changes.
+const SURROUNDINGS_PERIOD: Duration = Duration::from_secs(25);
 
-/// What a run found and did.
-#[derive(Clone, Debug)]
-pub struct Report {
-    /// What should be.
-    pub plan: Plan,
-    /// What could not be done, one sentence each.
-    pub failures: Vec<String>,
-    /// What is around us and stops packets, one sentence each.
-    pub surroundings: Vec<String>,
-    /// How many things were changed.
-    pub changes: usize,
-    /// How packets enter the tunnel: `xdp+tc`, `tc` or `stack`; on a gateway node.
-    pub tier: Option<&'static str>,
-    /// Why not the fastest tier.
-    pub tier_reason: Option<String>,
-    /// Who does WireGuard, on a gateway node.
-    pub backend: Option<Backend>,
-    /// Our own public key.
-    pub public_key: PublicKey,
-    /// Addresses on the uplink.
-    pub uplink: Option<Uplink>,
-    /// How many things were changed, since the agent's start, though nothing new was told: somebody else had taken them away, or they could
-    /// not be had before.
-    pub put_back: u64,
-    /// Look again so soon.
-    pub again: Option<Duration>,
-    /// When the run ended.
-    pub ended: Instant,
-}
-
-impl Report {
-    /// Everything that a person should know of.
-    pub fn complaints(&self) -> impl Iterator<Item = &String> {
-        self.failures.iter().chain(&self.plan.problems).chain(&self.surroundings)
-    }
-}
-
-/// What stays the same for the life of the process.
+/// Settings that stay the same for the life of the process.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Name of this node.
     pub node: String,
-    /// Address by which the uplink is found, if the Node object's is on no device.
+    /// Address by which the uplink is found, if the Node's InternalIP is on no device.
     pub node_ip: Option<IpAddr>,
-    /// Never into the tunnel.
-    pub protected: Vec<ipnet::IpNet>,
-    /// The running kernel.
+    /// Prefixes that must never enter the tunnel.
+    pub protected: Vec<IpNet>,
+    /// Release of the running kernel.
     pub release: Release,
-    /// How to attach TC programs.
+    /// How TC programs are attached.
     pub tc_attach: TcAttach,
-    /// How a gateway node takes overlay packets.
+    /// How a gateway node receives overlay packets.
     pub tier: Tier,
-    /// An object in place of the built-in one.
+    /// An eBPF object that replaces the built-in one.
     pub ebpf_object: Option<PathBuf>,
-    /// Where the cluster's preshared key is, if there is one; and the one that counts where there is no such file.
+    /// File of the cluster's preshared key.
     pub preshared_key_file: PathBuf,
-    /// See above.
+    /// The preshared key that applies if that file does not exist.
     pub preshared_key: Option<PresharedKey>,
 }
 
 impl Settings {
-    /// TCX or clsact.
-    pub fn tcx(&self) -> bool {
+    /// True for TCX, false for clsact.
+    fn tcx(&self) -> bool {
         match self.tc_attach {
             TcAttach::Auto => self.release.has_tcx(),
             TcAttach::Tcx => true,
@@ -102,99 +75,55 @@ impl Settings {
     }
 }
 
-/// The drivers, and who calls them. One task owns it.
+/// Owns the drivers. One task owns it.
 pub struct Reconciler {
     settings: Settings,
     links: Links,
     bpf: Bpf,
-    key: Key,
-    /// Of all tunnels; unknown until it could be read once.
-    preshared: Option<Option<PresharedKey>>,
+    key: PrivateKey,
+    preshared: PresharedSource,
     tunnel: Option<Tunnel>,
-    /// Where peers that are gone were heard from last. One that comes back is asked there for a new session: by itself it may go on with
-    /// the old one, which we have forgotten, for two minutes.
-    left: BTreeMap<PublicKey, SocketAddr>,
-    /// Peers that we dial and that have not answered yet.
-    knocking: BTreeMap<PublicKey, Knock>,
-    put_back: u64,
-    /// The proxy's listener for connections by address.
-    listener: Option<std::net::TcpListener>,
-    /// What was found around us, and when: netfilter's rules can be many, so they are not read at every run.
+    handshakes: Handshakes,
+    restored: u64,
+    /// The proxy's listener for intercepted connections.
+    listener: Option<TcpListener>,
+    /// The last check of the surroundings, and its result. netfilter can have many rules, so they are not read in every run.
     surroundings: Option<(Instant, Vec<String>)>,
 }
 
-/// A peer that is new to us may not know us yet, and does not answer then; WireGuard itself tries again only after five seconds. We do
-/// after half a second, and after twice as long each time: the answer of one that is far away must find the handshake that it is for.
-const KNOCK: Duration = Duration::from_millis(500);
-/// Then it is left to WireGuard.
-const KNOCK_LAST: Duration = Duration::from_secs(4);
-
-/// See [`KNOCK`].
-struct Knock {
-    last: Instant,
-    wait: Duration,
+/// What a run reads before it plans.
+pub struct Observed {
+    /// The plan's view of this node.
+    pub me: Me,
+    uplink: Option<Uplink>,
+    in_pool: bool,
+    preshared_changed: bool,
+    outcome: Outcome,
 }
 
-/// Route requests that wait for their answers at a time.
-const IN_FLIGHT: usize = 64;
-
-fn is_route(step: &Step) -> bool {
-    matches!(step, Step::PutRoute(..) | Step::DeleteRoute(_))
-}
-
-async fn route(links: &Links, step: &Step, indexes: Indexes) -> Result<(), String> {
-    tracing::debug!(?step, "apply");
-    let result = match step {
-        Step::PutRoute(prefix, route) => links.put_route(*prefix, route, indexes).await,
-        Step::DeleteRoute(prefix) => links.delete_route(*prefix).await,
-        _ => Ok(()),
-    };
-    result.map_err(|e| e.to_string())
-}
-
-/// One run's notes.
-#[derive(Default)]
-struct Notes {
-    failures: Vec<String>,
-    surroundings: Vec<String>,
-    changes: usize,
-    tier: Option<&'static str>,
-    tier_reason: Option<String>,
-    again: Option<Duration>,
-}
-
-impl Notes {
-    /// Counts a change, or notes why there was none.
-    fn take<E: std::fmt::Display>(&mut self, result: Result<bool, E>) {
-        match result {
-            Ok(changed) => self.changes += usize::from(changed),
-            Err(e) => self.failures.push(e.to_string()),
-        }
-    }
-}
+// === impl Reconciler ===
 
 impl Reconciler {
-    /// Loads the programs and takes over what an earlier agent left.
-    pub fn new(settings: Settings, links: Links, key: Key, listener: Option<std::net::TcpListener>) -> Result<Self, bpf::Error> {
+    /// Loads the programs and takes over the pins of an earlier agent.
+    pub fn new(settings: Settings, links: Links, key: PrivateKey, listener: Option<TcpListener>) -> Result<Self, bpf::Error> {
         let mut bpf = Bpf::open(settings.tcx(), settings.ebpf_object.as_deref())?;
-        // An earlier agent may have died between a change and this.
+        // An earlier agent may have stopped between a change of the maps and this call.
         bpf.next_generation()?;
         Ok(Self {
+            preshared: PresharedSource::new(settings.preshared_key),
             settings,
             links,
             bpf,
             key,
-            preshared: None,
             tunnel: None,
-            left: BTreeMap::new(),
-            knocking: BTreeMap::new(),
-            put_back: 0,
+            handshakes: Handshakes::default(),
+            restored: 0,
             listener,
             surroundings: None,
         })
     }
 
-    /// See [`Bpf::take_trace`].
+    /// A function that copies the programs' log lines to the agent's log: [`Bpf::take_trace`].
     pub fn take_trace(&mut self) -> Option<impl FnMut() + Send + 'static> {
         self.bpf.take_trace()
     }
@@ -204,408 +133,159 @@ impl Reconciler {
         self.tunnel.clone()
     }
 
-    /// See the module's text. `news`: the topology is another one than last time.
-    pub async fn reconcile(&mut self, topology: &Topology, news: bool) -> Arc<Report> {
-        let mut notes = Notes::default();
-        let news = self.read_preshared(&mut notes) || news;
+    /// Reads what the plan depends on besides the topology.
+    pub async fn observe(&mut self, topology: &Topology) -> Observed {
+        let mut outcome = Outcome::default();
+        let preshared_changed = outcome.keep(self.preshared.read(&self.settings.preshared_key_file)).unwrap_or(false);
         let member = topology.pool_of(&self.settings.node).and_then(|(_, pool)| pool.members.get(&self.settings.node));
         let address = self.settings.node_ip.or(member.map(|m| IpAddr::V4(m.outer)));
         let uplink = match address {
-            Some(address) => self.links.uplink(address).await.map_err(|e| notes.failures.push(e.to_string())).ok(),
+            Some(address) => outcome.keep(self.links.uplink(address).await),
             None => None,
         };
-        let mut plan = plan(topology, &self.me(uplink.as_ref()));
-        if !link::has_ipv6() {
-            plan.state.routes.retain(|prefix, _| prefix.addr().is_ipv4());
-            plan.overlay.iter_mut().for_each(|overlay| overlay.addresses.retain(|address| address.addr().is_ipv4()));
-        }
-        match (&uplink, plan.role) {
-            (_, Role::None) => self.take_down(&mut notes).await,
-            (Some(uplink), _) => self.bring_up(&plan, uplink, &mut notes).await,
-            // Nothing can be decided without the uplink; what works goes on working.
-            (None, _) => {}
-        }
-        if uplink.is_some() || member.is_none() {
-            self.detour(plan.detour.as_ref(), &mut notes).await;
-        }
-        if !news {
-            self.put_back += notes.changes as u64;
-        }
-        Arc::new(Report {
-            put_back: self.put_back,
-            again: notes.again,
-            ended: Instant::now(),
-            plan,
-            failures: notes.failures,
-            surroundings: notes.surroundings,
-            changes: notes.changes,
-            tier: notes.tier,
-            tier_reason: notes.tier_reason,
-            backend: self.tunnel.as_ref().map(Tunnel::backend),
-            public_key: tunnel::public(&self.key),
-            uplink,
-        })
-    }
-
-    /// Connections to edge nodes' kubelets by address: whoever takes them is there before they are sent there, and goes after.
-    async fn detour(&mut self, plan: Option<&Detour>, notes: &mut Notes) {
-        let overlay = match plan {
-            Some(detour) if !detour.here => self.links.find(names::OVERLAY).await.ok().flatten().map(|found| found.index),
-            _ => None,
-        };
-        let here = plan.filter(|detour| detour.here).zip(self.listener.as_ref());
-        if let Some(detour) = plan {
-            let addresses = detour.nodes.iter().flat_map(|(address, name)| {
-                let key = |port: &u16| KubeletAddress { address: address.octets(), port: *port, _pad: 0 };
-                detour.ports.iter().map(move |port| (key(port), name.clone()))
-            });
-            let addresses: BTreeMap<KubeletAddress, String> = addresses.collect();
-            notes.take(self.bpf.set_kubelets(&addresses).map(|n| n > 0));
-        }
-        if let Some((_, listener)) = here {
-            let attached = self.bpf.intercept(listener);
-            if let Err(e) = attached {
-                // By name everything works: said, and no reason to call the node unready for L3.
-                return notes.surroundings.push(format!("kubelets of edge nodes are not reached by address here, only by name: {e}"));
-            }
-            notes.take(attached);
-        }
-        let way = if here.is_some() { Some(Way::Local) } else { overlay.map(Way::Overlay) };
-        let want = plan.zip(way).map(|(detour, way)| link::Detour {
-            way,
-            addresses: detour.nodes.keys().copied().collect(),
-            ports: detour.ports.clone(),
-            source: detour.source,
-        });
-        notes.take(self.links.ensure_detour(want.as_ref()).await.map(|n| n > 0));
-        if here.is_none() {
-            notes.take(self.bpf.intercept_nothing());
-        }
-        if plan.is_none() {
-            notes.take(self.bpf.set_kubelets(&BTreeMap::new()).map(|n| n > 0));
-        }
+        let me = self.me(uplink.as_ref());
+        Observed { me, uplink, in_pool: member.is_some(), preshared_changed, outcome }
     }
 
     fn me(&mut self, uplink: Option<&Uplink>) -> Me {
         let subnets = uplink.into_iter().flat_map(|u| u.subnets.iter().copied());
+        let protected: BTreeSet<IpNet> = self.settings.protected.iter().copied().chain(subnets).collect();
+        let default = Me::default();
         Me {
             node: self.settings.node.clone(),
-            uplink_mtu: uplink.map_or(1500, |u| u.mtu),
-            protected: self.settings.protected.iter().copied().chain(subnets).collect(),
+            uplink_mtu: uplink.map_or(default.uplink_mtu, |u| u.mtu),
+            protected,
             addresses: uplink.map(|u| u.node_addresses.clone()).unwrap_or_default(),
-            detour: self.bpf.detour(),
-            preshared: self.preshared.flatten(),
+            intercepting_gateway: self.bpf.intercepting_gateway(),
+            preshared: self.preshared.current(),
+            ipv6: link::has_ipv6(),
         }
     }
 
-    /// True if it is another one than before. One that cannot be read stays what it was.
-    fn read_preshared(&mut self, notes: &mut Notes) -> bool {
-        match tunnel::load_preshared(&self.settings.preshared_key_file) {
-            Ok(preshared) => {
-                let preshared = preshared.or(self.settings.preshared_key);
-                let before = self.preshared.replace(preshared);
-                if before.flatten() != preshared {
-                    let what = if preshared.is_some() { "tunnels have a preshared key" } else { "tunnels have no preshared key any more" };
-                    tracing::info!(file = %self.settings.preshared_key_file.display(), "{what}: both ends must agree");
-                }
-                before != Some(preshared)
-            }
-            Err(e) => {
-                notes.failures.push(e.to_string());
-                false
-            }
+    /// Runs the drivers. `new_topology`: the plan follows from another topology than that of the last run.
+    pub async fn apply(&mut self, plan: Arc<Plan>, observed: Observed, new_topology: bool) -> Arc<Report> {
+        let Observed { uplink, in_pool, preshared_changed, mut outcome, me: _ } = observed;
+        match (&uplink, plan.role) {
+            (_, Role::None) => self.take_down(&mut outcome).await,
+            (Some(uplink), _) => self.bring_up(&plan, uplink, &mut outcome).await,
+            // Without an uplink nothing can be decided: the present state stays.
+            (None, _) => {}
         }
+        if uplink.is_some() || !in_pool {
+            self.apply_interception(plan.interception.as_ref(), &mut outcome).await;
+        }
+        if !new_topology && !preshared_changed {
+            self.restored += outcome.change.0;
+        }
+        Arc::new(Report {
+            plan,
+            failures: outcome.failures,
+            surroundings: outcome.surroundings,
+            change: outcome.change,
+            restored: self.restored,
+            tier: outcome.tier,
+            tier_reason: outcome.tier_reason,
+            backend: self.tunnel.as_ref().map(Tunnel::backend),
+            public_key: tunnel::public(&self.key),
+            rerun_after: outcome.rerun_after,
+            ended: Instant::now(),
+        })
     }
 
-    async fn bring_up(&mut self, plan: &Plan, uplink: &Uplink, notes: &mut Notes) {
-        let Some(overlay) = &plan.overlay else { return };
-        let addresses = &overlay.addresses;
-        let overlay = match self.links.ensure_overlay(overlay).await {
-            Ok(index) => index,
-            Err(e) => return notes.failures.push(e.to_string()),
-        };
-        notes.failures.extend(set_sysctls(names::OVERLAY));
-        notes.take(self.links.ensure_addresses(names::OVERLAY, overlay, addresses).await);
-        let tunnel = self.ensure_tunnel(plan, notes).await;
+    /// Brings a node of a pool to its plan: devices, then state, then programs, then the rules that send packets there.
+    async fn bring_up(&mut self, plan: &Plan, uplink: &Uplink, outcome: &mut Outcome) {
+        let Some(want) = &plan.overlay else { return };
+        let Some(overlay) = outcome.keep(self.links.ensure_overlay(want).await) else { return };
+        outcome.failures.extend(set_sysctls(names::OVERLAY).into_iter().map(Error::from));
+        outcome.take(self.links.ensure_addresses(names::OVERLAY, overlay, &want.addresses).await);
+        let tunnel = self.ensure_tunnel(plan, outcome).await;
         let indexes = Indexes { uplink: uplink.index, overlay, tunnel };
-        let xdp = self.bpf.is_attached(Hook::UplinkXdp, uplink.index);
-        notes.take(self.configure(plan, indexes, xdp));
-        self.knock(plan, notes).await;
-        self.change_state(plan, indexes, notes).await;
-        notes.again = (!self.knocking.is_empty()).then_some(KNOCK);
-        self.attach(plan, uplink, indexes, notes).await;
-        // Who guards the uplink is known only now.
-        let xdp = self.bpf.is_attached(Hook::UplinkXdp, uplink.index);
-        notes.take(self.configure(plan, indexes, xdp));
-        if plan.role == Role::Ordinary {
-            self.remove_tunnel(notes).await;
+        outcome.take(self.configure(plan, indexes));
+        match &self.tunnel {
+            Some(tunnel) => self.handshakes.retry(tunnel, &plan.state, outcome).await,
+            None => self.handshakes.clear(),
         }
-        notes.take(self.links.ensure_rules().await.map(|made| made > 0));
-        notes.take(netfilter::ensure().await);
-        let recent = self.surroundings.take().filter(|(when, _)| notes.changes == 0 && when.elapsed() < LOOK_AROUND);
+        self.change_state(plan, indexes, outcome).await;
+        if self.handshakes.is_pending() {
+            outcome.rerun_within(FIRST_RETRY);
+        }
+        self.attach_programs(plan, uplink, indexes, outcome).await;
+        // Again, because only now it is known which program guards the uplink.
+        outcome.take(self.configure(plan, indexes));
+        if plan.role == Role::Member {
+            self.remove_tunnel(outcome).await;
+        }
+        outcome.take(self.links.ensure_rules().await);
+        outcome.take(netfilter::ensure().await);
+        self.check_surroundings(plan, indexes, uplink, outcome).await;
+    }
+
+    async fn check_surroundings(&mut self, plan: &Plan, indexes: Indexes, uplink: &Uplink, outcome: &mut Outcome) {
+        let recent = self.surroundings.take().filter(|(when, _)| !outcome.change.any() && when.elapsed() < SURROUNDINGS_PERIOD);
         let (when, found) = match recent {
             Some(recent) => recent,
-            None => (Instant::now(), surroundings::look(&self.links, plan, indexes, &uplink.name).await),
+            None => (Instant::now(), surroundings::check(&self.links, plan, indexes, &uplink.name).await),
         };
-        notes.surroundings.extend(found.iter().cloned());
+        outcome.surroundings.extend(found.iter().cloned());
         self.surroundings = Some((when, found));
-        let next_look = LOOK_AROUND.saturating_sub(when.elapsed());
-        notes.again = Some(notes.again.map_or(next_look, |again| again.min(next_look)));
+        outcome.rerun_within(SURROUNDINGS_PERIOD.saturating_sub(when.elapsed()));
     }
 
-    fn configure(&mut self, plan: &Plan, indexes: Indexes, xdp: bool) -> Result<bool, bpf::Error> {
+    fn configure(&mut self, plan: &Plan, indexes: Indexes) -> Result<Change, bpf::Error> {
+        let xdp = self.bpf.is_attached(Hook::UplinkXdp, indexes.uplink);
         let generation = self.bpf.generation()?;
         self.bpf.set_config(plan.config.to_table(indexes, self.may_redirect(), xdp, generation))
     }
 
-    /// The tunnel device's index, on a gateway node.
-    async fn ensure_tunnel(&mut self, plan: &Plan, notes: &mut Notes) -> Option<u32> {
+    /// Ensures that the tunnel device exists on a gateway node; returns its index.
+    async fn ensure_tunnel(&mut self, plan: &Plan, outcome: &mut Outcome) -> Option<u32> {
         let want = plan.tunnel.as_ref()?;
-        let tunnel = match Tunnel::ensure(&self.links).await {
-            Ok(tunnel) => tunnel,
-            Err(e) => {
-                notes.failures.push(e.to_string());
-                return None;
-            }
-        };
+        let tunnel = outcome.keep(Tunnel::ensure(&self.links).await)?;
         self.tunnel = Some(tunnel.clone());
-        if let Err(e) = tunnel.configure(self.key.clone(), want.port).await {
-            notes.failures.push(e.to_string());
-            // A port that is taken is no reason to take down what works by another one. An engine without any ends at its first packet.
-            if !tunnel.has_port().await {
-                self.tunnel = None;
-                return None;
-            }
+        let configured = outcome.keep(tunnel.configure(self.key.clone(), want.port).await);
+        // With its port taken by another program, the device keeps its previous one. The embedded engine exits at its first packet if it has none.
+        if configured.is_none() && !tunnel.has_port().await {
+            self.tunnel = None;
+            return None;
         }
-        match self.links.ensure_up(names::TUNNEL, want.mtu).await {
-            Ok(index) => {
-                notes.failures.extend(set_sysctls(names::TUNNEL));
-                Some(index)
-            }
-            Err(e) => {
-                notes.failures.push(e.to_string());
-                None
-            }
-        }
+        let index = outcome.keep(self.links.ensure_up(names::TUNNEL, want.mtu).await)?;
+        outcome.failures.extend(set_sysctls(names::TUNNEL).into_iter().map(Error::from));
+        Some(index)
     }
 
-    /// A node that is no gateway node any more.
-    async fn remove_tunnel(&mut self, notes: &mut Notes) {
+    async fn remove_tunnel(&mut self, outcome: &mut Outcome) {
         self.tunnel = None;
-        self.knocking.clear();
-        notes.take(tunnel::remove(&self.links).await);
+        self.handshakes.clear();
+        outcome.take(tunnel::remove(&self.links).await);
     }
 
-    /// WireGuard of the kernel may choke on what the overlay device received; a TUN device does not.
+    /// Some kernels crash when WireGuard receives a packet with tunnel metadata, which the overlay device adds. A TUN device ignores
+    /// it.
     fn may_redirect(&self) -> bool {
         let kernel = self.tunnel.as_ref().is_some_and(|t| t.backend() == Backend::Kernel);
         !kernel || self.settings.release.wireguard_takes_metadata()
     }
 
-    async fn change_state(&mut self, plan: &Plan, indexes: Indexes, notes: &mut Notes) {
-        let have = match self.read(indexes).await {
-            Ok(have) => have,
-            Err(e) => return notes.failures.push(e),
-        };
-        let mut want = Cow::Borrowed(&plan.state);
-        if self.preshared.is_none() {
-            // Nobody knows the key yet: what WireGuard has is what an earlier agent read.
-            for (key, peer) in &mut want.to_mut().peers {
-                peer.preshared = have.peers.get(key).and_then(|have| have.preshared);
-            }
-        }
-        let steps = diff(&have, &want);
-        // Steps of one kind stand together, and routes do not depend on each other: they are sent without waiting for each
-        // answer, or ten thousand of them would take a minute.
-        for group in steps.chunk_by(|a, b| is_route(a) && is_route(b)) {
-            if is_route(&group[0]) {
-                let links = &self.links;
-                let mut answers = stream::iter(group).map(|step| route(links, step, indexes)).buffer_unordered(IN_FLIGHT);
-                while let Some(answer) = answers.next().await {
-                    notes.take(answer.map(|()| true));
-                }
-                continue;
-            }
-            for step in group {
-                tracing::debug!(?step, "apply");
-                notes.take(self.run(step, &have).await.map(|()| true));
-            }
-        }
-        if steps.iter().any(bpf::is_map_entry) {
-            notes.take(self.bpf.next_generation().map(|()| false));
-        }
-        // Once the routes are there. The embedded engine gives a peer up that has not answered for 90 s, until somebody sends something:
-        // a site on which nothing happens would be cut off for ever.
-        let new = steps.iter().filter_map(|step| if let Step::PutPeer(key, _) = step { Some(key) } else { None });
-        let dead = have.peers.iter().filter(|(_, peer)| !peer.alive && peer.keepalive.is_some()).map(|(key, _)| key);
-        if let Some(tunnel) = &self.tunnel {
-            new.chain(dead).filter_map(|key| plan.state.peers.get(key)).for_each(|peer| tunnel.poke(peer));
-        }
-    }
-
-    /// Dials peers anew that have not answered yet: one that is taken away and put back is asked at once.
-    async fn knock(&mut self, plan: &Plan, notes: &mut Notes) {
-        let Some(tunnel) = self.tunnel.clone() else { return self.knocking.clear() };
-        if self.knocking.is_empty() {
-            return;
-        }
-        let sessions = match tunnel.sessions().await {
-            Ok(sessions) => sessions,
-            Err(e) => return notes.failures.push(e.to_string()),
-        };
-        let silent = |key: &PublicKey| sessions.get(key).is_some_and(|(peer, _)| !peer.alive);
-        self.knocking.retain(|key, knock| knock.wait <= KNOCK_LAST && silent(key));
-        for (key, knock) in &mut self.knocking {
-            let Some(peer) = plan.state.peers.get(key).filter(|_| knock.last.elapsed() >= knock.wait) else { continue };
-            *knock = Knock { last: Instant::now(), wait: 2 * knock.wait };
-            let put = match tunnel.delete_peer(*key).await {
-                Ok(()) => tunnel.put_peer(*key, peer, None).await,
-                gone => gone,
-            };
-            match put {
-                Ok(()) => tunnel.poke(peer),
-                Err(e) => notes.failures.push(e.to_string()),
-            }
-        }
-    }
-
-    async fn read(&mut self, indexes: Indexes) -> Result<State, String> {
-        let mut state = self.bpf.read().map_err(|e| e.to_string())?;
-        state.routes = self.links.routes(indexes).await.map_err(|e| e.to_string())?;
-        if let Some(tunnel) = &self.tunnel {
-            state.peers = tunnel.peers().await.map_err(|e| e.to_string())?;
-        }
-        Ok(state)
-    }
-
-    async fn run(&mut self, step: &Step, have: &State) -> Result<(), String> {
-        match step {
-            Step::PutPeer(key, peer) => match &self.tunnel {
-                Some(tunnel) => {
-                    let peer = Peer { endpoint: peer.endpoint.or_else(|| self.left.remove(key)), ..peer.clone() };
-                    // Whom we keep a session with we dial, and nobody else is to be asked.
-                    if peer.keepalive.is_some() && peer.endpoint.is_some() && !have.peers.contains_key(key) {
-                        self.knocking.insert(*key, Knock { last: Instant::now(), wait: KNOCK });
-                    }
-                    tunnel.put_peer(*key, &peer, have.peers.get(key)).await.map_err(|e| e.to_string())
-                }
-                None => Err(format!("peer {key} waits for the tunnel device")),
-            },
-            Step::TakePrefixes(_, prefixes) => match &self.tunnel {
-                Some(tunnel) => tunnel.take(prefixes).await.map_err(|e| e.to_string()),
-                None => Ok(()),
-            },
-            Step::DeletePeer(key) => match &self.tunnel {
-                Some(tunnel) => {
-                    self.left.extend(have.peers.get(key).and_then(|peer| peer.endpoint).map(|endpoint| (*key, endpoint)));
-                    tunnel.delete_peer(*key).await.map_err(|e| e.to_string())
-                }
-                None => Ok(()),
-            },
-            map_entry => self.bpf.apply(map_entry).map(drop).map_err(|e| e.to_string()),
-        }
-    }
-
-    /// After the maps are filled: an XDP program that knows no node would drop the pool's packets.
-    async fn attach(&mut self, plan: &Plan, uplink: &Uplink, indexes: Indexes, notes: &mut Notes) {
-        for (hook, device, index) in [
-            (Hook::OverlayIngress, names::OVERLAY, Some(indexes.overlay)),
-            (Hook::OverlayEgress, names::OVERLAY, Some(indexes.overlay)),
-            (Hook::TunnelIngress, names::TUNNEL, indexes.tunnel),
-            (Hook::TunnelEgress, names::TUNNEL, indexes.tunnel),
-        ] {
-            let Some(index) = index else { continue };
-            self.put_program(hook, device, index, notes);
-            if let Some(before) = self.asked_before(hook, device, index).await {
-                notes.surroundings.push(format!("{before}: keep it off {device}"));
-            }
-        }
-        if indexes.tunnel.is_none() || plan.role != Role::Gateway {
-            for hook in [Hook::UplinkXdp, Hook::UplinkIngress, Hook::TunnelIngress, Hook::TunnelEgress] {
-                self.bpf.detach(hook);
-                if !self.settings.tcx() && hook == Hook::UplinkIngress {
-                    bpf::detach_filter(hook, &uplink.name);
-                }
-            }
-            return;
-        }
-        // The reader of XDP's notes before their writer.
-        let reads = self.put_program(Hook::UplinkIngress, &uplink.name, uplink.index, notes);
-        let obstacle = match self.settings.tier {
-            Tier::Tc => Some("--tier=tc".to_owned()),
-            Tier::Auto if !reads => Some(format!("{} is not attached", Hook::UplinkIngress.program())),
-            Tier::Auto => self.asked_before(Hook::UplinkIngress, &uplink.name, uplink.index).await,
-        };
-        self.put_xdp(uplink, obstacle, notes);
-    }
-
-    /// Who is asked before `hook`'s program, in words, and what follows from it.
-    async fn asked_before(&self, hook: Hook, device: &str, index: u32) -> Option<String> {
-        let mut before = self.bpf.asked_before(hook, device, index);
-        if !self.settings.tcx() {
-            before.extend(self.links.filters_before(index, hook.is_egress(), hook.program()).await);
-        }
-        let direction = if hook.is_egress() { "egress" } else { "ingress" };
-        (!before.is_empty()).then(|| {
-            format!(
-                "at TC {direction} of {device} {} is asked before {}, which sees no packet of which that says the last word (Cilium below \
-                 Linux 6.6: cilium config set bpf-filter-priority 2)",
-                before.join(", "),
-                hook.program()
-            )
-        })
-    }
-
-    /// True if it is there then.
-    fn put_program(&mut self, hook: Hook, device: &str, index: u32, notes: &mut Notes) -> bool {
-        let attached = self.bpf.attach(hook, device, index);
-        let there = attached.is_ok();
-        notes.take(attached.map(|a| a != Attached::Unchanged && (self.settings.tcx() || a == Attached::New)));
-        there
-    }
-
-    /// The fast tier, where it can be had: what XDP unwraps needs `uplink_ingress` to see it.
-    fn put_xdp(&mut self, uplink: &Uplink, obstacle: Option<String>, notes: &mut Notes) {
-        let fallback = if self.may_redirect() { "tc" } else { "stack" };
-        if obstacle.is_some() {
-            self.bpf.detach(Hook::UplinkXdp);
-            (notes.tier, notes.tier_reason) = (Some(fallback), obstacle);
-            return;
-        }
-        match self.bpf.attach(Hook::UplinkXdp, &uplink.name, uplink.index) {
-            Ok(attached) => {
-                notes.changes += usize::from(attached != Attached::Unchanged);
-                notes.tier = Some("xdp+tc");
-            }
-            // No failure: the fallback tier does the work.
-            Err(e) => (notes.tier, notes.tier_reason) = (Some(fallback), Some(e.to_string())),
-        }
-    }
-
-    /// For a node that is in no pool (any more).
-    async fn take_down(&mut self, notes: &mut Notes) {
+    /// Removes everything from a node that is in no pool.
+    async fn take_down(&mut self, outcome: &mut Outcome) {
         for hook in Hook::ALL {
             self.bpf.detach(hook);
         }
         if !self.settings.tcx() {
             bpf::detach_uplink_filter();
         }
-        notes.take(self.links.delete_rules().await.map(|gone| gone > 0));
-        self.remove_tunnel(notes).await;
-        // Its routes go with it.
-        notes.take(self.links.delete_device(names::OVERLAY).await);
-        notes.take(netfilter::remove().await);
-        match self.bpf.read() {
-            Ok(have) => {
-                let steps = diff(&have, &State::default());
-                for step in &steps {
-                    notes.take(self.bpf.apply(step));
-                }
-                if !steps.is_empty() {
-                    notes.take(self.bpf.next_generation().map(|()| false));
-                }
-            }
-            Err(e) => notes.failures.push(e.to_string()),
+        outcome.take(self.links.delete_rules().await);
+        self.remove_tunnel(outcome).await;
+        // The kernel deletes its routes with the device.
+        outcome.take(self.links.delete_device(names::OVERLAY).await);
+        outcome.take(netfilter::remove().await);
+        let Some(have) = outcome.keep(self.bpf.read()) else { return };
+        let steps = diff(&have, &State::default());
+        for step in &steps {
+            outcome.take(self.bpf.apply(step));
+        }
+        if !steps.is_empty() {
+            let _ = outcome.keep(self.bpf.next_generation());
         }
     }
 }

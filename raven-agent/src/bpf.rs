@@ -1,88 +1,113 @@
-//! The driver of programs and maps: loads them, pins them, attaches them, and changes the maps' entries.
+//! The driver of programs and maps: it loads, pins and attaches programs, and changes map entries.
 //!
-//! Everything is pinned under [`names::PINS`], so programs keep running when the agent does not. A new agent takes the
-//! pinned maps over with their contents and replaces an attached program only if it is another one, in place.
+//! Everything is pinned under [`names::PINS`], so programs keep running without the agent. A new agent takes over the pinned
+//! maps with their contents, and replaces an attached program, in place, only if it differs.
 
 mod attach;
-mod intercept;
+mod interception;
 pub mod probe;
 mod tables;
 
 use std::{
     collections::BTreeSet,
-    fs,
+    fmt, fs,
     path::{Path, PathBuf},
 };
 
 use aya::{Ebpf, EbpfLoader};
 
+use self::attach::chain;
 pub(crate) use self::attach::{detach_filter, detach_uplink_filter};
 pub use self::{
-    attach::{Attached, Hook},
+    attach::Hook,
     tables::{Counters, counters, is_map_entry},
 };
 use crate::names;
 
-/// What can go wrong between us and the kernel.
+/// A program or map operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No BPF file system.
-    #[error("{path} is no BPF file system, so nothing would survive a restart (mount it: mount -t bpf bpf {path})")]
+    /// The BPF file system is not mounted.
+    #[error("{path} is not a BPF file system, which programs and maps need to survive a restart; mount it: mount -t bpf bpf {path}")]
     NoBpffs {
-        /// Where it should be.
+        /// Expected mount point.
         path: String,
     },
-    /// A folder for pins could not be made.
-    #[error("make folder {path}: {source}")]
+    /// The folder for pins could not be created.
+    #[error("cannot create folder {path}: {reason}")]
     PinFolder {
         /// The folder.
         path: PathBuf,
-        /// Why.
-        source: std::io::Error,
+        /// The error of the file system.
+        reason: std::io::Error,
     },
     /// The object does not load.
-    #[error("load the eBPF object: {source}{}", hint(.source))]
+    #[error("cannot load the eBPF object: {reason}{}", hint(.reason))]
     Load {
-        /// Why.
-        source: Box<aya::EbpfError>,
+        /// The error, with its causes.
+        reason: String,
     },
-    /// One program does not load or attach.
-    #[error("{action} program {program}{place}: {reason}")]
+    /// A program does not load, attach or detach.
+    #[error("cannot {action} program {program}{place}: {reason}")]
     Program {
-        /// `load` or `attach`.
-        action: &'static str,
-        /// Its name.
+        /// The attempted action.
+        action: Action,
+        /// Name of the program.
         program: &'static str,
-        /// ` to DEVICE`, or nothing.
+        /// ` to DEVICE`, or empty.
         place: String,
-        /// Why.
+        /// The error, with its causes.
         reason: String,
     },
-    /// A map is missing from the object or does not take an entry.
-    #[error("map {map}: {reason}")]
+    /// A map is missing from the object or refuses an entry.
+    #[error("cannot use map {map}: {reason}")]
     Map {
-        /// Its name.
+        /// Name of the map.
         map: &'static str,
-        /// Why.
+        /// The error, with its causes.
         reason: String,
     },
 }
 
-/// A word on the usual causes.
-fn hint(source: &aya::EbpfError) -> &'static str {
-    let text = format!("{source:?}");
-    if text.contains("PermissionDenied") { " (the agent needs CAP_BPF and CAP_NET_ADMIN, or CAP_SYS_ADMIN before Linux 5.8)" } else { "" }
+/// An action on a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Load it into the kernel.
+    Load,
+    /// Attach it to its hook.
+    Attach,
+    /// Detach it from its hook.
+    Detach,
 }
 
-/// The object as the build script left it.
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Load => "load",
+            Self::Attach => "attach",
+            Self::Detach => "detach",
+        })
+    }
+}
+
+/// The remedy for the usual cause.
+fn hint(text: &str) -> &'static str {
+    if text.contains("(os error 1)") || text.contains("(os error 13)") {
+        " (the agent needs CAP_BPF and CAP_NET_ADMIN, or CAP_SYS_ADMIN before Linux 5.8)"
+    } else {
+        ""
+    }
+}
+
+/// The object that the build script compiled.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("RAVEN_EBPF_OBJECT"));
 
-/// The object itself, for who loads it without pins: tests of the programs, benchmarks.
+/// The object itself, for tests and benchmarks that load it without pins.
 pub fn object() -> &'static [u8] {
     OBJECT
 }
 
-/// Names of all maps, as `maps.rs` of raven-ebpf has them.
+/// Names of all maps in `raven-ebpf/src/maps.rs`.
 pub const MAPS: [&str; 16] = [
     "CONFIG",
     "REMOTE4",
@@ -114,7 +139,7 @@ pub struct Bpf {
 }
 
 impl Bpf {
-    /// Loads the built-in object, or that of a file; takes pinned maps over where they are.
+    /// Loads the built-in object, or the one in a file, and takes over maps that are pinned already.
     pub fn open(tcx: bool, object: Option<&Path>) -> Result<Self, Error> {
         let bpffs = Path::new(names::BPFFS);
         if nix::sys::statfs::statfs(bpffs).map(|s| s.filesystem_type()) != Ok(BPF_FS_MAGIC) {
@@ -123,7 +148,7 @@ impl Bpf {
         let pins = PathBuf::from(names::PINS);
         for folder in ["maps", "links"] {
             let path = pins.join(folder);
-            fs::create_dir_all(&path).map_err(|source| Error::PinFolder { path, source })?;
+            fs::create_dir_all(&path).map_err(|reason| Error::PinFolder { path, reason })?;
         }
         let mut loader = EbpfLoader::new();
         for map in MAPS {
@@ -133,20 +158,20 @@ impl Bpf {
             Some(file) => loader.load_file(file),
             None => loader.load(OBJECT),
         };
-        let ebpf = loaded.map_err(|source| Error::Load { source: Box::new(source) })?;
+        let ebpf = loaded.map_err(|e| Error::Load { reason: chain(&e) })?;
         Ok(Self { ebpf, pins, tcx, loaded: BTreeSet::new() })
     }
-}
 
-impl Bpf {
-    /// What writes the programs' own log lines (aya-log) to ours, once per call; only in an object that was built to trace.
+    /// A function that copies the programs' log lines (aya-log) to the agent's log, once per call. `None` unless the object was built with
+    /// `--trace`.
     pub fn take_trace(&mut self) -> Option<impl FnMut() + Send + 'static> {
         let mut logger = aya_log::EbpfLogger::init(&mut self.ebpf).ok()?;
         Some(move || logger.flush())
     }
 }
 
-/// Removes every pin, and with them programs and maps (filters of clsact go with their qdisc's device, see `cleanup`).
+/// Removes all pins, and with them programs and maps. Filters of clsact are not pinned: `cleanup` removes them from the uplink, and they are
+/// deleted with Raven's own devices.
 pub fn remove_pins() -> std::io::Result<bool> {
     let root = Path::new(names::PINS).parent().unwrap_or(Path::new(names::PINS));
     match fs::remove_dir_all(root) {

@@ -1,24 +1,24 @@
-//! `raven-agent cleanup`: leaves nothing behind. Works without an API server and after a crash at any point; what is not
-//! there is no error.
+//! `raven-agent cleanup`: removes everything Raven installed on a node. It works without an API server and after a crash at any
+//! point; missing objects are not errors.
 
 use std::{fs, io, path::Path};
 
-use crate::{bpf, link::Links, names, netfilter, tunnel};
+use crate::{bpf, link::Links, names, netfilter, state::Change, tunnel};
 
-/// Removes everything; gives what was removed, and what could not be, one line each.
+/// Removes everything. Returns what was removed and what could not be removed, one line each.
 pub async fn run(state_dir: &Path, keep_state: bool) -> (Vec<String>, Vec<String>) {
     let mut done = Outcome::default();
     let links = match Links::connect() {
         Ok((links, _)) => links,
         Err(e) => return (Vec::new(), vec![e.to_string()]),
     };
-    done.note("detours", links.ensure_detour(None).await.map(|n| n > 0));
-    done.note("rules", links.delete_rules().await.map(|n| n > 0));
+    done.note("interception routes and rules", links.ensure_interception(None, None).await);
+    done.note("rules", links.delete_rules().await);
     bpf::detach_uplink_filter();
     done.note(names::TUNNEL, tunnel::remove(&links).await);
     done.note(names::OVERLAY, links.delete_device(names::OVERLAY).await);
     done.note("nft table inet raven", netfilter::remove().await);
-    done.note("programs and maps", bpf::remove_pins());
+    done.note("programs and maps", bpf::remove_pins().map(Change::from));
     if !keep_state {
         for file in [names::KEY_FILE, names::SNAPSHOT_FILE] {
             done.note(file, unless_missing(fs::remove_file(state_dir.join(file))));
@@ -37,20 +37,20 @@ struct Outcome {
 }
 
 impl Outcome {
-    fn note<E: std::fmt::Display>(&mut self, what: &str, result: Result<bool, E>) {
+    fn note<E: std::fmt::Display>(&mut self, what: &str, result: Result<Change, E>) {
         match result {
-            Ok(true) => self.removed.push(what.to_owned()),
-            Ok(false) => {}
+            Ok(change) if change.any() => self.removed.push(what.to_owned()),
+            Ok(_) => {}
             Err(e) => self.failed.push(format!("{what}: {e}")),
         }
     }
 }
 
-/// True: it was there.
-fn unless_missing(removed: io::Result<()>) -> io::Result<bool> {
+/// A missing file is no error.
+fn unless_missing(removed: io::Result<()>) -> io::Result<Change> {
     match removed {
-        Ok(()) => Ok(true),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Ok(()) => Ok(Change::ONE),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Change::NONE),
         Err(e) => Err(e),
     }
 }

@@ -1,32 +1,32 @@
-//! What a person sets: flags and environment → [`Config`], every default resolved.
+//! Command line and environment, with all defaults resolved.
 
 use std::{net::IpAddr, net::SocketAddr, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 
-/// Raven's agent: one per node.
+/// Connect this node to the nodes of other pools.
 #[derive(Parser, Debug)]
 #[command(name = "raven-agent", version, about, long_about = None)]
 pub struct Cli {
-    /// What to do; nothing: run.
+    /// A subcommand; without one, run the agent.
     #[command(subcommand)]
     pub command: Option<Command>,
-    /// Settings of a run.
+    /// Settings of the agent.
     #[command(flatten)]
     pub run: Run,
 }
 
-/// Other things than running.
+/// Subcommands.
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Remove everything that the agent left on this node: devices, routes, rules, programs, maps, state.
+    /// Remove everything Raven installed on this node: devices, routes, rules, programs, maps and state.
     Cleanup {
-        /// Keep key and last topology, for an agent that comes back.
+        /// Keep the WireGuard key, the last topology and the proxy's certificates.
         #[arg(long)]
         keep_state: bool,
     },
-    /// The embedded WireGuard engine (started by the agent itself).
+    /// Run the embedded WireGuard engine (started by the agent).
     #[command(name = crate::tunnel::engine::SUBCOMMAND, hide = true)]
     Engine {
         /// Name of the TUN device.
@@ -39,83 +39,83 @@ pub enum Command {
 pub enum TcAttach {
     /// TCX where the kernel has it (6.6), clsact below.
     Auto,
-    /// TCX.
+    /// Always TCX.
     Tcx,
-    /// clsact.
+    /// Always clsact.
     Clsact,
 }
 
-/// How a gateway node takes overlay packets.
+/// How a gateway node receives overlay packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Tier {
-    /// XDP where the uplink's driver has it natively, else TC.
+    /// XDP where the uplink's driver supports it natively, else TC.
     Auto,
-    /// TC on `raven0` alone, also where XDP could be had.
+    /// TC on `raven0` only.
     Tc,
 }
 
-/// Settings of a run.
+/// Settings of the agent.
 #[derive(Args, Debug, Clone)]
 pub struct Run {
-    /// Name of this node in Kubernetes.
+    /// Name of this node in Kubernetes
     #[arg(long, env = "NODE_NAME", default_value = "")]
     pub node_name: String,
-    /// Address of this node, where its Node object's InternalIP is not on one of its devices.
+    /// Address of this node, if the InternalIP of its Node object is on none of its devices
     #[arg(long, env = "NODE_IP")]
     pub node_ip: Option<IpAddr>,
-    /// Kubeconfig; left out: the pod's service account.
+    /// Kubeconfig file; by default the service account of the Pod
     #[arg(long, env = "KUBECONFIG")]
     pub kubeconfig: Option<PathBuf>,
-    /// Namespace of the ConfigMaps raven-cfg and raven-agent-config.
+    /// Namespace of the ConfigMaps raven-cfg and raven-agent-config
     #[arg(long, env = "POD_NAMESPACE", default_value = raven_api::DEFAULT_NAMESPACE)]
     pub namespace: String,
-    /// Run from the topology on disk alone, without an API server.
+    /// Run from the topology on disk, without an API server
     #[arg(long)]
     pub offline: bool,
-    /// Folder for key and last topology.
+    /// Folder for the WireGuard key, the last topology and the proxy's certificates
     #[arg(long, default_value = crate::names::STATE_DIR)]
     pub state_dir: PathBuf,
-    /// File with a preshared key for all tunnels of the cluster, as `wg genpsk` makes it (any other text is hashed); without it there is none. It may change at
-    /// any time.
+    /// File with a preshared key for all tunnels of the cluster, in the format of `wg genpsk` (any other text is hashed); it may change at any
+    /// time
     #[arg(long, default_value = crate::names::PRESHARED_KEY_FILE)]
     pub preshared_key_file: PathBuf,
-    /// The same where there is no such file, as upstream's DaemonSet has it: in the environment only, which not everybody may read.
+    /// Preshared key if the file does not exist, as in upstream's DaemonSet. Only from the environment, which other users cannot read
     #[arg(long, env = "VPN_CONNECTION_PSK", hide = true, hide_env_values = true)]
     pub preshared_key: Option<String>,
-    /// Prefix that must never be sent into the tunnel, whatever a Gateway says (the Service range, say). Repeatable.
+    /// Prefix that must never enter the tunnel, whatever a Gateway claims, such as the Service range (repeatable)
     #[arg(long = "protected-cidr")]
     pub protected: Vec<IpNet>,
-    /// Address of the metrics server.
+    /// Address that serves /metrics, /status, /drops and /tunnels
     #[arg(long, env = "METRIC_BIND_ADDR", default_value = ":10265", value_parser = listen_address)]
     pub metric_bind_addr: SocketAddr,
-    /// Address of /healthz and /readyz.
+    /// Address that serves /healthz and /readyz
     #[arg(long, default_value = ":10275", value_parser = listen_address)]
     pub health_probe_addr: SocketAddr,
-    /// Where a cloud gateway node takes requests over TLS to kubelets; other TLS ports are beside it.
+    /// Address on which a cloud gateway node accepts TLS requests to kubelets; further TLS ports have their own listeners
     #[arg(long, env = "PROXY_INTERNAL_SECURE_ADDR", default_value = ":10263", value_parser = listen_address)]
     pub proxy_internal_secure_addr: SocketAddr,
-    /// Where a cloud gateway node takes requests in plain HTTP.
+    /// Address on which a cloud gateway node accepts plain HTTP requests
     #[arg(long, env = "PROXY_INTERNAL_INSECURE_ADDR", default_value = ":10264", value_parser = listen_address)]
     pub proxy_internal_insecure_addr: SocketAddr,
-    /// How to attach TC programs.
+    /// How to attach TC programs
     #[arg(long, value_enum, default_value = "auto")]
     pub tc_attach: TcAttach,
-    /// How a gateway node takes overlay packets.
+    /// How a gateway node receives overlay packets
     #[arg(long, value_enum, default_value = "auto")]
     pub tier: Tier,
-    /// File with an eBPF object to load in place of the built-in one: of `cargo xtask build-ebpf --trace`, say. Programs are replaced under
-    /// traffic; the next run without this flag takes the built-in ones again.
+    /// eBPF object to load instead of the built-in one, such as that of `cargo xtask build-ebpf --trace`. Programs are replaced under
+    /// traffic; a start without this flag restores the built-in ones
     #[arg(long)]
     pub ebpf_object: Option<PathBuf>,
-    /// Log as `text` or `json`; the level is RUST_LOG's.
+    /// Log format; RUST_LOG sets the level
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
-    /// Flags of upstream's agent that mean nothing here.
+    /// Flags of upstream's agent that have no effect
     #[command(flatten)]
     pub upstream: Upstream,
 }
 
-/// How to log.
+/// Format of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     /// For people.
@@ -124,7 +124,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// Accepted so that a cluster switches by swapping images.
+/// Flags of upstream's agent, accepted so that a cluster can switch by replacing the image.
 #[derive(Args, Debug, Clone, Default)]
 pub struct Upstream {
     #[arg(long, hide = true)]
@@ -154,21 +154,25 @@ pub struct Upstream {
 }
 
 impl Upstream {
-    /// One warning per flag that was given.
+    /// One warning per flag that is set.
     pub fn warnings(&self) -> Vec<String> {
-        let routes = "routes and rules are watched all the time and put back at once";
+        let routes = "routes and rules are watched and restored at once";
         let driver = (self.vpn_driver.as_deref() != Some("wireguard")).then_some(self.vpn_driver.as_ref()).flatten();
-        let names = "the proxy's certificate is for the addresses of the Gateway's status";
+        let names = "the proxy's certificate is issued for the addresses in the Gateway's status";
         let given = [
             ("vpn-driver", driver, "the tunnel is WireGuard"),
             ("vpn-bind-port", self.vpn_bind_port.as_ref(), "the port is the Gateway's spec.endpoints[].port"),
-            ("forward-node-ip", self.forward_node_ip.as_ref(), "all agents must agree: set it in ConfigMap raven-agent-config"),
-            ("nat-traversal", self.nat_traversal.as_ref(), "two edge sites talk through the cloud gateway in this version"),
+            (
+                "forward-node-ip",
+                self.forward_node_ip.as_ref(),
+                "all agents must use the same value; set it in ConfigMap raven-agent-config",
+            ),
+            ("nat-traversal", self.nat_traversal.as_ref(), "packets between two edge sites are relayed by a cloud gateway"),
             ("keep-alive-interval", self.keep_alive_interval.as_ref(), "WireGuard's keepalive is 15 s"),
             ("keep-alive-timeout", self.keep_alive_timeout.as_ref(), "WireGuard has its own timers"),
             ("sync-raven-rules", self.sync_raven_rules.as_ref(), routes),
             ("sync-raven-rules-period", self.sync_raven_rules_period.as_ref(), routes),
-            ("proxy-metric-bind-addr", self.proxy_metric_bind_addr.as_ref(), "the proxy's metrics are those of --metric-bind-addr"),
+            ("proxy-metric-bind-addr", self.proxy_metric_bind_addr.as_ref(), "--metric-bind-addr also serves the proxy's metrics"),
             ("proxy-external-addr", self.proxy_external_addr.as_ref(), "the port is the Gateway's spec.endpoints[].port"),
             ("server-cert-dns-names", self.server_cert_dns_names.as_ref(), names),
             ("server-cert-ips", self.server_cert_ips.as_ref(), names),
@@ -181,10 +185,10 @@ impl Upstream {
     }
 }
 
-/// `:10265` as Go has it: all addresses, of both families.
+/// Parses an address; `:10265`, as in Go, means all addresses of both families.
 fn listen_address(text: &str) -> Result<SocketAddr, String> {
     let full = if text.starts_with(':') { format!("[::]{text}") } else { text.to_owned() };
-    full.parse().map_err(|_| format!("{text:?} is not of the form ADDRESS:PORT or :PORT"))
+    full.parse().map_err(|_| format!("{text:?} does not have the form ADDRESS:PORT or :PORT"))
 }
 
 #[cfg(test)]
@@ -194,12 +198,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_command_line_is_consistent() {
+    fn command_line_is_consistent() {
         Cli::command().debug_assert();
     }
 
     #[test]
-    fn flags_of_upstream_are_accepted_and_said_to_mean_nothing() {
+    fn upstream_flags_are_accepted_with_a_warning() {
         let cli = Cli::try_parse_from(["raven-agent", "--vpn-driver=libreswan", "--forward-node-ip", "--metric-bind-addr", ":10265"]);
         let warnings = cli.expect("accepted").run.upstream.warnings();
         assert_eq!(warnings.len(), 2, "{warnings:?}");

@@ -1,13 +1,18 @@
-//! The agent: one per node. `watch → topology → plan → diff → apply → observe`, each a module, in that order; a library
+//! The agent, one per node. Data flows `watch → topology → plan → diff → apply → observe`, one module each, in that order. A library
 //! with a thin `main.rs`, so that tests and benchmarks can link it.
 //!
-//! [`proxy`] is the L7 half, which follows the same topology. Pure: [`topology`], [`plan`], [`diff`]. Drivers, called by [`apply`] alone: [`bpf`], [`link`], [`tunnel`],
-//! [`netfilter`]. Around them: [`snapshot`] (the last topology on disk), [`surroundings`] (what is not ours and in the way), [`observe`], [`cleanup`], [`config`], [`names`].
+//! - Pure: [`topology`], [`plan`] (for L3 and L7), [`diff`]. They share [`state`], the kernel's state as plain data.
+//! - Drivers, each of which reads and changes one part of the kernel: [`bpf`], [`link`], [`tunnel`], [`netfilter`]. [`apply`] runs them; [`cleanup`] uses
+//!   them to remove everything.
+//! - The L7 half: [`proxy`], which follows the L7 part of the plan.
+//! - Around them: [`snapshot`] (the last topology on disk, written by [`atomic_file`]), [`surroundings`] (what other programs do to Raven's packets),
+//!   [`observe`] (status, metrics, health), [`config`], [`names`].
 
 #![forbid(unsafe_code)]
 
 pub mod app;
 pub mod apply;
+pub mod atomic_file;
 pub mod bpf;
 pub mod cleanup;
 pub mod config;
@@ -19,6 +24,7 @@ pub mod observe;
 pub mod plan;
 pub mod proxy;
 pub mod snapshot;
+pub mod state;
 pub mod surroundings;
 pub mod topology;
 pub mod tunnel;

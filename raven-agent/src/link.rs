@@ -1,9 +1,9 @@
-//! The driver of devices, addresses, routes and rules, over rtnetlink. Reads what is there and changes only the difference;
-//! deletes only what carries our name, table or protocol number.
+//! The driver of devices, addresses, routes and rules, over rtnetlink. It reads the kernel's state and changes only the difference;
+//! it deletes only objects with Raven's name, table or protocol number.
 
-mod detour;
 mod device;
 mod filters;
+mod interception;
 mod route;
 
 use std::{collections::BTreeSet, net::IpAddr};
@@ -20,48 +20,57 @@ use rtnetlink::{Handle, MulticastGroup, new_connection, new_multicast_connection
 use crate::names;
 
 pub use self::{
-    detour::{Detour, Way},
     device::{Found, set_sysctls},
     route::Hop,
 };
 
-/// What rtnetlink refused.
+/// A netlink request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No netlink socket.
-    #[error("open a netlink socket: {0}")]
-    Connect(#[from] std::io::Error),
-    /// A request failed.
-    #[error("{action}: {source}{}", hint(.source))]
+    /// A netlink socket could not be opened.
+    #[error("cannot open a netlink socket: {0}")]
+    Connect(std::io::Error),
+    /// The kernel refused a request.
+    #[error("cannot {action}: {reason}{}", hint(.reason))]
     Request {
-        /// What was tried, with the object's name.
+        /// The attempted action and its object.
         action: String,
-        /// Why not.
-        source: rtnetlink::Error,
+        /// The kernel's answer.
+        reason: rtnetlink::Error,
     },
-    /// No device has the address that the node's object names.
+    /// No device has the InternalIP of the Node object.
     #[error(
-        "no device of this node has the address {0}, which its Node object gives as InternalIP; is --node-name right, and does the address belong to this machine?"
+        "no device of this node has the address {0}, the InternalIP of its Node object; check --node-name, or set --node-ip to an address of this machine"
     )]
     NoUplink(IpAddr),
+    /// A setting under /proc/sys could not be changed.
+    #[error("cannot set {path} to {value}: {reason}; packets that need the stack are dropped on this device")]
+    Sysctl {
+        /// File of the setting.
+        path: String,
+        /// Its desired value.
+        value: &'static str,
+        /// The error of the write.
+        reason: std::io::Error,
+    },
 }
 
 impl Error {
-    /// True if the kernel does not know the kind of device.
+    /// True if the kernel does not support this kind of device.
     pub fn is_unsupported(&self) -> bool {
         // EOPNOTSUPP
-        matches!(self, Self::Request { source: rtnetlink::Error::NetlinkError(e), .. } if e.raw_code() == -95)
+        matches!(self, Self::Request { reason: rtnetlink::Error::NetlinkError(e), .. } if e.raw_code() == -95)
     }
 }
 
-/// A word on the usual causes.
-fn hint(source: &rtnetlink::Error) -> &'static str {
-    match source {
+/// The remedy for the usual causes.
+fn hint(reason: &rtnetlink::Error) -> &'static str {
+    match reason {
         // EPERM
         rtnetlink::Error::NetlinkError(e) if e.raw_code() == -1 => " (the agent needs CAP_NET_ADMIN)",
-        // EADDRINUSE: of our devices only the overlay has a port of the kernel's.
+        // EADDRINUSE: of Raven's devices, only the overlay has a port in the kernel.
         rtnetlink::Error::NetlinkError(e) if e.raw_code() == -98 => {
-            " (another device or program has UDP port 4472, the overlay's; `ss -lunp` and `ip -d link show type vxlan` say which)"
+            " (another device or program uses UDP port 4472, the overlay's; find it with `ss -lunp` and `ip -d link show type vxlan`)"
         }
         _ => "",
     }
@@ -69,10 +78,10 @@ fn hint(source: &rtnetlink::Error) -> &'static str {
 
 fn failed(action: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Error {
     let action = action.into();
-    move |source| Error::Request { action, source }
+    move |reason| Error::Request { action, reason }
 }
 
-/// The driver.
+/// The netlink driver.
 #[derive(Clone)]
 pub struct Links {
     handle: Handle,
@@ -81,11 +90,11 @@ pub struct Links {
 /// The device that faces the pool's LAN.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Uplink {
-    /// Name.
+    /// Device name.
     pub name: String,
-    /// Index.
+    /// Interface index.
     pub index: u32,
-    /// Bytes.
+    /// MTU in bytes.
     pub mtu: u32,
     /// The subnets of its addresses.
     pub subnets: BTreeSet<IpNet>,
@@ -94,8 +103,8 @@ pub struct Uplink {
 }
 
 impl Links {
-    /// Connects. The stream yields whenever one of our devices, a route of our table or any rule changed: somebody else's
-    /// doing, or ours. What pods come and go with is nothing to us.
+    /// Opens the netlink sockets. The stream yields whenever one of Raven's devices, a route of its tables or any rule changes, by
+    /// Raven or by another program. Devices and routes of pods are ignored.
     pub fn connect() -> Result<(Self, impl Stream<Item = ()> + Unpin + Send), Error> {
         let groups = [
             MulticastGroup::Link,
@@ -104,9 +113,9 @@ impl Links {
             MulticastGroup::Ipv4Rule,
             MulticastGroup::Ipv6Rule,
         ];
-        // By a socket of their own: where they are too many for it, the kernel drops what comes next, and that must be no answer to us.
-        let (notified, _, messages) = new_multicast_connection(&groups)?;
-        let (connection, handle, _) = new_connection()?;
+        // Notifications have their own socket: when it overflows, the kernel drops messages, which must not be answers to requests.
+        let (notified, _, messages) = new_multicast_connection(&groups).map_err(Error::Connect)?;
+        let (connection, handle, _) = new_connection().map_err(Error::Connect)?;
         tokio::spawn(notified);
         tokio::spawn(connection);
         let ours = messages.filter_map(|(message, _)| std::future::ready(concerns_us(&message.payload).then_some(())));
@@ -158,7 +167,7 @@ impl Links {
     }
 }
 
-/// True if a notification is about something that we made, or may have been: some were lost.
+/// True if a notification is about one of Raven's objects, or if notifications were lost.
 fn concerns_us(payload: &NetlinkPayload<RouteNetlinkMessage>) -> bool {
     use RouteNetlinkMessage::{DelLink, DelRoute, DelRule, NewLink, NewRoute, NewRule};
     match payload {
@@ -170,19 +179,19 @@ fn concerns_us(payload: &NetlinkPayload<RouteNetlinkMessage>) -> bool {
             .unwrap_or(false)
         }
         NetlinkPayload::InnerMessage(NewRoute(route) | DelRoute(route)) => {
-            matches!(route::table_of(route), names::TABLE | names::DETOUR_TABLE)
+            matches!(route::table_of(route), names::TABLE | names::INTERCEPTION_TABLE)
         }
         NetlinkPayload::InnerMessage(NewRule(_) | DelRule(_)) | NetlinkPayload::Overrun(_) => true,
         _ => false,
     }
 }
 
-/// Attribute of a link, by what it is.
+/// The first attribute of a link that `wanted` accepts.
 fn attribute<T>(message: &LinkMessage, wanted: impl Fn(&LinkAttribute) -> Option<T>) -> Option<T> {
     message.attributes.iter().find_map(wanted)
 }
 
-/// False on a node that was booted with `ipv6.disable=1`: it has no routes, rules and addresses of that family.
+/// False on a node booted with `ipv6.disable=1`, which has no IPv6 routes, rules or addresses.
 pub fn has_ipv6() -> bool {
     std::path::Path::new("/proc/sys/net/ipv6").exists()
 }

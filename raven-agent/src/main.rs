@@ -1,4 +1,4 @@
-//! Arguments → logging → what was asked for; exit status 0 if it was done.
+//! Parses the command line, sets up logging and runs a command. The exit status is 0 on success.
 
 #![forbid(unsafe_code)]
 
@@ -20,8 +20,8 @@ fn main() -> ExitCode {
         Some(Command::Cleanup { keep_state }) => with_runtime(async {
             let (removed, failed) = cleanup::run(&cli.run.state_dir, keep_state).await;
             removed.iter().for_each(|what| println!("removed {what}"));
-            failed.iter().for_each(|what| eprintln!("not removed: {what}"));
-            anyhow::ensure!(failed.is_empty(), "{} things are left", failed.len());
+            failed.iter().for_each(|what| eprintln!("cannot remove {what}"));
+            anyhow::ensure!(failed.is_empty(), "{} objects could not be removed", failed.len());
             Ok(())
         }),
         None => {
@@ -33,17 +33,18 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            tracing::error!("{e:#}");
+            tracing::error!(error = format!("{e:#}"), "the agent failed");
             ExitCode::FAILURE
         }
     }
 }
 
+/// The control runtime: watches, reconciler, status and metrics. The proxy has its own ([`app`]).
 fn with_runtime(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?.block_on(work)
+    tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("control").enable_all().build()?.block_on(work)
 }
 
-/// To stderr: stdout belongs to answers.
+/// Logs to stderr; stdout is for the output of commands.
 fn log(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
@@ -53,17 +54,17 @@ fn log(format: LogFormat) {
     }
 }
 
-/// Every stream is two sockets, and container runtimes start programs with 1,024 (systemd's soft limit): as many as may be had.
+/// Raises the limit of open files to the maximum: a proxy stream uses two sockets, and container runtimes start programs with a limit of 1,024.
 fn raise_file_limit() {
     use nix::sys::resource::{Resource::RLIMIT_NOFILE, getrlimit, setrlimit};
     let raised = getrlimit(RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(RLIMIT_NOFILE, hard, hard));
     if let Err(e) = raised {
-        tracing::warn!("raise the limit of open files: {e}; many streams at once may not be had");
+        tracing::warn!(error = %e, "cannot raise the limit of open files; the number of concurrent proxy streams is limited");
     }
 }
 
-/// `wireguard-control` prints a line to stdout for each field that it does not know, and boringtun sends one with every
-/// answer: a running agent would write it for ever.
+/// Redirects stdout to /dev/null: `wireguard-control` prints a line for each field that it does not know, and boringtun sends such a field with every
+/// response.
 fn silence_stdout() {
     if let Ok(null) = OpenOptions::new().write(true).open("/dev/null") {
         let _ = nix::unistd::dup2_stdout(null);

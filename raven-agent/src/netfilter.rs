@@ -1,66 +1,60 @@
-//! Exempts what leaves by our devices from source NAT: a pod's address is its identity.
+//! Exempts packets that leave by Raven's devices from source NAT, because a pod's address is its identity.
 //!
-//! CNIs masquerade what leaves their prefix. An nft chain just before theirs (priority 99; theirs are at 100) maps the
-//! source to itself. That settles the flow's source for every later NAT chain of the kernel, whoever made it: nft, or
-//! iptables in either backend (all of them are consulted in order of priority until one has settled it). What
-//! kube-proxy marked for masquerade is left to it.
+//! CNIs masquerade packets that leave their prefix. An nft chain before theirs (priority 99; theirs have 100) maps the source to
+//! itself. The kernel consults NAT chains in the order of their priority until one sets the source, so this exempts the flow from every later chain: of nft
+//! and of iptables with either backend. Packets that kube-proxy marked for masquerade are left to kube-proxy.
 
 use nftables::helper::{self, NftablesError};
 use serde_json::{Value, json};
 
-use crate::names;
+use crate::{names, state::Change};
 
-/// nft refused, or is not there.
+/// nft failed, or is not installed.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// See the text.
-    #[error("{action}: {reason} (without this table the CNI may masquerade pods' addresses on their way to other pools)")]
-    Nft {
-        /// What was tried.
-        action: &'static str,
-        /// What nft said.
-        reason: String,
-    },
+#[error(
+    "cannot {action} nft table inet {}: {reason}; without this table the CNI may masquerade pods' addresses towards other pools",
+    names::NFT_TABLE
+)]
+pub struct Error {
+    action: &'static str,
+    reason: NftablesError,
 }
 
-fn failed(action: &'static str) -> impl Fn(NftablesError) -> Error {
-    move |e| Error::Nft { action, reason: e.to_string() }
-}
-
-/// Sees to it that the table is there; true if it had to be made.
-pub async fn ensure() -> Result<bool, Error> {
+/// Ensures that the table exists with its rules.
+pub async fn ensure() -> Result<Change, Error> {
     if exists().await {
-        return Ok(false);
+        return Ok(Change::NONE);
     }
-    apply("make nft table inet raven", &ruleset()).await?;
-    Ok(true)
+    apply("create", &ruleset()).await?;
+    Ok(Change::ONE)
 }
 
-/// Removes the table; true if it was there.
-pub async fn remove() -> Result<bool, Error> {
+/// Deletes the table, if it exists.
+pub async fn remove() -> Result<Change, Error> {
     if !exists().await {
-        return Ok(false);
+        return Ok(Change::NONE);
     }
-    apply("remove nft table inet raven", &json!({ "nftables": [{ "delete": { "table": table() } }] })).await?;
-    Ok(true)
+    apply("delete", &json!({ "nftables": [{ "delete": { "table": table() } }] })).await?;
+    Ok(Change::ONE)
 }
 
 async fn exists() -> bool {
     let args = ["list", "chain", "inet", names::NFT_TABLE, "postrouting"];
     let listed = helper::get_current_ruleset_raw_async(helper::DEFAULT_NFT, args).await;
-    // Somebody may have flushed the chain and left it in place: it must have its two rules.
+    // Another program may have flushed the chain, so its two rules are checked too.
     listed.is_ok_and(|text| text.matches("\"snat\"").count() == 2)
 }
 
 async fn apply(action: &'static str, ruleset: &Value) -> Result<(), Error> {
-    helper::apply_ruleset_raw_async(&ruleset.to_string(), helper::DEFAULT_NFT, helper::DEFAULT_ARGS).await.map(drop).map_err(failed(action))
+    let applied = helper::apply_ruleset_raw_async(&ruleset.to_string(), helper::DEFAULT_NFT, helper::DEFAULT_ARGS).await;
+    applied.map(drop).map_err(|reason| Error { action, reason })
 }
 
 fn table() -> Value {
     json!({ "family": "inet", "name": names::NFT_TABLE })
 }
 
-/// One transaction: the table is taken away and made anew.
+/// One transaction that deletes the table and creates it again.
 fn ruleset() -> Value {
     let chain = json!({ "family": "inet", "table": names::NFT_TABLE, "name": "postrouting",
                         "type": "nat", "hook": "postrouting", "prio": 99, "policy": "accept" });

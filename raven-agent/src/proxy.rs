@@ -1,27 +1,26 @@
-//! The L7 half: requests of the cloud side for kubelets at sites that nobody can dial, through tunnels that the sites open.
+//! The L7 half: carries requests from the cloud to kubelets at sites that cannot be dialled, through connections that the sites open.
 //!
-//! In the order of a request: [`entrance`] takes it on a cloud gateway node ([`hello`] reads the name in a ClientHello, [`http`] a Host
-//! header); [`plan`] says which node is meant; [`tunnels`] opens a stream to its site; there [`serve`] connects to the node; [`stream`]
-//! carries the bytes. TLS is passed on, never opened. Tunnels: [`dial`] at the edge, [`accept`] in the cloud, [`identity`] and [`enrol`]
-//! prove who is who. [`limits`] has every window, limit and time; [`stats`] counts.
+//! In the order of a request: [`ingress`] accepts it on a cloud gateway node ([`client_hello`] reads the TLS server name, [`http`] a Host
+//! header); [`Directory`](crate::plan::proxy::Directory) finds the target node; [`connections`] opens a stream to its site; there [`serve`] connects to the
+//! node; [`stream`] carries the bytes. TLS is not terminated. Proxy connections: [`dial`] opens them at the edge, [`accept`] admits them in the
+//! cloud, [`identity`] and [`enrol`] provide certificates. [`limits`] has all windows, limits and timeouts; [`stats`] has the counters.
 //!
-//! Runs beside L3 and without it: what it needs of the node is a TCP port.
+//! The L7 half does not depend on L3.
 
+mod abort;
 mod accept;
+pub mod client_hello;
+mod connections;
 mod dial;
 mod enrol;
-mod entrance;
-pub mod hello;
 mod http;
 mod identity;
+mod ingress;
 mod limits;
-pub mod plan;
+mod pending;
 mod serve;
-mod sever;
 pub mod stats;
 mod stream;
-mod tunnels;
-mod waiting;
 
 use std::{
     collections::BTreeMap,
@@ -38,56 +37,64 @@ use raven_api::{
 };
 use tokio::{net::TcpListener, sync::watch, task::JoinHandle, time::interval};
 
-use crate::observe::Proxied;
-
 use self::{
-    accept::Gate,
-    enrol::{Keeper, Purpose, Wanted},
-    entrance::{Entrance, Kind},
+    accept::EdgeListener,
+    connections::Connections,
+    enrol::{Enrolment, Purpose, Wanted},
     identity::Identity,
-    plan::{Plan, Role},
-    serve::Edge,
+    ingress::{Ingress, Kind},
+    serve::EdgeServer,
     stats::Stats,
-    tunnels::Tunnels,
 };
+use crate::plan::proxy::{ProxyPlan, ProxyRole};
 
-/// How often is tried again to listen on a port that was taken.
-const AGAIN: Duration = Duration::from_secs(5);
+/// Interval at which a listener that could not be opened is retried.
+const RETRY: Duration = Duration::from_secs(5);
 
-/// What stays the same for the life of the process.
+/// Settings that stay the same for the life of the process.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub struct ProxySettings {
     /// Name of this node.
     pub node: String,
     /// Folder for keys and certificates.
     pub state: PathBuf,
-    /// Where requests over TLS to the kubelets' port come in.
+    /// Address for TLS requests to the kubelets' port.
     pub secure: SocketAddr,
-    /// Where requests in plain HTTP come in.
+    /// Address for plain HTTP requests.
     pub insecure: SocketAddr,
 }
 
-/// What the proxy goes by: its plan, and the CA's certificates.
-pub type Orders = (Arc<Plan>, String);
+/// The state of the L7 half, for the GatewayNode.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProxyReport {
+    /// Gateway that this node is elected for.
+    pub gateway: String,
+    /// Status of the proxy.
+    pub status: ProxyStatus,
+    /// Number of cloud nodes to which this node should have connections; 0 in the cloud, which is dialled.
+    pub dials: usize,
+}
 
 /// The L7 half of this node.
 pub struct Proxy {
-    settings: Settings,
+    settings: ProxySettings,
     client: Option<Client>,
-    orders: watch::Receiver<Orders>,
-    status: watch::Sender<Option<Proxied>>,
+    plans: watch::Receiver<Arc<ProxyPlan>>,
+    report: watch::Sender<Option<ProxyReport>>,
     stats: Stats,
-    dialled: Option<std::net::TcpListener>,
+    intercepted: Option<std::net::TcpListener>,
 }
 
-/// A listener for connections to other nodes' addresses, which routing and the program `kubelet_lookup` bring here. Transparent, so that
-/// the answers may have these addresses (ip(7), IP_TRANSPARENT; needs CAP_NET_ADMIN). Nobody else reaches it: it is on loopback.
-pub fn listen_transparently() -> std::io::Result<std::net::TcpListener> {
+/// A listener for intercepted connections, which routing and the `kubelet_lookup` program deliver.
+///
+/// It is transparent, so that responses can have other nodes' addresses (IP_TRANSPARENT, ip(7); needs CAP_NET_ADMIN), and on loopback, so that no
+/// other connection reaches it.
+pub fn listen_for_intercepted() -> std::io::Result<std::net::TcpListener> {
     use socket2::{Domain, Socket, Type};
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.set_ip_transparent_v4(true)?;
-    // What it accepts has the port that was dialled for its own, and this: or the node's own kubelet could not listen there again after a
-    // restart, for as long as a connection to another node's lives, or is remembered (EADDRINUSE).
+    // Accepted connections have the dialled port as their own. Without this option the node's own kubelet could not listen on that port after a
+    // restart while such a connection exists or is in TIME_WAIT (EADDRINUSE).
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
@@ -95,79 +102,81 @@ pub fn listen_transparently() -> std::io::Result<std::net::TcpListener> {
     Ok(socket.into())
 }
 
-/// What is listened to, or done.
+/// A task of the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Part {
-    Gate(u16),
-    /// By name, at this address.
-    Entrance(Kind, SocketAddr),
-    /// By address: the one listener that the program hands connections to.
-    Dialled,
+    /// Accepts proxy connections on this port.
+    EdgeListener(u16),
+    /// Accepts requests by name on this address.
+    Ingress(Kind, SocketAddr),
+    /// Accepts intercepted connections.
+    Intercepted,
+    /// Dials the cloud.
     Dialler,
 }
 
 impl Proxy {
-    /// A proxy that follows `orders`. `client`: none offline, where certificates are those on the disk. `dialled`: from
-    /// [`listen_transparently`].
+    /// A proxy that follows `plans`. `client` is `None` offline, where only stored certificates are used. `intercepted`: from
+    /// [`listen_for_intercepted`].
     pub fn new(
-        settings: Settings,
+        settings: ProxySettings,
         client: Option<Client>,
-        orders: watch::Receiver<Orders>,
-        status: watch::Sender<Option<Proxied>>,
+        plans: watch::Receiver<Arc<ProxyPlan>>,
+        report: watch::Sender<Option<ProxyReport>>,
         stats: Stats,
-        dialled: Option<std::net::TcpListener>,
+        intercepted: Option<std::net::TcpListener>,
     ) -> Self {
-        Self { settings, client, orders, status, stats, dialled }
+        Self { settings, client, plans, report, stats, intercepted }
     }
 
     /// Runs until the task is dropped.
     pub async fn run(mut self) {
-        let wires = Wires::new(self.stats.clone());
-        let keeper = Keeper {
+        let shared = Shared::new(self.stats.clone());
+        let enrolment = Enrolment {
             node: self.settings.node.clone(),
             client: self.client.clone(),
             state: self.settings.state.clone(),
-            wanted: wires.wanted.subscribe(),
-            identity: wires.identity.clone(),
-            problem: wires.problem.clone(),
+            wanted: shared.wanted.subscribe(),
+            identity: shared.identity.clone(),
+            problem: shared.problem.clone(),
         };
-        let _keeper = Task(tokio::spawn(keeper.run()));
+        let _enrolment = Task(tokio::spawn(enrolment.run()));
         let mut running: BTreeMap<Part, Task> = BTreeMap::new();
-        let (mut identity, mut problem) = (wires.identity.subscribe(), wires.problem.subscribe());
-        let mut up = wires.up.subscribe();
-        let mut again = interval(AGAIN);
+        let (mut identity, mut problem) = (shared.identity.subscribe(), shared.problem.subscribe());
+        let mut established = shared.established.subscribe();
+        let mut retry = interval(RETRY);
         loop {
-            let (plan, ca) = self.orders.borrow_and_update().clone();
-            wires.tell(&plan, ca);
-            let mut failures = self.run_parts(&plan, &wires, &mut running).await;
+            let plan = self.plans.borrow_and_update().clone();
+            shared.publish(&plan);
+            let mut failures = self.run_parts(&plan, &shared, &mut running).await;
             failures.extend(problem.borrow_and_update().clone());
-            // Whoever is sent here by the Service finds every port; by address is L3's neighbour, and said by it.
+            // The Service sends requests by name to ready nodes. Interception does not count: the reconciler reports its state.
             let needed = self.parts(&plan, false);
             let ready = identity.borrow_and_update().is_some() && needed.iter().all(|part| running.contains_key(part));
-            let status = status(&plan.role, ready, &up.borrow_and_update(), failures);
-            let dials = if let Role::Edge(clouds) = &plan.role { clouds.len() } else { 0 };
-            let status = status.map(|status| Proxied { gateway: plan.directory.own_pool.clone(), status, dials });
-            self.status.send_if_modified(|have| replace(have, status));
+            let status = status(&plan.role, ready, &established.borrow_and_update(), failures);
+            let dials = if let ProxyRole::Edge(clouds) = &plan.role { clouds.len() } else { 0 };
+            let report = status.map(|status| ProxyReport { gateway: plan.directory.own_pool.clone(), status, dials });
+            self.report.send_if_modified(|have| replace(have, report));
             tokio::select! {
-                changed = self.orders.changed() => if changed.is_err() { return },
+                changed = self.plans.changed() => if changed.is_err() { return },
                 Ok(()) = identity.changed() => {}
                 Ok(()) = problem.changed() => {}
-                Ok(()) = up.changed() => {}
-                _ = again.tick() => {}
+                Ok(()) = established.changed() => {}
+                _ = retry.tick() => {}
             }
         }
     }
 
-    /// Starts what should run and does not, ends what should not; gives what could not be started.
-    async fn run_parts(&self, plan: &Plan, wires: &Wires, running: &mut BTreeMap<Part, Task>) -> Vec<String> {
-        let parts = self.parts(plan, self.dialled.is_some());
+    /// Starts missing parts and stops surplus ones; returns an error for each part that could not be started.
+    async fn run_parts(&self, plan: &ProxyPlan, shared: &Shared, running: &mut BTreeMap<Part, Task>) -> Vec<String> {
+        let parts = self.parts(plan, self.intercepted.is_some());
         running.retain(|part, task| parts.contains(part) && !task.0.is_finished());
         let mut failures = Vec::new();
         for part in parts {
             if running.contains_key(&part) {
                 continue;
             }
-            match self.start(part, wires).await {
+            match self.start(part, shared).await {
                 Ok(task) => drop(running.insert(part, Task(task))),
                 Err(e) => failures.push(e),
             }
@@ -175,85 +184,88 @@ impl Proxy {
         failures
     }
 
-    async fn start(&self, part: Part, wires: &Wires) -> Result<JoinHandle<()>, String> {
-        let (plan, stats) = (wires.plan.subscribe(), self.stats.clone());
+    async fn start(&self, part: Part, shared: &Shared) -> Result<JoinHandle<()>, String> {
+        let (plan, stats, connections) = (shared.plan.subscribe(), self.stats.clone(), shared.connections.clone());
         Ok(match part {
-            Part::Gate(port) => {
-                // From everywhere: this is what sites dial.
+            Part::EdgeListener(port) => {
+                // On all addresses: sites dial the public one.
                 let listener = listen(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), port)).await?;
-                let gate = Gate { plan, identity: wires.identity.subscribe(), tunnels: wires.tunnels.clone(), stats };
-                tokio::spawn(gate.run(listener))
+                let edges = EdgeListener { plan, identity: shared.identity.subscribe(), connections, stats };
+                tokio::spawn(edges.run(listener))
             }
-            Part::Entrance(kind, address) => {
+            Part::Ingress(kind, address) => {
                 let listener = listen(address).await?;
-                tokio::spawn(Entrance { plan, tunnels: wires.tunnels.clone(), stats }.run(listener, kind))
+                tokio::spawn(Ingress { plan, connections, stats }.run(listener, kind))
             }
-            Part::Dialled => {
-                let listener = self.dialled.as_ref().ok_or_else(|| "there is no listener for connections by address".to_owned())?;
-                // Another handle of the same socket: it is the one that the program hands connections to.
+            Part::Intercepted => {
+                let listener = self.intercepted.as_ref().ok_or_else(|| "no listener for intercepted connections exists".to_owned())?;
+                // The program hands connections to this socket, so its handle is duplicated.
                 let handle = listener.try_clone().and_then(TcpListener::from_std);
-                let listener = handle.map_err(|e| format!("use the listener for connections by address: {e}"))?;
-                tokio::spawn(Entrance { plan, tunnels: wires.tunnels.clone(), stats }.run(listener, Kind::Dialled))
+                let listener = handle.map_err(|e| format!("cannot use the listener for intercepted connections: {e}"))?;
+                tokio::spawn(Ingress { plan, connections, stats }.run(listener, Kind::Intercepted))
             }
             Part::Dialler => {
-                let (clouds, identity) = (wires.clouds.subscribe(), wires.identity.subscribe());
-                tokio::spawn(dial::run(clouds, identity, Edge { plan, stats }, wires.up.clone()))
+                let (clouds, identity) = (shared.clouds.subscribe(), shared.identity.subscribe());
+                tokio::spawn(dial::run(clouds, identity, EdgeServer { plan, stats }, shared.established.clone()))
             }
         })
     }
 
-    fn parts(&self, plan: &Plan, dialled: bool) -> Vec<Part> {
-        // `:PORT` is the node's own address, as upstream has it: what the Service's endpoints are. A gateway node may be on the internet,
-        // and a kubelet's read-only port asks nobody who he is.
+    fn parts(&self, plan: &ProxyPlan, intercepted: bool) -> Vec<Part> {
+        // `:PORT` means the node's own address, as in OpenYurt's Raven, which is also the Service's endpoint. A gateway node may have a public
+        // address, and a kubelet's read-only port has no authentication.
         let own = plan.directory.address_of(&self.settings.node).filter(|own| is_here(*own));
         let here = |address: SocketAddr, port: u16| match (address.ip(), own) {
             (ip, Some(own)) if ip == Ipv6Addr::UNSPECIFIED => SocketAddr::new(own, port),
             (ip, _) => SocketAddr::new(ip, port),
         };
         match &plan.role {
-            Role::None => Vec::new(),
-            Role::Edge(_) => vec![Part::Dialler],
-            Role::Cloud { port, .. } => {
+            ProxyRole::None => Vec::new(),
+            ProxyRole::Edge(_) => vec![Part::Dialler],
+            ProxyRole::Cloud { port, .. } => {
                 let secure = plan.directory.ports.https.iter().map(|port| {
                     let listener = if *port == KUBELET_PORT { self.settings.secure.port() } else { secure_listener(*port) };
-                    Part::Entrance(Kind::Secure(*port), here(self.settings.secure, listener))
+                    Part::Ingress(Kind::Secure(*port), here(self.settings.secure, listener))
                 });
-                let insecure = Part::Entrance(Kind::Insecure, here(self.settings.insecure, self.settings.insecure.port()));
-                [Part::Gate(*port), insecure].into_iter().chain(dialled.then_some(Part::Dialled)).chain(secure).collect()
+                let insecure = Part::Ingress(Kind::Insecure, here(self.settings.insecure, self.settings.insecure.port()));
+                [Part::EdgeListener(*port), insecure].into_iter().chain(intercepted.then_some(Part::Intercepted)).chain(secure).collect()
             }
         }
     }
 }
 
-/// Whether this machine has the address; the Node's InternalIP may be on a box in front of it (`--node-ip`).
+/// True if this machine has the address. The Node's InternalIP may belong to a router in front of it (`--node-ip`).
 fn is_here(address: IpAddr) -> bool {
     std::net::UdpSocket::bind((address, 0)).is_ok()
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, String> {
     let bound = match TcpListener::bind(address).await {
-        // `[::]` needs IPv6 in the kernel; without it, all of IPv4.
+        // A kernel without IPv6 refuses `[::]`; then all IPv4 addresses are used.
         Err(_) if address.ip().is_unspecified() && address.is_ipv6() => TcpListener::bind(("0.0.0.0", address.port())).await,
         bound => bound,
     };
-    bound.map_err(|e| format!("listen on TCP port {}: {e} (does another program use it? `ss -ltnp`)", address.port()))
+    bound.map_err(|e| format!("cannot listen on TCP port {}: {e}; find the program that uses it with `ss -ltnp`", address.port()))
 }
 
-/// What joins the parts: each is written in one place and followed in others.
-struct Wires {
-    plan: watch::Sender<Arc<Plan>>,
-    /// What a certificate is needed for; the keeper follows it …
+/// Channels and state that connect the parts. Each has one writer.
+struct Shared {
+    /// Written by [`Proxy::run`].
+    plan: watch::Sender<Arc<ProxyPlan>>,
+    /// The purpose of the certificate. Written by [`Proxy::run`], read by the enrolment.
     wanted: watch::Sender<Wanted>,
-    /// … and writes these two.
+    /// Written by the enrolment.
     identity: watch::Sender<Option<Arc<Identity>>>,
+    /// Why there is no identity. Written by the enrolment.
     problem: watch::Sender<Option<String>>,
-    /// Whom the dialler dials, and who is up.
+    /// Cloud nodes to dial. Written by [`Proxy::run`], read by the dialler.
     clouds: watch::Sender<dial::Clouds>,
-    up: watch::Sender<dial::Up>,
-    tunnels: Tunnels,
+    /// Written by the dialler.
+    established: watch::Sender<dial::Established>,
+    connections: Connections,
 }
 
-impl Wires {
+impl Shared {
     fn new(stats: Stats) -> Self {
         Self {
             plan: watch::Sender::default(),
@@ -261,17 +273,16 @@ impl Wires {
             identity: watch::Sender::default(),
             problem: watch::Sender::default(),
             clouds: watch::Sender::default(),
-            up: watch::Sender::default(),
-            tunnels: Tunnels::new(stats),
+            established: watch::Sender::default(),
+            connections: Connections::new(stats),
         }
     }
 
-    fn tell(&self, plan: &Arc<Plan>, ca: String) {
-        self.wanted.send_if_modified(|have| replace(have, (purpose(plan), ca)));
+    fn publish(&self, plan: &Arc<ProxyPlan>) {
+        self.wanted.send_if_modified(|have| replace(have, (purpose(plan), plan.ca.clone())));
         self.plan.send_if_modified(|have| replace(have, plan.clone()));
-        match &plan.role {
-            Role::Edge(clouds) => drop(self.clouds.send_if_modified(|have| replace(have, clouds.clone()))),
-            Role::None | Role::Cloud { .. } => {}
+        if let ProxyRole::Edge(clouds) = &plan.role {
+            self.clouds.send_if_modified(|have| replace(have, clouds.clone()));
         }
     }
 }
@@ -284,37 +295,41 @@ fn replace<T: PartialEq>(have: &mut T, want: T) -> bool {
     changed
 }
 
-fn purpose(plan: &Plan) -> Purpose {
+fn purpose(plan: &ProxyPlan) -> Purpose {
     match &plan.role {
-        Role::None => Purpose::None,
-        Role::Edge(_) => Purpose::Client(plan.uid.clone()),
-        Role::Cloud { names, .. } => Purpose::Server(names.clone()),
+        ProxyRole::None => Purpose::None,
+        ProxyRole::Edge(_) => Purpose::Client(plan.uid.clone()),
+        ProxyRole::Cloud { names, .. } => Purpose::Server(names.clone()),
     }
 }
 
-fn status(role: &Role, ready: bool, up: &dial::Up, failures: Vec<String>) -> Option<ProxyStatus> {
-    let (tunnels, ready, words): (Vec<String>, bool, String) = match role {
-        Role::None => return None,
-        Role::Cloud { .. } => {
-            // Who has a tunnel here says so itself; a list of them all, at each change of one, would go to everybody who watches.
-            let words = if ready { "takes tunnels and requests; who has a tunnel here: /tunnels on the metrics port" } else { "not ready" };
-            (Vec::new(), ready, words.to_owned())
-        }
-        Role::Edge(clouds) => {
-            let missing: Vec<&str> = clouds.keys().filter(|cloud| !up.contains_key(*cloud)).map(String::as_str).collect();
-            let words = match (clouds.is_empty(), missing.as_slice()) {
-                (true, _) => "no exposed Gateway has an elected proxy node, so there is nobody to dial".to_owned(),
-                (false, []) => "a tunnel to every cloud gateway node".to_owned(),
-                (false, missing) => format!("no tunnel to {}", missing.join(", ")),
+fn status(role: &ProxyRole, ready: bool, established: &dial::Established, failures: Vec<String>) -> Option<ProxyStatus> {
+    let (tunnels, ready, summary): (Vec<String>, bool, String) = match role {
+        ProxyRole::None => return None,
+        ProxyRole::Cloud { .. } => {
+            // Edges publish their connections themselves. A list here would be sent to every watcher at each change.
+            let summary = if ready {
+                "accepts proxy connections and requests; GET /connections on the metrics port lists the connections"
+            } else {
+                "the proxy is not ready"
             };
-            (up.keys().cloned().collect(), !up.is_empty(), words)
+            (Vec::new(), ready, summary.to_owned())
+        }
+        ProxyRole::Edge(clouds) => {
+            let missing: Vec<&str> = clouds.keys().filter(|cloud| !established.contains_key(*cloud)).map(String::as_str).collect();
+            let summary = match (clouds.is_empty(), missing.as_slice()) {
+                (true, _) => "no exposed Gateway has an elected proxy node that can be dialled".to_owned(),
+                (false, []) => "connected to every cloud gateway node".to_owned(),
+                (false, missing) => format!("no proxy connection to {}", missing.join(", ")),
+            };
+            (established.keys().cloned().collect(), !established.is_empty(), summary)
         }
     };
-    let message = failures.into_iter().chain([words]).collect::<Vec<_>>().join("; ");
+    let message = failures.into_iter().chain([summary]).collect::<Vec<_>>().join("; ");
     Some(ProxyStatus { ready, message, tunnels })
 }
 
-/// Ends with the value.
+/// A task that is aborted on drop.
 struct Task(JoinHandle<()>);
 
 impl Drop for Task {

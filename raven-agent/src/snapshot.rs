@@ -1,26 +1,15 @@
-//! The last topology on disk: a node boots and forwards without an API server.
+//! The last topology on disk, from which a node boots and forwards without an API server.
 
-use std::{
-    fs::{self, File},
-    io::{self, Write},
-    path::Path,
-};
+use std::{fs, io, path::Path};
 
-use crate::topology::Inputs;
+use crate::{atomic_file, topology::Inputs};
 
-/// Writes the snapshot, whole or not at all.
+/// Writes the snapshot.
 pub fn save(path: &Path, inputs: &Inputs) -> io::Result<()> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    let beside = path.with_extension("new");
-    let mut file = File::create(&beside)?;
-    file.write_all(&serde_json::to_vec_pretty(&lean(inputs))?)?;
-    file.sync_all()?;
-    fs::rename(&beside, path)
+    atomic_file::write(path, &serde_json::to_vec_pretty(&lean(inputs))?)
 }
 
-/// Reads it; `None`: there is none. A broken one is an error, and no reason not to start.
+/// Reads the snapshot; `None` if it does not exist. A file that does not parse is an error; the agent then starts without it.
 pub fn load(path: &Path) -> io::Result<Option<Inputs>> {
     match fs::read(path) {
         Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
@@ -29,7 +18,7 @@ pub fn load(path: &Path) -> io::Result<Option<Inputs>> {
     }
 }
 
-/// Without what only the API server cares for; also what two snapshots are compared by.
+/// The inputs in a fixed order and without the fields that no plan uses. Two snapshots are compared in this form.
 pub fn lean(inputs: &Inputs) -> Inputs {
     let mut inputs = inputs.clone();
     for gateway in &mut inputs.gateways {
@@ -39,7 +28,7 @@ pub fn lean(inputs: &Inputs) -> Inputs {
     for node in &mut inputs.gateway_nodes {
         node.metadata.managed_fields = None;
         node.metadata.resource_version = None;
-        // Observations are no input; without them a handshake somewhere is no change here.
+        // Observations are not an input: without them, a handshake of another node is no change.
         node.status = None;
     }
     inputs.gateways.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
@@ -52,14 +41,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_saved_is_loaded_and_half_a_file_is_an_error() {
+    fn saved_snapshot_loads_and_a_truncated_one_is_an_error() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("topology.json");
         assert_eq!(load(&path).expect("no file is no error"), None);
         let inputs = Inputs { gateways: vec![raven_api::Gateway::new("cloud", Default::default())], ..Inputs::default() };
         save(&path, &inputs).expect("saved");
         assert_eq!(load(&path).expect("loaded"), Some(inputs));
-        fs::write(&path, b"{\"gateways\": [").expect("cut short");
+        fs::write(&path, b"{\"gateways\": [").expect("truncated");
         assert!(load(&path).is_err());
     }
 }

@@ -1,6 +1,6 @@
-//! What is around us and not ours to change, but stops packets all the same: found, and said with the remedy.
+//! Settings, routes and firewall rules of other programs that stop Raven's packets: detected and reported with the remedy.
 //!
-//! Looked at after each run. What belongs to us is mended elsewhere; nothing here changes anything.
+//! This module only reads. Raven's own objects are restored by the drivers.
 
 use std::{collections::BTreeSet, fs, net::IpAddr};
 
@@ -9,16 +9,16 @@ use nftables::helper;
 use serde_json::Value;
 
 use crate::{
-    diff::Device,
     link::Links,
     names,
-    plan::{Indexes, Plan},
+    plan::Plan,
+    state::{Device, Indexes},
 };
 
-/// Complaints, one sentence each.
-pub async fn look(links: &Links, plan: &Plan, indexes: Indexes, uplink: &str) -> Vec<String> {
+/// What stops packets, one sentence each.
+pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &str) -> Vec<String> {
     let mut complaints = forwarding(|path| fs::read_to_string(path).ok());
-    complaints.extend(winning_routes(links, plan, indexes).await);
+    complaints.extend(overriding_routes(links, plan, indexes).await);
     if let Ok(ruleset) = ruleset().await {
         complaints.extend(forward_drops(&ruleset, &own_prefixes(plan)));
         complaints.extend(blocked_ports(&ruleset, uplink, plan.tunnel.as_ref().map(|t| t.port)));
@@ -26,19 +26,21 @@ pub async fn look(links: &Links, plan: &Plan, indexes: Indexes, uplink: &str) ->
     complaints
 }
 
-/// Pods are reached by forwarding; a node that does not forward has none that can be reached.
+/// Pods are reached by forwarding, so a node that does not forward has no reachable pods.
 fn forwarding(read: impl Fn(&str) -> Option<String>) -> Vec<String> {
     let off = |path: &str| read(path).is_some_and(|value| value.trim() == "0");
     let mut complaints = Vec::new();
     if off("/proc/sys/net/ipv4/ip_forward") {
-        complaints
-            .push("IPv4 forwarding is off on this node, so its pods reach nobody outside: sysctl -w net.ipv4.ip_forward=1".to_owned());
+        complaints.push(
+            "IPv4 forwarding is off on this node, so its pods have no connections to other nodes: sysctl -w net.ipv4.ip_forward=1"
+                .to_owned(),
+        );
     }
     complaints
 }
 
-/// Somebody's rule or route that takes our packets: asks the kernel where one address of each pool's would go.
-async fn winning_routes(links: &Links, plan: &Plan, indexes: Indexes) -> Vec<String> {
+/// Rules or routes of other programs that match before Raven's: looks up the route to one address of each pool.
+async fn overriding_routes(links: &Links, plan: &Plan, indexes: Indexes) -> Vec<String> {
     let mut asked = BTreeSet::new();
     let mut complaints = Vec::new();
     for (prefix, route) in &plan.state.routes {
@@ -52,8 +54,8 @@ async fn winning_routes(links: &Links, plan: &Plan, indexes: Indexes) -> Vec<Str
             let name = links.name(found.index).await.unwrap_or_else(|| found.index.to_string());
             let table = found.table.map_or(String::new(), |t| format!(" (table {t})"));
             complaints.push(format!(
-                "packets for {prefix} leave by {name}{table} and not by Raven: a rule before {} or a route of somebody else wins; \
-                 look at `ip rule` and `ip route get {}`",
+                "packets for {prefix} leave by {name}{table} and not by Raven: a rule before {} or a route of another program matches first; \
+                 compare `ip rule` and `ip route get {}`",
                 names::RULE_PRIORITY,
                 probe(prefix)
             ));
@@ -62,7 +64,7 @@ async fn winning_routes(links: &Links, plan: &Plan, indexes: Indexes) -> Vec<Str
     complaints
 }
 
-/// An address inside a prefix that a pod might have.
+/// An address inside a prefix that a pod may have.
 fn probe(prefix: &IpNet) -> IpAddr {
     prefix.hosts().nth(1).unwrap_or(prefix.addr())
 }
@@ -81,17 +83,16 @@ fn objects<'a>(ruleset: &'a Value, kind: &'a str) -> impl Iterator<Item = &'a Va
     ruleset["nftables"].as_array().into_iter().flatten().filter_map(move |o| o.get(kind))
 }
 
-/// A FORWARD policy of DROP, in either backend of iptables that nft shows or in nft itself, under which nothing lets this
-/// node's pods through.
+/// FORWARD chains with policy DROP (of nft, or of iptables as nft shows it) in whose table no rule accepts this node's pods.
 fn forward_drops(ruleset: &Value, own: &[IpNet]) -> Vec<String> {
     let drops = objects(ruleset, "chain").filter(|c| c["hook"] == "forward" && c["policy"] == "drop");
     drops
-        .filter(|chain| !lets_pods_through(ruleset, chain, own))
+        .filter(|chain| !accepts_pods(ruleset, chain, own))
         .map(|chain| {
             let (family, table) = (text(chain, "family"), text(chain, "table"));
             format!(
-                "chain {} of {family} table {table} drops what is forwarded (policy DROP, as docker and hardened systems set it), and no rule \
-                 there accepts {}: packets from other pools do not reach this node's pods. Accept them: \
+                "chain {} of {family} table {table} drops forwarded packets (policy DROP, as docker and hardened systems set it), and no rule \
+                 accepts {}: packets from other pools do not reach this node's pods. Accept them: \
                  iptables -I FORWARD -i {} -j ACCEPT; iptables -I FORWARD -o {} -j ACCEPT",
                 text(chain, "name"),
                 own.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or "),
@@ -106,29 +107,29 @@ fn text<'a>(object: &'a Value, key: &str) -> &'a str {
     object[key].as_str().unwrap_or("?")
 }
 
-/// Any rule of the same table that accepts and speaks of our devices, of a prefix that holds a pod prefix of this node, or
-/// of nothing at all. Chains are not followed: a rule in a chain that nobody jumps to would be strange.
-fn lets_pods_through(ruleset: &Value, chain: &Value, own: &[IpNet]) -> bool {
+/// True if a rule of the same table accepts and matches on Raven's devices, on a prefix that contains this node's pod prefixes, or on
+/// nothing. Jumps are not followed: a rule in an unused chain is unlikely.
+fn accepts_pods(ruleset: &Value, chain: &Value, own: &[IpNet]) -> bool {
     let v4 = chain["family"] != "ip6";
     let mine: Vec<&IpNet> = own.iter().filter(|p| p.addr().is_ipv4() == v4 || chain["family"] == "inet").collect();
     if mine.is_empty() {
         return true;
     }
-    accepts(ruleset, chain, |matching| speaks_of(matching, &mine))
+    accepts(ruleset, chain, |condition| matches_pods(condition, &mine))
 }
 
-/// True if a rule of the chain's table accepts, and says `wanted` in one of its conditions, or has none.
+/// True if a rule of the chain's table accepts, and has either no condition or one that `wanted` selects.
 fn accepts(ruleset: &Value, chain: &Value, wanted: impl Fn(&Value) -> bool) -> bool {
     let rules = objects(ruleset, "rule").filter(|r| r["family"] == chain["family"] && r["table"] == chain["table"]);
     rules.map(|rule| rule["expr"].as_array().map_or(&[][..], Vec::as_slice)).any(|statements| {
-        // What nft does not understand itself (`-m conntrack` of iptables) is a condition, too, and says nothing that we look for.
+        // An extension that nft does not translate (`-m conntrack` of iptables) is a condition too, and is never selected.
         let mut conditions = statements.iter().filter_map(|s| s.get("match").or_else(|| s.get("xt"))).peekable();
         statements.iter().any(|s| s.get("accept").is_some()) && (conditions.peek().is_none() || conditions.any(&wanted))
     })
 }
 
-fn speaks_of(matching: &Value, own: &[&IpNet]) -> bool {
-    let right = &matching["right"];
+fn matches_pods(condition: &Value, own: &[&IpNet]) -> bool {
+    let right = &condition["right"];
     if matches!(right.as_str(), Some(names::OVERLAY | names::TUNNEL)) {
         return true;
     }
@@ -137,16 +138,16 @@ fn speaks_of(matching: &Value, own: &[&IpNet]) -> bool {
     prefix.is_some_and(|p| own.iter().all(|o| p.contains(*o)))
 }
 
-/// An INPUT policy of DROP that nobody opened for our ports.
+/// INPUT chains with policy DROP in whose table no rule opens Raven's ports.
 fn blocked_ports(ruleset: &Value, uplink: &str, tunnel: Option<u16>) -> Vec<String> {
     let drops: Vec<&Value> = objects(ruleset, "chain").filter(|c| c["hook"] == "input" && c["policy"] == "drop").collect();
     let ports = [(raven_common::OVERLAY_PORT, "the overlay"), (tunnel.unwrap_or(0), "the WireGuard tunnel")];
     let mut complaints = Vec::new();
     for chain in drops.iter().filter(|c| c["family"] != "ip6") {
         for (port, what) in ports.iter().filter(|(port, _)| *port != 0) {
-            if !accepts(ruleset, chain, |matching| opens(&matching["right"], *port) || matching["right"] == uplink) {
+            if !accepts(ruleset, chain, |condition| opens(&condition["right"], *port) || condition["right"] == uplink) {
                 complaints.push(format!(
-                    "chain {} of {} table {} drops what comes in (policy DROP) and does not open UDP {port}, which {what} needs: \
+                    "chain {} of {} table {} drops incoming packets (policy DROP) and does not accept UDP port {port}, which {what} needs: \
                      iptables -I INPUT -p udp --dport {port} -j ACCEPT",
                     text(chain, "name"),
                     text(chain, "family"),
@@ -158,7 +159,7 @@ fn blocked_ports(ruleset: &Value, uplink: &str, tunnel: Option<u16>) -> Vec<Stri
     complaints
 }
 
-/// A port, a set or a range with it.
+/// True if the right side of a match is this port, or a set or range that contains it.
 fn opens(right: &Value, port: u16) -> bool {
     match right {
         Value::Number(n) => n.as_u64() == Some(u64::from(port)),
@@ -195,21 +196,21 @@ mod tests {
     }
 
     #[test]
-    fn a_forward_policy_of_drop_is_named_unless_something_lets_pods_through() {
+    fn forward_drop_is_reported_unless_a_rule_accepts_pods() {
         assert_eq!(forward_drops(&forward("accept", vec![]), &own()), Vec::<String>::new());
         let complaint = &forward_drops(&forward("drop", vec![]), &own())[0];
         assert!(complaint.contains("10.244.3.0/24") && complaint.contains("iptables -I FORWARD"), "{complaint}");
         assert_eq!(forward_drops(&forward("drop", vec![from("192.168.0.0", 16)]), &own()).len(), 1, "another prefix");
-        // flannel's: the whole cluster's prefix. The IPv6 prefix is none of an `ip` table's business.
+        // flannel accepts the prefix of the whole cluster. An `ip` table does not see the IPv6 prefix.
         assert_eq!(forward_drops(&forward("drop", vec![from("10.244.0.0", 16)]), &own()), Vec::<String>::new());
         let established = json!([{ "xt": { "type": "match", "name": "conntrack" } }, { "counter": {} }, { "accept": null }]);
-        assert_eq!(forward_drops(&forward("drop", vec![established]), &own()).len(), 1, "answers alone are let through");
+        assert_eq!(forward_drops(&forward("drop", vec![established]), &own()).len(), 1, "only replies are accepted");
         let device = json!([{ "match": { "op": "==", "left": { "meta": { "key": "iifname" } }, "right": "raven0" } }, { "accept": null }]);
         assert_eq!(forward_drops(&forward("drop", vec![device]), &own()), Vec::<String>::new());
     }
 
     #[test]
-    fn a_closed_input_chain_is_named_with_the_port_that_it_should_open() {
+    fn input_drop_is_reported_with_the_port_to_accept() {
         let ruleset = |right: Value| {
             json!({ "nftables": [
                 { "chain": { "family": "inet", "table": "fw", "name": "in", "hook": "input", "policy": "drop" } },
@@ -224,9 +225,9 @@ mod tests {
     }
 
     #[test]
-    fn a_node_that_does_not_forward_is_told() {
+    fn disabled_forwarding_is_reported() {
         assert_eq!(forwarding(|_| Some("1\n".into())), Vec::<String>::new());
         assert_eq!(forwarding(|_| Some("0\n".into())).len(), 1);
-        assert_eq!(forwarding(|_| None), Vec::<String>::new(), "no IPv4 in this kernel");
+        assert_eq!(forwarding(|_| None), Vec::<String>::new(), "a kernel without IPv4");
     }
 }

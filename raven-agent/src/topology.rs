@@ -1,7 +1,6 @@
-//! The topology: an immutable snapshot of who belongs to which pool and how pools are reached. Everything an agent does
-//! is a function of it.
+//! The topology: an immutable snapshot of pools, their nodes and how they are reached. Every plan is a function of it.
 //!
-//! Receives API objects by way of [`build`]; gives checked types. Nothing here does I/O or reads a clock.
+//! [`build`] turns API objects into these checked types. Nothing here does I/O or reads a clock.
 
 mod build;
 mod key;
@@ -18,21 +17,21 @@ use raven_api::proxy::Ports;
 pub use self::{
     build::{Inputs, build},
     key::{PresharedKey, PublicKey},
-    settings::{AGENT_CONFIG, SWITCHES, Settings},
+    settings::ClusterSettings,
 };
 
-/// All pools, by name of their Gateway.
+/// The cluster as this agent sees it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Topology {
-    /// Pools by name.
+    /// Pools by the name of their Gateway.
     pub pools: BTreeMap<String, Pool>,
-    /// What was left out, and why: one sentence each, naming the resource.
+    /// Input that was left out and why, one sentence each; it names the resource.
     pub problems: Vec<String>,
-    /// Where the API server is: never into the tunnel.
+    /// Addresses of the API servers, which must never enter the tunnel.
     pub api_servers: BTreeSet<IpAddr>,
     /// Cluster-wide settings.
-    pub settings: Settings,
-    /// Ports of nodes that the L7 path reaches.
+    pub settings: ClusterSettings,
+    /// Ports of nodes that the L7 half reaches.
     pub ports: Ports,
     /// Certificates (PEM) of the CA that signs the proxies' certificates; empty until the controller has published one.
     pub proxy_ca: String,
@@ -41,9 +40,9 @@ pub struct Topology {
 /// The nodes of one Gateway.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pool {
-    /// Others dial its gateway nodes; packets between two pools that cannot dial each other pass through it.
+    /// Its gateway nodes are dialled by other pools, and relay between pools that cannot dial each other.
     pub exposed: bool,
-    /// Nodes by name.
+    /// All nodes, by name.
     pub members: BTreeMap<String, Member>,
     /// Elected gateway nodes of the tunnel, by node name.
     pub gateways: BTreeMap<String, GatewayPeer>,
@@ -56,16 +55,16 @@ pub struct Pool {
 pub struct Member {
     /// Outer address of overlay packets.
     pub outer: Ipv4Addr,
-    /// Its prefixes, canonical, of both families; no prefix of another pool overlaps them.
+    /// Its prefixes of both families, with host bits zero; no prefix of another pool overlaps them.
     pub prefixes: BTreeSet<IpNet>,
 }
 
-/// An elected gateway node.
+/// An elected gateway node of the tunnel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GatewayPeer {
-    /// Its WireGuard key, once it has published one.
+    /// Its WireGuard public key, once it has published one.
     pub key: Option<PublicKey>,
-    /// Where others reach it; `None`: nobody can dial it, it dials.
+    /// Its endpoint; `None` if it cannot be dialled and dials itself.
     pub dial: Option<SocketAddr>,
     /// UDP port that its tunnel listens on.
     pub port: u16,
@@ -74,30 +73,30 @@ pub struct GatewayPeer {
 /// An elected gateway node of the L7 proxy.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProxyPeer {
-    /// Host (address or name) and TCP port where others dial it; `None`: nobody can, it dials.
+    /// Host (address or name) and TCP port that edges dial; `None` if it cannot be dialled and dials itself.
     pub dial: Option<(String, u16)>,
     /// TCP port that it listens on.
     pub port: u16,
-    /// It works, as far as it can be seen from outside. Of exposed pools only.
+    /// The proxy works, as edges and the controller observe it. Only set in exposed pools.
     pub ready: bool,
-    /// UID of its Node object, where the controller has told it.
+    /// UID of its Node object, if the controller has published it.
     pub uid: Option<String>,
 }
 
 impl Topology {
-    /// The pool of a node, by name.
+    /// Name and pool of the Gateway that a node belongs to.
     pub fn pool_of(&self, node: &str) -> Option<(&str, &Pool)> {
         self.pools.iter().find(|(_, pool)| pool.members.contains_key(node)).map(|(name, pool)| (name.as_str(), pool))
     }
 }
 
 impl Pool {
-    /// Gateway nodes that can be talked to: those that have published a key.
+    /// Gateway nodes that have published a key.
     pub fn usable(&self) -> impl Iterator<Item = (&str, PublicKey, &GatewayPeer)> {
         self.gateways.iter().filter_map(|(name, peer)| Some((name.as_str(), peer.key?, peer)))
     }
 
-    /// True if somebody outside can dial one of its gateway nodes.
+    /// True if other pools can dial one of its gateway nodes.
     pub fn dialable(&self) -> bool {
         self.usable().any(|(_, _, peer)| peer.dial.is_some())
     }

@@ -1,7 +1,7 @@
-//! The driver of WireGuard: in the kernel where it has it, else the embedded engine on a TUN device. Chosen by itself.
+//! The WireGuard driver: the kernel's module where it exists, else the embedded engine on a TUN device.
 //!
-//! Both are spoken to through `wireguard-control`; what differs between them is said where it matters. The device, its key
-//! and its peers outlive the agent: the kernel keeps its own, and the engine is a process of its own ([`engine`]).
+//! Both are configured through `wireguard-control`; comments below mark where they differ. Device, key and peers outlive the agent: the
+//! kernel keeps its own, and the engine runs in a separate process ([`engine`]).
 
 pub mod engine;
 mod key;
@@ -17,52 +17,55 @@ use ipnet::IpNet;
 use netlink_packet_route::link::InfoKind;
 use wireguard_control::{Device, DeviceUpdate, InterfaceName, Key, PeerConfigBuilder, PeerInfo};
 
-pub use self::key::{load_or_make as load_or_make_key, load_preshared};
+pub use self::key::{load_or_create as load_or_create_key, load_preshared};
 use crate::{
-    diff::Peer,
     link::{self, Links},
     names,
+    state::{Change, Peer, Preshared},
     topology::{PresharedKey, PublicKey},
 };
+pub use wireguard_control::Key as PrivateKey;
 
-/// A session that is older than this is dead: WireGuard rejects it (whitepaper §6.1, Reject-After-Time).
+/// WireGuard rejects packets of a session older than this (whitepaper §6.1, Reject-After-Time).
 const SESSION_LIFE: Duration = Duration::from_secs(180);
 
-/// What can go wrong with the tunnel.
+/// A WireGuard operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The device.
+    /// An operation on the device failed.
     #[error(transparent)]
     Link(#[from] link::Error),
-    /// The embedded engine did not come up.
-    #[error("start the embedded WireGuard engine: {0} (is /dev/net/tun there, and may the agent use it?)")]
+    /// The embedded engine does not start or stop.
+    #[error("the embedded WireGuard engine: {0}; it needs /dev/net/tun and CAP_NET_ADMIN")]
     Engine(String),
-    /// The key file.
-    #[error("WireGuard key {path}: {reason}")]
+    /// A key file cannot be read or written.
+    #[error("cannot use key file {path}: {reason}")]
     Key {
-        /// The file.
+        /// Path of the file.
         path: String,
-        /// Why.
-        reason: String,
+        /// The error of the file system.
+        reason: std::io::Error,
     },
-    /// A request to WireGuard.
-    #[error("{action}: {source}")]
+    /// A request to WireGuard failed.
+    #[error("cannot {action}: {reason}")]
     Request {
-        /// What was tried.
+        /// The attempted action.
         action: String,
-        /// Why not.
-        source: std::io::Error,
+        /// The error that WireGuard returned.
+        reason: std::io::Error,
     },
+    /// A peer cannot be configured because the tunnel device is missing.
+    #[error("cannot configure peer {0}: the tunnel device is missing; the agent retries after it has created the device")]
+    NoDevice(PublicKey),
 }
 
 impl Error {
-    /// Nobody answered in time.
-    fn is_silence(&self) -> bool {
-        matches!(self, Self::Request { source, .. } if source.kind() == std::io::ErrorKind::TimedOut)
+    fn is_timeout(&self) -> bool {
+        matches!(self, Self::Request { reason, .. } if reason.kind() == std::io::ErrorKind::TimedOut)
     }
 }
 
-/// Who does WireGuard on this node.
+/// The implementation of WireGuard on this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
     /// The kernel's module.
@@ -72,7 +75,7 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// As status and logs have it.
+    /// Name in status and logs.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Kernel => "kernel",
@@ -81,7 +84,7 @@ impl Backend {
     }
 }
 
-/// The device, ready to take peers.
+/// The tunnel device.
 #[derive(Clone)]
 pub struct Tunnel {
     backend: Backend,
@@ -89,29 +92,30 @@ pub struct Tunnel {
 }
 
 impl Tunnel {
-    /// Sees to it that the device is there, and somebody who answers for it.
+    /// Ensures that the device exists and its WireGuard implementation responds.
     pub async fn ensure(links: &Links) -> Result<Self, Error> {
         let backend = ensure_device(links).await?;
-        let name: InterfaceName = names::TUNNEL.parse().map_err(|_| Error::Engine(format!("{} is no device name", names::TUNNEL)))?;
+        let name: InterfaceName =
+            names::TUNNEL.parse().map_err(|_| Error::Engine(format!("{} is not a valid device name", names::TUNNEL)))?;
         let tunnel = Self { backend, name };
-        if backend == Backend::Userspace && tunnel.device().await.is_err_and(|e| e.is_silence()) {
-            tracing::warn!("the embedded WireGuard engine has not answered for {ANSWER:?}: starting it anew");
+        if backend == Backend::Userspace && tunnel.device().await.is_err_and(|e| e.is_timeout()) {
+            tracing::warn!(timeout_s = ANSWER.as_secs(), "the embedded WireGuard engine does not respond; restarting it");
             engine::kill(names::TUNNEL).await?;
             engine::start(names::TUNNEL).await?;
         }
         Ok(tunnel)
     }
 
-    /// Who does WireGuard here.
+    /// The implementation of WireGuard.
     pub fn backend(&self) -> Backend {
         self.backend
     }
 
-    /// Gives it its key and its port. Should that fail, what it has goes on working.
+    /// Sets key and port. If that fails, the device keeps its previous settings.
     pub async fn configure(&self, key: Key, port: u16) -> Result<(), Error> {
         let device = self.device().await?;
-        // The engine does not tell its key; setting the one that it has is nothing to it. The kernel's is compared:
-        // setting it anew would drop all sessions.
+        // The engine does not report its key, and setting the same key has no effect there. The kernel drops all sessions when
+        // a key is set, so its key is compared first.
         if self.backend == Backend::Userspace || device.private_key.as_ref() != Some(&key) {
             self.update(DeviceUpdate::new().set_private_key(key), format!("set the key of {}", self.name)).await?;
         }
@@ -119,26 +123,26 @@ impl Tunnel {
             return Ok(());
         }
         let action = format!("set UDP port {port} of {} (is another program using the port?)", self.name);
-        // The engine gives its old port up before it asks for the new one; the kernel after it has it.
+        // The engine closes its old port before it binds the new one; the kernel closes it afterwards.
         if self.backend == Backend::Userspace && is_taken(port) {
-            return Err(Error::Request { action, source: std::io::ErrorKind::AddrInUse.into() });
+            return Err(Error::Request { action, reason: std::io::ErrorKind::AddrInUse.into() });
         }
         self.update(DeviceUpdate::new().set_listen_port(port), action).await
     }
 
-    /// Whether it has a port to receive by.
+    /// True if the device listens on a port.
     pub async fn has_port(&self) -> bool {
         self.device().await.is_ok_and(|device| device.listen_port.is_some_and(|port| port != 0))
     }
 
-    /// The peers as WireGuard has them.
+    /// The peers that WireGuard has.
     pub async fn peers(&self) -> Result<BTreeMap<PublicKey, Peer>, Error> {
         Ok(self.sessions().await?.into_iter().map(|(key, (peer, _))| (key, peer)).collect())
     }
 
-    /// The same with the age of each peer's last handshake, of one moment.
+    /// The peers with the age of their last handshake, read at one moment.
     pub async fn sessions(&self) -> Result<BTreeMap<PublicKey, (Peer, Option<Duration>)>, Error> {
-        let peers = whole(self.device().await?.peers);
+        let peers = join_parts(self.device().await?.peers);
         Ok(peers.iter().map(|(key, info)| (*key, (self.peer(info), self.age(info)))).collect())
     }
 
@@ -148,29 +152,29 @@ impl Tunnel {
             endpoint: info.config.endpoint,
             allowed,
             keepalive: info.config.persistent_keepalive_interval.filter(|k| *k != 0),
-            // The kernel says "none" by zeros.
-            preshared: info.config.preshared_key.as_ref().map(|key| PresharedKey(bytes(key))).filter(|key| key.0 != [0; 32]),
+            // The kernel reports zeros for "none".
+            preshared: info.config.preshared_key.as_ref().map(|key| PresharedKey(bytes(key))).filter(|key| key.0 != [0; 32]).into(),
             alive: self.age(info).is_some_and(|age| age < SESSION_LIFE),
         }
     }
 
-    /// How long ago the last handshake was.
+    /// Time since the last handshake.
     fn age(&self, info: &PeerInfo) -> Option<Duration> {
         let time = info.stats.last_handshake_time?;
         match self.backend {
             Backend::Kernel => SystemTime::now().duration_since(time).ok(),
-            // boringtun reports the age itself where the protocol has the time; wireguard-control takes it for a time.
+            // boringtun reports an age where the UAPI has a time; wireguard-control parses it as a time.
             Backend::Userspace => time.duration_since(UNIX_EPOCH).ok(),
         }
     }
 
-    /// Makes a peer, or changes the one that is there; what it has too much the kernel leaves it until [`Tunnel::take`].
+    /// Creates a peer or changes an existing one. In the kernel, surplus prefixes stay until [`Tunnel::take_prefixes`].
     pub async fn put_peer(&self, key: PublicKey, peer: &Peer, have: Option<&Peer>) -> Result<(), Error> {
         let updates = match self.backend {
             Backend::Kernel => updates(key, peer, have, PREFIXES),
             Backend::Userspace => {
-                // boringtun cannot change a peer (it panics): remove it first, and say all in one. The session is made anew with the
-                // next packet; the endpoint that was learned is in `peer`.
+                // boringtun panics when a peer is changed, so the peer is deleted and created in one update. The next packet starts a new
+                // session; `peer` contains the learned endpoint.
                 if have.is_some() {
                     self.delete_peer(key).await?;
                 }
@@ -178,40 +182,44 @@ impl Tunnel {
             }
         };
         for config in updates {
-            self.update(DeviceUpdate::new().add_peer(config), format!("put peer {key} into {}", self.name)).await?;
+            self.update(DeviceUpdate::new().add_peer(config), format!("configure peer {key} of {}", self.name)).await?;
         }
         Ok(())
     }
 
-    /// Takes prefixes away from whichever peer has them. The kernel would empty a peer before it fills it anew, and packets that come in
-    /// between have no peer; a prefix that another peer gets leaves its old one by that alone. So a peer gets these that nobody is, and
-    /// goes with them.
-    pub async fn take(&self, prefixes: &BTreeSet<IpNet>) -> Result<(), Error> {
-        // The engine was told the whole peer.
+    /// Removes prefixes from the peers that have them.
+    ///
+    /// Replacing a peer's list would empty it first, and packets in between would have no peer. A prefix that moves to another peer leaves
+    /// the first one by that move, so the prefixes are moved to a temporary peer, which is deleted in the same update.
+    pub async fn take_prefixes(&self, prefixes: &BTreeSet<IpNet>) -> Result<(), Error> {
+        // The engine received the whole peer in `put_peer`.
         if self.backend == Backend::Userspace {
             return Ok(());
         }
-        let nobody = Key::generate_private().get_public();
+        let temporary = Key::generate_private().get_public();
         for part in prefixes.iter().collect::<Vec<_>>().chunks(PREFIXES) {
-            let update = DeviceUpdate::new().add_peer(with_prefixes(PeerConfigBuilder::new(&nobody), part)).remove_peer_by_key(&nobody);
-            self.update(update, format!("take {} prefixes away from a peer of {}", part.len(), self.name)).await?;
+            let update =
+                DeviceUpdate::new().add_peer(with_prefixes(PeerConfigBuilder::new(&temporary), part)).remove_peer_by_key(&temporary);
+            self.update(update, format!("remove {} prefixes from peers of {}", part.len(), self.name)).await?;
         }
         Ok(())
     }
 
-    /// Makes a handshake with a peer that we dial happen now: the first one, or one with a peer that is dead. The kernel does so by itself when a keepalive is set;
-    /// boringtun waits for a packet, or for the keepalive's whole interval: a packet to nobody's port it shall have.
-    pub fn poke(&self, peer: &Peer) {
+    /// Starts a handshake with a peer that this node dials and that has no live session.
+    ///
+    /// The kernel does so when a keepalive is set. boringtun starts one only with the next packet or keepalive, so it gets a packet to
+    /// a discard port.
+    pub fn start_handshake(&self, peer: &Peer) {
         let target = peer.allowed.first().filter(|_| self.backend == Backend::Userspace && peer.endpoint.is_some());
         let Some(target) = target.map(IpNet::network) else { return };
         let any = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-        // Port 9 is `discard`. Should it fail, the keepalive does the same a little later.
+        // Port 9 is `discard` (RFC 863). If sending fails, the next keepalive starts the handshake.
         let _ = UdpSocket::bind(any).and_then(|socket| socket.send_to(&[], (target, 9)));
     }
 
-    /// Removes a peer.
+    /// Deletes a peer.
     pub async fn delete_peer(&self, key: PublicKey) -> Result<(), Error> {
-        self.update(DeviceUpdate::new().remove_peer_by_key(&control_key(key)), format!("remove a peer from {}", self.name)).await
+        self.update(DeviceUpdate::new().remove_peer_by_key(&control_key(key)), format!("delete peer {key} of {}", self.name)).await
     }
 
     fn control(&self) -> wireguard_control::Backend {
@@ -237,35 +245,35 @@ fn is_taken(port: u16) -> bool {
     in_use(UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).map(drop)) || in_use(UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).map(drop))
 }
 
-/// How long WireGuard may take for an answer.
+/// Timeout of a request to WireGuard.
 const ANSWER: Duration = Duration::from_secs(10);
 
-/// `wireguard-control` blocks, for ever where the embedded engine hangs.
+/// Runs a request of `wireguard-control`, which blocks: without a limit if the embedded engine hangs.
 async fn blocking<T: Send + 'static>(action: String, work: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Result<T, Error> {
     let result = match tokio::time::timeout(ANSWER, tokio::task::spawn_blocking(work)).await {
         Ok(result) => result.unwrap_or_else(|e| Err(std::io::Error::other(e))),
         Err(late) => Err(std::io::Error::new(std::io::ErrorKind::TimedOut, late)),
     };
-    result.map_err(|source| Error::Request { action, source })
+    result.map_err(|reason| Error::Request { action, reason })
 }
 
-/// Prefixes of one peer that fit into a request to the kernel, whose netlink messages have 8 KiB: an IPv6 one takes 40 bytes.
+/// Prefixes of one peer per request to the kernel: its netlink messages hold 8 KiB, of which an IPv6 prefix takes 40 bytes.
 const PREFIXES: usize = 128;
 
-/// The requests that make a peer what it should be, so many prefixes in each. What one has already stays: a packet that comes in the middle
-/// finds its peer.
+/// The requests that configure a peer, with at most `at_once` prefixes each. Prefixes that the peer has already are not touched, so a
+/// packet between two requests finds its peer.
 fn updates(key: PublicKey, peer: &Peer, have: Option<&Peer>, at_once: usize) -> Vec<PeerConfigBuilder> {
     let has = |prefix: &IpNet| have.is_some_and(|have| have.allowed.contains(prefix));
     let missing: Vec<&IpNet> = peer.allowed.iter().filter(|prefix| !has(prefix)).collect();
     let mut first = PeerConfigBuilder::new(&control_key(key)).set_persistent_keepalive_interval(peer.keepalive.unwrap_or(0));
-    // Where it was heard last meanwhile is newer than what was read.
+    // WireGuard may have learned a newer endpoint since `have` was read, so an unchanged one is not set.
     if let Some(endpoint) = peer.endpoint.filter(|endpoint| have.is_none_or(|have| have.endpoint != Some(*endpoint))) {
         first = first.set_endpoint(endpoint);
     }
-    first = match (peer.preshared, have.and_then(|have| have.preshared)) {
-        (Some(PresharedKey(key)), _) => first.set_preshared_key(key_from(key)),
-        (None, Some(_)) => first.unset_preshared_key(),
-        (None, None) => first,
+    first = match (peer.preshared, have.map(|have| have.preshared)) {
+        (Preshared::Key(PresharedKey(key)), _) => first.set_preshared_key(key_from(key)),
+        (Preshared::None, Some(Preshared::Key(_))) => first.unset_preshared_key(),
+        (Preshared::None | Preshared::Keep, _) => first,
     };
     if have.is_none() {
         first = first.replace_allowed_ips();
@@ -279,9 +287,9 @@ fn with_prefixes(config: PeerConfigBuilder, prefixes: &[&IpNet]) -> PeerConfigBu
     prefixes.iter().fold(config, |config, prefix| config.add_allowed_ip(prefix.addr(), prefix.prefix_len()))
 }
 
-/// The kernel tells a peer with many prefixes in several parts, of which the first alone says more than the key (`uapi/linux/wireguard.h`,
-/// WG_CMD_GET_DEVICE).
-fn whole(parts: Vec<PeerInfo>) -> BTreeMap<PublicKey, PeerInfo> {
+/// Joins the parts of each peer. The kernel splits a peer with many prefixes into several messages, of which only the first has more
+/// than key and prefixes (`uapi/linux/wireguard.h`, WG_CMD_GET_DEVICE).
+fn join_parts(parts: Vec<PeerInfo>) -> BTreeMap<PublicKey, PeerInfo> {
     let mut peers: BTreeMap<PublicKey, PeerInfo> = BTreeMap::new();
     for part in parts {
         match peers.entry(public_key(&part.config.public_key)) {
@@ -292,7 +300,7 @@ fn whole(parts: Vec<PeerInfo>) -> BTreeMap<PublicKey, PeerInfo> {
     peers
 }
 
-/// A key as `wireguard-control` has it, which takes one only as text.
+/// The key in the type of `wireguard-control`, which is only constructed from base64.
 fn control_key(key: PublicKey) -> Key {
     key_from(key.0)
 }
@@ -311,18 +319,22 @@ fn bytes(key: &Key) -> [u8; 32] {
     bytes
 }
 
-/// The public half.
+/// The public key of a private key.
 pub fn public(key: &Key) -> PublicKey {
     public_key(&key.get_public())
 }
 
-/// The device that is there decides; where there is none, the kernel is asked first.
+/// Ensures that the device exists. An existing one determines the backend; otherwise the kernel's WireGuard is tried first.
 async fn ensure_device(links: &Links) -> Result<Backend, Error> {
     match links.find(names::TUNNEL).await? {
         Some(found) if found.kind == Some(InfoKind::Wireguard) => return Ok(Backend::Kernel),
         Some(_) if engine::is_running(names::TUNNEL) => return Ok(Backend::Userspace),
         Some(other) => {
-            tracing::warn!(ifname = names::TUNNEL, kind = ?other.kind, "a device of this name belongs to no WireGuard; making it anew");
+            tracing::warn!(
+                ifname = names::TUNNEL,
+                kind = other.kind_name(),
+                "a device of another kind has the tunnel's name; recreating it"
+            );
             links.delete_device(names::TUNNEL).await?;
         }
         None => {}
@@ -330,7 +342,7 @@ async fn ensure_device(links: &Links) -> Result<Backend, Error> {
     match links.add_wireguard(names::TUNNEL).await {
         Ok(()) => Ok(Backend::Kernel),
         Err(e) if e.is_unsupported() => {
-            tracing::info!("this kernel has no WireGuard: starting the embedded engine on a TUN device");
+            tracing::info!("the kernel has no WireGuard; starting the embedded engine on a TUN device");
             engine::start(names::TUNNEL).await?;
             Ok(Backend::Userspace)
         }
@@ -338,11 +350,11 @@ async fn ensure_device(links: &Links) -> Result<Backend, Error> {
     }
 }
 
-/// Takes the device away, whoever does WireGuard; true if it was there.
-pub async fn remove(links: &Links) -> Result<bool, Error> {
+/// Deletes the device, with either backend, if it exists.
+pub async fn remove(links: &Links) -> Result<Change, Error> {
     if engine::is_running(names::TUNNEL) {
         engine::stop(names::TUNNEL).await?;
-        return Ok(true);
+        return Ok(Change::ONE);
     }
     Ok(links.delete_device(names::TUNNEL).await?)
 }
@@ -358,30 +370,31 @@ mod tests {
     }
 
     fn peer(allowed: BTreeSet<IpNet>) -> Peer {
-        Peer { endpoint: "192.0.2.1:51820".parse().ok(), allowed, keepalive: Some(15), preshared: None, alive: false }
+        Peer { endpoint: "192.0.2.1:51820".parse().ok(), allowed, keepalive: Some(15), preshared: Preshared::None, alive: false }
     }
 
-    fn told(updates: &[PeerConfigBuilder]) -> Vec<(bool, usize)> {
-        // Whether it replaces shows in the builder's text alone.
+    /// Per request: whether it replaces the prefixes, and their number.
+    fn requests(updates: &[PeerConfigBuilder]) -> Vec<(bool, usize)> {
+        // The builder shows the flag only in its Debug text.
         let replaces = |update: &PeerConfigBuilder| format!("{update:?}").contains("replace_allowed_ips: true");
         updates.iter().map(|u| (replaces(u), u.clone().into_peer_config().allowed_ips.len())).collect()
     }
 
     #[test]
-    fn a_peer_with_many_prefixes_is_told_in_parts_and_only_the_first_replaces() {
+    fn peer_with_many_prefixes_is_split_and_only_the_first_request_replaces() {
         let key = PublicKey([1; 32]);
-        assert_eq!(told(&updates(key, &peer(prefixes(0..250)), None, 100)), [(true, 100), (false, 100), (false, 50)]);
-        assert_eq!(told(&updates(key, &peer(prefixes(0..0)), None, 100)), [(true, 0)]);
+        assert_eq!(requests(&updates(key, &peer(prefixes(0..250)), None, 100)), [(true, 100), (false, 100), (false, 50)]);
+        assert_eq!(requests(&updates(key, &peer(prefixes(0..0)), None, 100)), [(true, 0)]);
     }
 
     #[test]
-    fn what_a_peer_has_already_stays_untouched() {
+    fn unchanged_prefixes_and_endpoint_are_not_sent() {
         let key = PublicKey([1; 32]);
         let have = peer(prefixes(0..150));
         for wanted in [0..152, 1..152] {
             let updates = updates(key, &peer(prefixes(wanted)), Some(&have), 100);
-            assert_eq!(told(&updates), [(false, 2)]);
-            assert_eq!(updates[0].clone().into_peer_config().endpoint, None, "WireGuard knows better where it is");
+            assert_eq!(requests(&updates), [(false, 2)]);
+            assert_eq!(updates[0].clone().into_peer_config().endpoint, None, "WireGuard may have learned a newer one");
         }
         let moved = Peer { endpoint: "192.0.2.2:1".parse().ok(), ..have.clone() };
         let updates = updates(key, &moved, Some(&have), 100);
@@ -389,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn a_peer_that_the_kernel_tells_in_parts_is_one() {
+    fn parts_of_one_peer_are_joined() {
         let part = |endpoint: Option<&str>, last: u8| {
             let mut part = PeerInfo::from_public_key(control_key(PublicKey([1; 32])));
             part.config.endpoint = endpoint.and_then(|text| text.parse().ok());
@@ -398,7 +411,7 @@ mod tests {
             part.stats.last_handshake_time = endpoint.map(|_| SystemTime::now());
             part
         };
-        let peers = whole(vec![part(Some("192.0.2.1:51820"), 1), part(None, 2), part(None, 3)]);
+        let peers = join_parts(vec![part(Some("192.0.2.1:51820"), 1), part(None, 2), part(None, 3)]);
         let tunnel = Tunnel { backend: Backend::Kernel, name: "wg0".parse().expect("a name") };
         let seen = tunnel.peer(&peers[&PublicKey([1; 32])]);
         assert_eq!(peers.len(), 1);

@@ -1,7 +1,7 @@
-//! Attaching programs so that they stay, and replacing them without a gap.
+//! Attaches programs so that they outlive the agent, and replaces them without a gap.
 //!
-//! TCX (Linux 6.6) and XDP give links, which are pinned by program and device and updated in place. Below, TC filters
-//! stay by themselves; ours have a fixed priority and handle, and are replaced under these.
+//! TCX (Linux 6.6) and XDP have links, which are pinned by program and device and updated in place. Older kernels have TC filters,
+//! which persist by themselves; Raven's have a fixed priority and handle, by which they are replaced.
 
 use std::{fs, mem, path::PathBuf};
 
@@ -12,13 +12,13 @@ use aya::programs::{
     tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcHandle},
 };
 
-use super::{Bpf, Error};
-use crate::names;
+use super::{Action, Bpf, Error};
+use crate::{names, state::Change};
 
-/// Aya's errors of several kinds, on their way to [`chain`].
-type Refusal = Box<dyn std::error::Error + Send + Sync>;
+/// Any of aya's errors; shown by [`chain`].
+type AyaError = Box<dyn std::error::Error + Send + Sync>;
 
-/// A program and where it belongs.
+/// The hook of a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Hook {
     /// TC egress of `raven0`.
@@ -36,11 +36,11 @@ pub enum Hook {
 }
 
 impl Hook {
-    /// All of them.
+    /// All hooks.
     pub const ALL: [Self; 6] =
         [Self::OverlayEgress, Self::OverlayIngress, Self::UplinkXdp, Self::UplinkIngress, Self::TunnelIngress, Self::TunnelEgress];
 
-    /// The program's name, in the object, in `bpftool` and in pins.
+    /// Name of the program in the object, in `bpftool` and in pins.
     pub fn program(self) -> &'static str {
         match self {
             Self::OverlayEgress => "overlay_egress",
@@ -52,7 +52,7 @@ impl Hook {
         }
     }
 
-    /// True if it sees what leaves the device.
+    /// True for TC egress.
     pub fn is_egress(self) -> bool {
         matches!(self, Self::OverlayEgress | Self::TunnelEgress)
     }
@@ -62,47 +62,37 @@ impl Hook {
     }
 }
 
-/// What an attachment changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Attached {
-    /// It was not there.
-    New,
-    /// Another version was there and was replaced in place.
-    Replaced,
-    /// This very program was there.
-    Unchanged,
-}
-
 impl Bpf {
-    /// Sees to it that `hook`'s program runs on the device.
-    pub fn attach(&mut self, hook: Hook, device: &str, ifindex: u32) -> Result<Attached, Error> {
+    /// Ensures that the program of `hook` is attached to the device.
+    pub fn attach(&mut self, hook: Hook, device: &str, ifindex: u32) -> Result<Change, Error> {
         self.load(hook)?;
-        let failed = |reason: String| Error::Program { action: "attach", program: hook.program(), place: format!(" to {device}"), reason };
-        // A device that was made anew has another index: the old link is of no use.
+        let failed =
+            |reason: String| Error::Program { action: Action::Attach, program: hook.program(), place: format!(" to {device}"), reason };
+        // A recreated device has another index, and its old link is stale.
         self.unpin_other_devices(hook, ifindex);
         if hook != Hook::UplinkXdp && !self.tcx {
-            let attached = self.attach_filter(hook, device).map_err(|e| failed(chain(&e)))?;
-            // A link that an agent with other settings left.
+            let change = self.attach_filter(hook, device).map_err(|e| failed(chain(&e)))?;
+            // An agent with other settings may have left a link.
             self.detach(hook);
-            return Ok(attached);
+            return Ok(change);
         }
         let path = self.pin(hook, ifindex);
         if let Ok(pinned) = PinnedLink::from_pin(&path) {
             match self.update(hook, pinned) {
-                Ok(attached) => return Ok(attached),
-                Err(e) if !is_dead(e.as_ref()) => return Err(failed(chain(e.as_ref()))),
-                Err(_) => fs::remove_file(&path).map_err(|e| failed(format!("remove the dead link {}: {e}", path.display())))?,
+                Ok(change) => return Ok(change),
+                Err(e) if !is_stale(e.as_ref()) => return Err(failed(chain(e.as_ref()))),
+                Err(_) => fs::remove_file(&path).map_err(|e| failed(format!("cannot remove the stale link {}: {e}", path.display())))?,
             }
         }
         let link = self.create(hook, device, ifindex).map_err(|e| failed(chain(e.as_ref())))?;
-        link.pin(&path).map_err(|e| failed(format!("pin the link at {}: {e}", path.display())))?;
+        link.pin(&path).map_err(|e| failed(format!("cannot pin the link at {}: {e}", path.display())))?;
         if hook != Hook::UplinkXdp {
             detach_filter(hook, device);
         }
-        Ok(Attached::New)
+        Ok(Change::ONE)
     }
 
-    /// Takes `hook`'s program off every device.
+    /// Detaches the program of `hook` from every device.
     pub fn detach(&mut self, hook: Hook) {
         self.unpin_other_devices(hook, 0);
     }
@@ -127,7 +117,7 @@ impl Bpf {
         }
     }
 
-    /// Loads `hook`'s program, once per process.
+    /// Loads the program of `hook`, once per process.
     fn load(&mut self, hook: Hook) -> Result<(), Error> {
         if !self.loaded.insert(hook.program()) {
             return Ok(());
@@ -138,7 +128,7 @@ impl Bpf {
         };
         result.map_err(|e| {
             self.loaded.remove(hook.program());
-            Error::Program { action: "load", program: hook.program(), place: String::new(), reason: chain(&e) }
+            Error::Program { action: Action::Load, program: hook.program(), place: String::new(), reason: chain(&e) }
         })
     }
 
@@ -150,8 +140,8 @@ impl Bpf {
         self.ebpf.program_mut(Hook::UplinkXdp.program()).ok_or(ProgramError::NotLoaded)?.try_into()
     }
 
-    /// Puts our program into an existing link, unless it is there.
-    fn update(&mut self, hook: Hook, pinned: PinnedLink) -> Result<Attached, Refusal> {
+    /// Replaces the program of an existing link, unless it is the same.
+    fn update(&mut self, hook: Hook, pinned: PinnedLink) -> Result<Change, AyaError> {
         let link = FdLink::from(pinned);
         let running = link.info().ok().and_then(|info| tag_of(info.program_id()));
         let ours = match hook {
@@ -159,9 +149,9 @@ impl Bpf {
             _ => self.tc(hook)?.info()?.tag(),
         };
         if running == Some(ours) {
-            return Ok(Attached::Unchanged);
+            return Ok(Change::NONE);
         }
-        // The pin keeps the link; the handle that aya holds may go.
+        // The pin keeps the link alive, so aya's handle can be dropped.
         match hook {
             Hook::UplinkXdp => {
                 let program = self.xdp()?;
@@ -174,10 +164,10 @@ impl Bpf {
                 drop(FdLink::try_from(program.take_link(id)?)?);
             }
         }
-        Ok(Attached::Replaced)
+        Ok(Change::ONE)
     }
 
-    fn create(&mut self, hook: Hook, device: &str, ifindex: u32) -> Result<FdLink, Refusal> {
+    fn create(&mut self, hook: Hook, device: &str, ifindex: u32) -> Result<FdLink, AyaError> {
         match hook {
             Hook::UplinkXdp => {
                 let program = self.xdp()?;
@@ -186,7 +176,7 @@ impl Bpf {
             }
             _ => {
                 let program = self.tc(hook)?;
-                // First in the chain: another owner's final verdict must not hide our packets from us.
+                // First in the chain: a final verdict of another program must not hide packets from Raven's.
                 let options = TcAttachOptions::TcxOrder(LinkOrder::first());
                 let id = program.attach_with_options(device, hook.direction(), options)?;
                 Ok(program.take_link(id)?.try_into()?)
@@ -194,9 +184,11 @@ impl Bpf {
         }
     }
 
-    /// The way below Linux 6.6. Aya would take the filter away with its handle: the handle is forgotten on purpose.
-    fn attach_filter(&mut self, hook: Hook, device: &str) -> Result<Attached, ProgramError> {
-        // "Exists" is what we want; anything else shows when the filter is made.
+    /// Attaches a TC filter, below Linux 6.6. Aya detaches a filter when its link is dropped, so the link is leaked on purpose.
+    ///
+    /// A filter that is replaced in place counts as unchanged: aya cannot read which program it runs.
+    fn attach_filter(&mut self, hook: Hook, device: &str) -> Result<Change, ProgramError> {
+        // EEXIST is expected; any other failure appears when the filter is added.
         let _ = tc::qdisc_add_clsact(device);
         let handle = TcHandle::new(0, names::TC_HANDLE);
         let program = self.tc(hook)?;
@@ -206,51 +198,52 @@ impl Bpf {
         });
         if let Some(id) = replaced.next() {
             mem::forget(program.take_link(id)?);
-            return Ok(Attached::Replaced);
+            return Ok(Change::NONE);
         }
-        let mut refused = ProgramError::NotLoaded;
+        let mut error = ProgramError::NotLoaded;
         for priority in names::TC_PRIORITIES {
             let options = TcAttachOptions::Netlink(NlOptions { priority, handle, classid: None });
             match program.attach_with_options(device, hook.direction(), options) {
                 Ok(id) => {
                     mem::forget(program.take_link(id)?);
-                    return Ok(Attached::New);
+                    return Ok(Change::ONE);
                 }
-                Err(e) => refused = e,
+                Err(e) => error = e,
             }
         }
-        Err(refused)
+        Err(error)
     }
 
-    /// Names of the programs of TCX that are asked before `hook`'s on a device (before any filter of clsact, too). Below Linux 6.6, none.
-    pub fn asked_before(&self, hook: Hook, device: &str, ifindex: u32) -> Vec<String> {
-        let Ok((_, asked)) = SchedClassifier::query_tcx(device, hook.direction()) else { return Vec::new() };
+    /// Names of the TCX programs that run before the program of `hook` on a device. They also run before every clsact filter. Empty below
+    /// Linux 6.6.
+    pub fn programs_before(&self, hook: Hook, device: &str, ifindex: u32) -> Vec<String> {
+        let Ok((_, attached)) = SchedClassifier::query_tcx(device, hook.direction()) else { return Vec::new() };
         let ours =
             PinnedLink::from_pin(self.pin(hook, ifindex)).ok().and_then(|pinned| Some(FdLink::from(pinned).info().ok()?.program_id()));
         let names = |programs: &[ProgramInfo]| -> Vec<String> {
             programs.iter().map(|p| p.name_as_str().unwrap_or("a program").to_owned()).collect()
         };
         if self.tcx {
-            let at = asked.iter().position(|p| Some(p.id()) == ours);
-            return names(&asked[..at.unwrap_or(0)]);
+            let at = attached.iter().position(|p| Some(p.id()) == ours);
+            return names(&attached[..at.unwrap_or(0)]);
         }
-        // Ours is a filter: all of these come before, but for a link of ours that is just going away.
-        names(&asked).into_iter().filter(|name| name != hook.program()).collect()
+        // Raven's program is a filter, so all of these run before it, except a link of Raven's that is being removed.
+        names(&attached).into_iter().filter(|name| name != hook.program()).collect()
     }
 }
 
-/// ENOLINK: the device behind a link is gone. What else goes wrong is no reason to give up a link that works.
-fn is_dead(error: &(dyn std::error::Error + 'static)) -> bool {
+/// ENOLINK: the device of a link was deleted. After any other error the link may still work and is kept.
+fn is_stale(error: &(dyn std::error::Error + 'static)) -> bool {
     let errno = |e: &(dyn std::error::Error + 'static)| e.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
     std::iter::successors(Some(error), |e| e.source()).any(|e| errno(e) == Some(nix::errno::Errno::ENOLINK as i32))
 }
 
-/// Takes our filter off a device where it is no link (below Linux 6.6). Nothing there is no error.
+/// Removes Raven's clsact filter (below Linux 6.6) from a device, if it is attached.
 pub(crate) fn detach_filter(hook: Hook, device: &str) {
     let _ = tc::qdisc_detach_program(device, hook.direction(), hook.program());
 }
 
-/// Takes our filter off the uplink, whichever device that is or was. Filters on our own devices go with them.
+/// Removes Raven's clsact filter from every device that is or was the uplink. Filters on Raven's devices are deleted with them.
 pub(crate) fn detach_uplink_filter() {
     for device in nix::net::if_::if_nameindex().iter().flatten() {
         detach_filter(Hook::UplinkIngress, &device.name().to_string_lossy());
@@ -261,7 +254,7 @@ pub(super) fn tag_of(program: u32) -> Option<u64> {
     loaded_programs().flatten().find(|p| p.id() == program).map(|p| p.tag())
 }
 
-/// An error with its causes: aya keeps the errno one level down.
+/// An error with its causes, each once. Aya's errors keep the errno in their source.
 pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

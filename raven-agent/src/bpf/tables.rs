@@ -1,4 +1,4 @@
-//! Typed views over the maps: prefixes in, entries out. The agent is their only writer.
+//! Typed access to the maps that describe pools. The agent is their only writer.
 
 use std::{collections::BTreeMap, net::Ipv4Addr, path::Path};
 
@@ -14,8 +14,9 @@ use raven_common::{
 
 use super::{Bpf, Error};
 use crate::{
-    diff::{State, Step},
+    diff::Step,
     names,
+    state::{Change, State},
 };
 
 /// True for a step that changes a map.
@@ -23,11 +24,11 @@ pub fn is_map_entry(step: &Step) -> bool {
     !matches!(step, Step::PutRoute(..) | Step::DeleteRoute(_) | Step::PutPeer(..) | Step::TakePrefixes(..) | Step::DeletePeer(_))
 }
 
-/// Counters, summed over CPUs.
+/// Counters by gateway id and verdict, summed over CPUs.
 pub type Counters = BTreeMap<(u32, Verdict), Count>;
 
 impl Bpf {
-    /// What the maps have, as far as a plan speaks of it.
+    /// The entries of the maps that a plan describes.
     pub fn read(&mut self) -> Result<State, Error> {
         let mut remote = self.trie4::<Remote>("REMOTE4")?;
         remote.extend(self.trie6::<Remote>("REMOTE6")?);
@@ -36,8 +37,8 @@ impl Bpf {
         Ok(State { remote, local, nodes: self.nodes()?, ..State::default() })
     }
 
-    /// Runs a step that concerns maps; false: it concerns something else.
-    pub fn apply(&mut self, step: &Step) -> Result<bool, Error> {
+    /// Runs a step that changes a map, and no other.
+    pub fn apply(&mut self, step: &Step) -> Result<Change, Error> {
         match step {
             Step::PutRemote(prefix, value) => self.put(["REMOTE4", "REMOTE6"], prefix, *value)?,
             Step::PutLocal(prefix, value) => self.put(["LOCAL4", "LOCAL6"], prefix, *value)?,
@@ -51,19 +52,19 @@ impl Bpf {
                 let mut map: HashMap<_, [u8; 4], Node> = self.map("NODES")?;
                 map.remove(&outer.octets()).map_err(|e| refused("NODES", outer, &e))?;
             }
-            _ => return Ok(false),
+            _ => return Ok(Change::NONE),
         }
-        Ok(true)
+        Ok(Change::ONE)
     }
 
-    /// The number under which programs remember paths.
+    /// The generation under which the programs cache lookups.
     pub fn generation(&mut self) -> Result<u32, Error> {
         let map: Array<_, Config> = self.map("CONFIG")?;
         Ok(map.get(&0, 0).map(|config| config.generation).unwrap_or_default())
     }
 
-    /// Voids what programs remember of the tables. To be called *after* they have changed: what a program found before, it
-    /// remembers under the old number.
+    /// Invalidates the lookups that programs have cached. Call it *after* the tables have changed: a lookup made before is cached under
+    /// the previous generation.
     pub fn next_generation(&mut self) -> Result<(), Error> {
         let mut map: Array<_, Config> = self.map("CONFIG")?;
         let config = map.get(&0, 0).unwrap_or_default();
@@ -71,14 +72,14 @@ impl Bpf {
         map.set(0, next, 0).map_err(|e| Error::Map { map: "CONFIG", reason: e.to_string() })
     }
 
-    /// Writes the node's configuration, if it differs. True: it did.
-    pub fn set_config(&mut self, config: Config) -> Result<bool, Error> {
+    /// Writes the node's configuration, if it differs.
+    pub fn set_config(&mut self, config: Config) -> Result<Change, Error> {
         let mut map: Array<_, Config> = self.map("CONFIG")?;
         if map.get(&0, 0).is_ok_and(|have| have == config) {
-            return Ok(false);
+            return Ok(Change::NONE);
         }
         map.set(0, config, 0).map_err(|e| Error::Map { map: "CONFIG", reason: e.to_string() })?;
-        Ok(true)
+        Ok(Change::ONE)
     }
 
     pub(super) fn map<'a, T>(&'a mut self, name: &'static str) -> Result<T, Error>
@@ -138,7 +139,7 @@ fn refused(map: &'static str, entry: &dyn std::fmt::Display, error: &dyn std::fm
     Error::Map { map, reason: format!("entry {entry}: {error} (is the map full? `bpftool map show pinned {}/maps/{map}`)", names::PINS) }
 }
 
-/// Reads the counters of whoever runs: by their pin, so that anybody on the node can.
+/// Reads the counters by their pin, without a loaded object.
 pub fn counters() -> Result<Counters, Error> {
     let failed = |reason: String| Error::Map { map: "COUNTERS", reason };
     let data = MapData::from_pin(Path::new(names::PINS).join("maps/COUNTERS")).map_err(|e| failed(e.to_string()))?;

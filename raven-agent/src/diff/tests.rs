@@ -1,12 +1,13 @@
 //! Laws of `diff`, checked on a model of the kernel.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, net::SocketAddr};
 
 use proptest::{collection, option, prelude::*};
 
 use super::*;
+use crate::{state::Device, topology::PresharedKey};
 
-/// What the kernel does with a step. WireGuard gives an allowed IP to the peer that asked last, and leaves it there until it is taken.
+/// The kernel's answer to each step. WireGuard moves an allowed IP to the peer that was configured last, and keeps it there until it is removed.
 fn apply(mut state: State, steps: &[Step]) -> State {
     for step in steps {
         match step.clone() {
@@ -22,10 +23,10 @@ fn apply(mut state: State, steps: &[Step]) -> State {
                 let allowed = have.allowed.union(&v.allowed).copied().collect();
                 state.peers.insert(k, Peer { alive: have.alive, allowed, ..v });
             }
-            Step::TakePrefixes(k, taken) => {
+            Step::TakePrefixes(k, surplus) => {
                 let peer = state.peers.get_mut(&k).expect("the peer is there");
-                assert!(taken.is_subset(&peer.allowed), "only its own are taken");
-                peer.allowed.retain(|p| !taken.contains(p));
+                assert!(surplus.is_subset(&peer.allowed), "the peer has every prefix that is removed");
+                peer.allowed.retain(|p| !surplus.contains(p));
             }
             Step::DeleteRoute(k) => drop(state.routes.remove(&k)),
             Step::DeleteRemote(k) => drop(state.remote.remove(&k)),
@@ -57,9 +58,9 @@ fn route() -> impl Strategy<Value = Route> {
 }
 
 fn peers() -> impl Strategy<Value = BTreeMap<PublicKey, Peer>> {
-    // No prefix with two peers: neither a kernel nor a plan can have that.
+    // A prefix has one peer at most, in the kernel and in a plan.
     let owned = collection::btree_map(prefix(), 0u8..4, 0..12);
-    let preshared = option::of((1u8..3).prop_map(|n| PresharedKey([n; 32])));
+    let preshared = option::of((1u8..3).prop_map(|n| PresharedKey([n; 32]))).prop_map(Preshared::from);
     let rest = collection::vec((option::of(endpoint()), option::of(Just(15u16)), preshared, any::<bool>(), any::<bool>()), 4);
     (owned, rest).prop_map(|(owned, rest)| {
         let mut peers = BTreeMap::new();
@@ -96,7 +97,7 @@ fn want() -> impl Strategy<Value = State> {
 
 proptest! {
     #[test]
-    fn applying_the_diff_to_anything_gives_the_plan(have in state(), want in want()) {
+    fn applying_the_diff_gives_the_desired_state(have in state(), want in want()) {
         let after = apply(have.clone(), &diff(&have, &want));
         prop_assert_eq!(&after.routes, &want.routes);
         prop_assert_eq!(&after.remote, &want.remote);
@@ -108,16 +109,16 @@ proptest! {
             prop_assert_eq!(after.peers[key].keepalive, peer.keepalive);
             prop_assert_eq!(after.peers[key].preshared, peer.preshared);
         }
-        prop_assert_eq!(diff(&after, &want), vec![], "a second run finds nothing to do");
+        prop_assert_eq!(diff(&after, &want), vec![], "a second run has no steps");
     }
 
     #[test]
-    fn nothing_to_do_where_all_is_right(want in want()) {
+    fn equal_states_have_no_steps(want in want()) {
         prop_assert_eq!(diff(&want, &want), vec![]);
     }
 
     #[test]
-    fn a_live_peer_keeps_the_endpoint_it_was_heard_from(have in state(), want in want()) {
+    fn live_peer_keeps_its_learned_endpoint(have in state(), want in want()) {
         let after = apply(have.clone(), &diff(&have, &want));
         for (key, peer) in have.peers.iter().filter(|(_, p)| p.alive && p.endpoint.is_some()) {
             if let Some(after) = after.peers.get(key) {
@@ -127,7 +128,7 @@ proptest! {
     }
 
     #[test]
-    fn a_prefix_that_stays_has_a_peer_at_every_step(have in state(), want in want()) {
+    fn kept_prefix_has_a_peer_at_every_step(have in state(), want in want()) {
         let all = |state: &State| -> BTreeSet<IpNet> { state.peers.values().flat_map(|p| &p.allowed).copied().collect() };
         let stays: BTreeSet<IpNet> = all(&have).intersection(&all(&want)).copied().collect();
         let mut state = have.clone();
@@ -138,25 +139,25 @@ proptest! {
     }
 
     #[test]
-    fn packets_are_sent_only_where_they_are_expected(have in state(), want in want()) {
+    fn admission_precedes_routes_and_removal_follows_them(have in state(), want in want()) {
         let steps = diff(&have, &want);
         let place = |wanted: fn(&Step) -> bool| steps.iter().position(wanted);
         let last = |wanted: fn(&Step) -> bool| steps.iter().rposition(wanted);
-        let route_made = place(|s| matches!(s, Step::PutRoute(..)));
+        let route_added = place(|s| matches!(s, Step::PutRoute(..)));
         let admitted = last(|s| matches!(s, Step::PutNode(..) | Step::PutLocal(..) | Step::PutPeer(..) | Step::PutRemote(..)));
-        if let (Some(route), Some(admitted)) = (route_made, admitted) {
+        if let (Some(route), Some(admitted)) = (route_added, admitted) {
             prop_assert!(admitted < route);
         }
-        let route_gone = last(|s| matches!(s, Step::DeleteRoute(_)));
+        let route_deleted = last(|s| matches!(s, Step::DeleteRoute(_)));
         let removed = place(|s| matches!(s, Step::DeleteRemote(_) | Step::TakePrefixes(..) | Step::DeletePeer(_) | Step::DeleteLocal(_) | Step::DeleteNode(_)));
-        if let (Some(route), Some(removed)) = (route_gone, removed) {
+        if let (Some(route), Some(removed)) = (route_deleted, removed) {
             prop_assert!(route < removed);
         }
     }
 }
 
 #[test]
-fn a_silent_peer_goes_back_to_its_configured_endpoint() {
+fn silent_peer_is_reset_to_its_configured_endpoint() {
     let key = PublicKey([7; 32]);
     let configured = SocketAddr::from(([198, 51, 100, 1], 4500));
     let stale = SocketAddr::from(([203, 0, 113, 9], 1));
@@ -168,4 +169,14 @@ fn a_silent_peer_goes_back_to_its_configured_endpoint() {
     assert_eq!(diff(&with(stale, true), &want), vec![]);
     let steps = diff(&with(stale, false), &want);
     assert!(matches!(&steps[..], [Step::PutPeer(_, p)] if p.endpoint == Some(configured)), "{steps:?}");
+}
+
+#[test]
+fn unknown_preshared_key_keeps_the_installed_one() {
+    let key = PublicKey([7; 32]);
+    let with = |preshared| State { peers: BTreeMap::from([(key, Peer { preshared, ..Peer::default() })]), ..State::default() };
+    let installed = with(Preshared::Key(PresharedKey([1; 32])));
+    assert_eq!(diff(&installed, &with(Preshared::Keep)), vec![]);
+    assert_eq!(diff(&State::default(), &with(Preshared::Keep)), vec![Step::PutPeer(key, Peer::default())], "a new peer has none to keep");
+    assert_eq!(diff(&installed, &with(Preshared::None)).len(), 1);
 }

@@ -1,4 +1,4 @@
-//! Our two devices: made where they are missing, mended where they differ, never remade for a trifle.
+//! Raven's two devices: created when missing, changed in place where possible, recreated only when they are of the wrong kind.
 
 use std::{collections::BTreeSet, fs, net::IpAddr};
 
@@ -13,22 +13,24 @@ use raven_common::{OVERLAY_MAC, OVERLAY_PORT};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVxlan, LinkWireguard};
 
 use super::{Error, Links, attribute, failed, family};
-use crate::{names, plan::Overlay};
+use crate::{
+    names,
+    state::{Change, Overlay},
+};
 
-/// A device as it is.
+/// A device in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// Name.
+    /// Device name.
     pub name: String,
-    /// Index.
+    /// Interface index.
     pub index: u32,
-    /// Bytes.
+    /// MTU in bytes.
     pub mtu: u32,
     /// Administratively up.
     pub up: bool,
-    /// Link-layer address.
     mac: Vec<u8>,
-    /// `wireguard`, `vxlan`, `tun`…
+    /// Kind of a virtual device: `wireguard`, `vxlan`, `tun`…
     pub kind: Option<InfoKind>,
     vxlan: Vec<InfoVxlan>,
 }
@@ -59,7 +61,12 @@ impl From<&LinkMessage> for Found {
 }
 
 impl Found {
-    /// A VXLAN device as ours must be.
+    /// Kind of a virtual device as `ip -d link` shows it; `physical` for any other.
+    pub fn kind_name(&self) -> String {
+        self.kind.as_ref().map_or_else(|| "physical".to_owned(), ToString::to_string)
+    }
+
+    /// True for a VXLAN device with the overlay's settings, which the kernel cannot change later.
     fn is_overlay(&self) -> bool {
         self.kind == Some(InfoKind::Vxlan)
             && self.vxlan.contains(&InfoVxlan::CollectMetadata(true))
@@ -68,32 +75,32 @@ impl Found {
 }
 
 impl Links {
-    /// A device by name, if it is there.
+    /// The device with this name, if it exists.
     pub async fn find(&self, name: &str) -> Result<Option<Found>, Error> {
         let mut stream = self.handle.link().get().match_name(name.to_owned()).execute();
         match stream.try_next().await {
             Ok(message) => Ok(message.as_ref().map(Found::from)),
             // ENODEV
             Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -19 => Ok(None),
-            Err(e) => Err(failed(format!("look device {name} up"))(e)),
+            Err(e) => Err(failed(format!("look up device {name}"))(e)),
         }
     }
 
-    /// Sees to it that `raven0` is there, and as it should be, all but its addresses; gives its index.
+    /// Ensures that `raven0` exists with the desired settings, except its addresses; returns its index.
     pub async fn ensure_overlay(&self, want: &Overlay) -> Result<u32, Error> {
         let name = names::OVERLAY;
         let found = match self.find(name).await? {
             Some(found) if found.is_overlay() => found,
             Some(other) => {
-                tracing::warn!(ifname = name, kind = ?other.kind, "a device of this name is no overlay of ours; making it anew");
+                tracing::warn!(ifname = name, kind = other.kind_name(), "a device of another kind has the overlay's name; recreating it");
                 self.delete_device(name).await?;
                 self.add_overlay().await?
             }
             None => self.add_overlay().await?,
         };
         if found.mtu != want.mtu || !found.up || found.mac != OVERLAY_MAC {
-            quiet_ipv6(name);
-            // The address can only be changed while the device is down.
+            disable_ipv6_autoconfiguration(name);
+            // The kernel changes the address only while the device is down.
             if found.mac != OVERLAY_MAC {
                 let message = LinkUnspec::new_with_index(found.index).down().address(OVERLAY_MAC.to_vec()).build();
                 self.change(name, message).await?;
@@ -109,45 +116,45 @@ impl Links {
             .append_info_data(InfoVxlan::Port(OVERLAY_PORT))
             .append_info_data(InfoVxlan::Learning(false))
             .build();
-        let action = format!("make device {} (UDP port {OVERLAY_PORT}; is another VXLAN device using it?)", names::OVERLAY);
+        let action = format!("create device {} (UDP port {OVERLAY_PORT}; does another VXLAN device use it?)", names::OVERLAY);
         self.handle.link().add(message).execute().await.map_err(failed(action))?;
         self.must_find(names::OVERLAY).await
     }
 
-    /// Makes a WireGuard device of the kernel.
+    /// Creates a WireGuard device in the kernel.
     pub async fn add_wireguard(&self, name: &str) -> Result<(), Error> {
         let message = LinkWireguard::new(name).build();
-        self.handle.link().add(message).execute().await.map_err(failed(format!("make WireGuard device {name}")))
+        self.handle.link().add(message).execute().await.map_err(failed(format!("create WireGuard device {name}")))
     }
 
-    /// Sets MTU and up where they differ; gives the index.
+    /// Ensures that a device is up with this MTU (bytes); returns its index.
     pub async fn ensure_up(&self, name: &str, mtu: u32) -> Result<u32, Error> {
         let found = self.must_find(name).await?;
         if found.mtu != mtu || !found.up {
-            quiet_ipv6(name);
+            disable_ipv6_autoconfiguration(name);
             self.change(name, LinkUnspec::new_with_index(found.index).mtu(mtu).up().build()).await?;
         }
         Ok(found.index)
     }
 
     async fn must_find(&self, name: &str) -> Result<Found, Error> {
-        self.find(name).await?.ok_or_else(|| failed(format!("find device {name} again"))(rtnetlink::Error::RequestFailed))
+        self.find(name).await?.ok_or_else(|| failed(format!("find device {name} after its creation"))(rtnetlink::Error::RequestFailed))
     }
 
     async fn change(&self, name: &str, message: LinkMessage) -> Result<(), Error> {
         self.handle.link().set(message).execute().await.map_err(failed(format!("change device {name}")))
     }
 
-    /// Removes a device; true if it was there.
-    pub async fn delete_device(&self, name: &str) -> Result<bool, Error> {
-        let Some(found) = self.find(name).await? else { return Ok(false) };
-        self.handle.link().del(found.index).execute().await.map_err(failed(format!("remove device {name}")))?;
-        Ok(true)
+    /// Deletes a device, if it exists.
+    pub async fn delete_device(&self, name: &str) -> Result<Change, Error> {
+        let Some(found) = self.find(name).await? else { return Ok(Change::NONE) };
+        self.handle.link().del(found.index).execute().await.map_err(failed(format!("delete device {name}")))?;
+        Ok(Change::ONE)
     }
 
-    /// Gives a device of ours these addresses and no others; true if that was a change.
-    pub async fn ensure_addresses(&self, name: &str, index: u32, want: &BTreeSet<IpNet>) -> Result<bool, Error> {
-        let (mut have, mut changed) = (BTreeSet::new(), false);
+    /// Ensures that a device has these addresses and no others, link-local ones aside.
+    pub async fn ensure_addresses(&self, name: &str, index: u32, want: &BTreeSet<IpNet>) -> Result<Change, Error> {
+        let (mut have, mut change) = (BTreeSet::new(), Change::NONE);
         let mut stream = self.handle.address().get().set_link_index_filter(index).execute();
         while let Some(message) = stream.try_next().await.map_err(failed(format!("list addresses of {name}")))? {
             let ip = message.attributes.iter().find_map(|a| if let AddressAttribute::Address(ip) = a { Some(*ip) } else { None });
@@ -156,20 +163,20 @@ impl Links {
             if want.contains(&address) {
                 have.insert(address);
             } else {
-                self.handle.address().del(message).execute().await.map_err(failed(format!("remove address {address} from {name}")))?;
-                changed = true;
+                self.handle.address().del(message).execute().await.map_err(failed(format!("delete address {address} from {name}")))?;
+                change += Change::ONE;
             }
         }
         for address in want.difference(&have) {
             let mut request = self.handle.address().add(index, address.addr(), address.prefix_len()).replace();
             if family(&address.addr()) == AddressFamily::Inet6 {
-                // Nobody else is on this device: no detection of duplicates, the address is usable at once.
+                // The device has no other hosts: without duplicate address detection the address is usable at once.
                 request.message_mut().header.flags |= netlink_packet_route::address::AddressHeaderFlags::Nodad;
             }
             request.execute().await.map_err(failed(format!("add address {address} to {name}")))?;
-            changed = true;
+            change += Change::ONE;
         }
-        Ok(changed)
+        Ok(change)
     }
 }
 
@@ -180,28 +187,28 @@ fn is_link_local(ip: &IpAddr) -> bool {
     }
 }
 
-/// No link-local address, no router solicitations: nobody would answer, and every one of them would be a counted drop.
-fn quiet_ipv6(name: &str) {
+/// Disables link-local addresses and router solicitations: no host on the device answers them, and each would be a counted drop.
+fn disable_ipv6_autoconfiguration(name: &str) {
     for (key, value) in [("addr_gen_mode", "1"), ("accept_ra", "0"), ("autoconf", "0")] {
-        // No IPv6 in this kernel: nothing to quieten.
+        // Fails only in a kernel without IPv6, where there is nothing to disable.
         let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{key}"), value);
     }
 }
 
-/// What our own devices need: loose source checks (the effective value is the larger of `all` and this one, so 2 wins
-/// over a strict `all`), forwarding, for what the fast path leaves to the stack, and IPv6 also on a node that has it switched off: its own
-/// devices are its owner's matter, other pools' pods are reached by ours. Gives what could not be set.
-pub fn set_sysctls(name: &str) -> Vec<String> {
+/// Sets what Raven's own devices need: loose source checks (the effective value is the maximum of `all` and this one, so 2
+/// overrides a strict `all`); forwarding, for packets that the fast path leaves to the stack; and IPv6 also on a node that
+/// disables it on its own devices. Returns one error per setting that could not be changed.
+pub fn set_sysctls(name: &str) -> Vec<Error> {
     let wanted = [("ipv4", "rp_filter", "2"), ("ipv4", "forwarding", "1"), ("ipv6", "disable_ipv6", "0"), ("ipv6", "forwarding", "1")];
-    let mut problems = Vec::new();
+    let mut errors = Vec::new();
     for (family, key, value) in wanted {
         let path = format!("/proc/sys/net/{family}/conf/{name}/{key}");
         let Ok(have) = fs::read_to_string(&path) else { continue };
         if have.trim() != value
-            && let Err(e) = fs::write(&path, value)
+            && let Err(reason) = fs::write(&path, value)
         {
-            problems.push(format!("set {path} to {value}: {e}; packets that need the stack are dropped on {name}"));
+            errors.push(Error::Sysctl { path, value, reason });
         }
     }
-    problems
+    errors
 }

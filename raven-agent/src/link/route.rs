@@ -1,4 +1,4 @@
-//! Routes of our table, and the rule that leads there.
+//! Routes of Raven's table, and the rule that leads to it.
 
 use std::{
     collections::BTreeMap,
@@ -15,14 +15,13 @@ use rtnetlink::{IpVersion, RouteMessageBuilder};
 
 use super::{Error, Links, failed};
 use crate::{
-    diff::{Device, Route},
     names,
-    plan::Indexes,
+    state::{Change, Device, Indexes, Route},
 };
 
 impl Links {
-    /// What lies in our table. A route that is not of our making, or leads to a device that is gone, shows as one that no
-    /// plan can want, and so is replaced or removed.
+    /// The routes of Raven's table. A route that Raven did not add, or whose device is missing, is returned with a value that no plan
+    /// wants, so that it is replaced or deleted.
     pub async fn routes(&self, indexes: Indexes) -> Result<BTreeMap<IpNet, Route>, Error> {
         let mut routes = BTreeMap::new();
         for message in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()] {
@@ -38,18 +37,18 @@ impl Links {
         Ok(routes)
     }
 
-    /// Makes or replaces a route.
+    /// Adds or replaces a route.
     pub async fn put_route(&self, prefix: IpNet, route: &Route, indexes: Indexes) -> Result<(), Error> {
-        let index = match route.device {
-            Device::Overlay => indexes.overlay,
-            Device::Tunnel => indexes.tunnel.unwrap_or(0),
+        let (device, index) = match route.device {
+            Device::Overlay => (names::OVERLAY, indexes.overlay),
+            Device::Tunnel => (names::TUNNEL, indexes.tunnel.unwrap_or(0)),
         };
         let message = to_message(prefix, route, index);
-        let action = || format!("put route {prefix} dev {:?} into table {}", route.device, names::TABLE);
-        self.handle.route().add(message).replace().execute().await.map_err(failed(action()))
+        let action = format!("add route {prefix} dev {device} to table {}", names::TABLE);
+        self.handle.route().add(message).replace().execute().await.map_err(failed(action))
     }
 
-    /// Where the kernel would send a packet of this node's for `address`; `None`: nowhere.
+    /// The kernel's route lookup for a packet that this node sends to `address`; `None` if no route matches.
     pub async fn lookup(&self, address: IpAddr) -> Result<Option<Hop>, Error> {
         let message = match address {
             IpAddr::V4(ip) => RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(ip, 32).build(),
@@ -58,7 +57,7 @@ impl Links {
         let mut stream = self.handle.route().get(message).execute();
         let found = match stream.try_next().await {
             Ok(found) => found,
-            // ENETUNREACH and its like: an answer, not a failure.
+            // ENETUNREACH and similar codes are answers.
             Err(rtnetlink::Error::NetlinkError(_)) => None,
             Err(e) => return Err(failed(format!("look up the route to {address}"))(e)),
         };
@@ -69,7 +68,7 @@ impl Links {
         }))
     }
 
-    /// Removes a route.
+    /// Deletes a route.
     pub async fn delete_route(&self, prefix: IpNet) -> Result<(), Error> {
         let mut message = match prefix {
             IpNet::V4(p) => {
@@ -79,20 +78,20 @@ impl Links {
                 RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(p.addr(), p.prefix_len()).table_id(names::TABLE).build()
             }
         };
-        // Whatever scope, protocol and type it has.
+        // Matches any scope, protocol and type.
         message.header.scope = RouteScope::NoWhere;
         message.header.protocol = RouteProtocol::Unspec;
         message.header.kind = netlink_packet_route::route::RouteType::Unspec;
         match self.handle.route().del(message).execute().await {
-            // ESRCH: gone already, with its device.
+            // ESRCH: the kernel deleted it with its device.
             Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -3 => Ok(()),
-            result => result.map_err(failed(format!("remove route {prefix} from table {}", names::TABLE))),
+            result => result.map_err(failed(format!("delete route {prefix} from table {}", names::TABLE))),
         }
     }
 
-    /// Sees to it that our rule is there in both families; gives how many had to be made.
-    pub async fn ensure_rules(&self) -> Result<u32, Error> {
-        let mut made = 0;
+    /// Ensures that Raven's rule exists in both families.
+    pub async fn ensure_rules(&self) -> Result<Change, Error> {
+        let mut change = Change::NONE;
         for version in [IpVersion::V4, IpVersion::V6] {
             if matches!(version, IpVersion::V6) && !super::has_ipv6() {
                 continue;
@@ -102,27 +101,27 @@ impl Links {
             }
             let mut request = self.handle.rule().add().table_id(names::TABLE).priority(names::RULE_PRIORITY).action(RuleAction::ToTable);
             request.message_mut().attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(names::ROUTE_PROTOCOL)));
-            let action = format!("make rule {} for table {}", names::RULE_PRIORITY, names::TABLE);
+            let action = format!("add rule {} for table {}", names::RULE_PRIORITY, names::TABLE);
             match version {
                 IpVersion::V4 => request.v4().execute().await,
                 IpVersion::V6 => request.v6().execute().await,
             }
             .map_err(failed(action))?;
-            made += 1;
+            change += Change::ONE;
         }
-        Ok(made)
+        Ok(change)
     }
 
-    /// Removes our rules; gives how many were there.
-    pub async fn delete_rules(&self) -> Result<u32, Error> {
-        let mut gone = 0;
+    /// Deletes Raven's rules.
+    pub async fn delete_rules(&self) -> Result<Change, Error> {
+        let mut change = Change::NONE;
         for version in [IpVersion::V4, IpVersion::V6] {
             for rule in self.rules(version).await? {
-                self.handle.rule().del(rule).execute().await.map_err(failed(format!("remove rule {}", names::RULE_PRIORITY)))?;
-                gone += 1;
+                self.handle.rule().del(rule).execute().await.map_err(failed(format!("delete rule {}", names::RULE_PRIORITY)))?;
+                change += Change::ONE;
             }
         }
-        Ok(gone)
+        Ok(change)
     }
 
     async fn rules(&self, version: IpVersion) -> Result<Vec<RuleMessage>, Error> {
@@ -141,12 +140,12 @@ impl Links {
     }
 }
 
-/// Where a packet would go.
+/// The result of a route lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hop {
-    /// The device's index.
+    /// Index of the output device.
     pub index: u32,
-    /// The table that decided, if the kernel says so.
+    /// The table that matched, if the kernel reports it.
     pub table: Option<u32>,
 }
 
@@ -204,7 +203,7 @@ fn as_route(message: &RouteMessage, indexes: Indexes) -> Route {
     if Some(index) == indexes.tunnel {
         route.device = Device::Tunnel;
     } else if index != indexes.overlay {
-        // No plan wants an MTU of 0.
+        // No plan has an MTU of 0.
         route.mtu = 0;
     }
     route

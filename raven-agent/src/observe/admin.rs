@@ -1,4 +1,4 @@
-//! HTTP for machines: `/metrics`, `/drops` and `/tunnels` on one address, `/healthz` and `/readyz` on another.
+//! HTTP for operators and machines: `/metrics`, `/status`, `/drops`, `/connections`, `/healthz` and `/readyz`.
 
 use std::{convert::Infallible, net::SocketAddr, time::Duration};
 
@@ -7,47 +7,60 @@ use hyper::{Request, Response, StatusCode, body::Bytes, server::conn::http1, ser
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpListener, sync::watch};
 
-use super::{Drops, metrics, publish::Latest};
-use crate::proxy::stats::Stats;
+use super::{Drops, metrics, publish::Latest, status};
+use crate::proxy::{ProxyReport, stats::Stats};
 
-/// How long a client may take to say what it wants.
+/// Timeout for the head of a request.
 const HEAD: Duration = Duration::from_secs(5);
 
-/// A run takes seconds, and the next one comes within half a minute: one that has not ended by then waits for what will never come.
-/// Starting anew costs no packet.
+/// Maximum age of the last run. A run takes seconds, and the next one starts within half a minute; after this time the loop hangs. A restart
+/// loses no packet.
 const STUCK: Duration = Duration::from_secs(300);
 
-/// Serves all paths on `address` until the process ends. An address that is taken is logged: no reason not to forward.
-pub async fn serve(address: SocketAddr, latest: watch::Receiver<Latest>, drops: Drops, proxy: Stats) {
+/// The state that is served.
+#[derive(Clone)]
+pub struct Sources {
+    /// The last report.
+    pub latest: watch::Receiver<Latest>,
+    /// State of the proxy.
+    pub proxy: watch::Receiver<Option<ProxyReport>>,
+    /// Samples of dropped packets.
+    pub drops: Drops,
+    /// Counters of the proxy.
+    pub stats: Stats,
+}
+
+/// Serves all paths on `address` until the process ends. A failure to listen is logged and does not affect forwarding.
+pub async fn serve(address: SocketAddr, sources: Sources) {
     let listener = match bind(address).await {
         Ok(listener) => listener,
-        Err(e) => return tracing::error!("listen on {address}: {e}; metrics and health are not served there"),
+        Err(e) => return tracing::error!(%address, error = %e, "cannot listen; metrics and health are not served on this address"),
     };
     loop {
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(e) => {
-                // Out of file descriptors, mostly: those of others will end.
-                tracing::warn!("accept on {address}: {e}");
+                // Usually the limit of open files; it passes when connections end.
+                tracing::warn!(%address, error = %e, "cannot accept connections; retrying");
                 tokio::time::sleep(HEAD).await;
                 continue;
             }
         };
-        let (latest, drops, proxy) = (latest.clone(), drops.clone(), proxy.clone());
+        let sources = sources.clone();
         tokio::spawn(async move {
             let service = service_fn(move |request| {
-                let response = answer(&request, &latest, &drops, &proxy);
+                let response = answer(&request, &sources);
                 async move { Ok::<_, Infallible>(response) }
             });
             let mut builder = http1::Builder::new();
             builder.timer(TokioTimer::new()).header_read_timeout(HEAD).keep_alive(false);
-            // A client that goes away early is its own business.
+            // Fails only if the client disconnects.
             let _ = builder.serve_connection(TokioIo::new(stream), service).await;
         });
     }
 }
 
-/// `[::]` needs IPv6 in the kernel; without it, all of IPv4.
+/// Binds `address`. A kernel without IPv6 refuses `[::]`; then all IPv4 addresses are used.
 async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     match TcpListener::bind(address).await {
         Err(_) if address.ip().is_unspecified() && address.is_ipv6() => TcpListener::bind(("0.0.0.0", address.port())).await,
@@ -55,30 +68,38 @@ async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     }
 }
 
-fn answer<B>(request: &Request<B>, latest: &watch::Receiver<Latest>, drops: &Drops, proxy: &Stats) -> Response<Full<Bytes>> {
-    let report = latest.borrow().as_ref().map(|(report, _)| report.clone());
-    match request.uri().path() {
-        "/healthz" => health(report.map(|r| r.ended.elapsed())),
-        "/readyz" => match report {
-            None => text(StatusCode::SERVICE_UNAVAILABLE, "waiting for the topology\n".to_owned()),
-            Some(r) if r.failures.is_empty() => text(StatusCode::OK, "ok\n".to_owned()),
-            Some(r) => text(StatusCode::SERVICE_UNAVAILABLE, r.failures.join("\n") + "\n"),
-        },
-        "/metrics" => match metrics::render(report.as_deref(), proxy) {
+fn answer<B>(request: &Request<B>, sources: &Sources) -> Response<Full<Bytes>> {
+    let report = sources.latest.borrow().as_ref().map(|(report, _)| report.clone());
+    match (request.uri().path(), &report) {
+        ("/healthz", _) => health(report.map(|r| r.ended.elapsed())),
+        ("/readyz" | "/status", None) => text(StatusCode::SERVICE_UNAVAILABLE, "waiting for the topology\n".to_owned()),
+        ("/readyz", Some(r)) if r.failures.is_empty() => text(StatusCode::OK, "ok\n".to_owned()),
+        ("/readyz", Some(r)) => {
+            let failures: String = r.failures.iter().map(|failure| format!("{failure}\n")).collect();
+            text(StatusCode::SERVICE_UNAVAILABLE, failures)
+        }
+        ("/status", Some(r)) => text(StatusCode::OK, status::render(r, sources.proxy.borrow().as_ref())),
+        ("/metrics", _) => match metrics::render(report.as_deref(), &sources.stats) {
             Ok(metrics) => text(StatusCode::OK, metrics),
             Err(e) => text(StatusCode::INTERNAL_SERVER_ERROR, e),
         },
-        "/tunnels" => text(StatusCode::OK, proxy.tunnels()),
-        "/drops" => text(StatusCode::OK, drops.render(report.as_deref())),
-        _ => text(StatusCode::NOT_FOUND, "not here: /metrics, /drops, /tunnels, /healthz, /readyz\n".to_owned()),
+        ("/connections", _) => text(StatusCode::OK, sources.stats.connections()),
+        ("/drops", _) => text(StatusCode::OK, sources.drops.render(report.as_deref())),
+        _ => {
+            let paths = "not found; available paths: /metrics, /status, /drops, /connections, /healthz, /readyz\n";
+            text(StatusCode::NOT_FOUND, paths.to_owned())
+        }
     }
 }
 
-/// `age`: since the last run ended, if there was one.
+/// `age`: time since the last run ended, if there was one.
 fn health(age: Option<Duration>) -> Response<Full<Bytes>> {
     match age.filter(|age| *age > STUCK) {
         None => text(StatusCode::OK, "ok\n".to_owned()),
-        Some(age) => text(StatusCode::SERVICE_UNAVAILABLE, format!("no run has ended for {} s: start me anew\n", age.as_secs())),
+        Some(age) => {
+            let message = format!("the last run ended {} s ago; the agent must be restarted\n", age.as_secs());
+            text(StatusCode::SERVICE_UNAVAILABLE, message)
+        }
     }
 }
 
@@ -93,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_agent_whose_run_does_not_end_is_not_healthy() {
+    fn agent_without_a_completed_run_is_unhealthy() {
         assert_eq!(health(None).status(), StatusCode::OK, "it waits for the first topology");
         assert_eq!(health(Some(Duration::from_secs(60))).status(), StatusCode::OK);
         assert_eq!(health(Some(STUCK + Duration::from_secs(1))).status(), StatusCode::SERVICE_UNAVAILABLE);

@@ -1,71 +1,73 @@
-//! Whether this gateway node has a connection to any other pool, for the controller, which may elect another node instead: *yes* only while
-//! it has one, *no* only after a while without; in between nothing is said. So the last site that still says yes falls silent before the
-//! first one says no, where it is the other end that is down. Pure but for the clock that is handed in.
+//! Conditions `TunnelConnected` and `ProxyConnected`, by which the controller may elect another node: True while this gateway node has a connection to
+//! another pool, False after a period without one, absent in between.
+//!
+//! When the other end fails, all sites lose their connections. The period in between ensures that the last True disappears before the first
+//! False, so that no site is judged by the others. Pure: the clock is an argument.
 
 use std::time::{Duration, Instant};
 
 use raven_api::condition::{ConditionType, Verdict};
 
-/// How long a node that has just been elected may take for its first connection.
+/// Time for the first connection after an election.
 const FIRST: Duration = Duration::from_secs(60);
-/// A tunnel to the cloud that broke is noticed within seconds everywhere.
+/// Time without a proxy connection. Every site notices a failed connection within seconds.
 const PROXY: Duration = Duration::from_secs(60);
-/// A WireGuard session counts as alive for 180 s after its last handshake, and there is one every 120 s: of sites that lost their other end
-/// at the same time, the last notices two minutes after the first.
+/// Time without a WireGuard session. A session counts as alive for 180 s after a handshake, and handshakes repeat every 120 s, so the last of several
+/// sites notices a common failure two minutes after the first.
 const TUNNEL: Duration = Duration::from_secs(150);
 
-/// One half's connections, in one term as an elected node.
+/// The connections of one half, since the node was elected.
 #[derive(Clone, Debug)]
 pub(super) struct Connected {
     type_: ConditionType,
     what: &'static str,
-    /// How long it may be without one that it had.
-    patience: Duration,
-    /// There was one.
+    /// Time without a connection before the condition is False.
+    limit: Duration,
+    /// There was a connection since the election.
     had: bool,
-    /// Since when there has been none.
-    lack: Option<Instant>,
+    /// Begin of the time without a connection.
+    lost: Option<Instant>,
 }
 
 impl Connected {
-    /// L3: WireGuard sessions with peers that we keep one with.
+    /// L3: WireGuard sessions with peers that have a keepalive.
     pub(super) fn tunnel() -> Self {
         Self::new(ConditionType::TunnelConnected, "WireGuard session with a gateway node of another pool", TUNNEL)
     }
 
-    /// L7: tunnels to the cloud.
+    /// L7: proxy connections to the cloud.
     pub(super) fn proxy() -> Self {
-        Self::new(ConditionType::ProxyConnected, "tunnel to a cloud gateway node", PROXY)
+        Self::new(ConditionType::ProxyConnected, "proxy connection to a cloud gateway node", PROXY)
     }
 
-    fn new(type_: ConditionType, what: &'static str, patience: Duration) -> Self {
-        Self { type_, what, patience, had: false, lack: None }
+    fn new(type_: ConditionType, what: &'static str, limit: Duration) -> Self {
+        Self { type_, what, limit, had: false, lost: None }
     }
 
-    /// A new term.
-    pub(super) fn forget(&mut self) {
-        (self.had, self.lack) = (false, None);
+    /// Starts again: the node is no longer elected, or has nothing to connect to.
+    pub(super) fn reset(&mut self) {
+        (self.had, self.lost) = (false, None);
     }
 
-    /// What is to be said, if anything. `live`: how many connections there are, of `all` that should be; where none should be, there is none
-    /// to be missed.
+    /// The condition, if it is decided. `live`: the number of connections, of `all` that are planned. If none is planned, none can be missing.
     pub(super) fn verdict(&mut self, (live, all): (usize, usize), now: Instant) -> Option<Verdict> {
         if all == 0 {
-            self.forget();
+            self.reset();
             return None;
         }
         if live > 0 {
-            (self.had, self.lack) = (true, None);
-            return Some(self.say(true, "Connected", format!("a {}", self.what)));
+            (self.had, self.lost) = (true, None);
+            return Some(self.condition(true, "Connected", format!("the node has a {}", self.what)));
         }
-        let since = *self.lack.get_or_insert(now);
-        let patience = if self.had { self.patience } else { FIRST };
-        (now.duration_since(since) >= patience).then(|| {
-            self.say(false, "CutOff", format!("no {} for {patience:?} and more: look at this node's uplink and firewall", self.what))
+        let since = *self.lost.get_or_insert(now);
+        let limit = if self.had { self.limit } else { FIRST };
+        (now.duration_since(since) >= limit).then(|| {
+            let message = format!("the node has had no {} for at least {} s; check its uplink and firewall", self.what, limit.as_secs());
+            self.condition(false, "CutOff", message)
         })
     }
 
-    fn say(&self, ok: bool, reason: &'static str, message: String) -> Verdict {
+    fn condition(&self, ok: bool, reason: &'static str, message: String) -> Verdict {
         Verdict { type_: self.type_, ok, reason, message }
     }
 }
@@ -75,20 +77,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_node_says_yes_while_it_is_connected_no_after_a_while_and_nothing_in_between() {
+    fn condition_is_true_while_connected_and_false_after_the_limit() {
         let (begin, mut connected) = (Instant::now(), Connected::tunnel());
         let mut at =
             |seconds: u64, live: usize| connected.verdict((live, 2), begin + Duration::from_secs(seconds)).map(|verdict| verdict.ok);
-        assert_eq!(at(0, 0), None, "it has just been elected");
+        assert_eq!(at(0, 0), None, "just elected");
         assert_eq!(at(59, 0), None);
-        assert_eq!(at(60, 0), Some(false), "and never had one");
+        assert_eq!(at(60, 0), Some(false), "never connected");
         assert_eq!(at(70, 1), Some(true));
         assert_eq!(at(80, 0), None);
-        assert_eq!(at(229, 0), None, "it had one");
+        assert_eq!(at(229, 0), None, "was connected");
         assert_eq!(at(230, 0), Some(false));
-        assert_eq!(connected.verdict((0, 0), begin), None, "nobody to be connected with");
+        assert_eq!(connected.verdict((0, 0), begin), None, "nothing to connect to");
         let later = begin + Duration::from_secs(100_000);
-        assert_eq!(connected.verdict((0, 1), later), None, "another term");
+        assert_eq!(connected.verdict((0, 1), later), None, "starts again");
         assert_eq!(connected.verdict((0, 1), later + FIRST).map(|verdict| verdict.ok), Some(false));
     }
 }

@@ -1,4 +1,4 @@
-//! The last dropped packets, from the programs' ring buffer: `/drops` on the metrics address, one JSON object a line.
+//! Samples of dropped packets from the programs' ring buffer, for `/drops`: one JSON object per line.
 
 use std::{
     collections::VecDeque,
@@ -19,22 +19,22 @@ use serde::Serialize;
 
 use crate::{apply::Report, names};
 
-/// How many are kept.
+/// Number of samples that are kept.
 const KEPT: usize = 256;
-/// How often the buffer is looked at; it holds some four thousand samples, and a CPU writes at most a hundred a second.
+/// Interval at which the buffer is read. It holds about 4,000 samples, and each CPU writes at most 100 per second.
 const PERIOD: Duration = Duration::from_millis(500);
 
-/// The last samples, oldest first.
+/// The last samples, the oldest first; clones share them.
 #[derive(Clone, Default)]
 pub struct Drops {
     samples: Arc<Mutex<VecDeque<DropSample>>>,
 }
 
-/// A sample as a person reads it.
+/// A line of `/drops`.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Line {
-    /// Since boot, as dmesg counts.
+    /// Seconds since boot, as in dmesg.
     seconds: f64,
     reason: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -47,10 +47,10 @@ struct Line {
 }
 
 impl Drops {
-    /// Reads the ring buffer until the process ends. Without it nothing is lost but samples.
+    /// Reads the ring buffer until the process ends. After a failure only samples are missing; counters are not affected.
     pub async fn read(self) {
         if let Err(e) = self.follow().await {
-            tracing::warn!("samples of dropped packets cannot be read: {e}; counters go on");
+            tracing::warn!(error = e, "cannot read samples of dropped packets; counters are not affected");
         }
     }
 
@@ -58,8 +58,7 @@ impl Drops {
         let path = Path::new(names::PINS).join("maps/EVENTS");
         let data = MapData::from_pin(&path).map_err(|e| e.to_string())?;
         let mut ring = RingBuf::try_from(Map::RingBuf(data)).map_err(|e| e.to_string())?;
-        // Looked at and not waited for: tokio's way to wait for a file descriptor of somebody else's is unsafe, and nobody
-        // needs a sample within the second.
+        // Polled, because tokio's API to wait for a foreign file descriptor is unsafe, and samples are not urgent.
         let mut period = tokio::time::interval(PERIOD);
         loop {
             period.tick().await;
@@ -72,7 +71,7 @@ impl Drops {
     }
 
     fn keep(&self, sample: DropSample) {
-        tracing::debug!(reason = Verdict::from_number(sample.verdict).map(Verdict::as_str), ?sample, "dropped");
+        tracing::debug!(reason = Verdict::from_number(sample.verdict).map(Verdict::as_str), ?sample, "dropped a packet");
         let mut samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
         if samples.len() == KEPT {
             samples.pop_front();
@@ -80,7 +79,7 @@ impl Drops {
         samples.push_back(sample);
     }
 
-    /// The last samples, a line each.
+    /// The last samples, one line each.
     pub(super) fn render(&self, report: Option<&Report>) -> String {
         let samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner).clone();
         samples.iter().fold(String::new(), |mut text, sample| {

@@ -1,4 +1,4 @@
-//! The GatewayNode of this node: made when it is elected (for L3, L7 or both), kept up to date, removed when it is not elected any more.
+//! The GatewayNode of this node: created when the node is elected (for L3, L7 or both), kept up to date, deleted when it is no longer elected.
 
 use std::{
     collections::BTreeMap,
@@ -22,31 +22,33 @@ use tokio::sync::watch;
 use super::connected::Connected;
 use crate::{
     apply::Report,
-    diff::Peer,
-    plan::Role,
+    proxy::ProxyReport,
+    state::{Peer, Role},
     topology::{Inputs, PublicKey},
     tunnel::{Backend, Tunnel},
 };
 
-/// How often peers are looked at.
+/// Interval at which peers are read.
 const PERIOD: Duration = Duration::from_secs(10);
-/// How often the status is written though nothing changed but handshakes: they are for people, and every agent of the cluster is told.
+/// Minimum age of the status before handshake times alone cause a write: they are informative only, and every agent of the cluster receives the
+/// object.
 const REFRESH: Duration = Duration::from_secs(1800);
-/// How often where only peers changed, for each of them, and at most: of a thousand sites one always comes or goes, and the list is long.
+/// Minimum age before changes of peers alone cause a write, per peer: with a thousand sites some peer always changes, and the list is long.
 const PEER: Duration = Duration::from_millis(100);
+/// Maximum of the sum over all peers.
 const PEERS: Duration = Duration::from_secs(60);
 
-/// What the reconciler tells everybody after a run.
+/// The last report of the reconciler, and the tunnel on a gateway node.
 pub type Latest = Option<(Arc<Report>, Option<Tunnel>)>;
 
-/// Publishes until the process ends. A failure is logged and tried again with the next period.
+/// Publishes until the process ends. A failure is logged and retried in the next period.
 ///
-/// `seen`: what the API server has, by the agent's own watch: an announcement that somebody deleted is made again.
+/// `seen`: the objects in the API server, from the agent's own watch, so that a deleted GatewayNode is created again.
 pub async fn run(
     client: Client,
     node: String,
     mut latest: watch::Receiver<Latest>,
-    mut proxy: watch::Receiver<Option<Proxied>>,
+    mut proxy: watch::Receiver<Option<ProxyReport>>,
     seen: watch::Receiver<Option<Inputs>>,
 ) {
     let mut publisher = Publisher {
@@ -66,27 +68,16 @@ pub async fn run(
             _ = period.tick() => {
                 let has = |inputs: &Inputs| inputs.gateway_nodes.iter().any(|n| n.metadata.name.as_deref() == Some(publisher.node.as_str()));
                 if publisher.spec.is_some() && seen.borrow().as_ref().is_some_and(|inputs| !has(inputs)) {
-                    publisher.forget();
+                    publisher.reset();
                 }
             }
         }
         let Some((report, tunnel)) = latest.borrow_and_update().clone() else { continue };
         let proxied = proxy.borrow_and_update().clone();
         if let Err(e) = publisher.publish(&report, tunnel, proxied).await {
-            tracing::warn!("publish GatewayNode {}: {e}; trying again in {PERIOD:?}", publisher.node);
+            tracing::warn!(node = publisher.node, error = %e, "cannot publish the GatewayNode; retrying");
         }
     }
-}
-
-/// The L7 half's word.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Proxied {
-    /// For which Gateway.
-    pub gateway: String,
-    /// How it goes.
-    pub status: ProxyStatus,
-    /// With how many cloud nodes it should have tunnels; 0 in the cloud, which is dialled.
-    pub dials: usize,
 }
 
 struct Publisher {
@@ -99,36 +90,36 @@ struct Publisher {
     proxy: Connected,
 }
 
-/// What is seen of the peers.
-type Seen = BTreeMap<PublicKey, (Peer, Option<Duration>)>;
+/// Observed peers, with the age of their last handshake.
+type Sessions = BTreeMap<PublicKey, (Peer, Option<Duration>)>;
 
 impl Publisher {
-    async fn publish(&mut self, report: &Report, tunnel: Option<Tunnel>, proxied: Option<Proxied>) -> Result<(), kube::Error> {
+    async fn publish(&mut self, report: &Report, tunnel: Option<Tunnel>, proxied: Option<ProxyReport>) -> Result<(), kube::Error> {
         if report.plan.role != Role::Gateway && proxied.is_none() {
             return self.withdraw().await;
         }
         self.publish_spec(spec(report, proxied.as_ref())).await?;
-        let seen: Seen = match tunnel {
+        let sessions: Sessions = match tunnel {
             Some(tunnel) => tunnel.sessions().await.unwrap_or_default(),
-            None => Seen::default(),
+            None => Sessions::default(),
         };
         let old = self.status.as_ref().map(|s| s.conditions.clone()).unwrap_or_default();
-        let verdicts = self.verdicts(report, &seen, proxied.as_ref(), Instant::now());
+        let verdicts = self.verdicts(report, &sessions, proxied.as_ref(), Instant::now());
         let proxy = proxied.map(|proxied| proxied.status);
-        let status = status(report, &seen, proxy, condition::merge(&old, &verdicts, None, Timestamp::now()), Timestamp::now());
+        let status = status(report, &sessions, proxy, condition::merge(&old, &verdicts, None, Timestamp::now()), Timestamp::now());
         let age = self.written.map_or(Duration::MAX, |written| written.elapsed());
-        if age > self.status.as_ref().map_or(Duration::ZERO, |old| patience(old, &status)) {
+        if age > self.status.as_ref().map_or(Duration::ZERO, |old| minimum_age(old, &status)) {
             self.publish_status(status).await?;
         }
         Ok(())
     }
 
-    fn verdicts(&mut self, report: &Report, seen: &Seen, proxied: Option<&Proxied>, now: Instant) -> Vec<Verdict> {
-        // Without a keepalive a session may be idle, and nothing is wrong.
-        let kept = seen.values().filter(|(peer, _)| peer.keepalive.is_some());
-        let sessions = (kept.clone().filter(|(peer, _)| peer.alive).count(), kept.count());
-        let tunnels = proxied.map_or((0, 0), |proxied| (proxied.status.tunnels.len(), proxied.dials));
-        let connected = [self.tunnel.verdict(sessions, now), self.proxy.verdict(tunnels, now)];
+    fn verdicts(&mut self, report: &Report, sessions: &Sessions, proxied: Option<&ProxyReport>, now: Instant) -> Vec<Verdict> {
+        // Without a keepalive an idle peer has no session, which is no fault.
+        let kept = sessions.values().filter(|(peer, _)| peer.keepalive.is_some());
+        let peers = (kept.clone().filter(|(peer, _)| peer.alive).count(), kept.count());
+        let connections = proxied.map_or((0, 0), |proxied| (proxied.status.tunnels.len(), proxied.dials));
+        let connected = [self.tunnel.verdict(peers, now), self.proxy.verdict(connections, now)];
         std::iter::once(verdict(report)).chain(connected.into_iter().flatten()).collect()
     }
 
@@ -139,7 +130,7 @@ impl Publisher {
         let object = serde_json::json!({ "apiVersion": "raven.openyurt.io/v1beta1", "kind": "GatewayNode",
                                          "metadata": { "name": self.node }, "spec": spec });
         self.api.patch(&self.node, &PatchParams::apply(MANAGER_AGENT).force(), &Patch::Apply(object)).await?;
-        tracing::info!(node = self.node, gateway = spec.gateway, key = spec.public_key, "announced");
+        tracing::info!(node = self.node, gateway = spec.gateway, key = spec.public_key, "published the GatewayNode");
         self.spec = Some(spec);
         Ok(())
     }
@@ -153,32 +144,32 @@ impl Publisher {
         Ok(())
     }
 
-    /// Nothing has been written: all is written anew.
-    fn forget(&mut self) {
+    /// Forgets what was written, so that the next run writes everything.
+    fn reset(&mut self) {
         (self.spec, self.status, self.written) = (None, None, None);
     }
 
-    /// A node that is not elected has nothing to announce; once per change of role, and once after a start.
+    /// Deletes the GatewayNode of a node that is not elected: once per change of its role, and once after a start.
     async fn withdraw(&mut self) -> Result<(), kube::Error> {
         if self.spec.is_none() && self.written.is_some() {
             return Ok(());
         }
         match self.api.delete(&self.node, &DeleteParams::default()).await {
-            Ok(_) => tracing::info!(node = self.node, "not elected: announcement withdrawn"),
+            Ok(_) => tracing::info!(node = self.node, "this node is not elected; deleted its GatewayNode"),
             Err(kube::Error::Api(e)) if e.code == 404 => {}
             Err(e) => return Err(e),
         }
         (self.spec, self.status, self.written) = (None, None, Some(tokio::time::Instant::now()));
-        self.tunnel.forget();
-        self.proxy.forget();
+        self.tunnel.reset();
+        self.proxy.reset();
         Ok(())
     }
 }
 
-fn spec(report: &Report, proxied: Option<&Proxied>) -> GatewayNodeSpec {
+fn spec(report: &Report, proxied: Option<&ProxyReport>) -> GatewayNodeSpec {
     GatewayNodeSpec {
         gateway: report.plan.pool.clone().or_else(|| proxied.map(|proxied| proxied.gateway.clone())).unwrap_or_default(),
-        // Others make a peer of whoever has one.
+        // Agents of other pools configure every node with a key as a peer.
         public_key: (report.plan.role == Role::Gateway).then(|| report.public_key.to_string()),
         listen_port: report.plan.tunnel.as_ref().map(|t| i32::from(t.port)),
         addresses: Some(report.plan.config.node).filter(|a| !a.is_unspecified()).map(|a| a.to_string()).into_iter().collect(),
@@ -186,8 +177,14 @@ fn spec(report: &Report, proxied: Option<&Proxied>) -> GatewayNodeSpec {
     }
 }
 
-fn status(report: &Report, seen: &Seen, proxy: Option<ProxyStatus>, conditions: Vec<Condition>, now: Timestamp) -> GatewayNodeStatus {
-    let mut list: Vec<PeerStatus> = seen
+fn status(
+    report: &Report,
+    sessions: &Sessions,
+    proxy: Option<ProxyStatus>,
+    conditions: Vec<Condition>,
+    now: Timestamp,
+) -> GatewayNodeStatus {
+    let mut list: Vec<PeerStatus> = sessions
         .iter()
         .filter_map(|(key, (peer, age))| {
             let name = report.plan.peer_names.get(key)?;
@@ -201,12 +198,12 @@ fn status(report: &Report, seen: &Seen, proxy: Option<ProxyStatus>, conditions: 
         })
         .collect();
     list.sort_by(|a, b| a.node_name.cmp(&b.node_name));
-    let live = seen.values().filter(|(peer, _)| peer.alive).count();
+    let live = sessions.values().filter(|(peer, _)| peer.alive).count();
     GatewayNodeStatus {
         wireguard_backend: report.backend.map(Backend::as_str).map(str::to_owned),
         dataplane_tier: report.tier.map(str::to_owned),
         tunnel_mtu: report.plan.tunnel.as_ref().and_then(|t| i32::try_from(t.mtu).ok()),
-        peer_summary: Some(format!("{live}/{}", seen.len())),
+        peer_summary: Some(format!("{live}/{}", sessions.len())),
         peers: list,
         proxy,
         conditions,
@@ -214,7 +211,6 @@ fn status(report: &Report, seen: &Seen, proxy: Option<ProxyStatus>, conditions: 
 }
 
 fn verdict(report: &Report) -> Verdict {
-    let complaints: Vec<&str> = report.complaints().map(String::as_str).collect();
     let (ok, reason) = if !report.failures.is_empty() {
         (false, "ApplyFailed")
     } else if !report.surroundings.is_empty() {
@@ -224,15 +220,32 @@ fn verdict(report: &Report) -> Verdict {
     } else {
         (true, "Forwarding")
     };
-    let tier = report.tier_reason.as_ref().map(|r| format!(" (not the fastest tier: {r})")).unwrap_or_default();
-    let message = if ok { format!("the dataplane is as planned{tier}") } else { complaints.join("; ") };
-    // The API server refuses longer ones.
-    let message = message.chars().take(32_000).collect();
+    let tier = report.tier_reason.as_ref().map(|r| format!(" (not in the fastest tier: {r})")).unwrap_or_default();
+    let message = if ok { format!("the dataplane is as planned{tier}") } else { summary(&report.complaints().collect::<Vec<_>>()) };
     Verdict { type_: ConditionType::Ready, ok, reason, message }
 }
 
-/// How old `old` may become where `new` is what would be written.
-fn patience(old: &GatewayNodeStatus, new: &GatewayNodeStatus) -> Duration {
+/// Complaints in a condition's message.
+const SHOWN: usize = 3;
+/// Characters of each.
+const LENGTH: usize = 400;
+
+/// The most important complaints as a numbered list, and the number of the others.
+fn summary(complaints: &[String]) -> String {
+    let cut = |text: &String| text.chars().take(LENGTH).collect::<String>();
+    let [only] = complaints else {
+        let shown = complaints.iter().take(SHOWN).enumerate().map(|(n, text)| format!("({}) {}", n + 1, cut(text))).collect::<Vec<_>>();
+        let rest = match complaints.len().saturating_sub(SHOWN) {
+            0 => String::new(),
+            rest => format!("; and {rest} more: GET /status on the agent's metrics port lists all"),
+        };
+        return format!("{} problems: {}{rest}", complaints.len(), shown.join("; "));
+    };
+    cut(only)
+}
+
+/// The minimum age of `old` before `new` is written.
+fn minimum_age(old: &GatewayNodeStatus, new: &GatewayNodeStatus) -> Duration {
     let without_handshakes = |status: &GatewayNodeStatus| {
         let mut status = status.clone();
         status.peers.iter_mut().for_each(|p| p.last_handshake = None);
@@ -261,14 +274,24 @@ mod tests {
     }
 
     #[test]
-    fn what_matters_is_written_at_once_peers_by_their_number_and_handshakes_rarely() {
+    fn important_changes_are_written_at_once_and_handshakes_rarely() {
         let old = status(2, 2);
-        let mut shaken = old.clone();
-        shaken.peers[0].last_handshake = Some(Time(Timestamp::MAX));
-        assert_eq!(patience(&old, &shaken), REFRESH);
-        assert_eq!(patience(&old, &status(2, 1)), 2 * PEER, "a small cluster sees it at once");
-        assert_eq!(patience(&status(5000, 1), &status(5000, 2)), PEERS);
+        let mut handshake = old.clone();
+        handshake.peers[0].last_handshake = Some(Time(Timestamp::MAX));
+        assert_eq!(minimum_age(&old, &handshake), REFRESH);
+        assert_eq!(minimum_age(&old, &status(2, 1)), 2 * PEER, "a small cluster is updated at once");
+        assert_eq!(minimum_age(&status(5000, 1), &status(5000, 2)), PEERS);
         let other_tier = GatewayNodeStatus { dataplane_tier: Some("tc".to_owned()), ..status(2, 1) };
-        assert_eq!(patience(&old, &other_tier), Duration::ZERO);
+        assert_eq!(minimum_age(&old, &other_tier), Duration::ZERO);
+    }
+
+    #[test]
+    fn message_lists_three_problems_and_counts_the_rest() {
+        let complaints: Vec<String> = (0..12).map(|n| format!("problem {n}{}", "x".repeat(1000))).collect();
+        assert_eq!(summary(&complaints[..1]).len(), LENGTH);
+        let message = summary(&complaints);
+        assert!(message.starts_with("12 problems: (1) problem 0") && message.contains("; (3) problem 2") && !message.contains("problem 3"));
+        assert!(message.ends_with("; and 9 more: GET /status on the agent's metrics port lists all"), "{message}");
+        assert!(message.len() < 1500, "{}", message.len());
     }
 }

@@ -1,71 +1,71 @@
-//! How each other pool is reached, and which gateway node stands for which node's prefixes.
+//! How each other pool is reached, and which gateway node owns the prefixes of each member.
 //!
-//! WireGuard gives each prefix to one peer, for sending *and* for what it accepts. So with several active gateway nodes in
-//! a pool, each node of the pool belongs to one of them (its *owner*), and both directions of its traffic pass there.
-//! The choice is a rendezvous hash: everybody computes the same one from the topology alone, and a gateway node that
-//! leaves moves only its own share.
+//! WireGuard assigns each prefix to one peer, for sending and for what it accepts. With several active gateway nodes in a pool,
+//! each member therefore has one *owner* among them, and both directions of its traffic pass through that owner. The owner is
+//! chosen by rendezvous hash ([`weight`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 
+use super::rendezvous::weight;
 use crate::topology::{Pool, PublicKey, Topology};
 
-/// The way to one other pool.
+/// The path to one other pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Path<'a> {
-    /// Its id in maps and counters.
+    /// Gateway id in maps and counters.
     pub(super) id: u32,
-    /// The pool.
+    /// The other pool.
     pub(super) pool: &'a Pool,
-    /// Its prefixes, less those that must never enter the tunnel; by member.
+    /// Its prefixes by member, without those that must never enter the tunnel.
     pub(super) prefixes: BTreeMap<&'a str, BTreeSet<IpNet>>,
-    /// Who carries it.
-    pub(super) way: Way,
+    /// The peers that carry it.
+    pub(super) kind: PathKind,
 }
 
-/// Who carries the packets of a pair of pools.
+/// The peers that carry the packets between two pools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
-    /// The other pool's own gateway nodes: one of the two can be dialled.
+pub(super) enum PathKind {
+    /// The gateway nodes of the other pool: at least one of the two pools can be dialled.
     Direct,
     /// A gateway node of an exposed pool, by its key.
     Relay(PublicKey),
-    /// Nobody: neither can be dialled, and no exposed pool is there.
+    /// No peer: neither pool can be dialled, and no exposed pool has a gateway node.
     None,
 }
 
-/// The ways to all other pools, by their names.
+/// The paths to all other pools, by Gateway name.
 pub(super) fn paths<'a>(
     topology: &'a Topology,
     own_name: &str,
     own: &Pool,
-    guard: &BTreeSet<IpNet>,
+    protected: &BTreeSet<IpNet>,
     problems: &mut Vec<String>,
 ) -> BTreeMap<&'a str, Path<'a>> {
     let ids = gateway_ids(topology);
     let others = topology.pools.iter().filter(|(name, _)| *name != own_name);
     others
         .map(|(name, pool)| {
-            let prefixes = allowed(name, pool, guard, problems);
-            let way = way(topology, (own_name, own), (name, pool));
-            if way == Way::None && !pool.members.is_empty() {
+            let prefixes = allowed(name, pool, protected, problems);
+            let kind = path_kind(topology, (own_name, own), (name, pool));
+            if kind == PathKind::None && !pool.members.is_empty() {
                 problems.push(format!(
                     "Gateway {name} cannot be reached from Gateway {own_name}: neither can be dialled, and no exposed Gateway \
-                     (spec.exposeType) with a gateway node is there to relay"
+                     (spec.exposeType) with a gateway node can relay"
                 ));
             }
-            (name.as_str(), Path { id: ids[name.as_str()], pool, prefixes, way })
+            (name.as_str(), Path { id: ids[name.as_str()], pool, prefixes, kind })
         })
         .collect()
 }
 
-fn allowed<'a>(name: &str, pool: &'a Pool, guard: &BTreeSet<IpNet>, problems: &mut Vec<String>) -> BTreeMap<&'a str, BTreeSet<IpNet>> {
-    let mut keep = |node: &str, prefix: &IpNet| match guard.iter().find(|g| g.contains(prefix) || prefix.contains(*g)) {
-        Some(protected) => {
+fn allowed<'a>(name: &str, pool: &'a Pool, protected: &BTreeSet<IpNet>, problems: &mut Vec<String>) -> BTreeMap<&'a str, BTreeSet<IpNet>> {
+    let mut keep = |node: &str, prefix: &IpNet| match protected.iter().find(|g| g.contains(prefix) || prefix.contains(*g)) {
+        Some(conflict) => {
             problems.push(format!(
-                "Gateway {name}: prefix {prefix} of node {node} is not sent into the tunnel: it would take {protected} along, \
-                 which this node needs outside of it"
+                "Gateway {name}: prefix {prefix} of node {node} is not sent into the tunnel: it overlaps {conflict}, which this node \
+                 reaches outside the tunnel"
             ));
             false
         }
@@ -74,17 +74,18 @@ fn allowed<'a>(name: &str, pool: &'a Pool, guard: &BTreeSet<IpNet>, problems: &m
     pool.members.iter().map(|(node, member)| (node.as_str(), member.prefixes.iter().filter(|p| keep(node, p)).copied().collect())).collect()
 }
 
-fn way(topology: &Topology, own: (&str, &Pool), other: (&str, &Pool)) -> Way {
+fn path_kind(topology: &Topology, own: (&str, &Pool), other: (&str, &Pool)) -> PathKind {
     if own.1.dialable() || other.1.dialable() {
-        return Way::Direct;
+        return PathKind::Direct;
     }
-    // Both ends must choose the same relay: the pair is hashed without regard to its direction.
+    // Both ends must choose the same relay, so the pair of names is hashed in a fixed order.
     let (a, b) = if own.0 < other.0 { (own.0, other.0) } else { (other.0, own.0) };
     let relays = topology.pools.values().filter(|p| p.exposed).flat_map(|p| p.usable()).filter(|(_, _, peer)| peer.dial.is_some());
-    relays.max_by_key(|(node, _, _)| weight(&[a, b, node])).map_or(Way::None, |(_, key, _)| Way::Relay(key))
+    relays.max_by_key(|(node, _, _)| weight(&[a, b, node])).map_or(PathKind::None, |(_, key, _)| PathKind::Relay(key))
 }
 
-/// The gateway node that stands for `member`: itself if it is one, else by rendezvous hash among those with a key.
+/// The gateway node that owns the prefixes of `member`: the member itself if it is a gateway node, else one with a key, by
+/// rendezvous hash.
 pub(super) fn owner<'a>(pool: &'a Pool, member: &str) -> Option<&'a str> {
     if let Some((name, _)) = pool.gateways.get_key_value(member) {
         return Some(name);
@@ -92,19 +93,8 @@ pub(super) fn owner<'a>(pool: &'a Pool, member: &str) -> Option<&'a str> {
     pool.usable().map(|(name, _, _)| name).max_by_key(|name| weight(&[member, name]))
 }
 
-/// FNV-1a over the parts, with a separator that no Kubernetes name contains; the finalizer of SplitMix64 spreads it.
-pub(crate) fn weight(parts: &[&str]) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for byte in parts.iter().flat_map(|p| p.bytes().chain([b'/'])) {
-        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-    }
-    hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    hash ^ (hash >> 31)
-}
-
-/// Ids of all Gateways: a hash of the name, so that counters keep their meaning when Gateways come and go. Two names
-/// with one hash are told apart in the order of the names; 0 means none.
+/// The ids of all Gateways: a hash of the name, so that counters keep their meaning when Gateways are added and deleted.
+/// Collisions are resolved in the order of the names; 0 stands for no Gateway.
 pub fn gateway_ids(topology: &Topology) -> BTreeMap<String, u32> {
     let mut taken = BTreeSet::from([raven_common::tables::NO_GATEWAY]);
     let mut ids = BTreeMap::new();

@@ -2,26 +2,23 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{
-    PeerName,
-    path::{Path, Way, owner},
-};
+use super::path::{Path, PathKind, owner};
 use crate::{
-    diff::Peer,
-    topology::{Pool, PresharedKey, PublicKey, Topology},
+    state::{Peer, PeerName, Preshared},
+    topology::{Pool, PublicKey, Topology},
 };
 
-/// Seconds between keepalives towards a peer that we dial: below the 30 s after which the meanest NATs forget a UDP
-/// mapping, well above a metered link's annoyance.
+/// Persistent keepalive in seconds towards a peer that this node dials: shorter than the 30 s after which the strictest NATs expire
+/// a UDP mapping, and long enough for a metered link.
 const KEEPALIVE: u16 = 15;
 
-/// One peer per gateway node that we talk to directly; its allowed IPs are what it may send: its own share of its pool,
-/// and the pools that it relays.
-pub(super) fn peers(paths: &BTreeMap<&str, Path>, own: &Pool, preshared: Option<PresharedKey>) -> BTreeMap<PublicKey, Peer> {
+/// One peer per gateway node of a directly reached pool. Its allowed IPs are the prefixes that it owns in its pool, and the
+/// prefixes of the pools that it relays.
+pub(super) fn peers(paths: &BTreeMap<&str, Path>, own: &Pool, preshared: Preshared) -> BTreeMap<PublicKey, Peer> {
     let mut peers = BTreeMap::new();
-    // A gateway node behind NAT dials; one that can be dialled waits, so that it never aims at a stale address.
+    // A gateway node behind NAT dials. One that can be dialled does not, so that it never sends to a stale address.
     let own_dialable = own.dialable();
-    for path in paths.values().filter(|p| p.way == Way::Direct) {
+    for path in paths.values().filter(|p| p.kind == PathKind::Direct) {
         for (node, key, gateway) in path.pool.usable() {
             let allowed: BTreeSet<_> = path
                 .prefixes
@@ -34,7 +31,7 @@ pub(super) fn peers(paths: &BTreeMap<&str, Path>, own: &Pool, preshared: Option<
         }
     }
     for path in paths.values() {
-        if let Way::Relay(key) = path.way
+        if let PathKind::Relay(key) = path.kind
             && let Some(relay) = peers.get_mut(&key)
         {
             relay.allowed.extend(path.prefixes.values().flatten().copied());
@@ -43,7 +40,7 @@ pub(super) fn peers(paths: &BTreeMap<&str, Path>, own: &Pool, preshared: Option<
     peers
 }
 
-/// Who has which key.
+/// Node and Gateway of every published key.
 pub(super) fn names(topology: &Topology) -> BTreeMap<PublicKey, PeerName> {
     let pools = topology.pools.iter();
     pools

@@ -1,4 +1,4 @@
-//! Routes of our table: exactly the remote prefixes.
+//! Routes of Raven's table: exactly the remote prefixes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,26 +7,27 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{Role, path::Path};
-use crate::diff::{Device, Route};
+use super::path::Path;
+use crate::state::{Device, Role, Route};
 
-/// The address of a node inside one of its prefixes: the first one, as flannel does. Pods never have it.
+/// A node's own address inside one of its prefixes: the first one, as flannel chooses it. No pod gets it.
 pub(super) fn own_address(prefix: &IpNet) -> IpNet {
     IpNet::from(prefix.network())
 }
 
-/// The source of host processes' packets: an address that the node has in its prefix (its CNI's bridge, say), else ours.
+/// The source address of packets from host processes: an address that the node has inside its prefix (on its CNI's bridge,
+/// for example), else [`own_address`].
 ///
-/// Ours is the first of the prefix. Beside a bridge with the same prefix Linux before 5.14 takes that for a broadcast address
-/// and refuses it as a source, and every Linux takes the first of an IPv6 prefix for an anycast address, which takes no TCP
-/// connections.
+/// An existing address is preferred because the first one of a prefix has limits: beside a bridge with the same prefix, Linux before
+/// 5.14 takes it for a broadcast address and refuses it as a source; every Linux takes the first address of an IPv6 prefix for an anycast address,
+/// which accepts no TCP connections.
 pub(super) fn source(prefix: &IpNet, addresses: &BTreeSet<IpAddr>) -> IpAddr {
     let own = own_address(prefix).addr();
     addresses.range(own..).take_while(|a| prefix.contains(*a)).find(|a| **a != own).copied().unwrap_or(own)
 }
 
-/// A route per remote prefix. A pool that cannot be reached has its routes too: its packets must end here, counted,
-/// and not leave in clear by the default route.
+/// One route per remote prefix. A pool that cannot be reached has its routes too: its packets must reach the program, which
+/// drops and counts them, and must not leave unencrypted by the default route.
 pub(super) fn routes(paths: &BTreeMap<&str, Path>, role: Role, sources: &[IpAddr], mtu: u32) -> BTreeMap<IpNet, Route> {
     let device = if role == Role::Gateway { Device::Tunnel } else { Device::Overlay };
     let source = |prefix: &IpNet| -> Option<IpAddr> { sources.iter().copied().find(|s| s.is_ipv4() == prefix.addr().is_ipv4()) };

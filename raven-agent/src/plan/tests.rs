@@ -1,4 +1,4 @@
-//! Laws of `plan`, over random clusters; and the three-pool cluster of the demo, spelled out.
+//! Properties of `plan` over random clusters, and examples on the three-pool cluster of the demo.
 
 use proptest::{collection, prelude::*, sample::Index};
 use raven_api::{
@@ -8,9 +8,12 @@ use raven_api::{
 };
 
 use super::*;
-use crate::topology::{Inputs, PublicKey, build};
+use crate::{
+    state::InterceptTo,
+    topology::{Inputs, PublicKey, build},
+};
 
-/// A pool as the controller would publish it: `nodes` nodes, the first `gateways` of them elected.
+/// A pool as the controller publishes it: `nodes` nodes, of which the first `gateways` are elected.
 #[derive(Clone, Debug)]
 struct Site {
     exposed: bool,
@@ -67,17 +70,10 @@ fn inputs(sites: &[Site]) -> Inputs {
 }
 
 fn me(site: usize, node: u8) -> Me {
-    Me {
-        node: node_name(site, node),
-        uplink_mtu: 1500,
-        protected: BTreeSet::new(),
-        addresses: BTreeSet::new(),
-        detour: None,
-        preshared: None,
-    }
+    Me { node: node_name(site, node), ..Me::default() }
 }
 
-fn everybody(sites: &[Site]) -> Vec<Me> {
+fn every_node(sites: &[Site]) -> Vec<Me> {
     sites.iter().enumerate().flat_map(|(n, s)| (0..s.nodes).map(move |i| me(n, i))).collect()
 }
 
@@ -87,13 +83,13 @@ fn sites() -> impl Strategy<Value = Vec<Site>> {
 
 proptest! {
     #[test]
-    fn same_input_same_output_whatever_the_order_of_events(sites in sites(), shuffle in any::<Index>()) {
+    fn plan_is_deterministic_and_independent_of_event_order(sites in sites(), shuffle in any::<Index>()) {
         let inputs = inputs(&sites);
         let mut turned = inputs.clone();
         let by = shuffle.index(turned.gateways.len());
         turned.gateways.rotate_left(by);
         turned.gateway_nodes.reverse();
-        for me in everybody(&sites) {
+        for me in every_node(&sites) {
             let one = plan(&build(&inputs), &me);
             prop_assert_eq!(&one, &plan(&build(&inputs), &me));
             prop_assert_eq!(format!("{one:?}"), format!("{:?}", plan(&build(&turned), &me)));
@@ -101,9 +97,9 @@ proptest! {
     }
 
     #[test]
-    fn no_prefix_goes_to_two_gateways(sites in sites()) {
+    fn prefix_has_one_peer(sites in sites()) {
         let topology = build(&inputs(&sites));
-        for me in everybody(&sites) {
+        for me in every_node(&sites) {
             let plan = plan(&topology, &me);
             let mut seen = BTreeSet::new();
             for peer in plan.state.peers.values() {
@@ -119,11 +115,11 @@ proptest! {
     }
 
     #[test]
-    fn both_ends_of_a_pair_agree(sites in sites()) {
-        // Whatever gateway node a packet leaves by, the peer that receives it accepts its source from there: for each
-        // two nodes, follow the plans hop by hop.
+    fn both_ends_of_a_path_agree(sites in sites()) {
+        // The peer that receives a packet accepts its source from the gateway node that sent it: checked hop by hop for
+        // each pair of nodes.
         let topology = build(&inputs(&sites));
-        let plans: BTreeMap<String, Plan> = everybody(&sites).into_iter().map(|me| (me.node.clone(), plan(&topology, &me))).collect();
+        let plans: BTreeMap<String, Plan> = every_node(&sites).into_iter().map(|me| (me.node.clone(), plan(&topology, &me))).collect();
         for from in plans.keys() {
             for to in plans.keys().filter(|to| plans[*to].pool != plans[from].pool) {
                 follow(&topology, &plans, from, to)?;
@@ -132,9 +128,9 @@ proptest! {
     }
 
     #[test]
-    fn routes_and_maps_speak_of_the_same_prefixes(sites in sites()) {
+    fn routes_and_maps_have_the_same_prefixes(sites in sites()) {
         let topology = build(&inputs(&sites));
-        for me in everybody(&sites) {
+        for me in every_node(&sites) {
             let plan = plan(&topology, &me);
             prop_assert!(plan.state.routes.keys().eq(plan.state.remote.keys()));
             prop_assert_eq!(plan.tunnel.is_some(), plan.role == Role::Gateway);
@@ -142,7 +138,7 @@ proptest! {
     }
 }
 
-/// Follows a packet between two nodes; where a plan offers a way, it must work to the end.
+/// Follows a packet between two nodes: a path that a plan offers must reach its destination.
 fn follow(topology: &Topology, plans: &BTreeMap<String, Plan>, from: &str, to: &str) -> Result<(), TestCaseError> {
     let prefix_of = |node: &str| topology.pool_of(node).and_then(|(_, p)| p.members[node].prefixes.iter().next().copied());
     let (Some(source), Some(destination)) = (prefix_of(from), prefix_of(to)) else { return Ok(()) };
@@ -168,7 +164,7 @@ fn follow(topology: &Topology, plans: &BTreeMap<String, Plan>, from: &str, to: &
             prop_assert!(
                 plans[&at].problems.iter().any(|p| p.contains("cannot be reached"))
                     || topology.pool_of(to).is_some_and(|(_, p)| p.usable().next().is_none()),
-                "{at} drops {from} → {to} without a word"
+                "{at} drops {from} → {to} and reports no problem"
             );
             return Ok(());
         };
@@ -180,7 +176,7 @@ fn follow(topology: &Topology, plans: &BTreeMap<String, Plan>, from: &str, to: &
         prop_assert!(plans[&next].config.relay, "{next} would have to relay {from} → {to}");
         at = next;
     }
-    Err(TestCaseError::fail(format!("{from} → {to} goes round in circles")))
+    Err(TestCaseError::fail(format!("{from} → {to} loops")))
 }
 
 fn three_pools() -> Vec<Site> {
@@ -189,7 +185,7 @@ fn three_pools() -> Vec<Site> {
 }
 
 #[test]
-fn an_edge_gateway_has_one_peer_that_relays_the_other_edge() {
+fn edge_gateway_has_one_peer_that_relays_the_other_edge() {
     let topology = build(&inputs(&three_pools()));
     let plan = plan(&topology, &me(1, 0));
     assert_eq!(plan.role, Role::Gateway);
@@ -203,7 +199,7 @@ fn an_edge_gateway_has_one_peer_that_relays_the_other_edge() {
 }
 
 #[test]
-fn the_cloud_gateway_waits_for_both_edges_and_relays() {
+fn cloud_gateway_dials_neither_edge_and_relays() {
     let plan = plan(&build(&inputs(&three_pools())), &me(0, 0));
     assert!(plan.config.relay);
     assert_eq!(plan.state.peers.len(), 2);
@@ -211,41 +207,40 @@ fn the_cloud_gateway_waits_for_both_edges_and_relays() {
 }
 
 #[test]
-fn an_ordinary_node_sends_everything_to_its_gateway_node() {
+fn member_sends_everything_to_its_gateway_node() {
     let plan = plan(&build(&inputs(&three_pools())), &me(2, 1));
-    assert_eq!(plan.role, Role::Ordinary);
+    assert_eq!(plan.role, Role::Member);
     assert!(plan.tunnel.is_none() && plan.state.peers.is_empty());
     assert!(plan.state.remote.values().all(|r| r.via == [192, 168, 2, 10]));
     assert_eq!(plan.state.remote.len(), 8);
     assert_eq!(plan.state.local.len(), 4);
-    let overlay = plan.overlay.expect("an ordinary node has the overlay");
+    let overlay = plan.overlay.expect("a member node has the overlay");
     assert_eq!(overlay.mtu, 1450);
     let addresses: Vec<String> = overlay.addresses.iter().map(ToString::to_string).collect();
     assert_eq!(addresses, ["10.2.1.0/32", "fd00:2:1::/128"]);
 }
 
 #[test]
-fn what_the_node_needs_outside_never_enters_the_tunnel() {
+fn protected_prefixes_never_enter_the_tunnel() {
     let mut inputs = inputs(&three_pools());
     let status = inputs.gateways[1].status.as_mut().expect("the site has a status");
     status.nodes[1].subnets = vec!["172.16.0.0/12".into(), "10.96.0.0/12".into(), "198.51.100.0/24".into(), "10.9.0.0/24".into()];
     let me = Me {
-        detour: None,
         protected: BTreeSet::from(["172.20.0.1/32".parse().expect("a prefix"), "10.96.0.0/16".parse().expect("a prefix")]),
         ..me(0, 1)
     };
     let plan = plan(&build(&inputs), &me);
     let routes: Vec<String> = plan.state.routes.keys().map(ToString::to_string).collect();
     assert!(!routes.iter().any(|r| r.starts_with("172.") || r.starts_with("10.96.") || r.starts_with("198.")), "{routes:?}");
-    assert!(routes.contains(&"10.9.0.0/24".to_owned()), "the harmless prefix of the same node stays: {routes:?}");
+    assert!(routes.contains(&"10.9.0.0/24".to_owned()), "the unprotected prefix of the same node stays: {routes:?}");
     assert_eq!(plan.problems.iter().filter(|p| p.contains("not sent into the tunnel")).count(), 3, "{:?}", plan.problems);
 }
 
 #[test]
-fn node_addresses_are_forwarded_when_asked_and_never_those_of_the_own_network() {
+fn node_addresses_are_forwarded_except_those_of_the_own_network() {
     let mut inputs = inputs(&three_pools());
     inputs.settings.forward_node_ip = true;
-    // A clone of the site's own network: the same addresses as here.
+    // The other site uses the same subnet as this one.
     inputs.gateways[2].status.as_mut().expect("a status").nodes[1].private_ip = "192.168.1.77".into();
     let me = Me { protected: BTreeSet::from(["192.168.1.0/24".parse().expect("a prefix")]), ..me(1, 1) };
     let plan = plan(&build(&inputs), &me);
@@ -260,7 +255,7 @@ fn node_addresses_are_forwarded_when_asked_and_never_those_of_the_own_network() 
 }
 
 #[test]
-fn l3_switched_off_plans_nothing_and_complains_of_nothing() {
+fn l3_off_plans_nothing_without_problems() {
     let mut inputs = inputs(&three_pools());
     inputs.settings.l3 = false;
     let plan = plan(&build(&inputs), &me(0, 0));
@@ -268,35 +263,35 @@ fn l3_switched_off_plans_nothing_and_complains_of_nothing() {
 }
 
 #[test]
-fn without_l3_the_clouds_overlay_carries_connections_to_kubelets_and_nothing_else() {
+fn without_l3_the_overlay_carries_only_kubelet_connections() {
     let mut inputs = inputs(&three_pools());
     let proxy = Endpoint { node_name: node_name(0, 0), type_: EndpointType::Proxy, ..Endpoint::default() };
     inputs.gateways[0].status.as_mut().expect("a status").active_endpoints.push(proxy);
     inputs.settings.l3 = false;
     let topology = build(&inputs);
-    let [gateway, ordinary, edge] = [me(0, 0), me(0, 1), me(1, 0)].map(|me| plan(&topology, &me));
+    let [gateway, member, edge] = [me(0, 0), me(0, 1), me(1, 0)].map(|me| plan(&topology, &me));
     assert_eq!(edge.role, Role::None);
-    let detour = gateway.detour.expect("the proxy's node");
-    assert!(detour.here && gateway.state.remote.is_empty());
+    let interception = gateway.interception.expect("the proxy's node");
+    assert!(interception.to == InterceptTo::Here && gateway.state.remote.is_empty());
     let via = gateway.config.node.octets();
-    for plan in [&gateway.tunnel, &ordinary.tunnel] {
+    for plan in [&gateway.tunnel, &member.tunnel] {
         assert_eq!(*plan, None);
     }
-    assert!(gateway.overlay.is_some() && ordinary.overlay.is_some());
-    assert!(ordinary.state.routes.is_empty() && ordinary.state.peers.is_empty(), "{:?}", ordinary.state);
-    let kubelets: BTreeSet<IpNet> = ordinary.detour.expect("an ordinary node").nodes.keys().map(|a| IpNet::from(IpAddr::V4(*a))).collect();
-    assert_eq!(ordinary.state.remote.keys().copied().collect::<BTreeSet<_>>(), kubelets);
-    assert!(!kubelets.is_empty() && ordinary.state.remote.values().all(|remote| remote.via == via));
+    assert!(gateway.overlay.is_some() && member.overlay.is_some());
+    assert!(member.state.routes.is_empty() && member.state.peers.is_empty(), "{:?}", member.state);
+    let kubelets: BTreeSet<IpNet> = member.interception.expect("a member node").nodes.keys().map(|a| IpNet::from(IpAddr::V4(*a))).collect();
+    assert_eq!(member.state.remote.keys().copied().collect::<BTreeSet<_>>(), kubelets);
+    assert!(!kubelets.is_empty() && member.state.remote.values().all(|remote| remote.via == via));
 }
 
 #[test]
-fn a_stolen_box_that_publishes_the_clouds_key_takes_nobody_but_itself_off_the_network() {
+fn stolen_node_with_the_clouds_key_cuts_off_only_itself() {
     let honest = inputs(&three_pools());
     let mut stolen = honest.clone();
     let cloud = stolen.gateway_nodes[0].spec.public_key.clone();
-    let thief = stolen.gateway_nodes.iter_mut().find(|n| n.metadata.name == Some(node_name(1, 0))).expect("an edge's gateway node");
-    thief.spec.public_key = cloud.clone();
-    // Its site is the oldest of all.
+    let stolen_node = stolen.gateway_nodes.iter_mut().find(|n| n.metadata.name == Some(node_name(1, 0))).expect("an edge's gateway node");
+    stolen_node.spec.public_key = cloud.clone();
+    // Its site is the oldest.
     let created =
         |second| Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::from_second(second).expect("a time")));
     for (n, gateway) in stolen.gateways.iter_mut().enumerate() {
@@ -309,10 +304,10 @@ fn a_stolen_box_that_publishes_the_clouds_key_takes_nobody_but_itself_off_the_ne
 }
 
 #[test]
-fn the_api_servers_address_is_never_sent_into_the_tunnel() {
+fn api_server_address_never_enters_the_tunnel() {
     let mut inputs = inputs(&three_pools());
     inputs.settings.forward_node_ip = true;
-    // A kubelet that says that it lives where the API server does.
+    // A kubelet that reports the API server's address as its own.
     inputs.gateways[1].status.as_mut().expect("a status").nodes[1].private_ip = "203.0.113.1".into();
     let server: IpNet = "203.0.113.1/32".parse().expect("a prefix");
     let routes = |inputs: &Inputs| plan(&build(inputs), &me(2, 1)).state.routes;
@@ -322,24 +317,27 @@ fn the_api_servers_address_is_never_sent_into_the_tunnel() {
 }
 
 #[test]
-fn a_proxy_on_another_node_than_the_tunnel_is_reached_from_everywhere_in_its_pool() {
+fn proxy_apart_from_the_tunnel_node_is_reached_from_its_whole_pool() {
     let mut sites = three_pools();
     sites[0].nodes = 3;
     let mut inputs = inputs(&sites);
     let proxy = Endpoint { node_name: node_name(0, 2), type_: EndpointType::Proxy, ..Endpoint::default() };
     inputs.gateways[0].status.as_mut().expect("a status").active_endpoints.push(proxy);
     let topology = build(&inputs);
-    let [tunnel, ordinary, proxy] = [me(0, 0), me(0, 1), me(0, 2)].map(|me| plan(&topology, &me));
+    let [tunnel, member, proxy] = [me(0, 0), me(0, 1), me(0, 2)].map(|me| plan(&topology, &me));
     let edge: IpNet = "192.168.1.10/32".parse().expect("a prefix");
-    assert_eq!((tunnel.role, proxy.role), (Role::Gateway, Role::Ordinary));
-    assert!(proxy.detour.expect("takes them").here && !proxy.state.remote.contains_key(&edge), "what it takes it does not send on");
-    for plan in [tunnel, ordinary] {
+    assert_eq!((tunnel.role, proxy.role), (Role::Gateway, Role::Member));
+    assert!(
+        proxy.interception.expect("intercepts").to == InterceptTo::Here && !proxy.state.remote.contains_key(&edge),
+        "what it intercepts it does not forward"
+    );
+    for plan in [tunnel, member] {
         assert_eq!(plan.state.remote.get(&edge).map(|remote| remote.via), Some(proxy.config.node.octets()));
     }
 }
 
 #[test]
-fn a_node_in_no_pool_is_told_what_to_do() {
+fn node_without_pool_gets_the_remedy() {
     let plan = plan(&build(&inputs(&three_pools())), &Me { node: "stranger".into(), ..me(0, 0) });
     assert_eq!(plan.role, Role::None);
     assert_eq!(plan.state, State::default());
@@ -347,7 +345,7 @@ fn a_node_in_no_pool_is_told_what_to_do() {
 }
 
 #[test]
-fn host_processes_talk_by_an_address_that_the_node_has_in_its_prefix() {
+fn host_source_is_an_address_inside_the_own_prefix() {
     let topology = build(&inputs(&three_pools()));
     let sources = |addresses: &[&str]| {
         let addresses = addresses.iter().map(|a| a.parse().expect("an address")).collect();
@@ -373,10 +371,10 @@ fn next(address: IpAddr) -> IpAddr {
 }
 
 #[test]
-fn two_edges_without_an_exposed_pool_are_told_so_and_do_not_leak() {
+fn edges_without_an_exposed_pool_report_it_and_keep_their_routes() {
     let mut sites = three_pools();
     sites[0].exposed = false;
     let plan = plan(&build(&inputs(&sites)), &me(1, 1));
     assert!(plan.problems.iter().any(|p| p.contains("cannot be reached")), "{:?}", plan.problems);
-    assert_eq!(plan.state.routes.len(), 8, "the routes stay, so that nothing leaves in clear by the default route");
+    assert_eq!(plan.state.routes.len(), 8, "the routes stay, so that no packet leaves unencrypted by the default route");
 }

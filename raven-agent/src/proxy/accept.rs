@@ -1,5 +1,7 @@
-//! The cloud's side: takes the tunnels that edges dial. Who is at the other end is what its certificate says, and whether it may bring a
-//! tunnel, and for which pool, is what the topology says: a node that is deleted, or not elected any more, loses its tunnel.
+//! The cloud's side of a proxy connection: accepts, authenticates and admits the connections that edges open.
+//!
+//! The certificate proves which node dials. The topology decides whether that node may connect, and for which pool. A node that is deleted or no longer
+//! elected loses its connections.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -10,54 +12,56 @@ use tokio::{
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tracing::Instrument;
 
 use super::{
+    connections::Connections,
     identity::{self, Identity},
     limits,
-    plan::{Bearer, Plan},
+    pending::{PendingSet, PendingSlot},
     stats::{Refusal, Stats},
     stream,
-    tunnels::Tunnels,
-    waiting::{Place, Waiting},
 };
+use crate::plan::proxy::{EdgeIdentity, ProxyPlan};
 
-/// Takes tunnels until the task is dropped.
-pub(crate) struct Gate {
-    pub(crate) plan: watch::Receiver<Arc<Plan>>,
+/// Accepts proxy connections until the task is dropped.
+pub(crate) struct EdgeListener {
+    pub(crate) plan: watch::Receiver<Arc<ProxyPlan>>,
     pub(crate) identity: watch::Receiver<Option<Arc<Identity>>>,
-    pub(crate) tunnels: Tunnels,
+    pub(crate) connections: Connections,
     pub(crate) stats: Stats,
 }
 
-impl Gate {
+impl EdgeListener {
     pub(crate) async fn run(mut self, listener: TcpListener) {
-        let waiting = Waiting::new(limits::HANDSHAKES);
-        // With this task they all end: connections of a gate that is closed are nobody's.
-        let mut connections = JoinSet::new();
+        let pending = PendingSet::new(limits::PENDING_EDGES);
+        // All connections end with this task.
+        let mut tasks = JoinSet::new();
         let mut acceptor = self.acceptor();
         loop {
             tokio::select! {
                 accepted = listener.accept() => match accepted {
-                    Ok((connection, from)) => {
+                    Ok((tcp, from)) => {
                         let Some(acceptor) = acceptor.clone() else { continue };
-                        let (place, crowded) = waiting.enter();
-                        if crowded && self.stats.refused(Refusal::TooMany) {
-                            tracing::warn!(%from, "too many connections that have not said who they are: the oldest goes");
+                        let (slot, evicted) = pending.enter();
+                        if evicted && self.stats.refused(Refusal::TooMany) {
+                            tracing::warn!(limit = limits::PENDING_EDGES, "too many pending proxy connections; evicted the oldest");
                         }
-                        let visitor = Visitor { from, plan: self.plan.clone(), tunnels: self.tunnels.clone(), stats: self.stats.clone() };
-                        connections.spawn(visitor.enter(connection, acceptor, place));
+                        let span = tracing::info_span!("proxy_accept", %from);
+                        let edge = Edge { plan: self.plan.clone(), connections: self.connections.clone(), stats: self.stats.clone() };
+                        tasks.spawn(edge.enter(tcp, from, acceptor, slot).instrument(span));
                     }
                     Err(e) => {
-                        tracing::warn!("accept a tunnel: {e}");
+                        tracing::warn!(error = %e, "cannot accept proxy connections; retrying");
                         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
                     }
                 },
                 Ok(()) = self.identity.changed() => acceptor = self.acceptor(),
                 Ok(()) = self.plan.changed() => {
                     let plan = self.plan.borrow_and_update().clone();
-                    self.tunnels.retain(|bearer, pool| plan.directory.pool_of_proxy(bearer) == Some(pool));
+                    self.connections.retain(|edge, pool| plan.directory.pool_of_proxy(edge) == Some(pool));
                 }
-                Some(_) = connections.join_next() => {}
+                Some(_) = tasks.join_next() => {}
             }
         }
     }
@@ -67,65 +71,63 @@ impl Gate {
         match identity.server() {
             Ok(config) => Some(TlsAcceptor::from(config)),
             Err(e) => {
-                tracing::error!("certificate of the proxy: {e}");
+                tracing::error!(error = %e, "cannot use the proxy's certificate; edges cannot connect");
                 None
             }
         }
     }
 }
 
-/// One who dials.
-struct Visitor {
-    from: SocketAddr,
-    plan: watch::Receiver<Arc<Plan>>,
-    tunnels: Tunnels,
+/// An edge that dials.
+struct Edge {
+    plan: watch::Receiver<Arc<ProxyPlan>>,
+    connections: Connections,
     stats: Stats,
 }
 
-impl Visitor {
-    async fn enter(self, connection: TcpStream, acceptor: TlsAcceptor, place: Place) {
+impl Edge {
+    async fn enter(self, tcp: TcpStream, from: SocketAddr, acceptor: TlsAcceptor, slot: PendingSlot) {
         let admitted = tokio::select! {
-            admitted = timeout(limits::HANDSHAKE, admit(connection, acceptor, &self.plan)) => admitted,
-            // Counted when its place was given away.
-            () = place.over.cancelled() => return,
+            admitted = timeout(limits::HANDSHAKE, admit(tcp, acceptor, &self.plan)) => admitted,
+            // The eviction is counted already.
+            () = slot.evicted.cancelled() => return,
         };
-        drop(place);
+        drop(slot);
         match admitted {
-            Ok(Ok((tunnel, bearer, pool))) => {
-                // What became of it is said there. The election may have changed since it was looked at.
-                let _ = self
-                    .tunnels
-                    .take(bearer, &pool, tunnel, |bearer, pool| self.plan.borrow().directory.pool_of_proxy(bearer) == Some(pool))
-                    .await;
+            Ok(Ok((tls, edge, pool))) => {
+                // The election may have changed during the handshake, so the connection set checks it again.
+                let may_connect = |edge: &EdgeIdentity, pool: &str| self.plan.borrow().directory.pool_of_proxy(edge) == Some(pool);
+                // Its end is logged there.
+                let _ = self.connections.serve(edge, &pool, tls, may_connect).await;
             }
-            Ok(Err((refusal, why))) => self.turn_away(refusal, &why),
-            Err(_) => self.turn_away(Refusal::Slow, "no TLS handshake in time"),
+            Ok(Err((refusal, error))) => self.refuse(from, refusal, &error),
+            Err(_) => self.refuse(from, Refusal::Slow, "the TLS handshake timed out"),
         }
     }
 
-    fn turn_away(&self, refusal: Refusal, why: &str) {
+    fn refuse(&self, from: SocketAddr, refusal: Refusal, error: &str) {
         if self.stats.refused(refusal) {
-            tracing::warn!(from = %self.from, ?refusal, "no tunnel: {why}");
+            tracing::warn!(%from, reason = refusal.as_str(), error, "refused a proxy connection");
         }
     }
 }
 
 async fn admit(
-    connection: TcpStream,
+    tcp: TcpStream,
     acceptor: TlsAcceptor,
-    plan: &watch::Receiver<Arc<Plan>>,
-) -> Result<(TlsStream<TcpStream>, Bearer, String), (Refusal, String)> {
-    stream::prepare_tunnel(&connection);
-    let tunnel = acceptor.accept(connection).await.map_err(|e| (Refusal::Unauthenticated, format!("TLS: {e}")))?;
-    let certificate = tunnel.get_ref().1.peer_certificates().and_then(<[_]>::first);
-    let certificate = certificate.ok_or_else(|| (Refusal::Unauthenticated, "it shows no certificate".to_owned()))?;
-    let bearer = identity::bearer_of(certificate).map_err(|e| (Refusal::Unauthenticated, e.to_string()))?;
-    let pool = plan.borrow().directory.pool_of_proxy(&bearer).map(str::to_owned);
+    plan: &watch::Receiver<Arc<ProxyPlan>>,
+) -> Result<(TlsStream<TcpStream>, EdgeIdentity, String), (Refusal, String)> {
+    stream::prepare_connection(&tcp);
+    let tls = acceptor.accept(tcp).await.map_err(|e| (Refusal::Unauthenticated, format!("TLS: {e}")))?;
+    let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
+    let certificate = certificate.ok_or_else(|| (Refusal::Unauthenticated, "the edge sent no certificate".to_owned()))?;
+    let edge = identity::edge_of(certificate).map_err(|e| (Refusal::Unauthenticated, e.to_string()))?;
+    let pool = plan.borrow().directory.pool_of_proxy(&edge).map(str::to_owned);
     match pool {
-        Some(pool) => Ok((tunnel, bearer, pool)),
+        Some(pool) => Ok((tls, edge, pool)),
         None => {
-            let uid = bearer.uid.as_deref().unwrap_or("none");
-            Err((Refusal::NotElected, format!("node {} (UID {uid}) is no elected proxy node of an edge Gateway", bearer.node)))
+            let uid = edge.uid.as_deref().unwrap_or("none");
+            Err((Refusal::NotElected, format!("node {} (UID {uid}) is not an elected proxy node of an edge Gateway", edge.node)))
         }
     }
 }

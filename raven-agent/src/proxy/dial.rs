@@ -1,13 +1,6 @@
-//! The edge's side: keeps tunnels to every cloud gateway node, and serves them.
+//! The edge's side of a proxy connection: keeps connections to every cloud gateway node open, and serves them.
 
-use std::{
-    collections::BTreeMap,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::{
@@ -18,67 +11,70 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream, rustls::pki_types::ServerName};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::{
     identity::{self, Identity},
     limits,
-    serve::{Edge, serve},
-    stats::TunnelStats,
+    serve::{EdgeServer, serve},
+    stats::ConnectionStats,
     stream,
 };
 
-/// Who is dialled: host and port, by node name.
+/// Cloud gateway nodes to dial: host and port, by node name.
 pub(crate) type Clouds = BTreeMap<String, (String, u16)>;
 
-/// Tunnels that are up, by cloud gateway node.
-pub(crate) type Up = BTreeMap<String, usize>;
+/// Number of established connections, by cloud gateway node.
+pub(crate) type Established = BTreeMap<String, usize>;
 
-/// Why there is no tunnel.
+/// Why a connection could not be established.
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("no certificate yet")]
+    #[error("this node has no certificate yet")]
     NoIdentity,
     #[error(transparent)]
     Identity(#[from] identity::Error),
-    #[error("{0:?} is no name of a host")]
+    #[error("{0:?} is not a valid host name")]
     BadHost(String),
-    #[error("connect: {0}")]
+    #[error("cannot connect: {0}")]
     Connect(std::io::Error),
-    #[error("TLS: {0}")]
+    #[error("the TLS handshake failed: {0}")]
     Tls(std::io::Error),
-    #[error("no answer (is the address right, and TCP open on the way to it?)")]
-    Silent,
+    #[error("timed out; check the address in the exposed Gateway and that firewalls allow TCP to it")]
+    Timeout,
 }
 
 impl Error {
-    /// True where the other side answered and refused, or we have nothing to show: soon again would not help. A connection that broke in
-    /// the middle of its handshake is no answer: a crowd at the gate, or a load balancer with nobody behind it.
+    /// True if the cloud refused the edge, or the edge has nothing to present: an early retry does not help.
+    ///
+    /// A connection that closes during the handshake is not a refusal: the listener may have evicted it, or a load balancer may have no
+    /// backend.
     fn is_refusal(&self) -> bool {
         match self {
             Self::Tls(e) => e.kind() == std::io::ErrorKind::InvalidData,
             Self::Identity(_) | Self::BadHost(_) => true,
-            Self::NoIdentity | Self::Connect(_) | Self::Silent => false,
+            Self::NoIdentity | Self::Connect(_) | Self::Timeout => false,
         }
     }
 }
 
-/// Keeps tunnels to `clouds`, until the task is dropped; says in `up` which there are.
+/// Keeps connections to `clouds` open until the task is dropped, and reports in `established` how many there are.
 pub(crate) async fn run(
     mut clouds: watch::Receiver<Clouds>,
     identity: watch::Receiver<Option<Arc<Identity>>>,
-    edge: Edge,
-    up: watch::Sender<Up>,
+    server: EdgeServer,
+    established: watch::Sender<Established>,
 ) {
     let mut tasks = JoinSet::new();
     let mut dialled: BTreeMap<(String, String, u16), CancellationToken> = BTreeMap::new();
     loop {
         let wanted = clouds.borrow_and_update().clone();
         dialled.retain(|(node, host, port), stop| {
-            let stays = wanted.get(node) == Some(&(host.clone(), *port));
-            if !stays {
+            let kept = wanted.get(node) == Some(&(host.clone(), *port));
+            if !kept {
                 stop.cancel();
             }
-            stays
+            kept
         });
         for (node, (host, port)) in wanted {
             let key = (node.clone(), host.clone(), port);
@@ -86,19 +82,19 @@ pub(crate) async fn run(
                 continue;
             }
             let stop = CancellationToken::new();
-            for _ in 0..limits::TUNNELS {
-                let (node, host) = (node.clone(), host.clone());
-                let slot = Slot {
-                    node,
-                    host,
+            for number in 0..limits::CONNECTIONS {
+                let dialler = Dialler {
+                    node: node.clone(),
+                    host: host.clone(),
                     port,
                     identity: identity.clone(),
-                    edge: edge.clone(),
-                    up: up.clone(),
+                    server: server.clone(),
+                    established: established.clone(),
                     stop: stop.clone(),
                     attempts: 0,
                 };
-                tasks.spawn(slot.run());
+                let span = tracing::info_span!("proxy_dial", cloud = %node, number);
+                tasks.spawn(dialler.run().instrument(span));
             }
             dialled.insert(key, stop);
         }
@@ -109,66 +105,69 @@ pub(crate) async fn run(
     }
 }
 
-/// One of the tunnels to one cloud gateway node.
-struct Slot {
+/// Keeps one connection to one cloud gateway node open.
+struct Dialler {
     node: String,
     host: String,
     port: u16,
     identity: watch::Receiver<Option<Arc<Identity>>>,
-    edge: Edge,
-    up: watch::Sender<Up>,
+    server: EdgeServer,
+    established: watch::Sender<Established>,
     stop: CancellationToken,
     attempts: usize,
 }
 
-impl Slot {
+impl Dialler {
     async fn run(mut self) {
         let stop = self.stop.clone();
-        // With this task they all end.
-        let mut tunnels = JoinSet::new();
-        let mut current: Option<Live> = None;
-        let mut futile = backoff(limits::REDIAL_REFUSED);
+        // All connections end with this task.
+        let mut tasks = JoinSet::new();
+        let mut current: Option<Connection> = None;
+        let mut short_lived = backoff(limits::REDIAL_REFUSED);
         loop {
             let next = tokio::select! {
                 next = self.dial() => next,
                 () = stop.cancelled() => break,
             };
-            // The successor is there: now the old one may end with its last stream.
+            // Its successor is established, so the old connection may end with its last stream.
             if let Some(old) = current.take() {
                 old.retire();
             }
-            let live = self.hold(next, &mut tunnels);
+            let connection = self.serve(next, &mut tasks);
             let begin = Instant::now();
             tokio::select! {
-                () = live.ended.cancelled() => {
-                    // One that ends at once is no better than none: the other side will not have it.
+                () = connection.ended.cancelled() => {
+                    // A connection that ends at once was refused by the cloud.
                     if begin.elapsed() < limits::PING {
-                        self.pause(futile.next().unwrap_or(limits::REDIAL_REFUSED.1)).await;
+                        self.pause(short_lived.next().unwrap_or(limits::REDIAL_REFUSED.1)).await;
                     } else {
-                        futile = backoff(limits::REDIAL_REFUSED);
+                        short_lived = backoff(limits::REDIAL_REFUSED);
                     }
                     continue;
                 }
-                () = sleep(limits::TUNNEL_LIFE.mul_f64(0.9 + 0.2 * jitter())) => tracing::debug!(cloud = self.node, "tunnel grows old"),
-                _ = self.identity.changed() => tracing::info!(cloud = self.node, "another certificate: a new tunnel takes over"),
+                // Jitter keeps a thousand sites from reconnecting together.
+                () = sleep(limits::CONNECTION_LIFE.mul_f64(0.9 + 0.2 * fastrand::f64())) => {
+                    tracing::debug!(cloud = self.node, "the proxy connection reached its maximum age; replacing it");
+                }
+                _ = self.identity.changed() => tracing::info!(cloud = self.node, "the certificate changed; replacing the proxy connection"),
                 () = stop.cancelled() => {}
             }
-            current = Some(live);
+            current = Some(connection);
         }
-        // Its node is no proxy any more, or another one: what is open may end by itself.
-        current.iter().for_each(Live::retire);
-        while tunnels.join_next().await.is_some() {}
+        // The cloud node is no longer a proxy, or has another address: open streams may end by themselves.
+        current.iter().for_each(Connection::retire);
+        while tasks.join_next().await.is_some() {}
     }
 
-    /// A new tunnel, however long it takes.
+    /// Dials until a connection is established.
     async fn dial(&mut self) -> TlsStream<TcpStream> {
-        let mut said = None;
+        let mut reported = None;
         let (mut soon, mut late) = (backoff(limits::REDIAL), backoff(limits::REDIAL_REFUSED));
         loop {
             match self.connect().await {
-                Ok(tunnel) => {
-                    tracing::info!(cloud = self.node, host = self.host, port = self.port, "tunnel up");
-                    return tunnel;
+                Ok(tls) => {
+                    tracing::info!(cloud = self.node, host = self.host, port = self.port, "proxy connection established");
+                    return tls;
                 }
                 Err(Error::NoIdentity) => {
                     if self.identity.changed().await.is_err() {
@@ -176,10 +175,16 @@ impl Slot {
                     }
                 }
                 Err(e) => {
-                    let text = e.to_string();
-                    if said.as_ref() != Some(&text) {
-                        tracing::warn!(cloud = self.node, host = self.host, port = self.port, "no tunnel: {text}; trying again");
-                        said = Some(text);
+                    let error = e.to_string();
+                    if reported.as_ref() != Some(&error) {
+                        tracing::warn!(
+                            cloud = self.node,
+                            host = self.host,
+                            port = self.port,
+                            error,
+                            "cannot establish a proxy connection; retrying with backoff"
+                        );
+                        reported = Some(error);
                     }
                     let delay = if e.is_refusal() { late.next() } else { soon.next() };
                     self.pause(delay.unwrap_or(limits::REDIAL_REFUSED.1)).await;
@@ -188,10 +193,10 @@ impl Slot {
         }
     }
 
+    /// Waits for the delay, or for a new certificate, which may remove the cause of a refusal.
     async fn pause(&mut self, delay: Duration) {
         tokio::select! {
             () = sleep(delay) => {}
-            // A new certificate may be what was missing.
             _ = self.identity.changed() => {}
         }
     }
@@ -200,79 +205,72 @@ impl Slot {
         let identity = self.identity.borrow_and_update().clone().ok_or(Error::NoIdentity)?;
         let name = ServerName::try_from(self.host.clone()).map_err(|_| Error::BadHost(self.host.clone()))?;
         let connector = TlsConnector::from(identity.client()?);
-        let patience = limits::DIAL[self.attempts % limits::DIAL.len()];
+        let limit = limits::DIAL[self.attempts % limits::DIAL.len()];
         self.attempts += 1;
-        let tcp = timeout(patience, TcpStream::connect((self.host.as_str(), self.port))).await;
-        let tcp = tcp.map_err(|_| Error::Silent)?.map_err(Error::Connect)?;
-        stream::prepare_tunnel(&tcp);
-        timeout(limits::HANDSHAKE, connector.connect(name, tcp)).await.map_err(|_| Error::Silent)?.map_err(Error::Tls)
+        let tcp = timeout(limit, TcpStream::connect((self.host.as_str(), self.port))).await;
+        let tcp = tcp.map_err(|_| Error::Timeout)?.map_err(Error::Connect)?;
+        stream::prepare_connection(&tcp);
+        timeout(limits::HANDSHAKE, connector.connect(name, tcp)).await.map_err(|_| Error::Timeout)?.map_err(Error::Tls)
     }
 
-    /// Serves a tunnel, in a task of its own.
-    fn hold(&self, tunnel: TlsStream<TcpStream>, tunnels: &mut JoinSet<()>) -> Live {
-        let gateway = self.edge.plan.borrow().directory.pool_of(&self.node).unwrap_or_default().to_owned();
-        let shown = self.edge.stats.tunnel(&gateway, &self.node);
-        let live = Live { stats: shown.tunnel.clone(), retire: CancellationToken::new(), ended: CancellationToken::new() };
-        let counted = Counted::new(&self.up, &self.node);
-        let (served, ended, node) =
-            (serve(tunnel, self.edge.clone(), shown.tunnel.clone(), live.retire.clone()), live.ended.clone(), self.node.clone());
-        tunnels.spawn(async move {
-            let _shown_and_counted = (shown, counted, ended.drop_guard());
-            let why = served.await.err().map(|e| e.to_string());
-            tracing::info!(cloud = node, why, "tunnel down");
-        });
-        live
+    /// Serves an established connection in its own task.
+    fn serve(&self, tls: TlsStream<TcpStream>, tasks: &mut JoinSet<()>) -> Connection {
+        let gateway = self.server.plan.borrow().directory.pool_of(&self.node).unwrap_or_default().to_owned();
+        let listed = self.server.stats.connection(&gateway, &self.node);
+        let connection = Connection { stats: listed.stats.clone(), retire: CancellationToken::new(), ended: CancellationToken::new() };
+        let counted = Counted::new(&self.established, &self.node);
+        let served = serve(tls, self.server.clone(), listed.stats.clone(), connection.retire.clone());
+        let (ended, node, number) = (connection.ended.clone(), self.node.clone(), listed.number);
+        let span = tracing::info_span!("proxy_connection", cloud = %node, connection = number);
+        let task = async move {
+            let _until_the_end = (listed, counted, ended.drop_guard());
+            let error = served.await.err().map(|e| e.to_string());
+            tracing::info!(cloud = node, error, "proxy connection closed");
+        };
+        tasks.spawn(task.instrument(span));
+        connection
     }
 }
 
-/// A tunnel that is being served.
-struct Live {
-    stats: Arc<TunnelStats>,
+/// A connection that is being served.
+struct Connection {
+    stats: Arc<ConnectionStats>,
     retire: CancellationToken,
     ended: CancellationToken,
 }
 
-impl Live {
-    /// It takes no new streams, and ends with its last one.
+impl Connection {
+    /// Stops accepting streams; the connection ends with its last one.
     fn retire(&self) {
         self.stats.retire();
         self.retire.cancel();
     }
 }
 
-/// Between 0 and 1, another one for each slot and time: so that a thousand sites do not come at once.
-fn jitter() -> f64 {
-    static DRAWN: AtomicUsize = AtomicUsize::new(0);
-    use std::hash::{BuildHasher, Hasher};
-    let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
-    hasher.write_usize(DRAWN.fetch_add(1, Ordering::Relaxed));
-    (hasher.finish() >> 11) as f64 / (1u64 << 53) as f64
-}
-
 fn backoff((least, most): (Duration, Duration)) -> impl Iterator<Item = Duration> {
     ExponentialBuilder::default().with_min_delay(least).with_max_delay(most).with_jitter().without_max_times().build()
 }
 
-/// Counts a tunnel as up until it is dropped.
+/// Counts a connection as established until it is dropped.
 struct Counted {
-    up: watch::Sender<Up>,
+    established: watch::Sender<Established>,
     node: String,
 }
 
 impl Counted {
-    fn new(up: &watch::Sender<Up>, node: &str) -> Self {
-        up.send_modify(|up| *up.entry(node.to_owned()).or_default() += 1);
-        Self { up: up.clone(), node: node.to_owned() }
+    fn new(established: &watch::Sender<Established>, node: &str) -> Self {
+        established.send_modify(|counts| *counts.entry(node.to_owned()).or_default() += 1);
+        Self { established: established.clone(), node: node.to_owned() }
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        self.up.send_modify(|up| {
-            if let Some(count) = up.get_mut(&self.node) {
+        self.established.send_modify(|counts| {
+            if let Some(count) = counts.get_mut(&self.node) {
                 *count -= 1;
             }
-            up.retain(|_, count| *count > 0);
+            counts.retain(|_, count| *count > 0);
         });
     }
 }

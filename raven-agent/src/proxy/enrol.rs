@@ -1,5 +1,5 @@
-//! Gets a certificate from the controller, by the CertificateSigningRequest API, and a new one before it ends. Open tunnels are not
-//! touched by that: the next ones use it.
+//! Requests a certificate from the controller through the CertificateSigningRequest API, and renews it before it expires. Open proxy connections
+//! are not affected; new ones use the new certificate.
 
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
@@ -15,83 +15,85 @@ use kube::{
 };
 use raven_api::proxy::{SIGNER_CLIENT, SIGNER_SERVER};
 use tokio::{sync::watch, time::sleep};
+use tracing::Instrument;
 
 use super::identity::{self, Identity};
 use crate::names;
 
-/// How long a certificate is asked for, seconds: an edge that sees no API server for a month goes on all the same.
+/// Requested validity of a certificate in seconds: an edge without an API server for a month keeps working.
 const LIFE: i32 = 90 * 24 * 3600;
-/// How often is looked whether one is due.
-const LOOK: Duration = Duration::from_secs(60);
-/// After a failure: from, to. A request that is refused is refused again until somebody has changed something.
-const AGAIN: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(300));
+/// Interval of the check whether the certificate is due for renewal.
+const CHECK: Duration = Duration::from_secs(60);
+/// Minimum and maximum delay after a failure.
+const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(300));
 
-/// What this node needs a certificate for.
+/// The purpose of this node's certificate.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Purpose {
-    /// Nothing.
+    /// None is needed.
     #[default]
     None,
-    /// To dial, as this node, of this UID where it is known.
+    /// To dial as this node, with the Node's UID where it is known.
     Client(Option<String>),
-    /// To be dialled, by these names and addresses.
+    /// To be dialled by these names and addresses.
     Server(BTreeSet<String>),
 }
 
-/// What the keeper goes by: the purpose, and the CA's certificates (PEM).
+/// The purpose, and the CA's certificates (PEM).
 pub type Wanted = (Purpose, String);
 
-/// Why there is no certificate.
+/// Why this node has no certificate.
 #[derive(Debug, thiserror::Error)]
 enum Error {
     #[error(transparent)]
     Identity(#[from] identity::Error),
-    #[error("ask for a certificate: {0} (does RBAC allow it? see deploy/rbac.yaml)")]
-    Api(#[from] kube::Error),
-    #[error("CertificateSigningRequest {name} was refused: {why}")]
-    Denied { name: String, why: String },
-    #[error("CertificateSigningRequest {0} is not signed yet (does raven-controller run?)")]
+    #[error("cannot request a certificate: {0}; check the agent's permissions in deploy/rbac.yaml")]
+    Api(kube::Error),
+    #[error("CertificateSigningRequest {name} was denied: {reason}")]
+    Denied { name: String, reason: String },
+    #[error("CertificateSigningRequest {0} is not signed yet; check that raven-controller runs")]
     Pending(String),
-    #[error("the controller has published no CA yet (ConfigMap raven-proxy-ca: does raven-controller run?)")]
+    #[error("ConfigMap raven-proxy-ca contains no CA yet; check that raven-controller runs")]
     NoCa,
-    #[error("the certificate that came back is not signed by the CA of ConfigMap raven-proxy-ca")]
+    #[error("the issued certificate is not signed by the CA in ConfigMap raven-proxy-ca")]
     Foreign,
 }
 
-/// Keeps an identity; `identity` holds none while there is no purpose, or nothing usable.
-pub(crate) struct Keeper {
+/// Keeps this node's identity up to date. `identity` is `None` while there is no purpose or no usable certificate.
+pub(crate) struct Enrolment {
     pub(crate) node: String,
-    /// `None`: offline, with what is on the disk.
+    /// `None` offline, where only the stored certificate is used.
     pub(crate) client: Option<Client>,
-    /// Folder of all state.
+    /// Folder of the agent's state.
     pub(crate) state: PathBuf,
     pub(crate) wanted: watch::Receiver<Wanted>,
     pub(crate) identity: watch::Sender<Option<Arc<Identity>>>,
-    /// Why there is none, for the status.
+    /// Why there is no certificate, for the status.
     pub(crate) problem: watch::Sender<Option<String>>,
 }
 
-impl Keeper {
+impl Enrolment {
     pub(crate) async fn run(mut self) {
         let delays =
-            || ExponentialBuilder::default().with_min_delay(AGAIN.0).with_max_delay(AGAIN.1).with_jitter().without_max_times().build();
-        let mut again = delays();
+            || ExponentialBuilder::default().with_min_delay(RETRY.0).with_max_delay(RETRY.1).with_jitter().without_max_times().build();
+        let mut retries = delays();
         let mut pending = None;
         loop {
             let (purpose, ca) = self.wanted.borrow_and_update().clone();
-            let wait = match self.keep(&purpose, &ca, &mut pending).await {
+            let span = tracing::info_span!("enrol", node = %self.node);
+            let wait = match self.renew(&purpose, &ca, &mut pending).instrument(span).await {
                 Ok(()) => {
                     self.problem.send_replace(None);
-                    again = delays();
-                    LOOK
+                    retries = delays();
+                    CHECK
                 }
                 Err(e) => {
-                    let text = e.to_string();
-                    if self.problem.borrow().as_ref() != Some(&text) {
-                        tracing::warn!("certificate of the proxy: {text}");
+                    let error = e.to_string();
+                    if self.problem.borrow().as_ref() != Some(&error) {
+                        tracing::warn!(error, "the proxy has no certificate; retrying with backoff");
                     }
-                    self.problem.send_replace(Some(text));
-                    again.next().unwrap_or(AGAIN.1)
+                    self.problem.send_replace(Some(error));
+                    retries.next().unwrap_or(RETRY.1)
                 }
             };
             tokio::select! {
@@ -99,14 +101,14 @@ impl Keeper {
                     if changed.is_err() {
                         return;
                     }
-                    again = delays();
+                    retries = delays();
                 }
                 () = sleep(wait) => {}
             }
         }
     }
 
-    async fn keep(&self, purpose: &Purpose, ca: &str, pending: &mut Option<Asked>) -> Result<(), Error> {
+    async fn renew(&self, purpose: &Purpose, ca: &str, pending: &mut Option<Requested>) -> Result<(), Error> {
         let (signer, names, uid, folder) = match purpose {
             Purpose::None => {
                 self.identity.send_replace(None);
@@ -121,37 +123,38 @@ impl Keeper {
         let path = self.state.join(folder).join("pki/identity.pem");
         let now = Timestamp::now();
         let stored = match identity::load(&path)? {
-            // One that cannot be read is made anew.
+            // A stored identity that does not parse is replaced.
             Some(pem) => Identity::parse(&pem, ca).ok().flatten(),
             None => None,
         };
         let due = stored.as_ref().is_none_or(|identity| identity.is_due(&names, uid, now));
-        if let Some(stored) = stored.filter(|identity| !identity.is_over(now)) {
+        if let Some(stored) = stored.filter(|identity| !identity.is_expired(now)) {
             self.offer(stored);
         }
         let Some(client) = self.client.as_ref().filter(|_| due) else { return Ok(()) };
-        // What was asked for already is waited for, and not asked for again: nobody may be there to answer for days.
-        let asked = match pending.take().filter(|asked| asked.signer == signer && asked.names == names) {
-            Some(asked) => asked,
+        // A pending request is not repeated: the controller may be unavailable for days.
+        let requested = match pending.take().filter(|requested| requested.signer == signer && requested.names == names) {
+            Some(requested) => requested,
             None => {
                 let (key, request) = identity::request(&self.node, &names)?;
-                Asked { signer, names, key, request: ask(client, &self.node, signer, request).await? }
+                Requested { signer, names, key, name: create(client, &self.node, signer, request).await? }
             }
         };
-        let certificate = match signed(client, &asked.request).await {
+        let certificate = match signed(client, &requested.name).await {
             Ok(certificate) => certificate,
             Err(e @ (Error::Pending(_) | Error::Api(_))) => {
-                // One that was deleted (the API server does so after a day) is asked for anew.
-                let gone = matches!(&e, Error::Api(kube::Error::Api(status)) if status.code == 404);
-                *pending = Some(asked).filter(|_| !gone);
+                // The API server deletes unanswered requests after a day; then a new one is created.
+                let deleted = matches!(&e, Error::Api(kube::Error::Api(status)) if status.code == 404);
+                *pending = Some(requested).filter(|_| !deleted);
                 return Err(e);
             }
             Err(e) => return Err(e),
         };
-        let pem = asked.key + &certificate;
+        let pem = requested.key + &certificate;
         let identity = Identity::parse(pem.as_bytes(), ca)?.ok_or(Error::Foreign)?;
         identity::save(&path, &pem)?;
-        tracing::info!(names = ?identity.names, not_after = %identity.life.1, "a certificate for the proxy");
+        let names = identity.names.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+        tracing::info!(names, not_after = %identity.life.1, "received a certificate for the proxy");
         self.offer(identity);
         Ok(())
     }
@@ -167,18 +170,18 @@ impl Keeper {
     }
 }
 
-/// A request that was made.
-struct Asked {
+/// A request that was created.
+struct Requested {
     signer: &'static str,
     names: BTreeSet<String>,
-    /// The key that it is for, PEM.
+    /// The private key (PEM).
     key: String,
     /// Name of the CertificateSigningRequest.
-    request: String,
+    name: String,
 }
 
-/// Asks; gives the request's name.
-async fn ask(client: &Client, node: &str, signer: &str, request: String) -> Result<String, Error> {
+/// Creates a CertificateSigningRequest; returns its name.
+async fn create(client: &Client, node: &str, signer: &str, request: String) -> Result<String, Error> {
     let api: Api<CertificateSigningRequest> = Api::all(client.clone());
     let usage = if signer == SIGNER_CLIENT { "client auth" } else { "server auth" };
     let object = CertificateSigningRequest {
@@ -192,27 +195,28 @@ async fn ask(client: &Client, node: &str, signer: &str, request: String) -> Resu
         },
         ..CertificateSigningRequest::default()
     };
-    Ok(api.create(&PostParams::default(), &object).await?.metadata.name.unwrap_or_default())
+    let created = api.create(&PostParams::default(), &object).await.map_err(Error::Api)?;
+    Ok(created.metadata.name.unwrap_or_default())
 }
 
-/// Waits a while for the answer: PEM.
+/// Polls for the signed certificate (PEM) for about half a minute.
 async fn signed(client: &Client, name: &str) -> Result<String, Error> {
     let api: Api<CertificateSigningRequest> = Api::all(client.clone());
     let signed = || async {
-        let status = api.get(name).await?.status.unwrap_or_default();
+        let status = api.get(name).await.map_err(Error::Api)?.status.unwrap_or_default();
         if let Some(certificate) = status.certificate {
             return Ok(String::from_utf8_lossy(&certificate.0).into_owned());
         }
         let conditions = status.conditions.unwrap_or_default();
-        let refused = conditions.iter().find(|c| c.type_ == "Denied" || c.type_ == "Failed");
-        match refused {
+        let denied = conditions.iter().find(|c| c.type_ == "Denied" || c.type_ == "Failed");
+        match denied {
             Some(condition) => {
-                Err(Error::Denied { name: name.to_owned(), why: condition.message.clone().unwrap_or_else(|| condition.type_.clone()) })
+                Err(Error::Denied { name: name.to_owned(), reason: condition.message.clone().unwrap_or_else(|| condition.type_.clone()) })
             }
             None => Err(Error::Pending(name.to_owned())),
         }
     };
-    let patience =
+    let backoff =
         ExponentialBuilder::default().with_min_delay(Duration::from_millis(200)).with_max_delay(Duration::from_secs(2)).with_max_times(15);
-    signed.retry(patience).when(|e| matches!(e, Error::Pending(_))).await
+    signed.retry(backoff).when(|e| matches!(e, Error::Pending(_))).await
 }

@@ -1,5 +1,5 @@
-//! Plain HTTP on a cloud gateway node: each request goes to the node that its `?nodeName=` or its Host header names. hyper reads and
-//! writes the requests, so that what one proxy takes for one request is not two for the next.
+//! Plain HTTP on a cloud gateway node: routes each request to the node in its `?nodeName=` or Host header. hyper parses and writes the
+//! requests, which rules out request smuggling.
 
 use std::{
     convert::Infallible,
@@ -16,74 +16,76 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpStream;
+use tracing::Instrument;
 
 use super::{
-    entrance::{Entrance, refusal_of},
+    ingress::{Ingress, refusal_of},
     limits,
-    plan::Target,
+    pending::PendingSlot,
     stats::Refusal,
     stream::{Account, Stream},
-    waiting::Place,
 };
+use crate::plan::proxy::Target;
 
 type Body = BoxBody<Bytes, hyper::Error>;
 
-/// Headers that speak of one connection, not of the request (RFC 9110 §7.6.1).
+/// Headers of one connection, which are not forwarded (RFC 9110 §7.6.1).
 const HOP: [HeaderName; 5] = [CONNECTION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
 
 /// Serves one client's connection.
-pub(super) async fn serve(entrance: Entrance, client: TcpStream, place: Place) {
-    let over = place.over.clone();
-    // Until it has said what it wants, once.
-    let undecided = Mutex::new(Some(place));
+pub(super) async fn serve(ingress: Ingress, client: TcpStream, slot: PendingSlot) {
+    let evicted = slot.evicted.clone();
+    // The connection is pending until its first request has been parsed.
+    let pending = Mutex::new(Some(slot));
     let service = service_fn(move |request| {
-        undecided.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let entrance = entrance.clone();
-        async move { Ok::<_, Infallible>(answer(&entrance, request).await) }
+        pending.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let ingress = ingress.clone();
+        async move { Ok::<_, Infallible>(answer(&ingress, request).await) }
     });
     let mut builder = hyper::server::conn::http1::Builder::new();
-    // A client that ends its half has lost interest, as Go's servers have it, too: with `half_close` a node that never answers would be
-    // waited for long after the last client has given up.
+    // A client that closes its half has given up, as in Go's servers. With `half_close`, a request to a node that never responds would outlive its
+    // client.
     builder.timer(TokioTimer::new()).header_read_timeout(limits::HEAD).half_close(false);
     tokio::select! {
-        // A client that goes away, or speaks no HTTP, has been told by hyper.
+        // hyper answers a client that does not speak HTTP.
         _ = builder.serve_connection(TokioIo::new(client), service) => {}
-        () = over.cancelled() => {}
+        () = evicted.cancelled() => {}
     }
 }
 
-async fn answer(entrance: &Entrance, request: Request<Incoming>) -> Response<Body> {
-    let wanted = match wanted(entrance, request.uri(), request.headers().get(HOST)) {
-        Ok(wanted) => wanted,
-        Err((status, refusal, why)) => return refuse(entrance, status, refusal, &why),
+async fn answer(ingress: &Ingress, request: Request<Incoming>) -> Response<Body> {
+    let (target, port) = match target(ingress, request.uri(), request.headers().get(HOST)) {
+        Ok(found) => found,
+        Err((status, refusal, error)) => return refuse(ingress, status, refusal, &error),
     };
-    match forward(entrance, wanted, request).await {
+    let stream = Stream { id: ingress.stats.next_id(), node: target.node.clone(), port };
+    let span = stream.span();
+    match forward(ingress, &target, stream, request).instrument(span).await {
         Ok(response) => response,
-        Err((refusal, why)) => refuse(entrance, StatusCode::BAD_GATEWAY, refusal, &why),
+        Err((refusal, error)) => refuse(ingress, StatusCode::BAD_GATEWAY, refusal, &error),
     }
 }
 
-fn refuse(entrance: &Entrance, status: StatusCode, refusal: Refusal, why: &str) -> Response<Body> {
-    if entrance.stats.refused(refusal) {
-        tracing::warn!(%status, ?refusal, "refused: {why}");
+fn refuse(ingress: &Ingress, status: StatusCode, refusal: Refusal, error: &str) -> Response<Body> {
+    if ingress.stats.refused(refusal) {
+        tracing::warn!(status = status.as_u16(), reason = refusal.as_str(), error, "refused a request");
     }
-    let body = Full::new(Bytes::from(format!("raven: {why}\n"))).map_err(|never| match never {}).boxed();
+    let body = Full::new(Bytes::from(format!("raven: {error}\n"))).map_err(|never| match never {}).boxed();
     let mut response = Response::new(body);
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response
 }
 
-type Unwanted = (StatusCode, Refusal, String);
-
 /// The node and port that a request is for.
-fn wanted(entrance: &Entrance, uri: &Uri, host: Option<&HeaderValue>) -> Result<(Target, u16), Unwanted> {
-    let no_host = || (StatusCode::BAD_REQUEST, Refusal::NoName, "name the node: by Host: NODE:PORT, or by ?nodeName=NODE".to_owned());
+fn target(ingress: &Ingress, uri: &Uri, host: Option<&HeaderValue>) -> Result<(Target, u16), (StatusCode, Refusal, String)> {
+    let no_host =
+        || (StatusCode::BAD_REQUEST, Refusal::NoName, "the request names no node; use Host: NODE:PORT or ?nodeName=NODE".to_owned());
     let host: Uri = host.and_then(|h| h.to_str().ok()).and_then(|h| h.parse().ok()).ok_or_else(no_host)?;
-    let plan = entrance.plan.borrow();
+    let plan = ingress.plan.borrow();
     let directory = &plan.directory;
     let port = host.port_u16().or_else(|| directory.ports.http.first().copied()).unwrap_or(raven_api::proxy::KUBELET_READ_ONLY_PORT);
-    let found = match named(uri) {
+    let found = match node_name(uri) {
         Some(name) => directory.by_name(&name, port),
         None => {
             let name = host.host().map(|h| h.trim_matches(['[', ']']).to_ascii_lowercase()).ok_or_else(no_host)?;
@@ -95,31 +97,32 @@ fn wanted(entrance: &Entrance, uri: &Uri, host: Option<&HeaderValue>) -> Result<
     };
     let target = found.map_err(|e| (StatusCode::NOT_FOUND, refusal_of(&e), e.to_string()))?.clone();
     if !directory.ports.http.contains(&port) {
-        let why = format!("port {port} speaks TLS: use https, and the Service's https port");
+        let why = format!("port {port} is a TLS port; use https and the https port of the Service");
         return Err((StatusCode::BAD_REQUEST, Refusal::Port, why));
     }
     Ok((target, port))
 }
 
-/// `nodeName` of the query, as upstream has it.
-fn named(uri: &Uri) -> Option<String> {
+/// The query parameter `nodeName`, as in OpenYurt's Raven.
+fn node_name(uri: &Uri) -> Option<String> {
     uri.query()?.split('&').find_map(|pair| pair.strip_prefix("nodeName=")).filter(|name| !name.is_empty()).map(str::to_ascii_lowercase)
 }
 
 async fn forward(
-    entrance: &Entrance,
-    (target, port): (Target, u16),
+    ingress: &Ingress,
+    target: &Target,
+    stream: Stream,
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, (Refusal, String)> {
-    let stream = Stream { id: entrance.stats.next_id(), node: target.node.clone(), port };
-    let way = entrance.open(&target, &stream).await?;
-    let failed = |e: hyper::Error| (Refusal::Unreachable, format!("node {} on port {port}: {e}", target.node));
-    let account = Account::open(stream, &entrance.stats);
-    let node = TokioIo::new(account.count(way.into_bytes()));
+    let opened = ingress.open(target, &stream).await?;
+    let port = stream.port;
+    let failed = |e: hyper::Error| (Refusal::Unreachable, format!("the request to node {} on port {port} failed: {e}", target.node));
+    let account = Account::open(stream, &ingress.stats);
+    let node = TokioIo::new(account.count(opened.into_io()));
     let (mut sender, connection) = hyper::client::conn::http1::handshake(node).await.map_err(failed)?;
     tokio::spawn(async move { account.close(connection.await.err()) });
     let path = request.uri().path_and_query().map_or("/", |p| p.as_str()).parse();
-    *request.uri_mut() = path.map_err(|e| (Refusal::Malformed, format!("the request's path: {e}")))?;
+    *request.uri_mut() = path.map_err(|e| (Refusal::Malformed, format!("invalid path: {e}")))?;
     HOP.iter().for_each(|name| drop(request.headers_mut().remove(name)));
     let mut response = sender.send_request(request).await.map_err(failed)?;
     HOP.iter().for_each(|name| drop(response.headers_mut().remove(name)));
@@ -131,8 +134,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_node_is_named_by_the_query() {
-        let name = |uri: &str| named(&uri.parse().expect("a URI"));
+    fn query_parameter_names_the_node() {
+        let name = |uri: &str| node_name(&uri.parse().expect("a URI"));
         assert_eq!(name("/metrics?nodeName=X-a"), Some("x-a".to_owned()));
         assert_eq!(name("/metrics?a=b&nodeName=x-a&c=d"), Some("x-a".to_owned()));
         assert_eq!(name("/metrics?nodeName="), None);

@@ -1,14 +1,7 @@
-//! Who this node is to the other end of a tunnel: a key that is made here and never leaves, a certificate that the controller signed,
-//! and the CA that it trusts. Pure but for the file; [`super::enrol`] gets the certificate.
+//! This node's identity towards the other end of a proxy connection: a key that is created here and never leaves the node, a certificate that
+//! the controller signed, and the CA that this node trusts. [`super::enrol`] obtains the certificate.
 
-use std::{
-    collections::BTreeSet,
-    fs::{self, OpenOptions},
-    io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
-    path::Path,
-    sync::Arc,
-};
+use std::{collections::BTreeSet, fs, io, path::Path, sync::Arc};
 
 use jiff::Timestamp;
 use raven_api::proxy::UID_URI;
@@ -25,51 +18,66 @@ use tokio_rustls::rustls::{
 };
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-use super::plan::Bearer;
+use crate::{atomic_file, plan::proxy::EdgeIdentity};
 
-/// Protocol of a tunnel, in TLS's words (RFC 7301): another one is no tunnel.
+/// ALPN protocol name of a proxy connection (RFC 7301).
 const ALPN: &[u8] = b"raven/1";
-/// Organisation in the subject of all of them.
+/// Organisation in the subject of every certificate.
 const ORGANIZATION: &str = "raven:proxy";
 
-/// What can be wrong with it.
+/// An identity cannot be stored, read or used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file.
-    #[error("identity in {path}: {source}")]
+    /// The file cannot be read or written.
+    #[error("cannot use the identity in {path}: {reason}")]
     File {
-        /// Which.
+        /// Path of the file.
         path: String,
-        /// Why.
-        source: io::Error,
+        /// The error of the file system.
+        reason: io::Error,
     },
-    /// It is no PEM with a key and certificates.
-    #[error("read a key and certificates: {0}")]
-    Pem(#[from] pem::Error),
-    /// The certificate cannot be read.
-    #[error("read a certificate: {0}")]
+    /// The text is not PEM with a key and certificates.
+    #[error("cannot parse a key and certificates: {0}")]
+    Pem(pem::Error),
+    /// A certificate does not parse, or lacks what is needed.
+    #[error("cannot use a certificate: {0}")]
     Certificate(String),
-    /// A key or request cannot be made.
-    #[error("make a key: {0}")]
-    Make(#[from] rcgen::Error),
-    /// TLS refuses it.
-    #[error("set up TLS: {0}")]
-    Tls(#[from] rustls::Error),
-    /// TLS refuses the CA.
-    #[error("set up TLS: {0}")]
-    Verifier(#[from] rustls::server::VerifierBuilderError),
+    /// A key or a request cannot be created.
+    #[error("cannot create a key and a certificate request: {0}")]
+    Request(rcgen::Error),
+    /// TLS refuses the key, the certificate or the CA.
+    #[error("cannot configure TLS: {0}")]
+    Tls(String),
 }
 
-/// Key, certificate and whom it trusts.
+impl From<pem::Error> for Error {
+    fn from(error: pem::Error) -> Self {
+        Self::Pem(error)
+    }
+}
+
+impl From<rcgen::Error> for Error {
+    fn from(error: rcgen::Error) -> Self {
+        Self::Request(error)
+    }
+}
+
+impl From<rustls::Error> for Error {
+    fn from(error: rustls::Error) -> Self {
+        Self::Tls(error.to_string())
+    }
+}
+
+/// A key with its certificate, and the trusted CA.
 pub struct Identity {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     roots: Vec<CertificateDer<'static>>,
-    /// When the certificate began and ends.
+    /// Begin and end of the certificate's validity.
     pub life: (Timestamp, Timestamp),
-    /// Names and addresses that it is for.
+    /// Names and addresses in the certificate.
     pub names: BTreeSet<String>,
-    /// UID of the Node object that it is for.
+    /// UID of the Node object in the certificate.
     pub uid: Option<String>,
 }
 
@@ -86,12 +94,13 @@ impl PartialEq for Identity {
 }
 
 impl Identity {
-    /// From a PEM with key and certificate, and a PEM with the CA's certificates, the newest first. `None`: none of them signed it.
+    /// Parses a PEM with key and certificate, and a PEM with the CA's certificates, the newest first. `None` if none of these signed the
+    /// certificate.
     pub fn parse(pem: &[u8], ca: &str) -> Result<Option<Self>, Error> {
         let chain = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>()?;
         let key = PrivateKeyDer::from_pem_slice(pem)?;
         let roots = CertificateDer::pem_slice_iter(ca.as_bytes()).collect::<Result<Vec<_>, _>>()?;
-        let leaf = chain.first().ok_or_else(|| Error::Certificate("there is none".to_owned()))?;
+        let leaf = chain.first().ok_or_else(|| Error::Certificate("the PEM contains none".to_owned()))?;
         let bad = |e: &dyn std::fmt::Display| Error::Certificate(e.to_string());
         let (_, leaf) = X509Certificate::from_der(leaf).map_err(|e| bad(&e))?;
         let signed = roots
@@ -106,19 +115,19 @@ impl Identity {
         Ok(Some(Self { chain, key, roots, life, names, uid }))
     }
 
-    /// True if it is time for a new one: two thirds of its life are over, or it is for other names or another node.
+    /// True if the certificate must be renewed: two thirds of its validity have passed, or it has other names or another UID.
     pub fn is_due(&self, names: &BTreeSet<String>, uid: Option<&String>, now: Timestamp) -> bool {
         let (begin, end) = self.life;
         let third = end.duration_since(begin) / 3;
         self.names != *names || uid.is_some() && self.uid.as_ref() != uid || now.duration_since(begin) > third * 2
     }
 
-    /// True if others would refuse it by now.
-    pub fn is_over(&self, now: Timestamp) -> bool {
+    /// True after the certificate's validity.
+    pub fn is_expired(&self, now: Timestamp) -> bool {
         now > self.life.1
     }
 
-    /// For an edge gateway node, which dials.
+    /// TLS settings of an edge gateway node, which dials.
     pub fn client(&self) -> Result<Arc<ClientConfig>, Error> {
         let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
         let mut config = builder
@@ -128,9 +137,10 @@ impl Identity {
         Ok(Arc::new(config))
     }
 
-    /// For a cloud gateway node, which is dialled.
+    /// TLS settings of a cloud gateway node, which is dialled.
     pub fn server(&self) -> Result<Arc<ServerConfig>, Error> {
-        let verifier = WebPkiClientVerifier::builder_with_provider(self.roots()?, provider()).build()?;
+        let verifier =
+            WebPkiClientVerifier::builder_with_provider(self.roots()?, provider()).build().map_err(|e| Error::Tls(e.to_string()))?;
         let builder = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
         let mut config = builder.with_client_cert_verifier(verifier).with_single_cert(self.chain.clone(), self.key.clone_key())?;
         config.alpn_protocols = vec![ALPN.to_vec()];
@@ -144,20 +154,20 @@ impl Identity {
     }
 }
 
-/// ring's, with the cheapest of TLS 1.3's three ciphers first: all three are sound, and every byte of a site passes here twice.
+/// ring, with the cheapest of the three TLS 1.3 ciphers first. All three are secure, and every byte of a site is encrypted twice here.
 fn provider() -> Arc<CryptoProvider> {
     use ring::cipher_suite::{TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256};
     let cipher_suites = vec![TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256];
     Arc::new(CryptoProvider { cipher_suites, ..ring::default_provider() })
 }
 
-/// Whom a certificate of a tunnel's other end is for: its only DNS name, and its UID.
-pub fn bearer_of(certificate: &CertificateDer<'_>) -> Result<Bearer, Error> {
+/// The identity in an edge's certificate: its only DNS name, and its UID.
+pub fn edge_of(certificate: &CertificateDer<'_>) -> Result<EdgeIdentity, Error> {
     let (_, leaf) = X509Certificate::from_der(certificate).map_err(|e| Error::Certificate(e.to_string()))?;
     let mut names = names(&leaf).into_iter();
     match (names.next(), names.next()) {
-        (Some(node), None) => Ok(Bearer { node, uid: uid(&leaf) }),
-        _ => Err(Error::Certificate("it names no node, or several".to_owned())),
+        (Some(node), None) => Ok(EdgeIdentity { node, uid: uid(&leaf) }),
+        _ => Err(Error::Certificate("it does not name exactly one node".to_owned())),
     }
 }
 
@@ -185,7 +195,7 @@ fn uid(leaf: &X509Certificate<'_>) -> Option<String> {
     })
 }
 
-/// A new key, and what the controller is asked to sign: both PEM.
+/// A new private key and its certificate request, both as PEM.
 pub fn request(node: &str, names: &BTreeSet<String>) -> Result<(String, String), Error> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let mut params = CertificateParams::new(names.iter().cloned().collect::<Vec<_>>())?;
@@ -196,27 +206,16 @@ pub fn request(node: &str, names: &BTreeSet<String>) -> Result<(String, String),
     Ok((key.serialize_pem(), request))
 }
 
-/// What lies on the disk; `None`: nothing.
+/// Reads a stored identity; `None` if the file does not exist.
 pub fn load(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     match fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::File { path: path.display().to_string(), source }),
+        Err(reason) => Err(Error::File { path: path.display().to_string(), reason }),
     }
 }
 
-/// Written beside and renamed, readable by root alone.
+/// Stores an identity, readable by root only.
 pub fn save(path: &Path, pem: &str) -> Result<(), Error> {
-    let write = || -> io::Result<()> {
-        if let Some(folder) = path.parent() {
-            fs::create_dir_all(folder)?;
-        }
-        let beside = path.with_extension("new");
-        let _ = fs::remove_file(&beside);
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
-        file.write_all(pem.as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&beside, path)
-    };
-    write().map_err(|source| Error::File { path: path.display().to_string(), source })
+    atomic_file::write(path, pem.as_bytes()).map_err(|reason| Error::File { path: path.display().to_string(), reason })
 }

@@ -1,5 +1,5 @@
-//! The edge's half of a tunnel: answers `CONNECT node:port` on a connection that it dialled itself. It connects to listed ports of
-//! nodes of its own pool, whatever it is asked.
+//! The edge's half of a proxy connection: answers `CONNECT node:port` on a connection that the edge dialled. It connects only to listed ports
+//! of nodes of its own pool.
 
 use std::{convert::Infallible, sync::Arc};
 
@@ -13,32 +13,33 @@ use tokio::{
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::{
     limits,
-    plan::Plan,
-    stats::{Refusal, Stats, TunnelStats},
+    stats::{ConnectionStats, Refusal, Stats},
     stream::{self, Stream},
 };
+use crate::plan::proxy::ProxyPlan;
 
 /// Header with a stream's id.
 pub(super) const STREAM_HEADER: &str = "raven-stream";
-/// What the cloud's side asks for to know how long an answer takes.
+/// URI of the cloud's round-trip measurements.
 pub(super) const PROBE_URI: &str = "http://raven/";
-/// Header with the reason of a refusal, in words.
+/// Header with the reason of a refusal, as text.
 pub(super) const REASON_HEADER: &str = "raven-reason";
 
 type Answer = Response<Empty<hyper::body::Bytes>>;
 
-/// What is needed to answer.
+/// Answers the requests on the edge's connections.
 #[derive(Clone)]
-pub(crate) struct Edge {
-    pub(crate) plan: watch::Receiver<Arc<Plan>>,
+pub(crate) struct EdgeServer {
+    pub(crate) plan: watch::Receiver<Arc<ProxyPlan>>,
     pub(crate) stats: Stats,
 }
 
-/// Serves a tunnel until it ends; told to retire, it takes no new streams and ends with its last one.
-pub(crate) async fn serve<S>(tunnel: S, edge: Edge, stats: Arc<TunnelStats>, retire: CancellationToken) -> hyper::Result<()>
+/// Serves a connection until it ends. After `retire` is cancelled it accepts no new streams and ends with the last one.
+pub(crate) async fn serve<S>(io: S, edge: EdgeServer, stats: Arc<ConnectionStats>, retire: CancellationToken) -> hyper::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -46,7 +47,7 @@ where
         let (edge, stats) = (edge.clone(), stats.clone());
         async move { Ok::<_, Infallible>(answer(request, edge, stats).await) }
     });
-    let mut connection = std::pin::pin!(limits::server().serve_connection(TokioIo::new(tunnel), service));
+    let mut connection = std::pin::pin!(limits::server().serve_connection(TokioIo::new(io), service));
     tokio::select! {
         ended = &mut connection => return ended,
         () = retire.cancelled() => connection.as_mut().graceful_shutdown(),
@@ -54,27 +55,30 @@ where
     connection.await
 }
 
-async fn answer(request: Request<Incoming>, edge: Edge, tunnel: Arc<TunnelStats>) -> Answer {
+async fn answer(request: Request<Incoming>, edge: EdgeServer, connection: Arc<ConnectionStats>) -> Answer {
     if request.method() == Method::OPTIONS {
         return Response::new(Empty::new());
     }
     match connect(&request, &edge).await {
         Ok((stream, node)) => {
-            // HTTP/2 has let no more through than it may.
-            let place = tunnel.take_place(u32::MAX);
-            tokio::spawn(async move {
-                let _place = place;
+            // HTTP/2 enforces the limit of concurrent streams.
+            let slot = connection.take_slot(u32::MAX);
+            let span = stream.span();
+            let task = async move {
+                let _slot = slot;
                 match hyper::upgrade::on(request).await {
-                    // Seen from here the tunnel is the client.
-                    Ok(tunnel) => stream::carry(stream, TokioIo::new(tunnel), node, &[], &edge.stats).await,
-                    Err(e) => tracing::debug!(%stream, "the tunnel ended before the stream began: {e}"),
+                    // On the edge, the proxy connection is the client's side of the stream.
+                    Ok(client) => stream::carry(stream, TokioIo::new(client), node, &[], &edge.stats).await,
+                    Err(e) => tracing::debug!(error = %e, "the proxy connection ended before the stream began"),
                 }
-            });
+            };
+            tokio::spawn(task.instrument(span));
             Response::new(Empty::new())
         }
         Err((status, refusal, reason)) => {
             if edge.stats.refused(refusal) {
-                tracing::warn!(authority = ?request.uri().authority(), ?refusal, "refused: {reason}");
+                let target = request.uri().authority().map(|authority| authority.as_str());
+                tracing::warn!(target_node = target, reason = refusal.as_str(), error = reason, "refused a stream");
             }
             refused(status, &reason)
         }
@@ -92,7 +96,7 @@ fn refused(status: StatusCode, reason: &str) -> Answer {
 
 type Refused = (StatusCode, Refusal, String);
 
-async fn connect(request: &Request<Incoming>, edge: &Edge) -> Result<(Stream, TcpStream), Refused> {
+async fn connect(request: &Request<Incoming>, edge: &EdgeServer) -> Result<(Stream, TcpStream), Refused> {
     let authority = request.uri().authority().filter(|_| request.method() == Method::CONNECT);
     let Some((node, port)) = authority.and_then(|a| Some((a.host(), a.port_u16()?))) else {
         return Err((StatusCode::BAD_REQUEST, Refusal::Malformed, "expected CONNECT node:port".to_owned()));
@@ -101,7 +105,7 @@ async fn connect(request: &Request<Incoming>, edge: &Edge) -> Result<(Stream, Tc
         let plan = edge.plan.borrow();
         let target = plan.directory.by_name(node, port).map_err(|e| (StatusCode::FORBIDDEN, Refusal::Unknown, e.to_string()))?;
         if target.pool != plan.directory.own_pool {
-            let reason = format!("node {node} belongs to Gateway {}, not to this one", target.pool);
+            let reason = format!("node {node} belongs to Gateway {}, not to Gateway {}", target.pool, plan.directory.own_pool);
             return Err((StatusCode::FORBIDDEN, Refusal::Unknown, reason));
         }
         target.address
@@ -119,7 +123,7 @@ pub(super) async fn dial(node: &str, address: std::net::SocketAddr) -> Result<Tc
             stream::prepare(&connected);
             Ok(connected)
         }
-        Ok(Err(e)) => Err(format!("connect to {address} of node {node}: {e}")),
-        Err(_) => Err(format!("connect to {address} of node {node}: no answer within {:?}", limits::CONNECT)),
+        Ok(Err(e)) => Err(format!("cannot connect to {address} of node {node}: {e}")),
+        Err(_) => Err(format!("cannot connect to {address} of node {node}: timed out after {} s", limits::CONNECT.as_secs())),
     }
 }

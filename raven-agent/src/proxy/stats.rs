@@ -1,9 +1,8 @@
-//! What the L7 path counts, and the ids of its streams. Labels come from short lists only.
+//! Counters of the L7 half, its list of proxy connections, and stream ids. Metric labels come from bounded sets only.
 
 use std::{
-    collections::{BTreeMap, hash_map::RandomState},
+    collections::BTreeMap,
     fmt::Write,
-    hash::{BuildHasher, Hasher},
     num::NonZeroU32,
     sync::{
         Arc, Mutex, PoisonError,
@@ -21,31 +20,50 @@ use prometheus_client::{
 use serde::Serialize;
 use tokio::time::Instant;
 
-/// Why a request or a tunnel was refused.
+/// Why a request or a proxy connection was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub enum Refusal {
-    /// It names no node.
+    /// The request names no node.
     NoName,
-    /// It names a node, or an address, that nobody has.
+    /// No node has the requested name or address.
     Unknown,
-    /// It names an address that several have.
+    /// Several nodes have the requested address.
     Ambiguous,
-    /// A port that is not reached.
+    /// The L7 half does not reach the requested port.
     Port,
-    /// What it sent is no TLS, or no HTTP.
+    /// The bytes are neither TLS nor HTTP.
     Malformed,
-    /// It did not say what it wants in time.
+    /// The ClientHello, the request head or the TLS handshake timed out.
     Slow,
-    /// Too many like it.
+    /// A limit was reached.
     TooMany,
-    /// No tunnel to the node's site.
-    NoTunnel,
-    /// The node does not answer.
+    /// There is no proxy connection to the node's site.
+    NoConnection,
+    /// The node does not respond.
     Unreachable,
-    /// A tunnel whose other end did not prove who it is.
+    /// The edge did not prove its identity.
     Unauthenticated,
-    /// A tunnel of a node that was not elected for it.
+    /// The edge is not elected for its pool.
     NotElected,
+}
+
+impl Refusal {
+    /// The value of label `reason`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NoName => "NoName",
+            Self::Unknown => "Unknown",
+            Self::Ambiguous => "Ambiguous",
+            Self::Port => "Port",
+            Self::Malformed => "Malformed",
+            Self::Slow => "Slow",
+            Self::TooMany => "TooMany",
+            Self::NoConnection => "NoConnection",
+            Self::Unreachable => "Unreachable",
+            Self::Unauthenticated => "Unauthenticated",
+            Self::NotElected => "NotElected",
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -53,52 +71,52 @@ struct Refused {
     reason: Refusal,
 }
 
-/// Whom a tunnel is with.
+/// The other end of a proxy connection.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, EncodeLabelSet)]
-struct End {
+struct Remote {
     gateway: String,
     node: String,
 }
 
-/// One tunnel, as long as its connection lives.
-pub(crate) struct TunnelStats {
-    end: End,
+/// Counters of one proxy connection.
+pub(crate) struct ConnectionStats {
+    remote: Remote,
     begin: Instant,
     streams: AtomicU32,
-    /// Microseconds; 0: not known.
+    /// Round-trip time in microseconds; 0 if unknown.
     rtt: AtomicU64,
     retired: AtomicBool,
-    mute: AtomicBool,
+    responding: AtomicBool,
 }
 
-impl TunnelStats {
-    /// Whether it answered when it was asked for a stream.
-    pub(crate) fn answers(&self, does: bool) {
-        self.mute.store(!does, Ordering::Relaxed);
+impl ConnectionStats {
+    /// Records whether the other end responded to the last request.
+    pub(crate) fn set_responding(&self, responding: bool) {
+        self.responding.store(responding, Ordering::Relaxed);
     }
 
-    /// It did not answer when it was asked last.
-    pub(crate) fn is_mute(&self) -> bool {
-        self.mute.load(Ordering::Relaxed)
+    /// False if the other end did not respond to the last request.
+    pub(crate) fn is_responding(&self) -> bool {
+        self.responding.load(Ordering::Relaxed)
     }
 
-    /// How long a question to the other end and its answer took.
-    pub(crate) fn took(&self, rtt: Duration) {
-        self.answers(true);
+    /// Records a measured round-trip time.
+    pub(crate) fn set_rtt(&self, rtt: Duration) {
+        self.set_responding(true);
         self.rtt.store(u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX).max(1), Ordering::Relaxed);
     }
 
-    /// It takes no new streams any more.
+    /// Marks the connection: it accepts no new streams.
     pub(crate) fn retire(&self) {
         self.retired.store(true, Ordering::Relaxed);
     }
 
-    /// Streams that are open or being opened.
+    /// Number of streams that are open or being opened.
     pub(crate) fn streams(&self) -> u32 {
         self.streams.load(Ordering::Relaxed)
     }
 
-    /// See [`TunnelStats::retire`].
+    /// True after [`ConnectionStats::retire`].
     pub(crate) fn is_retired(&self) -> bool {
         self.retired.load(Ordering::Relaxed)
     }
@@ -107,43 +125,43 @@ impl TunnelStats {
         Some(self.rtt.load(Ordering::Relaxed)).filter(|us| *us > 0).map(Duration::from_micros)
     }
 
-    /// A place for one more stream, if there are fewer than `most`.
-    pub(crate) fn take_place(self: &Arc<Self>, most: u32) -> Option<Place> {
-        let taken = self.streams.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < most).then_some(n + 1));
-        taken.is_ok().then(|| Place(self.clone()))
+    /// Takes a slot for one more stream, if there are fewer than `limit`.
+    pub(crate) fn take_slot(self: &Arc<Self>, limit: u32) -> Option<StreamSlot> {
+        let taken = self.streams.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < limit).then_some(n + 1));
+        taken.is_ok().then(|| StreamSlot(self.clone()))
     }
 }
 
-/// Keeps a tunnel among those that are shown, until it is dropped.
-pub(crate) struct Shown {
+/// Keeps a connection in the list until it is dropped.
+pub(crate) struct Listed {
     pub(crate) number: u64,
-    pub(crate) tunnel: Arc<TunnelStats>,
-    tunnels: Arc<Mutex<BTreeMap<u64, Arc<TunnelStats>>>>,
+    pub(crate) stats: Arc<ConnectionStats>,
+    connections: Arc<Mutex<BTreeMap<u64, Arc<ConnectionStats>>>>,
 }
 
-impl Drop for Shown {
+impl Drop for Listed {
     fn drop(&mut self) {
-        self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.number);
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.number);
     }
 }
 
-/// A stream's place in a tunnel; given back when it is dropped.
-pub(crate) struct Place(Arc<TunnelStats>);
+/// The slot of a stream in a connection; freed on drop.
+pub(crate) struct StreamSlot(Arc<ConnectionStats>);
 
-impl Drop for Place {
+impl Drop for StreamSlot {
     fn drop(&mut self) {
         self.0.streams.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// A tunnel as a person reads it.
+/// A line of `/connections`.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Line<'a> {
-    tunnel: u64,
+    connection: u64,
     gateway: &'a str,
     node: &'a str,
-    /// `up`, or `retiring`: it ends with its last stream.
+    /// `up`, or `retiring`: the connection ends with its last stream.
     state: &'static str,
     streams: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -151,53 +169,52 @@ struct Line<'a> {
     seconds: u64,
 }
 
-/// Lines of log about refusals, for each reason: so many at once …
-const SAID: NonZeroU32 = NonZeroU32::new(10).expect("not zero");
+/// Refusals that are logged at once, per reason.
+const LOG_BURST: NonZeroU32 = NonZeroU32::new(10).expect("not zero");
 
-/// Who has been told of in the log.
-struct Said(DefaultKeyedRateLimiter<Refusal>);
+/// Limits the log of refusals to one line per second and reason after a burst, so that a flood does not fill the disk.
+struct LogLimit(DefaultKeyedRateLimiter<Refusal>);
 
-impl Default for Said {
+impl Default for LogLimit {
     fn default() -> Self {
-        // … and one a second from then on: whoever knocks ten thousand times fills no disk.
-        Self(RateLimiter::keyed(Quota::per_second(NonZeroU32::MIN).allow_burst(SAID)))
+        Self(RateLimiter::keyed(Quota::per_second(NonZeroU32::MIN).allow_burst(LOG_BURST)))
     }
 }
 
-/// Counters of the L7 path; clones count together.
+/// Counters of the L7 half; clones share them.
 #[derive(Clone, Default)]
 pub struct Stats {
-    said: Arc<Said>,
+    log_limit: Arc<LogLimit>,
     refused: Family<Refused, Counter>,
     streams: Counter,
     open: Gauge<i64, AtomicI64>,
     sent: Counter,
     received: Counter,
-    tunnels: Arc<Mutex<BTreeMap<u64, Arc<TunnelStats>>>>,
+    connections: Arc<Mutex<BTreeMap<u64, Arc<ConnectionStats>>>>,
     numbers: Arc<AtomicU64>,
     ids: Arc<Ids>,
 }
 
 impl Stats {
-    /// Counts a refusal. True: it should be said, too (it is none of very many).
+    /// Counts a refusal. True if it should be logged, too.
     pub fn refused(&self, reason: Refusal) -> bool {
         self.refused.get_or_create(&Refused { reason }).inc();
-        self.said.0.check_key(&reason).is_ok()
+        self.log_limit.0.check_key(&reason).is_ok()
     }
 
-    /// How often that was.
+    /// Number of refusals with this reason.
     pub fn refusals(&self, reason: Refusal) -> u64 {
         self.refused.get_or_create(&Refused { reason }).get()
     }
 
-    /// Streams that are open.
+    /// Number of open streams.
     pub fn open_streams(&self) -> i64 {
         self.open.get()
     }
 
-    /// An id that no other stream of this node has, nor, most probably, one of another node.
+    /// A stream id: unique on this node, and with high probability in the cluster.
     pub fn next_id(&self) -> String {
-        format!("{:08x}-{:x}", self.ids.node, self.ids.next.fetch_add(1, Ordering::Relaxed))
+        format!("{:08x}-{:x}", self.ids.process, self.ids.next.fetch_add(1, Ordering::Relaxed))
     }
 
     pub(super) fn opened(&self) {
@@ -211,73 +228,74 @@ impl Stats {
         self.received.inc_by(received);
     }
 
-    /// A tunnel with a node of a Gateway has come up.
-    pub(crate) fn tunnel(&self, gateway: &str, node: &str) -> Shown {
+    /// Adds a connection with a node of a Gateway to the list.
+    pub(crate) fn connection(&self, gateway: &str, node: &str) -> Listed {
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
-        let tunnel = Arc::new(TunnelStats {
-            end: End { gateway: gateway.to_owned(), node: node.to_owned() },
+        let stats = Arc::new(ConnectionStats {
+            remote: Remote { gateway: gateway.to_owned(), node: node.to_owned() },
             begin: Instant::now(),
             streams: AtomicU32::new(0),
             rtt: AtomicU64::new(0),
             retired: AtomicBool::new(false),
-            mute: AtomicBool::new(false),
+            responding: AtomicBool::new(true),
         });
-        self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).insert(number, tunnel.clone());
-        Shown { number, tunnel, tunnels: self.tunnels.clone() }
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner).insert(number, stats.clone());
+        Listed { number, stats, connections: self.connections.clone() }
     }
 
-    fn now(&self) -> BTreeMap<u64, Arc<TunnelStats>> {
-        self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    fn list(&self) -> BTreeMap<u64, Arc<ConnectionStats>> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// All tunnels, a line of JSON each.
-    pub fn tunnels(&self) -> String {
-        self.now().iter().fold(String::new(), |mut text, (number, tunnel)| {
+    /// All proxy connections, one JSON object per line.
+    pub fn connections(&self) -> String {
+        self.list().iter().fold(String::new(), |mut text, (number, stats)| {
             let line = Line {
-                tunnel: *number,
-                gateway: &tunnel.end.gateway,
-                node: &tunnel.end.node,
-                state: if tunnel.is_retired() { "retiring" } else { "up" },
-                streams: tunnel.streams(),
-                rtt_ms: tunnel.rtt().map(|rtt| rtt.as_secs_f64() * 1000.0),
-                seconds: tunnel.begin.elapsed().as_secs(),
+                connection: *number,
+                gateway: &stats.remote.gateway,
+                node: &stats.remote.node,
+                state: if stats.is_retired() { "retiring" } else { "up" },
+                streams: stats.streams(),
+                rtt_ms: stats.rtt().map(|rtt| rtt.as_secs_f64() * 1000.0),
+                seconds: stats.begin.elapsed().as_secs(),
             };
             let _ = writeln!(text, "{}", serde_json::to_string(&line).unwrap_or_default());
             text
         })
     }
 
-    /// Puts all of them into a registry.
+    /// Registers all metrics of the L7 half.
     pub fn register(&self, registry: &mut Registry) {
-        registry.register("raven_proxy_refused", "Requests and tunnels that were refused, by reason", self.refused.clone());
-        registry.register("raven_proxy_streams", "Streams that were opened", self.streams.clone());
-        registry.register("raven_proxy_open_streams", "Streams that are open", self.open.clone());
-        registry.register("raven_proxy_sent_bytes", "Bytes towards nodes", self.sent.clone());
-        registry.register("raven_proxy_received_bytes", "Bytes from nodes", self.received.clone());
-        let (up, streams) = (Family::<End, Gauge>::default(), Family::<End, Gauge>::default());
-        let rtt = Family::<End, Gauge<f64, AtomicU64>>::default();
-        for tunnel in self.now().values() {
-            up.get_or_create(&tunnel.end).inc();
-            streams.get_or_create(&tunnel.end).inc_by(tunnel.streams().into());
-            if let Some(seen) = tunnel.rtt() {
-                let gauge = rtt.get_or_create(&tunnel.end);
-                gauge.set(gauge.get().max(seen.as_secs_f64()));
+        registry.register("raven_proxy_refused", "Refused requests and proxy connections, by reason", self.refused.clone());
+        registry.register("raven_proxy_streams", "Opened proxy streams", self.streams.clone());
+        registry.register("raven_proxy_open_streams", "Proxy streams that are open now", self.open.clone());
+        registry.register("raven_proxy_sent_bytes", "Bytes sent to nodes", self.sent.clone());
+        registry.register("raven_proxy_received_bytes", "Bytes received from nodes", self.received.clone());
+        let (up, streams) = (Family::<Remote, Gauge>::default(), Family::<Remote, Gauge>::default());
+        let rtt = Family::<Remote, Gauge<f64, AtomicU64>>::default();
+        for connection in self.list().values() {
+            up.get_or_create(&connection.remote).inc();
+            streams.get_or_create(&connection.remote).inc_by(connection.streams().into());
+            if let Some(measured) = connection.rtt() {
+                let gauge = rtt.get_or_create(&connection.remote);
+                gauge.set(gauge.get().max(measured.as_secs_f64()));
             }
         }
-        registry.register("raven_proxy_tunnels", "Tunnels that are up, by the node at the other end", up);
-        registry.register("raven_proxy_tunnel_streams", "Streams in them", streams);
-        registry.register("raven_proxy_tunnel_rtt_seconds", "Question and answer through the slowest of them", rtt);
+        registry.register("raven_proxy_connections", "Established proxy connections, by the node at the other end", up);
+        registry.register("raven_proxy_connection_streams", "Open streams, by the node at the other end", streams);
+        let help = "Round-trip time through the slowest proxy connection, by the node at the other end";
+        registry.register("raven_proxy_connection_rtt_seconds", help, rtt);
     }
 }
 
 struct Ids {
-    node: u32,
+    /// Random number of this process.
+    process: u32,
     next: AtomicU64,
 }
 
 impl Default for Ids {
     fn default() -> Self {
-        // Seeded by the system's random numbers.
-        Self { node: RandomState::new().build_hasher().finish() as u32, next: AtomicU64::new(1) }
+        Self { process: fastrand::u32(..), next: AtomicU64::new(1) }
     }
 }

@@ -1,5 +1,5 @@
-//! One stream: bytes both ways between a client and a node, until both directions have ended. Half-close is kept: one side's end is
-//! told to the other, and what the other still has to say arrives.
+//! One proxy stream: copies bytes between a client and a node until both directions have ended. Half-close is preserved: the end of one
+//! direction is passed on, and the other direction continues.
 
 use std::{
     fmt, io,
@@ -21,24 +21,25 @@ use tokio::{
 
 use super::{limits, stats::Stats};
 
-/// What is known of a stream.
+/// The identification of a stream.
 #[derive(Clone, Debug)]
 pub(crate) struct Stream {
-    /// The same on both gateway nodes.
+    /// Id, the same on both gateway nodes.
     pub(crate) id: String,
-    /// The node that is talked to.
+    /// Name of the node.
     pub(crate) node: String,
-    /// Its port.
+    /// TCP port of the node.
     pub(crate) port: u16,
 }
 
-impl fmt::Display for Stream {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} to {}:{}", self.id, self.node, self.port)
+impl Stream {
+    /// The span of everything that happens to the stream on this node.
+    pub(crate) fn span(&self) -> tracing::Span {
+        tracing::info_span!("proxy_stream", stream = %self.id, node = %self.node, port = self.port)
     }
 }
 
-/// Carries a stream to its end. `first`: what the client has sent already.
+/// Carries a stream to its end. `first`: bytes that the client has sent already.
 pub(crate) async fn carry<C, N>(stream: Stream, mut client: C, node: N, first: &[u8], stats: &Stats)
 where
     C: AsyncRead + AsyncWrite + Unpin,
@@ -53,31 +54,31 @@ where
     account.close(result.await.err());
 }
 
-/// The books of one stream: counted as open until it is closed, or its task dropped; then the log says how it went.
+/// Accounts for one stream: counts it as open until it is closed or its task is dropped, then logs its totals.
 pub(crate) struct Account {
     stream: Stream,
     stats: Stats,
     begin: Instant,
     sent: Arc<AtomicU64>,
     received: Arc<AtomicU64>,
-    ended: String,
+    outcome: String,
 }
 
 impl Account {
     pub(crate) fn open(stream: Stream, stats: &Stats) -> Self {
         stats.opened();
         let (stats, begin) = (stats.clone(), Instant::now());
-        Self { stream, stats, begin, sent: Arc::default(), received: Arc::default(), ended: "cut off here".to_owned() }
+        Self { stream, stats, begin, sent: Arc::default(), received: Arc::default(), outcome: "aborted".to_owned() }
     }
 
-    /// The node's end, whose bytes are the stream's.
+    /// Wraps the node's end, so that its bytes are counted.
     pub(crate) fn count<S>(&self, node: S) -> Counted<S> {
         Counted { inner: node, read: self.received.clone(), written: self.sent.clone() }
     }
 
-    /// The end, and why, if it was not in good order.
+    /// Closes the account, with the error that ended the stream, if any.
     pub(crate) fn close(mut self, error: Option<impl fmt::Display>) {
-        self.ended = error.map_or_else(|| "closed".to_owned(), |e| e.to_string());
+        self.outcome = error.map_or_else(|| "closed".to_owned(), |e| e.to_string());
     }
 }
 
@@ -86,42 +87,43 @@ impl Drop for Account {
         let (sent, received) = (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed));
         self.stats.closed(sent, received);
         let Stream { id, node, port } = &self.stream;
-        tracing::info!(stream = id, node, port, sent, received, seconds = self.begin.elapsed().as_secs_f64(), ended = self.ended, "stream");
+        let seconds = self.begin.elapsed().as_secs_f64();
+        tracing::info!(stream = id, node, port, sent, received, seconds, outcome = self.outcome, "stream closed");
     }
 }
 
-/// Small packets at once, and a client that vanished is noticed though nothing is sent to it.
+/// Disables Nagle's algorithm, and enables keepalives so that a vanished client is detected on an idle connection.
 pub(crate) fn prepare(stream: &TcpStream) {
     let keepalive = TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15));
-    // Either is a comfort, no need.
+    // The stream works without either.
     let _ = stream.set_nodelay(true);
     let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
 }
 
-/// The same for a connection that carries a tunnel, at both ends.
+/// Sets the socket options of a proxy connection, at both ends.
 ///
-/// Pings see to it that there is always something under way, and the kernel ends the connection when nothing at all of it is acknowledged
-/// in time (TCP_USER_TIMEOUT, tcp(7)): a dead link is told from a thin one, on which a ping's answer waits behind what a `kubectl cp`
-/// sends. What has not been sent yet waits in its own stream, not in the socket, where a key stroke would wait behind it
-/// (TCP_NOTSENT_LOWAT). A packet that a bad link lost is no reason to slow down, as it is for the kernel's usual congestion control: see
-/// [`limits::CONGESTION`].
-pub(crate) fn prepare_tunnel(connection: &TcpStream) {
-    static SAID: Once = Once::new();
+/// - TCP_USER_TIMEOUT (tcp(7)): pings keep data in flight, and the kernel closes the connection when none of it is acknowledged in time. This
+///   distinguishes a dead link from a thin one, on which the response to a ping waits behind the data of a `kubectl cp`.
+/// - TCP_NOTSENT_LOWAT: unsent data waits in its own stream and not in the socket, where a key stroke would wait behind it.
+/// - TCP_CONGESTION: [`limits::CONGESTION`].
+pub(crate) fn prepare_connection(connection: &TcpStream) {
+    static REPORTED: Once = Once::new();
     let _ = connection.set_nodelay(true);
     let socket = SockRef::from(connection);
     let _ = socket.set_tcp_user_timeout(Some(limits::UNACKNOWLEDGED));
     let _ = socket.set_tcp_notsent_lowat(limits::UNSENT);
     if let Err(e) = socket.set_tcp_congestion(limits::CONGESTION.as_bytes()) {
-        SAID.call_once(|| {
-            let control = limits::CONGESTION;
+        REPORTED.call_once(|| {
             tracing::info!(
-                "no TCP congestion control {control} ({e}; modprobe tcp_{control}): tunnels are slow on links that lose packets"
+                algorithm = limits::CONGESTION,
+                error = %e,
+                "the kernel lacks the TCP congestion control for proxy connections, which are slow on lossy links without it; load its module (modprobe tcp_bbr)"
             );
         });
     }
 }
 
-/// Counts what passes.
+/// Counts the bytes of a connection.
 pub(crate) struct Counted<S> {
     inner: S,
     read: Arc<AtomicU64>,

@@ -1,8 +1,8 @@
-//! Both halves of a tunnel in one process, over loopback: what must hold whatever the network. The lab tests the rest.
+//! Both halves of the proxy in one process, over loopback: properties that do not depend on the network. The lab tests the rest.
 
+mod flow_control;
 mod hostile;
-mod pitfalls;
-mod world;
+mod sites;
 
 use std::time::Duration;
 
@@ -11,28 +11,28 @@ use tokio::{
     time::timeout,
 };
 
-use self::world::World;
+use self::sites::Sites;
 use super::{serve::dial, stats::Refusal};
 
 const SOON: Duration = Duration::from_secs(10);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bytes_cross_both_ways_and_a_half_close_is_kept() {
-    let world = World::start().await;
-    // Answers only when the question has ended.
-    let node = world.listen().await;
+async fn half_close_is_preserved() {
+    let sites = Sites::start().await;
+    // Responds only after the request has ended.
+    let node = sites.listen().await;
     tokio::spawn(async move {
         loop {
             let (mut client, _) = node.accept().await.expect("a stream");
             tokio::spawn(async move {
-                let mut question = Vec::new();
-                client.read_to_end(&mut question).await.expect("the question ends");
-                question.reverse();
-                client.write_all(&question).await.expect("the answer is taken");
+                let mut request = Vec::new();
+                client.read_to_end(&mut request).await.expect("the request ends");
+                request.reverse();
+                client.write_all(&request).await.expect("the response is sent");
             });
         }
     });
-    let mut stream = world.open("x2").await.expect("a stream");
+    let mut stream = sites.open("x2").await.expect("a stream");
     stream.write_all(b"half").await.expect("sent");
     stream.write_all(b" closed").await.expect("sent");
     stream.shutdown().await.expect("half-closed");
@@ -42,10 +42,10 @@ async fn bytes_cross_both_ways_and_a_half_close_is_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tls_is_passed_on_by_the_name_in_the_client_hello() {
-    let world = World::start().await;
-    let node = world.listen().await;
-    let kubelet = world::Ca::new().tls_server("x2");
+async fn tls_is_routed_by_server_name_and_not_terminated() {
+    let sites = Sites::start().await;
+    let node = sites.listen().await;
+    let kubelet = sites::Ca::new().tls_server("x2");
     let shown = kubelet.certificate.clone();
     tokio::spawn(async move {
         loop {
@@ -58,63 +58,63 @@ async fn tls_is_passed_on_by_the_name_in_the_client_hello() {
             });
         }
     });
-    let (seen, text) = world.tls_client("x2").await.expect("a TLS session with the node itself");
-    assert_eq!(seen, shown, "the node's own certificate, not one of ours");
+    let (seen, text) = sites.tls_client("x2").await.expect("a TLS session with the node itself");
+    assert_eq!(seen, shown, "the node's own certificate, not one of Raven");
     assert_eq!(text, b"logs");
-    // In whatever case; and who is not there is told so in TLS's own words.
-    assert_eq!(world.tls_client("X2").await.expect("names know no case").1, b"logs");
-    let error = world.tls_client("nobody").await.expect_err("no such node");
+    // Names are not case sensitive. An unknown name gets a TLS alert.
+    assert_eq!(sites.tls_client("X2").await.expect("a name in upper case").1, b"logs");
+    let error = sites.tls_client("unknown").await.expect_err("no such node");
     assert!(error.to_string().to_lowercase().contains("unrecognisedname"), "{error}");
-    assert_eq!(world.cloud_stats.refusals(Refusal::Unknown), 1);
+    assert_eq!(sites.cloud_stats.refusals(Refusal::Unknown), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_edge_connects_to_listed_ports_of_its_own_pool_whatever_it_is_asked() {
-    let world = World::start().await;
-    let asked = [
-        ("c1", world.port, "belongs to Gateway cloud"),
+async fn edge_connects_only_to_listed_ports_of_its_own_pool() {
+    let sites = Sites::start().await;
+    let requests = [
+        ("c1", sites.port, "belongs to Gateway cloud"),
         ("x2", 22, "port 22"),
-        ("169.254.169.254", world.port, "no node"),
+        ("169.254.169.254", sites.port, "no node"),
         ("localhost", 6443, "no node"),
     ];
-    for (node, port, why) in asked {
-        let refused = world.connect_anyway(node, port).await.err().expect("refused").to_string();
-        assert!(refused.contains(why), "{node}:{port}: {refused}");
+    for (node, port, reason) in requests {
+        let refused = sites.connect_unchecked(node, port).await.err().expect("refused").to_string();
+        assert!(refused.contains(reason), "{node}:{port}: {refused}");
     }
-    assert_eq!(world.edge_stats.refusals(Refusal::Unknown), 4);
-    // A listed one where nobody listens.
-    let refused = world.open("x2").await.err().expect("nobody listens").to_string();
+    assert_eq!(sites.edge_stats.refusals(Refusal::Unknown), 4);
+    // A listed port without a listener.
+    let refused = sites.open("x2").await.err().expect("no listener").to_string();
     assert!(refused.contains("refused"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_does_not_answer_is_named() {
-    let nobody = dial("x2", "127.0.0.9:9".parse().expect("an address")).await.expect_err("nobody listens there");
-    assert!(nobody.contains("127.0.0.9:9 of node x2"), "{nobody}");
+async fn error_names_the_unresponsive_node() {
+    let error = dial("x2", "127.0.0.9:9".parse().expect("an address")).await.expect_err("no listener");
+    assert!(error.contains("127.0.0.9:9 of node x2"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tunnels_come_back_and_requests_wait_for_them() {
-    let mut world = World::start().await;
-    let node = world.listen().await;
+async fn requests_wait_for_reconnection() {
+    let mut sites = Sites::start().await;
+    let node = sites.listen().await;
     tokio::spawn(async move {
         while let Ok((mut client, _)) = node.accept().await {
             tokio::spawn(async move { client.write_all(b"x").await });
         }
     });
     for _ in 0..3 {
-        world.cut();
-        // No pause: the request is there before the edge has noticed.
-        let mut stream = timeout(SOON, world.open("x2")).await.expect("in time").expect("a stream after the cut");
+        sites.abort_connections();
+        // Without a pause: the request arrives before the edge has noticed.
+        let mut stream = timeout(SOON, sites.open("x2")).await.expect("in time").expect("a stream after the cut");
         let mut byte = [0];
         timeout(SOON, stream.read_exact(&mut byte)).await.expect("in time").expect("it works");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn certificates_and_the_ca_are_replaced_and_no_stream_is_dropped() {
-    let world = World::start().await;
-    let node = world.listen().await;
+async fn certificate_and_ca_rotation_drops_no_stream() {
+    let sites = Sites::start().await;
+    let node = sites.listen().await;
     tokio::spawn(async move {
         while let Ok((mut client, _)) = node.accept().await {
             tokio::spawn(async move {
@@ -123,56 +123,57 @@ async fn certificates_and_the_ca_are_replaced_and_no_stream_is_dropped() {
             });
         }
     });
-    let mut stream = world.open("x2").await.expect("a stream");
-    let mut says = async |word: &[u8]| {
+    let mut stream = sites.open("x2").await.expect("a stream");
+    let mut echo = async |word: &[u8]| {
         let mut back = vec![0; word.len()];
         stream.write_all(word).await.expect("sent");
         timeout(SOON, stream.read_exact(&mut back)).await.expect("in time").expect("answered");
         assert_eq!(back, word);
     };
-    says(b"before").await;
-    let (first, second) = (&world.ca, world::Ca::new());
-    // As the controller does it: everybody knows the new one before it signs, and the old one until its certificates are over.
+    echo(b"before").await;
+    let (first, second) = (&sites.ca, sites::Ca::new());
+    // As the controller does: the new CA is trusted before it signs, and the old one until its certificates have expired.
     let both = second.pem.clone() + &first.pem;
-    for (signed_by, known) in [(first, &both), (&second, &both), (&second, &second.pem)] {
-        let before = world.numbers();
-        world.rotate(signed_by, known);
-        world::eventually("new tunnels take over", || world.numbers().iter().filter(|number| !before.contains(number)).count() >= 2).await;
-        says(b"the old stream, by the old tunnel").await;
-        let mut another = timeout(SOON, world.open("x2")).await.expect("in time").expect("a new stream");
+    for (signed_by, trusted) in [(first, &both), (&second, &both), (&second, &second.pem)] {
+        let before = sites.numbers();
+        sites.rotate(signed_by, trusted);
+        sites::eventually("new connections take over", || sites.numbers().iter().filter(|number| !before.contains(number)).count() >= 2)
+            .await;
+        echo(b"the old stream, on the old connection").await;
+        let mut another = timeout(SOON, sites.open("x2")).await.expect("in time").expect("a new stream");
         another.write_all(b"x").await.expect("sent");
         let mut byte = [0];
-        timeout(SOON, another.read_exact(&mut byte)).await.expect("in time").expect("a new stream, by a new tunnel");
+        timeout(SOON, another.read_exact(&mut byte)).await.expect("in time").expect("a new stream on a new connection");
     }
-    assert_eq!(world.cloud_stats.refusals(Refusal::Unauthenticated), 0);
+    assert_eq!(sites.cloud_stats.refusals(Refusal::Unauthenticated), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tunnels_are_shown_with_their_streams_and_how_long_an_answer_takes() {
-    let world = World::start().await;
-    let _node = world.listen().await;
-    let _stream = world.open("x2").await.expect("a stream");
-    world::eventually("each tunnel was asked for an answer", || world.cloud_stats.tunnels().matches("rttMs").count() == 2).await;
-    for (stats, gateway, node) in [(&world.cloud_stats, "edge-x", "x1"), (&world.edge_stats, "cloud", "c1")] {
-        let shown = stats.tunnels();
+async fn connections_are_listed_with_streams_and_round_trip_time() {
+    let sites = Sites::start().await;
+    let _node = sites.listen().await;
+    let _stream = sites.open("x2").await.expect("a stream");
+    sites::eventually("each connection was measured", || sites.cloud_stats.connections().matches("rttMs").count() == 2).await;
+    for (stats, gateway, node) in [(&sites.cloud_stats, "edge-x", "x1"), (&sites.edge_stats, "cloud", "c1")] {
+        let shown = stats.connections();
         assert_eq!(shown.matches(&format!("\"gateway\":\"{gateway}\",\"node\":\"{node}\",\"state\":\"up\"")).count(), 2, "{shown}");
         assert_eq!(shown.matches("\"streams\":1").count(), 1, "{shown}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_is_not_elected_any_more_loses_its_tunnels_and_their_streams() {
-    let world = World::start().await;
-    let node = world.listen().await;
-    let mut stream = world.open("x2").await.expect("a stream");
+async fn node_that_is_no_longer_elected_loses_its_connections_and_streams() {
+    let sites = Sites::start().await;
+    let node = sites.listen().await;
+    let mut stream = sites.open("x2").await.expect("a stream");
     let (mut at_node, _) = node.accept().await.expect("it arrives");
-    world.dismiss();
-    let ends = world.tunnels.ends();
-    world::eventually("its tunnels are closed", || ends.borrow().is_empty()).await;
-    // And what was open in them, at both ends.
+    sites.withdraw_election();
+    let edges = sites.connections.edges();
+    sites::eventually("its connections are closed", || edges.borrow().is_empty()).await;
+    // Their streams end at both ends.
     let mut bytes = Vec::new();
     let ended = timeout(SOON, stream.read_to_end(&mut bytes)).await.expect("the stream ends in the cloud");
     assert!(bytes.is_empty(), "{ended:?}");
     timeout(SOON, at_node.read_to_end(&mut bytes)).await.expect("and at the node").ok();
-    assert!(world.cloud_stats.refusals(Refusal::NotElected) <= 4, "it may try again, and is refused");
+    assert!(sites.cloud_stats.refusals(Refusal::NotElected) <= 4, "it may dial again, and is refused");
 }

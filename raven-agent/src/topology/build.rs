@@ -1,4 +1,4 @@
-//! API objects → [`Topology`]. Bad input is left out and named in `problems`; it never stops the rest.
+//! Builds the [`Topology`] from API objects. Invalid input is left out and named in `problems`; it never affects the rest.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,13 +9,15 @@ use ipnet::IpNet;
 use raven_api::{
     Gateway, GatewayNode,
     gateway::{Endpoint, EndpointType, NodeInfo},
+    names::{SWITCH_L3, SWITCH_L7},
+    prefix::is_routable,
     proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID, Ports, canonical_host},
 };
 use serde::{Deserialize, Serialize};
 
-use super::{GatewayPeer, Member, Pool, ProxyPeer, PublicKey, Settings, Topology};
+use super::{GatewayPeer, Member, Pool, ProxyPeer, PublicKey, Topology, settings::ClusterSettings};
 
-/// What the agent knows of the cluster: the objects as the API server has them. This is also the snapshot on disk.
+/// The API objects that the agent watches. This is also the format of the snapshot on disk.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Inputs {
@@ -27,22 +29,22 @@ pub struct Inputs {
     pub gateway_nodes: Vec<GatewayNode>,
     /// Cluster-wide settings.
     #[serde(default)]
-    pub settings: Settings,
+    pub settings: ClusterSettings,
     /// Certificates (PEM) of the CA that signs the proxies' certificates.
     #[serde(default)]
     pub proxy_ca: String,
-    /// Where the API server is: never into the tunnel.
+    /// Addresses of the API servers, which must never enter the tunnel.
     #[serde(default)]
     pub api_servers: BTreeSet<IpAddr>,
-    /// Nodes of exposed Gateways whose L7 proxy works, as far as it can be seen from outside.
+    /// Nodes of exposed Gateways whose proxy works, as edges and the controller observe it.
     #[serde(default)]
     pub ready_proxies: BTreeSet<String>,
 }
 
-/// The snapshot for these objects: the same for every order of them.
+/// The topology of these objects, in any order.
 pub fn build(inputs: &Inputs) -> Topology {
     let mut gateways: Vec<&Gateway> = inputs.gateways.iter().collect();
-    // The older Gateway wins a quarrel, as in the controller; an object without a date is new.
+    // The older Gateway wins a conflict, as in the controller. An object without a creation time counts as new.
     gateways.sort_by_key(|g| {
         let created = g.metadata.creation_timestamp.as_ref().map(|t| t.0);
         (created.is_none(), created, g.metadata.name.clone())
@@ -56,8 +58,8 @@ pub fn build(inputs: &Inputs) -> Topology {
         ..Topology::default()
     };
     let mut builder = Builder { keys, topology, ready_proxies: inputs.ready_proxies.clone(), ..Builder::default() };
-    // A key that two nodes claim stays with the first. Gateways that others dial come first there: a box stolen from an old site that
-    // publishes the cloud's key must not take the cloud off the network.
+    // A key that two nodes claim stays with the first. Exposed Gateways come first: a stolen node of an older site that publishes the
+    // cloud's key must not disconnect the cloud.
     for exposed in [true, false] {
         gateways.iter().filter(|g| g.spec.expose_type.is_edge() != exposed).for_each(|gateway| builder.keep_keys(gateway));
     }
@@ -96,7 +98,7 @@ impl Builder {
             }
         }
         for endpoint in status.active_endpoints.iter().filter(|e| e.type_ == EndpointType::Tunnel) {
-            if endpoint.config.get("enable-l3-tunnel").is_some_and(|v| v == "false") {
+            if endpoint.config.get(SWITCH_L3).is_some_and(|v| v == "false") {
                 continue;
             }
             match pool.members.get(&endpoint.node_name).map(|m| m.outer) {
@@ -104,7 +106,7 @@ impl Builder {
                     let peer = self.peer(&name, endpoint, outer, pool.exposed);
                     pool.gateways.insert(endpoint.node_name.clone(), peer);
                 }
-                None => self.problem(format!("Gateway {name}: elected node {} is not one of its nodes", endpoint.node_name)),
+                None => self.problem(format!("Gateway {name}: elected node {} is not a node of this Gateway", endpoint.node_name)),
             }
         }
         pool.proxies = proxies(&pool, &status.active_endpoints, &self.ready_proxies);
@@ -119,7 +121,7 @@ impl Builder {
         }
         let Ok(outer) = node.private_ip.parse::<Ipv4Addr>() else {
             self.problem(format!(
-                "Gateway {gateway}: node {} has no IPv4 InternalIP (it has {:?}), which the overlay needs",
+                "Gateway {gateway}: node {} has InternalIP {:?}; the overlay needs an IPv4 address, so the node is left out",
                 node.node_name, node.private_ip
             ));
             return None;
@@ -134,12 +136,12 @@ impl Builder {
     fn prefix(&mut self, gateway: &str, node: &str, text: &str) -> Option<IpNet> {
         let address = text.parse::<IpAddr>().map(IpNet::from);
         let Ok(prefix) = text.parse::<IpNet>().or(address) else {
-            self.problem(format!("Gateway {gateway}: node {node}: {text:?} is not a prefix"));
+            self.problem(format!("Gateway {gateway}: node {node}: {text:?} is not a prefix in CIDR notation; it is left out"));
             return None;
         };
         let prefix = prefix.trunc();
         if !is_routable(&prefix) {
-            self.problem(format!("Gateway {gateway}: node {node}: {prefix} can be no pod prefix"));
+            self.problem(format!("Gateway {gateway}: node {node}: {prefix} is not routable and cannot be a pod prefix; it is left out"));
             return None;
         }
         if let Some((other, owner)) = overlapping(&self.taken, &prefix, gateway) {
@@ -168,20 +170,20 @@ impl Builder {
         let public = endpoint.public_ip.as_deref().filter(|ip| !ip.is_empty()).and_then(|ip| ip.parse::<IpAddr>().ok());
         let address = match public {
             Some(public) if exposed || !endpoint.under_nat => Some(public),
-            // A LAN-only installation: the node's own address is the public one.
+            // In an installation on one LAN, the node's own address is the one that other pools dial.
             None if exposed => Some(IpAddr::V4(outer)),
             _ => None,
         };
         GatewayPeer { key, dial: address.map(|ip| SocketAddr::new(ip, endpoint.dialled_port())), port: endpoint.port_or_default() }
     }
 
-    /// What the node published, else what a person wrote. A key that two nodes claim would give the one's packets to
-    /// the other: the first keeps it.
+    /// The key that the node published, else the one in `spec`. A key that two nodes claim stays with the first: otherwise one node would receive
+    /// the packets of the other.
     fn key(&mut self, gateway: &str, endpoint: &Endpoint) -> Option<PublicKey> {
         let node = &endpoint.node_name;
         let text = self.claimed_key(endpoint)?;
         let Ok(key) = text.parse::<PublicKey>() else {
-            self.problem(format!("Gateway {gateway}: node {node}: {text:?} is not a WireGuard public key"));
+            self.problem(format!("Gateway {gateway}: node {node}: {text:?} is not a WireGuard public key (base64 of 32 bytes)"));
             return None;
         };
         match self.key_owners.get(&key).filter(|owner| *owner != node).cloned() {
@@ -197,15 +199,15 @@ impl Builder {
     }
 }
 
-/// Elected proxy nodes of a pool. One that is no node of the pool is the controller's mistake, which the tunnel's part names.
+/// Elected proxy nodes of a pool. An elected node outside the pool is ignored here; it is reported for the tunnel.
 fn proxies(pool: &Pool, active: &[Endpoint], ready: &BTreeSet<String>) -> BTreeMap<String, ProxyPeer> {
     let elected = active.iter().filter(|e| e.type_ == EndpointType::Proxy);
-    let on = elected.filter(|e| e.config.get("enable-l7-proxy").is_none_or(|v| v != "false"));
+    let on = elected.filter(|e| e.config.get(SWITCH_L7).is_none_or(|v| v != "false"));
     on.filter_map(|endpoint| {
         let outer = pool.members.get(&endpoint.node_name)?.outer;
         let text = |value: Option<&String>| value.filter(|v| !v.is_empty()).cloned();
         let host = text(endpoint.public_ip.as_ref()).map(|ip| canonical_host(&ip)).or_else(|| text(endpoint.config.get(CONFIG_HOSTNAME)));
-        // A LAN-only installation: the node's own address is the public one.
+        // In an installation on one LAN, the node's own address is the one that edges dial.
         let host = pool.exposed.then(|| host.unwrap_or_else(|| outer.to_string()));
         let dial = host.map(|host| (host, endpoint.dialled_port()));
         let ready = ready.contains(&endpoint.node_name);
@@ -217,34 +219,17 @@ fn proxies(pool: &Pool, active: &[Endpoint], ready: &BTreeSet<String>) -> BTreeM
     .collect()
 }
 
-/// Not the whole address space, and not what never crosses a router.
-fn is_routable(prefix: &IpNet) -> bool {
-    if prefix.prefix_len() == 0 {
-        return false;
-    }
-    match prefix {
-        IpNet::V4(p) => {
-            let a = p.addr();
-            !(a.is_loopback() || a.is_link_local() || a.is_multicast() || a.is_broadcast() || a.is_unspecified())
-        }
-        IpNet::V6(p) => {
-            let a = p.addr();
-            !(a.is_loopback() || a.is_unicast_link_local() || a.is_multicast() || a.is_unspecified())
-        }
-    }
-}
-
-/// A prefix of `taken` for whose sake `gateway` cannot have `prefix`: the same one, or another Gateway's that holds it or lies inside it.
-/// Inside one Gateway the longest match tells them apart, as the controller has it.
+/// A prefix of `taken` that conflicts with `prefix` of `gateway`: the same prefix, or one of another Gateway that contains it or is inside it.
+/// Nested prefixes of one Gateway do not conflict, because the longest match selects between them.
 fn overlapping<'a>(taken: &'a BTreeMap<IpNet, String>, prefix: &IpNet, gateway: &str) -> Option<(&'a IpNet, &'a String)> {
-    let in_the_way = |(other, owner): &(&IpNet, &String)| *other == prefix || *owner != gateway;
-    let mut holders = (0..=prefix.prefix_len()).rev().filter_map(|len| {
+    let conflicts = |(other, owner): &(&IpNet, &String)| *other == prefix || *owner != gateway;
+    let mut wider = (0..=prefix.prefix_len()).rev().filter_map(|len| {
         let wider = IpNet::new(prefix.addr(), len).ok()?.trunc();
         taken.get_key_value(&wider)
     });
-    // Canonical prefixes sort by address first, so those inside `prefix` follow it at once.
+    // Prefixes without host bits sort by address first, so those inside `prefix` follow it directly.
     let mut inside = taken.range(*prefix..).take_while(|(p, _)| prefix.contains(&p.addr())).filter(|(p, _)| prefix.contains(*p));
-    holders.find(in_the_way).or_else(|| inside.find(in_the_way))
+    wider.find(conflicts).or_else(|| inside.find(conflicts))
 }
 
 #[cfg(test)]
@@ -256,13 +241,13 @@ mod tests {
     }
 
     #[test]
-    fn overlap_is_found_in_both_directions_and_not_between_neighbours() {
+    fn overlap_is_found_in_both_directions() {
         let t = taken(&["10.0.0.0/24", "10.0.2.0/24", "fd00::/64"]);
         let overlaps = |p: &str| overlapping(&t, &p.parse().expect("a prefix"), "ours").is_some();
         assert!(overlaps("10.0.0.0/24"));
         assert!(overlaps("10.0.0.128/25"));
         assert!(overlaps("10.0.0.0/16"));
-        assert!(overlaps("10.0.0.0/22"), "holds 10.0.2.0/24 behind a gap");
+        assert!(overlaps("10.0.0.0/22"), "contains 10.0.2.0/24");
         assert!(!overlaps("10.0.1.0/24"));
         assert!(!overlaps("10.0.3.0/24"));
         assert!(overlaps("fd00::/48"));
@@ -270,26 +255,18 @@ mod tests {
     }
 
     #[test]
-    fn one_gateways_prefixes_may_nest_but_not_around_another_ones() {
+    fn prefixes_nest_within_one_gateway_only() {
         let mut t = taken(&["10.0.0.0/16", "10.2.0.0/24"]);
         t.insert("10.0.1.0/24".parse().expect("a prefix"), "other".to_owned());
         t.insert("10.0.2.0/24".parse().expect("a prefix"), "other".to_owned());
         let overlaps = |p: &str| overlapping(&t, &p.parse().expect("a prefix"), "other").is_some();
         assert!(!overlaps("10.0.3.0/24"), "inside its own /16");
         assert!(!overlaps("10.0.0.0/12"), "around its own");
-        assert!(overlaps("10.0.1.0/24"), "the same one, of another node");
+        assert!(overlaps("10.0.1.0/24"), "the same prefix of another node");
         t.insert("10.3.0.0/24".parse().expect("a prefix"), "third".to_owned());
         let conflict = overlapping(&t, &"10.0.0.0/8".parse().expect("a prefix"), "other");
-        assert_eq!(conflict.map(|(_, owner)| owner.as_str()), Some("third"), "found behind its own");
+        assert_eq!(conflict.map(|(_, owner)| owner.as_str()), Some("third"), "found behind its own prefixes");
         let conflict = overlapping(&t, &"10.0.1.128/25".parse().expect("a prefix"), "third");
         assert_eq!(conflict.map(|(_, owner)| owner.as_str()), Some("other"));
-    }
-
-    #[test]
-    fn what_never_crosses_a_router_is_no_pod_prefix() {
-        for bad in ["0.0.0.0/0", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "::/0", "fe80::/64", "ff00::/8"] {
-            assert!(!is_routable(&bad.parse().expect("a prefix")), "{bad}");
-        }
-        assert!(is_routable(&"10.0.0.0/8".parse().expect("a prefix")));
     }
 }

@@ -1,11 +1,11 @@
-//! WireGuard keys that come from outside, checked once.
+//! WireGuard keys from outside, checked once.
 
 use std::{fmt, str::FromStr};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use sha2::{Digest, Sha256};
 
-/// 32 bytes of Curve25519.
+/// A WireGuard public key: a Curve25519 point of 32 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PublicKey(pub [u8; 32]);
 
@@ -35,12 +35,13 @@ impl fmt::Debug for PublicKey {
     }
 }
 
-/// What both ends of every tunnel know besides their own keys (WireGuard whitepaper §5.2). Never shown.
+/// A WireGuard preshared key of 32 bytes (whitepaper §5.2). `Debug` does not show it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct PresharedKey(pub [u8; 32]);
 
 impl PresharedKey {
-    /// From a text as `wg genpsk` makes it; anything else is hashed with SHA-256. Nothing is none, and so are zeros, which WireGuard takes for it.
+    /// Parses the output of `wg genpsk`; any other text is hashed with SHA-256. `None` for an empty text, and for a key of zeros, which WireGuard
+    /// treats as no key.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let text = bytes.trim_ascii();
         let key = STANDARD.decode(text).ok().and_then(|key| key.try_into().ok());
@@ -60,14 +61,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_preshared_key_is_taken_as_it_is_or_hashed_and_never_shown() {
+    fn preshared_key_is_parsed_or_hashed_and_never_shown() {
         let text = STANDARD.encode([7; 32]);
         let key = PresharedKey::from_bytes(format!("{text}\n").as_bytes()).expect("a key");
         assert_eq!(key, PresharedKey([7; 32]));
         assert!(!format!("{key:?}").contains(char::is_numeric));
         let hashed = PresharedKey::from_bytes(b"raven").expect("a key").0;
-        assert_eq!(hashed[..4], [0x09, 0x2c, 0xda, 0x39], "sha256sum's");
-        assert!(PresharedKey::from_bytes(&[0xff; 32]).is_some(), "no text, and a key all the same");
+        assert_eq!(hashed[..4], [0x09, 0x2c, 0xda, 0x39], "the output of sha256sum");
+        assert!(PresharedKey::from_bytes(&[0xff; 32]).is_some(), "not text, hashed");
         for none in [" \n", &STANDARD.encode([0; 32])] {
             assert_eq!(PresharedKey::from_bytes(none.as_bytes()), None, "{none:?}");
         }

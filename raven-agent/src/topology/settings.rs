@@ -2,41 +2,37 @@
 
 use std::collections::BTreeMap;
 
+use raven_api::names::{AGENT_CONFIG_FORWARD_NODE_IP, SWITCH_L3, SWITCH_L7};
 use serde::{Deserialize, Serialize};
 
-/// ConfigMap with the switches of the two halves.
-pub const SWITCHES: &str = "raven-cfg";
-/// ConfigMap with settings of all agents.
-pub const AGENT_CONFIG: &str = "raven-agent-config";
-
-/// What all agents must agree on.
+/// Settings that all agents must agree on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Settings {
-    /// `raven-cfg`, `enable-l3-tunnel`: off takes the dataplane down everywhere.
+pub struct ClusterSettings {
+    /// Key `enable-l3-tunnel` of `raven-cfg`. Off removes the L3 dataplane from all nodes.
     pub l3: bool,
-    /// `raven-cfg`, `enable-l7-proxy`: off closes the proxy everywhere.
+    /// Key `enable-l7-proxy` of `raven-cfg`. Off stops the proxy on all nodes.
     pub l7: bool,
-    /// `raven-agent-config`, `forward-node-ip`: node addresses of other pools are reached, too.
+    /// Key `forward-node-ip` of `raven-agent-config`. On makes node addresses of other pools reachable.
     pub forward_node_ip: bool,
 }
 
-impl Default for Settings {
+impl Default for ClusterSettings {
     fn default() -> Self {
         Self { l3: true, l7: true, forward_node_ip: false }
     }
 }
 
-impl Settings {
-    /// From the data of the two ConfigMaps; absent is empty. Only the word `false` switches a half off, as in the controller: a
-    /// typing error must not cut a cluster's network.
+impl ClusterSettings {
+    /// The settings from the data of the two ConfigMaps; pass an empty map for an absent one. Only the word `false` switches a half off,
+    /// as in the controller: a typing error must not disconnect a cluster.
     pub fn parse(switches: &BTreeMap<String, String>, agent: &BTreeMap<String, String>) -> Self {
         let is =
             |data: &BTreeMap<String, String>, key: &str, word: &str| data.get(key).is_some_and(|v| v.trim().eq_ignore_ascii_case(word));
         Self {
-            l3: !is(switches, "enable-l3-tunnel", "false"),
-            l7: !is(switches, "enable-l7-proxy", "false"),
-            forward_node_ip: is(agent, "forward-node-ip", "true"),
+            l3: !is(switches, SWITCH_L3, "false"),
+            l7: !is(switches, SWITCH_L7, "false"),
+            forward_node_ip: is(agent, AGENT_CONFIG_FORWARD_NODE_IP, "true"),
         }
     }
 }
@@ -50,13 +46,13 @@ mod tests {
     }
 
     #[test]
-    fn absent_means_on_and_a_typing_error_switches_nothing_off() {
+    fn absent_keys_and_typing_errors_leave_both_halves_on() {
         let none = BTreeMap::new();
-        assert_eq!(Settings::parse(&none, &none), Settings::default());
-        assert!(Settings::parse(&data("enable-l3-tunnel", "flase"), &none).l3);
-        assert!(!Settings::parse(&data("enable-l3-tunnel", " False"), &none).l3);
-        let l7_off = Settings::parse(&data("enable-l7-proxy", "false"), &none);
-        assert!(l7_off.l3 && !l7_off.l7, "either half by itself");
-        assert!(Settings::parse(&none, &data("forward-node-ip", "true")).forward_node_ip);
+        assert_eq!(ClusterSettings::parse(&none, &none), ClusterSettings::default());
+        assert!(ClusterSettings::parse(&data("enable-l3-tunnel", "flase"), &none).l3);
+        assert!(!ClusterSettings::parse(&data("enable-l3-tunnel", " False"), &none).l3);
+        let l7_off = ClusterSettings::parse(&data("enable-l7-proxy", "false"), &none);
+        assert!(l7_off.l3 && !l7_off.l7, "each half has its own switch");
+        assert!(ClusterSettings::parse(&none, &data("forward-node-ip", "true")).forward_node_ip);
     }
 }

@@ -1,59 +1,44 @@
-//! The node's WireGuard key: made here, readable by root alone, kept across restarts, never sent anywhere. And the cluster's preshared
-//! key, where somebody made one.
+//! The node's WireGuard key: created on the node, readable by root only, kept across restarts, never sent anywhere. Also the
+//! cluster's preshared key, if it has one.
 
-use std::{
-    fs::{self, OpenOptions},
-    io::{self, Write},
-    os::unix::fs::{OpenOptionsExt, PermissionsExt},
-    path::Path,
-};
+use std::{fs, io, os::unix::fs::PermissionsExt, path::Path};
 
 use wireguard_control::Key;
 
 use super::Error;
-use crate::topology::PresharedKey;
+use crate::{atomic_file, topology::PresharedKey};
 
-/// The key in `path`; made if there is none. One that cannot be read as a key is put aside, not overwritten.
-pub fn load_or_make(path: &Path) -> Result<Key, Error> {
-    let failed = |reason: String| Error::Key { path: path.display().to_string(), reason };
+fn failed(path: &Path) -> impl Fn(io::Error) -> Error {
+    move |reason| Error::Key { path: path.display().to_string(), reason }
+}
+
+/// The private key in `path`, which is created if it does not exist. A file that contains no key is renamed, not overwritten.
+pub fn load_or_create(path: &Path) -> Result<Key, Error> {
     match fs::read_to_string(path) {
         Ok(text) => {
             if let Ok(key) = Key::from_base64(text.trim()) {
-                fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(|e| failed(e.to_string()))?;
+                fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed(path))?;
                 return Ok(key);
             }
-            let aside = path.with_extension("unreadable");
-            fs::rename(path, &aside).map_err(|e| failed(e.to_string()))?;
-            tracing::warn!(path = %path.display(), aside = %aside.display(), "the key file holds no key; it was put aside and a new key made");
+            let renamed = path.with_extension("unreadable");
+            fs::rename(path, &renamed).map_err(failed(path))?;
+            tracing::warn!(path = %path.display(), renamed = %renamed.display(), "the key file contains no key; renamed it and created a new key");
         }
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(failed(e.to_string())),
+        Err(e) => return Err(failed(path)(e)),
     }
     let key = Key::generate_private();
-    write(path, &key).map_err(|e| failed(e.to_string()))?;
+    atomic_file::write(path, format!("{}\n", key.to_base64()).as_bytes()).map_err(failed(path))?;
     Ok(key)
 }
 
-/// The preshared key in `path`; none if there is no such file, or nothing in it.
+/// The preshared key in `path`; `None` if the file is missing or empty.
 pub fn load_preshared(path: &Path) -> Result<Option<PresharedKey>, Error> {
     match fs::read(path) {
         Ok(bytes) => Ok(PresharedKey::from_bytes(&bytes)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::Key { path: path.display().to_string(), reason: e.to_string() }),
+        Err(e) => Err(failed(path)(e)),
     }
-}
-
-/// Written beside and renamed, so that a power cut leaves a whole key or none.
-fn write(path: &Path, key: &Key) -> io::Result<()> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    let beside = path.with_extension("new");
-    let _ = fs::remove_file(&beside);
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&beside)?;
-    file.write_all(format!("{}\n", key.to_base64()).as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&beside, path)
 }
 
 #[cfg(test)]
@@ -61,23 +46,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_key_stays_and_only_root_may_read_it() {
+    fn key_is_kept_and_readable_by_root_only() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("state/wireguard.key");
-        let first = load_or_make(&path).expect("a key");
+        let first = load_or_create(&path).expect("a key");
         let mode = fs::metadata(&path).expect("the file").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("loosened");
-        assert_eq!(load_or_make(&path).expect("the same key").to_base64(), first.to_base64());
-        assert_eq!(fs::metadata(&path).expect("the file").permissions().mode() & 0o777, 0o600, "tightened again");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("permissions set");
+        assert_eq!(load_or_create(&path).expect("the same key").to_base64(), first.to_base64());
+        assert_eq!(fs::metadata(&path).expect("the file").permissions().mode() & 0o777, 0o600, "permissions restored");
     }
 
     #[test]
-    fn a_broken_key_file_is_put_aside() {
+    fn file_without_a_key_is_renamed() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("wireguard.key");
         fs::write(&path, "not a key").expect("written");
-        load_or_make(&path).expect("a new key");
+        load_or_create(&path).expect("a new key");
         assert_eq!(fs::read_to_string(folder.path().join("wireguard.unreadable")).expect("kept"), "not a key");
     }
 }

@@ -1,5 +1,5 @@
-//! Which node a TLS client wants: the server name of its ClientHello (RFC 6066 §3), read by rustls's own parser. The bytes are kept, for
-//! the node that answers it; TLS is not opened.
+//! Reads the server name of a TLS ClientHello (RFC 6066 §3) with rustls' parser. The bytes are kept for the node that answers the
+//! handshake; TLS is not terminated here.
 
 use std::io::Cursor;
 
@@ -8,45 +8,45 @@ use tokio_rustls::rustls::server::Acceptor;
 
 use super::limits;
 
-/// Alerts of TLS (RFC 8446 §6.2) as what they are on the wire: a record of its own, fatal.
+/// Fatal TLS alerts (RFC 8446 §6.2), each as a complete record. This one: no node has the requested name.
 pub(super) const UNRECOGNIZED_NAME: [u8; 7] = alert(112);
-/// The node is not to be had.
+/// The node is unreachable.
 pub(super) const INTERNAL_ERROR: [u8; 7] = alert(80);
-/// Not TLS.
+/// The client does not speak TLS.
 pub(super) const DECODE_ERROR: [u8; 7] = alert(50);
 
 const fn alert(description: u8) -> [u8; 7] {
     [21, 3, 3, 0, 2, 2, description]
 }
 
-/// What a client said first.
+/// The first message of a TLS client.
 #[derive(Debug)]
-pub(crate) struct Hello {
-    /// The name that it gave, lower case; Go gives none for an address.
+pub(crate) struct ClientHello {
+    /// Server name in lower case, if the client sent one. Go sends none when it dials an address.
     pub(crate) name: Option<String>,
-    /// All that it has sent so far.
+    /// All bytes received so far.
     pub(crate) bytes: Vec<u8>,
 }
 
-/// Why there is no hello.
+/// Why no ClientHello was read.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
-    /// It is no TLS.
-    #[error("no TLS ClientHello: {0}")]
+    /// The bytes are not TLS.
+    #[error("not a TLS ClientHello: {0}")]
     Malformed(String),
-    /// It goes on for ever.
-    #[error("a ClientHello of more than {} bytes", limits::HELLO)]
+    /// It exceeds the limit.
+    #[error("the ClientHello exceeds {} bytes", limits::CLIENT_HELLO)]
     TooLong,
-    /// The client went away.
-    #[error("the client went away in the middle of its ClientHello")]
+    /// The client closed the connection.
+    #[error("the client closed the connection before its ClientHello was complete")]
     Ended,
-    /// The connection broke.
+    /// The connection failed.
     #[error(transparent)]
     Io(#[from] std::io::Error),
 }
 
-/// Reads a ClientHello, in however many pieces it comes.
-pub(crate) async fn read(client: &mut (impl AsyncRead + Unpin)) -> Result<Hello, Error> {
+/// Reads a ClientHello that may arrive in several segments.
+pub(crate) async fn read(client: &mut (impl AsyncRead + Unpin)) -> Result<ClientHello, Error> {
     let mut parser = Parser::default();
     let mut bytes = Vec::with_capacity(2048);
     loop {
@@ -55,26 +55,25 @@ pub(crate) async fn read(client: &mut (impl AsyncRead + Unpin)) -> Result<Hello,
             return Err(Error::Ended);
         }
         if let Some(name) = parser.take(&bytes[before..])? {
-            return Ok(Hello { name, bytes });
+            return Ok(ClientHello { name, bytes });
         }
-        if bytes.len() > limits::HELLO {
+        if bytes.len() > limits::CLIENT_HELLO {
             return Err(Error::TooLong);
         }
     }
 }
 
-/// The parser by itself, for bytes that are there.
 #[derive(Default)]
 struct Parser {
     acceptor: Acceptor,
 }
 
 impl Parser {
-    /// Takes more bytes. `None`: not complete yet; else the name, if the client gives one.
+    /// Takes more bytes. `None` while the message is incomplete; then the server name, if the client sent one.
     fn take(&mut self, bytes: &[u8]) -> Result<Option<Option<String>>, Error> {
         let mut rest = Cursor::new(bytes);
         while (rest.position() as usize) < bytes.len() {
-            // What it does not take is too much for it.
+            // 0: its buffer is full, and `accept` reports the error.
             if self.acceptor.read_tls(&mut rest).map_err(|e| Error::Malformed(e.to_string()))? == 0 {
                 break;
             }
@@ -87,11 +86,11 @@ impl Parser {
     }
 }
 
-/// For the fuzzer: true if these pieces are a ClientHello.
-pub fn is_hello(pieces: &[&[u8]]) -> bool {
+/// True if these segments form a complete ClientHello; for the fuzz target.
+pub fn is_client_hello(segments: &[&[u8]]) -> bool {
     let mut parser = Parser::default();
-    for piece in pieces {
-        match parser.take(piece) {
+    for segment in segments {
+        match parser.take(segment) {
             Ok(Some(_)) => return true,
             Ok(None) => {}
             Err(_) => return false,

@@ -1,4 +1,4 @@
-//! One cloud gateway node, one edge with a gateway node and another node, on addresses of loopback.
+//! Two sites on loopback addresses: a cloud with one gateway node, and an edge with a gateway node and a member.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,32 +27,34 @@ use tokio_rustls::{
 };
 
 use super::super::{
-    accept::Gate,
+    accept::EdgeListener,
+    connections::{Connections, Error, Opened},
     dial,
-    entrance::{Entrance, Kind},
     identity::{self, Identity},
+    ingress::{Ingress, Kind},
     limits,
-    plan::{Plan, Target, plan},
-    serve::Edge,
+    serve::EdgeServer,
     stats::Stats,
     stream::Stream,
-    tunnels::{Error, Opened, Tunnels},
 };
-use crate::topology::{Member, Pool, ProxyPeer, Topology};
+use crate::{
+    plan::{Me, ProxyPlan, plan, proxy::Target},
+    topology::{Member, Pool, ProxyPeer, Topology},
+};
 
-/// How long anything may take.
+/// Deadline of every wait.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// UID of every node.
 const UID: &str = "0b1e7c1c-6f0e-4d6e-9a53-2d1f6d3c8a11";
 
-/// A CA, with what it signs.
+/// A CA that signs certificates as the controller does.
 pub(super) struct Ca {
     issuer: Issuer<'static, KeyPair>,
     pub(super) pem: String,
 }
 
-/// TLS of a node.
+/// The TLS server of a node.
 pub(super) struct TlsServer {
     pub(super) acceptor: TlsAcceptor,
     pub(super) certificate: CertificateDer<'static>,
@@ -67,12 +69,12 @@ impl Ca {
         Self { issuer: Issuer::new(params, key), pem }
     }
 
-    /// As the controller signs it.
+    /// A key and certificate for node [`UID`], as PEM.
     pub(super) fn pem_for(&self, names: &[&str], usage: ExtendedKeyUsagePurpose, until: (i32, u8, u8)) -> String {
         self.pem_for_uid(names, UID, usage, until)
     }
 
-    /// The same for a node of another UID.
+    /// A key and certificate for a node with another UID.
     pub(super) fn pem_for_uid(&self, names: &[&str], uid: &str, usage: ExtendedKeyUsagePurpose, until: (i32, u8, u8)) -> String {
         let names: BTreeSet<String> = names.iter().map(|n| (*n).to_owned()).collect();
         let (key, request) = identity::request("node", &names).expect("a request");
@@ -90,7 +92,7 @@ impl Ca {
         Identity::parse(pem.as_bytes(), &self.pem).expect("it is one").expect("this CA signed it")
     }
 
-    /// A kubelet's TLS.
+    /// The TLS server of a kubelet.
     pub(super) fn tls_server(&self, name: &str) -> TlsServer {
         let pem = self.pem_for(&[name], ExtendedKeyUsagePurpose::ServerAuth, (2099, 1, 1));
         let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).expect("a certificate");
@@ -105,26 +107,28 @@ impl Ca {
     }
 }
 
-pub(super) struct World {
+pub(super) struct Sites {
     pub(super) ca: Ca,
-    /// The nodes' port for TLS, and the one for plain HTTP.
+    /// TLS port of the nodes.
     pub(super) port: u16,
+    /// Plain HTTP port of the nodes.
     pub(super) http_port: u16,
     sockets: [Mutex<Option<TcpSocket>>; 2],
-    pub(super) gate: SocketAddr,
+    /// Where the cloud accepts proxy connections.
+    pub(super) edge_listener: SocketAddr,
     pub(super) secure: SocketAddr,
     pub(super) insecure: SocketAddr,
-    pub(super) tunnels: Tunnels,
+    pub(super) connections: Connections,
     pub(super) cloud_stats: Stats,
     pub(super) edge_stats: Stats,
-    cloud_plan: watch::Sender<Arc<Plan>>,
-    edge_plan: watch::Sender<Arc<Plan>>,
+    cloud_plan: watch::Sender<Arc<ProxyPlan>>,
+    edge_plan: watch::Sender<Arc<ProxyPlan>>,
     edge_identity: watch::Sender<Option<Arc<Identity>>>,
     edge: Mutex<Option<tokio::task::JoinHandle<()>>>,
     cloud_identity: watch::Sender<Option<Arc<Identity>>>,
 }
 
-/// A port of node x2 that is nobody else's, also while nobody listens there.
+/// Reserves a port of node x2, also while no socket listens on it.
 fn reserved() -> (TcpSocket, u16) {
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.bind(([127, 0, 0, 3], 0).into()).expect("a port");
@@ -132,11 +136,15 @@ fn reserved() -> (TcpSocket, u16) {
     (socket, port)
 }
 
-/// As the agent does: a stream is two sockets at least, and some tests hold thousands.
+/// Raises the limit of open files, as the agent does: some tests hold thousands of streams.
 fn raise_file_limit() {
     use nix::sys::resource::{Resource::RLIMIT_NOFILE, getrlimit, setrlimit};
     let raised = getrlimit(RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(RLIMIT_NOFILE, hard, hard));
-    raised.expect("up to the hard limit anybody may");
+    raised.expect("the hard limit is allowed");
+}
+
+fn proxy_plan(topology: &Topology, node: &str) -> Arc<ProxyPlan> {
+    plan(topology, &Me { node: node.to_owned(), ..Me::default() }).proxy
 }
 
 fn topology(port: u16, http_port: u16) -> Topology {
@@ -155,38 +163,38 @@ fn topology(port: u16, http_port: u16) -> Topology {
     Topology { pools, ports, ..Topology::default() }
 }
 
-impl World {
-    /// Starts both halves and waits for the tunnels.
+impl Sites {
+    /// Starts both sites and waits for the proxy connections.
     pub(super) async fn start() -> Self {
         raise_file_limit();
         let ((socket, port), (http_socket, http_port)) = (reserved(), reserved());
         let topology = topology(port, http_port);
         let ca = Ca::new();
-        let cloud_plan = watch::Sender::new(Arc::new(plan(&topology, "c1", None)));
-        let edge_plan = watch::Sender::new(Arc::new(plan(&topology, "x1", None)));
+        let cloud_plan = watch::Sender::new(proxy_plan(&topology, "c1"));
+        let edge_plan = watch::Sender::new(proxy_plan(&topology, "x1"));
         let cloud_identity = watch::Sender::new(Some(Arc::new(ca.identity(&["127.0.0.1"], ExtendedKeyUsagePurpose::ServerAuth))));
         let edge_identity = watch::Sender::new(Some(Arc::new(ca.identity(&["x1"], ExtendedKeyUsagePurpose::ClientAuth))));
         let (cloud_stats, edge_stats) = (Stats::default(), Stats::default());
-        let tunnels = Tunnels::new(cloud_stats.clone());
+        let connections = Connections::new(cloud_stats.clone());
         let bind = || async { TcpListener::bind("127.0.0.1:0").await.expect("a port") };
-        let (gate, secure, insecure) = (bind().await, bind().await, bind().await);
-        let addresses = [&gate, &secure, &insecure].map(|l| l.local_addr().expect("an address"));
-        let keeper = Gate {
+        let (edge_listener, secure, insecure) = (bind().await, bind().await, bind().await);
+        let addresses = [&edge_listener, &secure, &insecure].map(|l| l.local_addr().expect("an address"));
+        let edges = EdgeListener {
             plan: cloud_plan.subscribe(),
             identity: cloud_identity.subscribe(),
-            tunnels: tunnels.clone(),
+            connections: connections.clone(),
             stats: cloud_stats.clone(),
         };
-        tokio::spawn(keeper.run(gate));
-        let world = Self {
+        tokio::spawn(edges.run(edge_listener));
+        let sites = Self {
             ca,
             port,
             http_port,
             sockets: [socket, http_socket].map(|socket| Mutex::new(Some(socket))),
-            gate: addresses[0],
+            edge_listener: addresses[0],
             secure: addresses[1],
             insecure: addresses[2],
-            tunnels,
+            connections,
             cloud_stats,
             edge_stats,
             cloud_plan,
@@ -195,44 +203,45 @@ impl World {
             edge: Mutex::default(),
             cloud_identity,
         };
-        tokio::spawn(world.entrance().run(secure, Kind::Secure(port)));
-        tokio::spawn(world.entrance().run(insecure, Kind::Insecure));
-        world.start_edge();
-        world.connected().await;
-        world
+        tokio::spawn(sites.ingress().run(secure, Kind::Secure(port)));
+        tokio::spawn(sites.ingress().run(insecure, Kind::Insecure));
+        sites.start_edge();
+        sites.connected().await;
+        sites
     }
 
     fn start_edge(&self) {
-        let clouds = watch::Sender::new(BTreeMap::from([("c1".to_owned(), (self.gate.ip().to_string(), self.gate.port()))]));
-        let edge = Edge { plan: self.edge_plan.subscribe(), stats: self.edge_stats.clone() };
-        let (identity, up) = (self.edge_identity.subscribe(), watch::Sender::default());
+        let clouds =
+            watch::Sender::new(BTreeMap::from([("c1".to_owned(), (self.edge_listener.ip().to_string(), self.edge_listener.port()))]));
+        let server = EdgeServer { plan: self.edge_plan.subscribe(), stats: self.edge_stats.clone() };
+        let (identity, established) = (self.edge_identity.subscribe(), watch::Sender::default());
         let task = tokio::spawn(async move {
-            let run = dial::run(clouds.subscribe(), identity, edge, up);
+            let run = dial::run(clouds.subscribe(), identity, server, established);
             run.await;
         });
-        if let Some(old) = self.edge.lock().expect("nobody panics").replace(task) {
+        if let Some(old) = self.edge.lock().expect("not poisoned").replace(task) {
             old.abort();
         }
     }
 
     pub(super) async fn connected(&self) {
-        eventually("the edge's tunnels", || self.tunnels.numbers().len() >= limits::TUNNELS).await;
+        eventually("the edge's proxy connections", || self.connections.numbers().len() >= limits::CONNECTIONS).await;
     }
 
-    /// All tunnels break, and the edge dials again.
-    pub(super) fn cut(&mut self) {
-        self.tunnels.retain(|_, _| false);
+    /// Aborts all proxy connections; the edge dials again.
+    pub(super) fn abort_connections(&mut self) {
+        self.connections.retain(|_, _| false);
         self.start_edge();
     }
 
-    /// The edge's node is elected no more.
-    pub(super) fn dismiss(&self) {
+    /// Ends the election of the edge's gateway node.
+    pub(super) fn withdraw_election(&self) {
         let mut topology = topology(self.port, self.http_port);
         topology.pools.get_mut("edge-x").expect("it is there").proxies.clear();
-        self.cloud_plan.send_replace(Arc::new(plan(&topology, "c1", None)));
+        self.cloud_plan.send_replace(proxy_plan(&topology, "c1"));
     }
 
-    /// Another certificate at each end, by a CA of which both know already (`ca`: its PEM and that of the CA before).
+    /// Replaces the certificate at each end. `ca`: PEM of the CAs that both ends trust.
     pub(super) fn rotate(&self, by: &Ca, ca: &str) {
         let identity = |names: &[&str], usage| {
             let pem = by.pem_for(names, usage, (2099, 1, 1));
@@ -242,45 +251,45 @@ impl World {
         self.edge_identity.send_replace(identity(&["x1"], ExtendedKeyUsagePurpose::ClientAuth));
     }
 
-    /// An entrance of the cloud gateway node.
-    pub(super) fn entrance(&self) -> Entrance {
-        Entrance { plan: self.cloud_plan.subscribe(), tunnels: self.tunnels.clone(), stats: self.cloud_stats.clone() }
+    /// The ingress of the cloud gateway node.
+    pub(super) fn ingress(&self) -> Ingress {
+        Ingress { plan: self.cloud_plan.subscribe(), connections: self.connections.clone(), stats: self.cloud_stats.clone() }
     }
 
-    /// The listener on node x2.
+    /// The TLS listener of node x2.
     pub(super) async fn listen(&self) -> TcpListener {
         self.listener(0)
     }
 
-    /// The same, for plain HTTP.
+    /// The plain HTTP listener of node x2.
     pub(super) async fn listen_http(&self) -> TcpListener {
         self.listener(1)
     }
 
     fn listener(&self, which: usize) -> TcpListener {
-        let socket = self.sockets[which].lock().expect("nobody panics").take();
-        socket.expect("there is one listener of each kind").listen(1024).expect("its port is reserved")
+        let socket = self.sockets[which].lock().expect("not poisoned").take();
+        socket.expect("one listener of each kind").listen(1024).expect("its port is reserved")
     }
 
     pub(super) async fn open(&self, node: &str) -> Result<Opened, Error> {
-        self.connect_anyway(node, self.port).await
+        self.connect_unchecked(node, self.port).await
     }
 
-    /// Asks the edge for anything, as a cloud gateway node that somebody took over might.
-    pub(super) async fn connect_anyway(&self, node: &str, port: u16) -> Result<Opened, Error> {
+    /// Requests any target from the edge, as a compromised cloud gateway node could.
+    pub(super) async fn connect_unchecked(&self, node: &str, port: u16) -> Result<Opened, Error> {
         let target = Target { node: node.to_owned(), pool: "edge-x".to_owned(), address: [127, 0, 0, 3].into() };
         let stream = Stream { id: self.cloud_stats.next_id(), node: node.to_owned(), port };
-        self.tunnels.open(&target, &stream).await
+        self.connections.open(&target, &stream).await
     }
 
-    /// A client that trusts anybody and tells whose certificate it saw, and what was said.
+    /// A TLS client without verification; returns the server's certificate and the received bytes.
     pub(super) async fn tls_client(&self, name: &str) -> std::io::Result<(CertificateDer<'static>, Vec<u8>)> {
         let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()
             .expect("versions")
             .with_root_certificates(RootCertStore::empty())
             .with_no_client_auth();
-        config.dangerous().set_certificate_verifier(Arc::new(Anybody));
+        config.dangerous().set_certificate_verifier(Arc::new(NoVerification));
         let tcp = TcpStream::connect(self.secure).await?;
         let name = ServerName::try_from(name.to_owned()).expect("a name");
         let mut tls = timeout(PATIENCE, TlsConnector::from(Arc::new(config)).connect(name, tcp)).await.expect("in time")?;
@@ -290,13 +299,13 @@ impl World {
         Ok((seen, text))
     }
 
-    /// Numbers of the tunnels that are up: another number is another connection.
+    /// Numbers of the established proxy connections. A new connection has a new number.
     pub(super) fn numbers(&self) -> Vec<u64> {
-        self.tunnels.numbers()
+        self.connections.numbers()
     }
 }
 
-/// Waits for a condition, no longer than [`PATIENCE`].
+/// Waits until a condition holds, at most [`PATIENCE`].
 pub(super) async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + PATIENCE;
     while !holds() {
@@ -306,9 +315,9 @@ pub(super) async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 #[derive(Debug)]
-struct Anybody;
+struct NoVerification;
 
-impl rustls::client::danger::ServerCertVerifier for Anybody {
+impl rustls::client::danger::ServerCertVerifier for NoVerification {
     fn verify_server_cert(
         &self,
         _: &CertificateDer<'_>,

@@ -1,4 +1,5 @@
-//! The program that takes connections to kubelets of other pools: attached to the network namespace, pinned, its two maps.
+//! The `kubelet_lookup` program, which hands connections to kubelets of edge nodes to the proxy: attached to the network namespace,
+//! pinned, with its two maps.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,16 +18,24 @@ use aya::{
 };
 use raven_common::tables::{KubeletAddress, KubeletNode, Remote};
 
-use super::{Bpf, Error, attach::chain, attach::tag_of};
+use super::{
+    Action, Bpf, Error,
+    attach::{chain, tag_of},
+};
+use crate::state::{Change, Interception};
 
 const PROGRAM: &str = "kubelet_lookup";
 
+fn failed(action: Action) -> impl Fn(String) -> Error {
+    move |reason| Error::Program { action, program: PROGRAM, place: String::new(), reason }
+}
+
 impl Bpf {
-    /// Sees to it that the program runs and hands connections to `listener`. True: something was changed.
-    pub fn intercept(&mut self, listener: &impl AsRawFd) -> Result<bool, Error> {
-        let failed = |reason: String| Error::Program { action: "attach", program: PROGRAM, place: String::new(), reason };
+    /// Ensures that the program is attached and hands connections to `listener`.
+    pub fn intercept(&mut self, listener: &impl AsRawFd) -> Result<Change, Error> {
+        let failed = failed(Action::Attach);
         let mut proxy: SockMap<_> = self.map("PROXY")?;
-        // The same again is no change; an earlier agent's went with it.
+        // Storing the same socket again has no effect. The entry of an earlier agent was removed when its socket closed.
         proxy.set(0, listener, 0).map_err(|e| Error::Map { map: "PROXY", reason: chain(&e) })?;
         let pin = self.lookup_pin();
         let loaded = self.loaded.insert(PROGRAM);
@@ -36,56 +45,54 @@ impl Bpf {
             .ok_or_else(|| failed("not in the object".to_owned()))?
             .try_into()
             .map_err(|e| failed(chain(&e)))?;
-        if loaded {
-            program.load().map_err(|e| Error::Program { action: "load", program: PROGRAM, place: String::new(), reason: chain(&e) })?;
+        if loaded && let Err(e) = program.load() {
+            self.loaded.remove(PROGRAM);
+            return Err(self::failed(Action::Load)(chain(&e)));
         }
         let ours = program.info().map_err(|e| failed(chain(&e)))?.tag();
         let running =
             PinnedLink::from_pin(&pin).ok().and_then(|link| FdLink::from(link).info().ok()).and_then(|info| tag_of(info.program_id()));
         if running == Some(ours) {
-            return Ok(false);
+            return Ok(Change::NONE);
         }
-        // Beside another version for a moment: both know the same maps.
+        // For a moment both versions are attached; they use the same maps.
         let namespace = File::open("/proc/thread-self/ns/net").map_err(|e| failed(e.to_string()))?;
         let id = program.attach(&namespace).map_err(|e| failed(chain(&e)))?;
         let link = FdLink::from(program.take_link(id).map_err(|e| failed(chain(&e)))?);
         let _ = fs::remove_file(&pin);
-        link.pin(&pin).map_err(|e| failed(format!("pin the link at {}: {}", pin.display(), chain(&e))))?;
-        Ok(true)
+        link.pin(&pin).map_err(|e| failed(format!("cannot pin the link at {}: {}", pin.display(), chain(&e))))?;
+        Ok(Change::ONE)
     }
 
-    /// Takes the program away. True: it was there.
-    pub fn intercept_nothing(&mut self) -> Result<bool, Error> {
-        let failed = |e: std::io::Error| Error::Program { action: "detach", program: PROGRAM, place: String::new(), reason: e.to_string() };
+    /// Detaches the program, if it is attached.
+    pub fn stop_intercepting(&mut self) -> Result<Change, Error> {
         match fs::remove_file(self.lookup_pin()) {
-            Ok(()) => Ok(true),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
-            Err(e) => Err(failed(e)),
+            Ok(()) => Ok(Change::ONE),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Change::NONE),
+            Err(e) => Err(failed(Action::Detach)(e.to_string())),
         }
     }
 
-    /// Brings the addresses to what they should be; gives how many were changed.
-    pub fn set_kubelets(&mut self, want: &BTreeMap<KubeletAddress, String>) -> Result<usize, Error> {
+    /// Brings map `KUBELETS` to the addresses and ports of `want`; `None` empties it.
+    pub fn set_kubelets(&mut self, want: Option<&Interception>) -> Result<Change, Error> {
         let mut map: HashMap<_, KubeletAddress, KubeletNode> = self.map("KUBELETS")?;
         let refused = |e: aya::maps::MapError| Error::Map { map: "KUBELETS", reason: chain(&e) };
+        let want: BTreeMap<KubeletAddress, KubeletNode> = want.into_iter().flat_map(kubelets).collect();
         let have: BTreeMap<KubeletAddress, KubeletNode> = map.iter().flatten().collect();
-        let mut changed = 0;
-        for (address, name) in want {
-            let node = KubeletNode { node: fixed(name) };
-            if have.get(address) != Some(&node) {
-                map.insert(address, node, 0).map_err(refused)?;
-                changed += 1;
-            }
+        let mut change = Change::NONE;
+        for (address, node) in want.iter().filter(|(address, node)| have.get(address) != Some(node)) {
+            map.insert(address, node, 0).map_err(refused)?;
+            change += Change::ONE;
         }
         for address in have.keys().collect::<BTreeSet<_>>().difference(&want.keys().collect()) {
             map.remove(address).map_err(refused)?;
-            changed += 1;
+            change += Change::ONE;
         }
-        Ok(changed)
+        Ok(change)
     }
 
-    /// The node to which the overlay brings connections to kubelets, as the tables have it.
-    pub fn detour(&mut self) -> Option<Ipv4Addr> {
+    /// The gateway node that intercepted connections go to at present, by the maps.
+    pub fn intercepting_gateway(&mut self) -> Option<Ipv4Addr> {
         let kubelets: HashMap<&mut MapData, KubeletAddress, KubeletNode> = self.map("KUBELETS").ok()?;
         let (kubelet, _) = kubelets.iter().flatten().next()?;
         let remote: LpmTrie<&mut MapData, [u8; 4], Remote> = self.map("REMOTE4").ok()?;
@@ -98,7 +105,14 @@ impl Bpf {
     }
 }
 
-/// Cut to fit, zeros behind it.
+fn kubelets(interception: &Interception) -> impl Iterator<Item = (KubeletAddress, KubeletNode)> {
+    interception.nodes.iter().flat_map(|(address, name)| {
+        let key = |port: &u16| KubeletAddress { address: address.octets(), port: *port, _pad: 0 };
+        interception.ports.iter().map(move |port| (key(port), KubeletNode { node: fixed(name) }))
+    })
+}
+
+/// The name, truncated to the field and padded with zeros.
 fn fixed(name: &str) -> [u8; 64] {
     let mut bytes = [0; 64];
     let length = name.len().min(bytes.len());

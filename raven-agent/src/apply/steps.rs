@@ -1,0 +1,101 @@
+//! Reads the observed state, diffs it with the plan, and runs the steps.
+
+use futures::{StreamExt, stream};
+
+use super::{Error, Reconciler, report::Outcome};
+use crate::{
+    bpf,
+    diff::{Step, diff},
+    link::{self, Links},
+    plan::Plan,
+    state::{Change, Indexes, State},
+    tunnel,
+};
+
+/// Route requests in flight at a time.
+const IN_FLIGHT: usize = 64;
+
+impl Reconciler {
+    /// Brings routes, peers and maps to the planned state.
+    pub(super) async fn change_state(&mut self, plan: &Plan, indexes: Indexes, outcome: &mut Outcome) {
+        let have = self.read(indexes).await;
+        let Some(have) = outcome.keep(have) else { return };
+        let steps = diff(&have, &plan.state);
+        for group in steps.chunk_by(|a, b| is_route(a) && is_route(b)) {
+            if is_route(&group[0]) {
+                change_routes(&self.links, group, indexes, outcome).await;
+                continue;
+            }
+            for step in group {
+                tracing::debug!(?step, "applying");
+                outcome.take(self.run(step, &have).await);
+            }
+        }
+        if steps.iter().any(bpf::is_map_entry) {
+            let _ = outcome.keep(self.bpf.next_generation());
+        }
+        self.start_handshakes(&steps, &have, plan);
+    }
+
+    /// Starts handshakes with new peers and silent ones, now that their routes exist. The embedded engine gives up a peer that has not answered
+    /// for 90 s until a packet is sent to it, so an idle site would stay cut off.
+    fn start_handshakes(&self, steps: &[Step], have: &State, plan: &Plan) {
+        let Some(tunnel) = &self.tunnel else { return };
+        let new = steps.iter().filter_map(|step| if let Step::PutPeer(key, _) = step { Some(key) } else { None });
+        let silent = have.peers.iter().filter(|(_, peer)| !peer.alive && peer.keepalive.is_some()).map(|(key, _)| key);
+        new.chain(silent).filter_map(|key| plan.state.peers.get(key)).for_each(|peer| tunnel.start_handshake(peer));
+    }
+
+    async fn read(&mut self, indexes: Indexes) -> Result<State, Error> {
+        let mut state = self.bpf.read()?;
+        state.routes = self.links.routes(indexes).await?;
+        if let Some(tunnel) = &self.tunnel {
+            state.peers = tunnel.peers().await?;
+        }
+        Ok(state)
+    }
+
+    async fn run(&mut self, step: &Step, have: &State) -> Result<Change, Error> {
+        match step {
+            Step::PutPeer(key, peer) => {
+                let tunnel = self.tunnel.as_ref().ok_or(tunnel::Error::NoDevice(*key))?;
+                let peer = self.handshakes.added(*key, peer, have);
+                tunnel.put_peer(*key, &peer, have.peers.get(key)).await?;
+            }
+            Step::TakePrefixes(_, prefixes) => {
+                if let Some(tunnel) = &self.tunnel {
+                    tunnel.take_prefixes(prefixes).await?;
+                }
+            }
+            Step::DeletePeer(key) => {
+                if let Some(tunnel) = &self.tunnel {
+                    self.handshakes.deleted(*key, have);
+                    tunnel.delete_peer(*key).await?;
+                }
+            }
+            map_entry => return Ok(self.bpf.apply(map_entry)?),
+        }
+        Ok(Change::ONE)
+    }
+}
+
+fn is_route(step: &Step) -> bool {
+    matches!(step, Step::PutRoute(..) | Step::DeleteRoute(_))
+}
+
+/// Routes do not depend on each other: they are requested without waiting for each answer, or ten thousand of them would take a minute.
+async fn change_routes(links: &Links, steps: &[Step], indexes: Indexes, outcome: &mut Outcome) {
+    let mut answers = stream::iter(steps).map(|step| change_route(links, step, indexes)).buffer_unordered(IN_FLIGHT);
+    while let Some(answer) = answers.next().await {
+        outcome.take(answer.map(|()| Change::ONE));
+    }
+}
+
+async fn change_route(links: &Links, step: &Step, indexes: Indexes) -> Result<(), link::Error> {
+    tracing::debug!(?step, "applying");
+    match step {
+        Step::PutRoute(prefix, route) => links.put_route(*prefix, route, indexes).await,
+        Step::DeleteRoute(prefix) => links.delete_route(*prefix).await,
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,155 @@
+//! Interception: connections to kubelet ports of edge nodes, by address, that a cloud node redirects to a proxy of its pool.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr},
+};
+
+use ipnet::IpNet;
+use raven_common::tables::Remote;
+
+use super::{me::Me, path::gateway_ids, rendezvous::weight};
+use crate::{
+    state::{InterceptTo, Interception},
+    topology::{Pool, Topology},
+};
+
+/// The interception of this node, and the map entries by which the overlay carries it; `None` where nothing is intercepted.
+///
+/// `outer`: this node's outer address. `own_v4`: its address inside its first IPv4 prefix.
+pub(super) fn interception(
+    topology: &Topology,
+    own: &Pool,
+    me: &Me,
+    outer: Ipv4Addr,
+    own_v4: Option<Ipv4Addr>,
+) -> Option<(Interception, BTreeMap<IpNet, Remote>)> {
+    if !own.exposed || !topology.settings.l7 {
+        return None;
+    }
+    let to = destination(own, me)?;
+    let candidates = edge_nodes(topology, me);
+    let source = match to {
+        InterceptTo::Here => outer,
+        InterceptTo::Gateway(_) => own_v4.unwrap_or(outer),
+    };
+    let names = |nodes: &[(&str, &str)]| nodes.iter().map(|(node, _)| *node).collect::<Vec<_>>().join(" or ");
+    let nodes = candidates.iter().map(|(address, nodes)| (*address, names(nodes))).collect();
+    let ports = topology.ports.https.union(&topology.ports.http).copied().collect();
+    Some((Interception { to, nodes, ports, source }, overlay_entries(topology, to, &candidates)))
+}
+
+/// The proxy on this node if it was elected, else a gateway node of the pool that runs one. The present choice is kept while it
+/// works, because another one would break the open connections.
+fn destination(own: &Pool, me: &Me) -> Option<InterceptTo> {
+    if own.proxies.contains_key(&me.node) {
+        return Some(InterceptTo::Here);
+    }
+    // If no proxy seems ready, the observation may be at fault: all are candidates.
+    let any_ready = own.proxies.values().any(|proxy| proxy.ready);
+    let usable = own.proxies.iter().filter(|(_, proxy)| proxy.ready || !any_ready);
+    let usable = usable.filter_map(|(proxy, _)| Some((proxy, own.members.get(proxy)?.outer)));
+    let (_, chosen) = usable.max_by_key(|(proxy, address)| (me.intercepting_gateway == Some(*address), weight(&[&me.node, proxy])))?;
+    Some(InterceptTo::Gateway(chosen))
+}
+
+/// Edge nodes by address, as pairs of node and Gateway. An address that several nodes have is included, so that the client gets
+/// an error that names them.
+///
+/// Excluded, whatever address an edge node claims: nodes of exposed pools, API servers, and what this node needs itself.
+fn edge_nodes<'a>(topology: &'a Topology, me: &Me) -> BTreeMap<Ipv4Addr, Vec<(&'a str, &'a str)>> {
+    let exposed = topology.pools.values().filter(|pool| pool.exposed).flat_map(|pool| pool.members.values()).map(|member| member.outer);
+    let api_servers = topology.api_servers.iter().filter_map(|address| if let IpAddr::V4(v4) = address { Some(*v4) } else { None });
+    let excluded: BTreeSet<Ipv4Addr> = exposed.chain(api_servers).collect();
+    let is_free = |address: Ipv4Addr| {
+        let needed = me.protected.iter().any(|p| p.contains(&IpAddr::V4(address))) || me.addresses.contains(&IpAddr::V4(address));
+        !excluded.contains(&address) && !needed
+    };
+    let mut nodes: BTreeMap<Ipv4Addr, Vec<(&str, &str)>> = BTreeMap::new();
+    for (gateway, pool) in topology.pools.iter().filter(|(_, pool)| !pool.exposed) {
+        for (node, member) in pool.members.iter().filter(|(_, member)| is_free(member.outer)) {
+            nodes.entry(member.outer).or_default().push((node, gateway));
+        }
+    }
+    nodes
+}
+
+/// On a member node, the overlay carries these connections to the gateway node. The gateway node has no such entries and hands the packets to its
+/// own stack.
+fn overlay_entries(topology: &Topology, to: InterceptTo, nodes: &BTreeMap<Ipv4Addr, Vec<(&str, &str)>>) -> BTreeMap<IpNet, Remote> {
+    let InterceptTo::Gateway(via) = to else { return BTreeMap::new() };
+    let ids = gateway_ids(topology);
+    let entries = nodes.iter().filter_map(|(address, nodes)| {
+        let (_, gateway) = nodes.first()?;
+        Some((IpNet::from(IpAddr::V4(*address)), Remote { gateway: *ids.get(*gateway)?, via: via.octets() }))
+    });
+    entries.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        plan::fixture::{pool, three_sites},
+        topology::{Member, ProxyPeer},
+    };
+
+    fn intercept(topology: &Topology, node: &str, present: Option<Ipv4Addr>) -> Option<Interception> {
+        let (_, own) = topology.pool_of(node).expect("a node of the topology");
+        let me = Me { node: node.to_owned(), intercepting_gateway: present, ..Me::default() };
+        interception(topology, own, &me, own.members[node].outer, None).map(|(interception, _)| interception)
+    }
+
+    #[test]
+    fn cloud_intercepts_edge_nodes_and_edges_intercept_nothing() {
+        let topology = three_sites();
+        let here = intercept(&topology, "c1", None).expect("a gateway node");
+        assert_eq!((here.to, here.ports), (InterceptTo::Here, BTreeSet::from([10250, 10255])));
+        assert_eq!(here.nodes[&Ipv4Addr::new(10, 1, 0, 1)], "x1");
+        assert_eq!(here.nodes[&Ipv4Addr::new(192, 168, 0, 2)], "x2 or y2", "both, so that the client's error names them");
+        assert!(!here.nodes.contains_key(&Ipv4Addr::new(10, 0, 0, 2)), "its own pool");
+        assert_eq!(intercept(&topology, "c2", None).map(|i| i.to), Some(InterceptTo::Gateway([10, 0, 0, 1].into())));
+        assert_eq!(intercept(&topology, "x1", None), None);
+    }
+
+    #[test]
+    fn edge_that_claims_another_machines_address_is_not_intercepted_there() {
+        let mut topology = three_sites();
+        topology.pools.insert("cloud-2".to_owned(), pool(true, &[("d1", [10, 9, 0, 1])], "d1"));
+        topology.api_servers.insert([10, 9, 9, 9].into());
+        let edge = topology.pools.get_mut("edge-x").expect("it is there");
+        for (name, address) in [("x3", [10, 9, 0, 1]), ("x4", [10, 9, 9, 9]), ("x5", [10, 1, 0, 5])] {
+            edge.members.insert(name.to_owned(), Member { outer: address.into(), prefixes: BTreeSet::new() });
+        }
+        let nodes = intercept(&topology, "c1", None).expect("a gateway node").nodes;
+        let intercepted = |address: [u8; 4]| nodes.contains_key(&Ipv4Addr::from(address));
+        assert!(!intercepted([10, 9, 0, 1]), "a node of another exposed pool");
+        assert!(!intercepted([10, 9, 9, 9]), "the API server");
+        assert!(intercepted([10, 1, 0, 5]));
+    }
+
+    #[test]
+    fn ready_proxy_is_preferred_and_without_one_any_is_chosen() {
+        let mut topology = three_sites();
+        let cloud = topology.pools.get_mut("cloud").expect("it is there");
+        cloud.members.insert("c3".to_owned(), Member { outer: [10, 0, 0, 3].into(), prefixes: BTreeSet::new() });
+        cloud.proxies.insert("c3".to_owned(), ProxyPeer { port: 10262, ..ProxyPeer::default() });
+        let to = |topology: &Topology| intercept(topology, "c2", None).expect("a member node").to;
+        let by_hash = to(&topology);
+        for (ready, other, address) in [("c1", "c3", [10, 0, 0, 1]), ("c3", "c1", [10, 0, 0, 3])] {
+            let proxies = &mut topology.pools.get_mut("cloud").expect("it is there").proxies;
+            proxies.get_mut(ready).expect("elected").ready = true;
+            proxies.get_mut(other).expect("elected").ready = false;
+            assert_eq!(to(&topology), InterceptTo::Gateway(address.into()));
+        }
+        topology.pools.get_mut("cloud").expect("it is there").proxies.values_mut().for_each(|proxy| proxy.ready = true);
+        assert_eq!(to(&topology), by_hash, "all ready: the same choice as with none ready");
+        for present in [[10, 0, 0, 1], [10, 0, 0, 3]] {
+            let kept = intercept(&topology, "c2", Some(present.into())).expect("a member node").to;
+            assert_eq!(kept, InterceptTo::Gateway(present.into()), "open connections continue");
+        }
+        topology.pools.get_mut("cloud").expect("it is there").proxies.get_mut("c1").expect("elected").ready = false;
+        let moved = intercept(&topology, "c2", Some([10, 0, 0, 1].into())).map(|i| i.to);
+        assert_eq!(moved, Some(InterceptTo::Gateway([10, 0, 0, 3].into())));
+    }
+}

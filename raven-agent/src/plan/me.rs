@@ -1,0 +1,43 @@
+//! What a plan depends on besides the topology.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr},
+};
+
+use ipnet::IpNet;
+
+use crate::state::Preshared;
+
+/// This node, as the drivers observe it before each plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Me {
+    /// Kubernetes name.
+    pub node: String,
+    /// MTU of the uplink in bytes.
+    pub uplink_mtu: u32,
+    /// Prefixes that must never enter the tunnel, whatever a Gateway claims: the API server, the node's own subnets, the Service range.
+    pub protected: BTreeSet<IpNet>,
+    /// Addresses of the node's devices.
+    pub addresses: BTreeSet<IpAddr>,
+    /// The gateway node that intercepted connections go to at present.
+    pub intercepting_gateway: Option<Ipv4Addr>,
+    /// Preshared key of all tunnels.
+    pub preshared: Preshared,
+    /// This kernel has IPv6.
+    pub ipv6: bool,
+}
+
+impl Default for Me {
+    fn default() -> Self {
+        Self {
+            node: String::new(),
+            uplink_mtu: 1500,
+            protected: BTreeSet::new(),
+            addresses: BTreeSet::new(),
+            intercepting_gateway: None,
+            preshared: Preshared::None,
+            ipv6: true,
+        }
+    }
+}

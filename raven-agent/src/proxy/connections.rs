@@ -1,0 +1,385 @@
+//! The cloud's half: the proxy connections that edges have opened, and the streams through them.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
+    io,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+};
+
+use http_body_util::Empty;
+use hyper::{Method, Request, StatusCode, Uri, body::Bytes, client::conn::http2::SendRequest, header::HeaderValue, upgrade::Upgraded};
+use hyper_util::rt::TokioIo;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::watch,
+    time::{Instant, MissedTickBehavior, sleep, timeout, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use super::{
+    abort::Abortable,
+    limits,
+    serve::{PROBE_URI, REASON_HEADER, STREAM_HEADER},
+    stats::{ConnectionStats, Refusal, Stats, StreamSlot},
+    stream::Stream,
+};
+use crate::plan::proxy::{EdgeIdentity, Target};
+
+/// Why a stream could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// No gateway node of the site is connected.
+    #[error(
+        "no proxy connection to Gateway {pool}: its gateway node dials this node; check that it runs and that TCP port 10262 of this node's public address is open"
+    )]
+    NoConnection {
+        /// Name of the Gateway.
+        pool: String,
+    },
+    /// Every connection has reached its limit of streams.
+    #[error("the limit of {} streams per proxy connection to Gateway {pool} is reached", limits::STREAMS - 1)]
+    Full {
+        /// Name of the Gateway.
+        pool: String,
+    },
+    /// The edge refused the stream.
+    #[error("gateway node {via} refused the stream: {reason}")]
+    Refused {
+        /// Name of the edge's gateway node.
+        via: String,
+        /// The reason that it sent.
+        reason: String,
+        /// True if the requested node does not respond; false if the request is invalid.
+        unreachable: bool,
+    },
+}
+
+impl Error {
+    pub(crate) fn refusal(&self) -> Refusal {
+        match self {
+            Self::NoConnection { .. } => Refusal::NoConnection,
+            Self::Full { .. } => Refusal::TooMany,
+            Self::Refused { unreachable: true, .. } => Refusal::Unreachable,
+            Self::Refused { .. } => Refusal::Unknown,
+        }
+    }
+}
+
+/// All proxy connections of this node; clones share them.
+#[derive(Clone)]
+pub(crate) struct Connections {
+    shared: Arc<Shared>,
+    stats: Stats,
+}
+
+struct Shared {
+    by_pool: Mutex<BTreeMap<String, Vec<Arc<Connection>>>>,
+    /// Nodes at the other ends. A request that needs a connection waits for a change.
+    edges: watch::Sender<BTreeSet<String>>,
+}
+
+struct Connection {
+    number: u64,
+    edge: EdgeIdentity,
+    sender: SendRequest<Empty<Bytes>>,
+    stats: Arc<ConnectionStats>,
+    abort: CancellationToken,
+}
+
+/// An open stream; frees its slot on drop.
+pub(crate) struct Opened {
+    io: TokioIo<Upgraded>,
+    _slot: StreamSlot,
+}
+
+impl AsyncRead for Opened {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Opened {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+impl Connections {
+    pub(crate) fn new(stats: Stats) -> Self {
+        let shared = Shared { by_pool: Mutex::default(), edges: watch::Sender::default() };
+        Self { shared: Arc::new(shared), stats }
+    }
+
+    /// Nodes at the other ends.
+    #[cfg(test)]
+    pub(crate) fn edges(&self) -> watch::Receiver<BTreeSet<String>> {
+        self.shared.edges.subscribe()
+    }
+
+    /// Serves a connection that an edge opened for its pool, until it ends, is aborted or the future is dropped.
+    ///
+    /// `may_connect` is checked after the connection is registered, so that a change of the election in between is noticed.
+    pub(crate) async fn serve<S>(
+        &self,
+        edge: EdgeIdentity,
+        pool: &str,
+        io: S,
+        may_connect: impl Fn(&EdgeIdentity, &str) -> bool,
+    ) -> hyper::Result<()>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let abort = CancellationToken::new();
+        let _aborted_on_drop = abort.clone().drop_guard();
+        let io = TokioIo::new(Abortable::new(io, abort.clone()));
+        let (sender, http) = limits::client().handshake(io).await?;
+        let listed = self.stats.connection(pool, &edge.node);
+        let (number, stats) = (listed.number, listed.stats.clone());
+        let span = tracing::info_span!("proxy_connection", edge = %edge.node, gateway = pool, connection = number);
+        let probe = probe(sender.clone(), stats.clone());
+        let connection = Connection { number, edge: edge.clone(), sender, stats: stats.clone(), abort: abort.clone() };
+        self.change(|by_pool| by_pool.entry(pool.to_owned()).or_default().push(Arc::new(connection)));
+        let registered = Registered { connections: self, pool, number };
+        if !may_connect(&edge, pool) || self.count(&edge.node, pool) > limits::CONNECTIONS_PER_NODE {
+            abort.cancel();
+        }
+        let node = &edge.node;
+        tracing::info!(node, gateway = pool, connection = number, "proxy connection established");
+        let run = async {
+            let ended = tokio::select! {
+                ended = http => ended,
+                () = abort.cancelled() => Ok(()),
+                never = probe => match never {},
+            };
+            // No new streams from here on. hyper's own task still carries the open ones, which can be aborted until the last has ended.
+            if !abort.is_cancelled() {
+                stats.retire();
+                tokio::select! {
+                    () = drained(&stats) => {}
+                    () = abort.cancelled() => {}
+                }
+            }
+            ended
+        };
+        let ended = run.instrument(span).await;
+        drop(registered);
+        let error = ended.as_ref().err().map(ToString::to_string);
+        tracing::info!(node, gateway = pool, connection = number, error, "proxy connection closed");
+        ended
+    }
+
+    /// Connections of a node that accept streams.
+    fn count(&self, node: &str, pool: &str) -> usize {
+        self.lock().get(pool).map_or(0, |connections| connections.iter().filter(|c| c.edge.node == node && !c.stats.is_retired()).count())
+    }
+
+    /// Aborts the connections of nodes that may no longer connect.
+    pub(crate) fn retain(&self, may_connect: impl Fn(&EdgeIdentity, &str) -> bool) {
+        for (pool, connections) in self.lock().iter() {
+            connections.iter().filter(|c| !may_connect(&c.edge, pool)).for_each(|c| c.abort.cancel());
+        }
+    }
+
+    /// Opens a stream to a node of an edge pool, through whichever of its connections works.
+    pub(crate) async fn open(&self, target: &Target, stream: &Stream) -> Result<Opened, Error> {
+        let deadline = Instant::now() + limits::OPEN;
+        let mut changed = self.shared.edges.subscribe();
+        let mut tried = BTreeSet::new();
+        loop {
+            changed.mark_unchanged();
+            while let Some((connection, slot)) = self.choose(&target.pool, &tried) {
+                tried.insert(connection.number);
+                match self.attempt(&connection, target, stream, &mut changed).await {
+                    Attempt::Opened(io) => return Ok(Opened { io: TokioIo::new(io), _slot: slot }),
+                    Attempt::Refused { reason, unreachable } => {
+                        return Err(Error::Refused { via: connection.edge.node.clone(), reason, unreachable });
+                    }
+                    // No byte of the client has been sent, so another connection may be tried.
+                    Attempt::Failed(error) => tracing::debug!(connection = connection.number, error, "trying another proxy connection"),
+                    Attempt::Superseded => {
+                        tracing::debug!(connection = connection.number, "trying a newer proxy connection");
+                        continue;
+                    }
+                }
+                if Instant::now() >= deadline {
+                    break;
+                }
+            }
+            if timeout_at(deadline, changed.changed()).await.is_err() {
+                let pool = target.pool.clone();
+                return Err(if self.is_full(&pool) { Error::Full { pool } } else { Error::NoConnection { pool } });
+            }
+        }
+    }
+
+    /// Tries to open a stream through one connection. An edge that dials again may have noticed before this node that its old connections
+    /// are dead, so a newer connection is preferred to a slow one.
+    async fn attempt(
+        &self,
+        connection: &Connection,
+        target: &Target,
+        stream: &Stream,
+        changed: &mut watch::Receiver<BTreeSet<String>>,
+    ) -> Attempt {
+        let newest = self.newest(&target.pool);
+        tokio::select! {
+            result = timeout(limits::ATTEMPT, request(connection, stream)) => {
+                match &result {
+                    Ok(Attempt::Opened(_)) => connection.stats.set_responding(true),
+                    Err(_) => connection.stats.set_responding(false),
+                    Ok(_) => {}
+                }
+                result.unwrap_or_else(|_| Attempt::Failed("no response".to_owned()))
+            }
+            () = self.newer(changed, &target.pool, newest) => Attempt::Superseded,
+        }
+    }
+
+    /// Numbers of all connections.
+    #[cfg(test)]
+    pub(crate) fn numbers(&self) -> Vec<u64> {
+        self.lock().values().flatten().map(|connection| connection.number).collect()
+    }
+
+    /// The connection with the fewest streams that has not been tried. One that did not respond last time comes last; of two that are equal, the newer one
+    /// is more likely to work.
+    fn choose(&self, pool: &str, tried: &BTreeSet<u64>) -> Option<(Arc<Connection>, StreamSlot)> {
+        let by_pool = self.lock();
+        let candidates = by_pool.get(pool)?.iter().filter(|c| !tried.contains(&c.number) && !c.sender.is_closed());
+        let chosen = candidates.min_by_key(|c| (!c.stats.is_responding(), c.stats.streams(), Reverse(c.number)))?;
+        // One below the edge's limit: a stream above it would wait for another one to end, and block those behind it.
+        let slot = chosen.stats.take_slot(limits::STREAMS - 1)?;
+        Some((chosen.clone(), slot))
+    }
+
+    /// Waits for a connection of the pool that is newer than `newest`. It waits for [`limits::GRACE`] first, because an old connection that works
+    /// responds sooner.
+    async fn newer(&self, changed: &mut watch::Receiver<BTreeSet<String>>, pool: &str, newest: Option<u64>) {
+        sleep(limits::GRACE).await;
+        while self.newest(pool) <= newest {
+            if changed.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    fn newest(&self, pool: &str) -> Option<u64> {
+        self.lock().get(pool)?.iter().map(|connection| connection.number).max()
+    }
+
+    fn is_full(&self, pool: &str) -> bool {
+        let by_pool = self.lock();
+        let mut open = by_pool.get(pool).into_iter().flatten().filter(|c| !c.sender.is_closed()).peekable();
+        open.peek().is_some() && open.all(|c| c.stats.streams() >= limits::STREAMS - 1)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Vec<Arc<Connection>>>> {
+        self.shared.by_pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<String, Vec<Arc<Connection>>>)) {
+        let mut by_pool = self.lock();
+        change(&mut by_pool);
+        // Sent even if the set of nodes is the same: waiting requests need to see a second connection of one node.
+        self.shared.edges.send_replace(by_pool.values().flatten().map(|connection| connection.edge.node.clone()).collect());
+    }
+}
+
+/// Removes a connection from the set, also when its task is dropped.
+struct Registered<'a> {
+    connections: &'a Connections,
+    pool: &'a str,
+    number: u64,
+}
+
+impl Drop for Registered<'_> {
+    fn drop(&mut self) {
+        self.connections.change(|by_pool| {
+            if let Some(connections) = by_pool.get_mut(self.pool) {
+                connections.retain(|connection| connection.number != self.number);
+                if connections.is_empty() {
+                    by_pool.remove(self.pool);
+                }
+            }
+        });
+    }
+}
+
+/// The result of one attempt to open a stream.
+enum Attempt {
+    Opened(Upgraded),
+    /// The edge refused it.
+    Refused {
+        reason: String,
+        unreachable: bool,
+    },
+    /// The connection did not carry the request.
+    Failed(String),
+    /// A newer connection exists.
+    Superseded,
+}
+
+/// Waits until a connection has no streams.
+async fn drained(stats: &ConnectionStats) {
+    let mut period = tokio::time::interval(limits::PING);
+    while stats.streams() > 0 {
+        period.tick().await;
+    }
+}
+
+/// Measures the round-trip time to the edge's process at intervals.
+async fn probe(mut sender: SendRequest<Empty<Bytes>>, stats: Arc<ConnectionStats>) -> Infallible {
+    let mut period = tokio::time::interval(limits::PROBE);
+    period.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        period.tick().await;
+        let mut request = Request::new(Empty::new());
+        *request.method_mut() = Method::OPTIONS;
+        *request.uri_mut() = Uri::from_static(PROBE_URI);
+        let begin = Instant::now();
+        if sender.ready().await.is_ok() && sender.send_request(request).await.is_ok() {
+            stats.set_rtt(begin.elapsed());
+        }
+    }
+}
+
+async fn request(connection: &Connection, stream: &Stream) -> Attempt {
+    let mut request = Request::new(Empty::new());
+    *request.method_mut() = Method::CONNECT;
+    let invalid = |e: &dyn std::fmt::Display| Attempt::Refused { reason: format!("invalid target: {e}"), unreachable: false };
+    *request.uri_mut() = match format!("{}:{}", stream.node, stream.port).parse() {
+        Ok(uri) => uri,
+        Err(e) => return invalid(&e),
+    };
+    match HeaderValue::from_str(&stream.id) {
+        Ok(id) => drop(request.headers_mut().insert(STREAM_HEADER, id)),
+        Err(e) => return invalid(&e),
+    }
+    match send(connection.sender.clone(), request).await {
+        Ok(attempt) => attempt,
+        Err(e) => Attempt::Failed(e.to_string()),
+    }
+}
+
+async fn send(mut sender: SendRequest<Empty<Bytes>>, request: Request<Empty<Bytes>>) -> hyper::Result<Attempt> {
+    sender.ready().await?;
+    let response = sender.send_request(request).await?;
+    if response.status() != StatusCode::OK {
+        let reason = response.headers().get(REASON_HEADER).and_then(|r| r.to_str().ok()).unwrap_or("no reason given").to_owned();
+        return Ok(Attempt::Refused { reason, unreachable: response.status() == StatusCode::BAD_GATEWAY });
+    }
+    hyper::upgrade::on(response).await.map(Attempt::Opened)
+}

@@ -1,0 +1,238 @@
+//! Kernel state as plain data: what the plan wants and what the drivers read back.
+//!
+//! The ground floor of the agent: [`plan`](crate::plan) produces these types, [`diff`](crate::diff) compares them, the drivers
+//! read and write them. Nothing here does I/O, and nothing here depends on another module but the checked keys of the topology.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    iter::Sum,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    ops::AddAssign,
+};
+
+use ipnet::IpNet;
+use raven_common::tables::{self, Local, Node, Remote};
+
+use crate::topology::{PresharedKey, PublicKey};
+
+/// The keyed part of the kernel's state, which [`diff`](crate::diff::diff) compares entry by entry.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// Routes of Raven's table, by destination.
+    pub routes: BTreeMap<IpNet, Route>,
+    /// WireGuard peers.
+    pub peers: BTreeMap<PublicKey, Peer>,
+    /// Maps `REMOTE4` and `REMOTE6`.
+    pub remote: BTreeMap<IpNet, Remote>,
+    /// Maps `LOCAL4` and `LOCAL6`.
+    pub local: BTreeMap<IpNet, Local>,
+    /// Map `NODES`.
+    pub nodes: BTreeMap<Ipv4Addr, Node>,
+}
+
+/// One of Raven's devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// `raven0`.
+    Overlay,
+    /// `raven-wg0`.
+    Tunnel,
+}
+
+/// A route of Raven's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Output device.
+    pub device: Device,
+    /// Source address of packets that host processes send.
+    pub source: Option<IpAddr>,
+    /// MTU in bytes.
+    pub mtu: u32,
+}
+
+/// A WireGuard peer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Peer {
+    /// Endpoint: configured in a plan, learned or configured in the kernel.
+    pub endpoint: Option<SocketAddr>,
+    /// Allowed IPs.
+    pub allowed: BTreeSet<IpNet>,
+    /// Persistent keepalive in seconds.
+    pub keepalive: Option<u16>,
+    /// Preshared key.
+    pub preshared: Preshared,
+    /// The last handshake is at most 180 s old. Observed only; a plan never sets it.
+    pub alive: bool,
+}
+
+/// The preshared key of a peer (WireGuard whitepaper §5.2).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preshared {
+    /// The peer has none.
+    #[default]
+    None,
+    /// The key of all tunnels of the cluster.
+    Key(PresharedKey),
+    /// In a plan only: the key file could not be read yet. The peer keeps what WireGuard has.
+    Keep,
+}
+
+impl From<Option<PresharedKey>> for Preshared {
+    fn from(key: Option<PresharedKey>) -> Self {
+        key.map_or(Self::None, Self::Key)
+    }
+}
+
+/// What a node is to its pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// In no pool: nothing is set up.
+    None,
+    /// Sends packets for other pools to a gateway node.
+    Member,
+    /// Carries the traffic of its pool.
+    Gateway,
+}
+
+impl Role {
+    /// Name in logs.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Member => "member",
+            Self::Gateway => "gateway",
+        }
+    }
+}
+
+/// The names behind a peer's key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeerName {
+    /// Name of the node.
+    pub node: String,
+    /// Name of its Gateway.
+    pub gateway: String,
+}
+
+/// Settings of the overlay device `raven0`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Overlay {
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// One address per prefix of this node: the source of masqueraded packets and of packets from host processes.
+    pub addresses: BTreeSet<IpNet>,
+}
+
+/// Settings of the tunnel device `raven-wg0`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TunnelDevice {
+    /// MTU in bytes.
+    pub mtu: u32,
+    /// UDP port that WireGuard listens on.
+    pub port: u16,
+}
+
+/// Interception: connections to kubelet ports of edge nodes, by address, are redirected to a proxy of this pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interception {
+    /// Where the connections go.
+    pub to: InterceptTo,
+    /// Node names by address. Nodes that share an address are joined by " or ".
+    pub nodes: BTreeMap<Ipv4Addr, String>,
+    /// TCP ports.
+    pub ports: BTreeSet<u16>,
+    /// Source address of connections that host processes open.
+    pub source: Ipv4Addr,
+}
+
+/// The destination of intercepted connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InterceptTo {
+    /// The proxy on this node.
+    Here,
+    /// The proxy on this gateway node of the pool, over the overlay.
+    Gateway(Ipv4Addr),
+}
+
+/// The planned part of [`tables::Config`], the programs' view of this node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// Outer address of overlay packets.
+    pub node: Ipv4Addr,
+    /// Largest inner packet in bytes.
+    pub tunnel_mtu: u32,
+    /// This node relays between other pools.
+    pub relay: bool,
+    /// UDP port of the tunnel; 0 on a member node.
+    pub tunnel_port: u16,
+}
+
+/// Interface indexes, as the drivers found them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Indexes {
+    /// The device that faces the pool's LAN.
+    pub uplink: u32,
+    /// `raven0`.
+    pub overlay: u32,
+    /// `raven-wg0`, on a gateway node.
+    pub tunnel: Option<u32>,
+}
+
+impl Config {
+    /// The entry of map `CONFIG`.
+    ///
+    /// `redirect`: this kernel accepts a redirect from `raven0` into the tunnel. `xdp`: Raven's XDP program is on the uplink.
+    /// `generation`: the table's present generation, which the bpf driver advances when another table changes.
+    pub fn to_table(self, indexes: Indexes, redirect: bool, xdp: bool, generation: u32) -> tables::Config {
+        let flag = |set: bool, flag: u32| if set { flag } else { 0 };
+        let flags =
+            flag(redirect, tables::CONFIG_TUNNEL_REDIRECT) | flag(self.relay, tables::CONFIG_RELAY) | flag(!xdp, tables::CONFIG_TC_GUARD);
+        tables::Config {
+            node: self.node.octets(),
+            uplink_ifindex: indexes.uplink,
+            overlay_ifindex: indexes.overlay,
+            tunnel_ifindex: indexes.tunnel.unwrap_or(0),
+            tunnel_mtu: self.tunnel_mtu,
+            flags,
+            tunnel_port: self.tunnel_port.into(),
+            generation,
+        }
+    }
+}
+
+/// What a driver did: the number of kernel objects that it created, replaced or deleted. Zero when all were right already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Change(pub u64);
+
+impl Change {
+    /// Nothing had to be changed.
+    pub const NONE: Self = Self(0);
+    /// One object changed.
+    pub const ONE: Self = Self(1);
+
+    /// True if at least one object changed.
+    pub fn any(self) -> bool {
+        self.0 > 0
+    }
+}
+
+impl From<bool> for Change {
+    fn from(changed: bool) -> Self {
+        if changed { Self::ONE } else { Self::NONE }
+    }
+}
+
+impl AddAssign for Change {
+    fn add_assign(&mut self, other: Self) {
+        self.0 += other.0;
+    }
+}
+
+impl Sum for Change {
+    fn sum<I: Iterator<Item = Self>>(changes: I) -> Self {
+        changes.fold(Self::NONE, |mut total, change| {
+            total += change;
+            total
+        })
+    }
+}
