@@ -1,59 +1,60 @@
-//! Puts the parts together; the only place that spawns them.
+//! Creates all tasks of the controller and runs them.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config as ClientConfig};
 use raven_api::API_SERVER_SILENCE;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, watch as channel};
 use tokio::task::{Id, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::apply::Writer;
+use crate::cluster::{self, Cluster, DecisionSettings};
 use crate::config::{Config, Listen};
 use crate::lead::Elector;
-use crate::proxy::{self, grant::Granter, publish::Publisher};
+use crate::proxy::{publish::Publisher, signer::CertificateSigner};
 use crate::reconcile::Reconciler;
-use crate::webhook::keep::Keeper;
-use crate::webhook::{Place, serve};
-use crate::world::Settings;
-use crate::{health, watch as follow};
+use crate::webhook::rotation::CertificateRotation;
+use crate::webhook::{WebhookConfig, serve};
+use crate::{health, watch};
 
-// Watches wait when the reconciler is busy writing.
+// Updates in the queue of the cluster's task.
 const UPDATES: usize = 1024;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Why the controller cannot start, or stopped.
+/// The controller cannot start, or stopped unexpectedly.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The kubeconfig is unusable.
-    #[error("read kubeconfig {path}: {source}")]
+    /// The kubeconfig is invalid.
+    #[error("cannot read kubeconfig {path}: {source}")]
     Kubeconfig {
-        /// Which file.
+        /// Path of the file.
         path: String,
-        /// Why.
+        /// Error of the parser.
         source: Box<kube::config::KubeconfigError>,
     },
-    /// No way to the API server was found.
-    #[error("find the API server: {0} (give --kubeconfig, or run in a Pod)")]
+    /// The API server's address is unknown.
+    #[error("cannot find the API server: {0} (set --kubeconfig, or run in a Pod)")]
     Infer(#[source] Box<kube::config::InferConfigError>),
-    /// The client could not be made.
-    #[error("make a client of the API server: {0}")]
+    /// The client of the API server cannot be created.
+    #[error("cannot create a client of the API server: {0}")]
     Client(#[source] Box<kube::Error>),
-    /// The probe port is taken.
+    /// The port of the health probes cannot be opened.
     #[error(transparent)]
     Health(#[from] health::Error),
-    /// The webhook's port is taken.
+    /// The webhook cannot be served.
     #[error(transparent)]
     Webhook(#[from] serve::Error),
-    /// A part stopped that never should.
-    #[error("task {0} stopped by itself (a defect: see the lines above)")]
+    /// A task ended although it should run until the controller stops.
+    #[error("task '{0}' ended unexpectedly; this is a defect, see the log lines above")]
     Stopped(&'static str),
 }
 
-/// A client by kubeconfig, or by whatever the surroundings offer.
+/// Creates a client from the kubeconfig, or from the environment of the process.
 pub async fn client(config: &Config) -> Result<Client, Error> {
-    let settings = match &config.kubeconfig {
+    let client_config = match &config.kubeconfig {
         Some(path) => {
             let error = |source| Error::Kubeconfig { path: path.display().to_string(), source: Box::new(source) };
             let file = Kubeconfig::read_from(path).map_err(error)?;
@@ -61,103 +62,98 @@ pub async fn client(config: &Config) -> Result<Client, Error> {
         }
         None => ClientConfig::infer().await.map_err(|e| Error::Infer(Box::new(e)))?,
     };
-    client_of(settings)
+    client_of(client_config)
 }
 
-fn client_of(mut settings: ClientConfig) -> Result<Client, Error> {
-    settings.connect_timeout = Some(CONNECT_TIMEOUT);
-    // A write may wait for a server that is gone, while the elector, which dials anew, stays leader.
-    (settings.read_timeout, settings.reset_reader_on_write) = (Some(API_SERVER_SILENCE), true);
-    Client::try_from(settings).map_err(|e| Error::Client(Box::new(e)))
+fn client_of(mut config: ClientConfig) -> Result<Client, Error> {
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
+    // Without a timeout, a write could wait forever for a dead server, while the elector reconnects and stays leader.
+    (config.read_timeout, config.reset_reader_on_write) = (Some(API_SERVER_SILENCE), true);
+    Client::try_from(config).map_err(|e| Error::Client(Box::new(e)))
 }
 
-/// Runs the controller until `stop`; then hands the Lease back and returns.
+/// Runs the controller until `stop` is cancelled, then releases the Lease and returns.
 pub async fn run(config: Config, client: Client, stop: CancellationToken) -> Result<(), Error> {
-    let identity = config.identity();
+    let (namespace, identity) = (config.namespace.clone(), config.identity());
     let listener = health::bind(config.health_probe_addr).await?;
-    let (ready_tx, ready) = watch::channel(false);
-    let (identity_tx, webhook_identity) = watch::channel(None);
-    let webhook = match place(&config) {
-        Some(place) => Some((serve::Server::bind(place.listen, webhook_identity.clone()).await?, place)),
+    let (identity_tx, serving_identity) = channel::channel(None);
+    let webhook = match webhook_config(&config) {
+        Some(webhook) => Some((serve::Server::bind(webhook.listen, serving_identity.clone()).await?, webhook)),
         None => None,
     };
-    let ready = health::Ready { listed: ready, webhook: webhook.is_some().then_some(webhook_identity) };
+    let settings = DecisionSettings { rules: config.auto_gateways, service_cidrs: config.service_cidr.clone() };
+    let cluster = Cluster::new(settings);
     let (updates_tx, updates) = mpsc::channel(UPDATES);
-    let (elector, mandate) = Elector::new(client.clone(), &config.namespace, &config.lease_name, &identity);
-    let writer = Writer::new(client.clone(), &identity, mandate.clone());
-    let (cluster, changes) = proxy::follow::follow(client.clone(), &config.namespace);
-    let granter = Granter::new(client.clone(), config.namespace.clone(), cluster.clone(), mandate.clone(), &identity);
-    let publisher = Publisher::new(client.clone(), config.namespace.clone(), cluster, changes, mandate.clone());
-    let settings = Settings { rules: config.auto_gateways, services: config.service_cidr.clone() };
-    let reconciler = Reconciler::new(settings, writer, updates, mandate.clone(), ready_tx);
-    tracing::info!(%identity, namespace = %config.namespace, lease = %config.lease_name, auto_gateways = config.auto_gateways, health = %config.health_probe_addr, "start");
+    let (snapshots_tx, snapshots) = channel::channel(Arc::new(cluster.snapshot()));
+    let ready = health::Ready { cluster: snapshots.clone(), webhook: webhook.is_some().then_some(serving_identity) };
+    let (elector, leadership) = Elector::new(client.clone(), &namespace, &config.lease_name, &identity);
+    let writer = Writer::new(client.clone(), &identity, leadership.clone());
+    let reconciler = Reconciler::new(writer, snapshots.clone(), updates_tx.clone(), leadership.clone());
+    let signer = CertificateSigner::new(client.clone(), namespace.clone(), snapshots.clone(), leadership.clone(), &identity);
+    let publisher = Publisher::new(client.clone(), namespace.clone(), snapshots, leadership.clone());
+    tracing::info!(%identity, namespace, lease = config.lease_name, auto_gateways = config.auto_gateways, health = %config.health_probe_addr, "starting");
 
-    // The Lease is given back only when nothing writes any more.
+    // The Lease is released only after all writers have stopped.
     let stop_elector = CancellationToken::new();
     let elector = tokio::spawn(elector.run(stop_elector.clone()));
 
-    let mut parts = Parts::default();
-    if let Some((server, place)) = webhook {
-        parts.spawn("webhook", server.run(stop.clone()));
-        parts.spawn("webhook certificate", Keeper::new(client.clone(), place, mandate, identity_tx).run());
+    let mut tasks = NamedTasks::default();
+    if let Some((server, webhook)) = webhook {
+        tasks.spawn("webhook server", server.run(stop.clone()));
+        tasks.spawn("webhook certificate", CertificateRotation::new(client.clone(), webhook, leadership, identity_tx).run());
     }
-    parts.spawn("health", health::serve(listener, ready, stop.clone()));
-    parts.spawn("reconciler", reconciler.run(stop.clone()));
-    parts.spawn("certificates of proxies", granter.run());
-    parts.spawn("services of proxies", publisher.run());
-    parts.spawn("gateways", follow::follow_gateways(client.clone(), updates_tx.clone()));
-    parts.spawn("nodes", follow::follow_nodes(client.clone(), updates_tx.clone()));
-    parts.spawn("switches", follow::follow_switches(client.clone(), config.namespace.clone(), updates_tx.clone()));
-    parts.spawn("links", follow::follow_links(client.clone(), updates_tx.clone()));
-    parts.spawn("balancers", follow::follow_balancers(client.clone(), config.namespace.clone(), updates_tx.clone()));
-    parts.spawn("api server", follow::follow_api_server(client.clone(), updates_tx.clone()));
-    parts.spawn("services", follow::follow_services(client.clone(), updates_tx.clone()));
-    parts.spawn("blocks", follow::follow_optional(client.clone(), &follow::BLOCKS, updates_tx.clone()));
-    parts.spawn("pools", follow::follow_optional(client, &follow::NODE_POOLS, updates_tx));
+    tasks.spawn("health probes", health::serve(listener, ready, stop.clone()));
+    tasks.spawn("cluster", cluster::run(cluster, updates, snapshots_tx));
+    tasks.spawn("reconciler", reconciler.run(stop.clone()));
+    tasks.spawn("certificate signer", signer.run());
+    tasks.spawn("publisher", publisher.run());
+    for (name, task) in watch::tasks(&client, &namespace, &updates_tx) {
+        tasks.spawn(name, task);
+    }
 
     let outcome = tokio::select! {
-        name = parts.first() => if stop.is_cancelled() { Ok(()) } else { Err(Error::Stopped(name)) },
+        name = tasks.first_to_end() => if stop.is_cancelled() { Ok(()) } else { Err(Error::Stopped(name)) },
         () = stop.cancelled() => Ok(()),
     };
     stop.cancel();
-    parts.tasks.shutdown().await;
+    tasks.set.shutdown().await;
     stop_elector.cancel();
     if let Err(e) = elector.await {
-        tracing::error!(error = %e, "leader election");
+        tracing::error!(error = %e, "leader election ended unexpectedly");
     }
     tracing::info!("stopped");
     outcome
 }
 
-fn place(config: &Config) -> Option<Place> {
+fn webhook_config(config: &Config) -> Option<WebhookConfig> {
     let Listen::At(listen) = config.webhook_bind_addr else {
         tracing::warn!(
-            "the conversion webhook is switched off: Gateways of v1alpha1 cannot be read or written, unless something else converts them"
+            "the conversion webhook is off; Gateways of v1alpha1 cannot be read or written, unless a different webhook converts them"
         );
         return None;
     };
     let (namespace, service, url) = (config.namespace.clone(), config.webhook_service.clone(), config.webhook_url.clone());
-    Some(Place { listen, namespace, service, url })
+    Some(WebhookConfig { listen, namespace, service, url })
 }
 
-// Tasks by name, so that one that dies can be named.
+// Tasks with names for error messages.
 #[derive(Default)]
-struct Parts {
-    tasks: JoinSet<()>,
+struct NamedTasks {
+    set: JoinSet<()>,
     names: Vec<(Id, &'static str)>,
 }
 
-impl Parts {
+impl NamedTasks {
     fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
-        let id = self.tasks.spawn(task).id();
+        let id = self.set.spawn(task).id();
         self.names.push((id, name));
     }
 
-    async fn first(&mut self) -> &'static str {
-        let id = match self.tasks.join_next_with_id().await {
+    async fn first_to_end(&mut self) -> &'static str {
+        let id = match self.set.join_next_with_id().await {
             Some(Ok((id, ()))) => id,
             Some(Err(e)) => {
-                tracing::error!(error = %e, "task");
+                tracing::error!(error = %e, "a task panicked");
                 e.id()
             }
             None => return "none",
@@ -177,19 +173,19 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn an_api_server_that_is_gone_is_not_waited_for_for_ever() {
+    async fn request_to_a_dead_api_server_times_out() {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let uri = format!("http://{}", listener.local_addr().expect("it is bound")).parse().expect("a URI");
         let nodes: Api<Node> = Api::all(client_of(ClientConfig::new(uri)).expect("a client"));
         let request = tokio::spawn(async move { nodes.get("n").await });
-        // The request arrives, and nothing comes of it: the host has lost its power.
+        // The request arrives and is never answered, as by a host that lost power.
         let (mut stream, _) = listener.accept().await.expect("it dials");
-        stream.read_u8().await.expect("it asks");
+        stream.read_u8().await.expect("it sends a request");
         pause();
-        let asked = Instant::now();
-        let outcome = timeout(Duration::from_secs(600), request).await.expect("it gives up").expect("no panic");
+        let start = Instant::now();
+        let outcome = timeout(Duration::from_secs(600), request).await.expect("it times out").expect("no panic");
         assert!(outcome.is_err());
-        // Nor is a watch without news cut off before it has its bookmark.
-        assert!((121..=180).contains(&asked.elapsed().as_secs()), "{:?}", asked.elapsed());
+        // The limit is longer than the interval between bookmarks of an idle watch.
+        assert!((121..=180).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
     }
 }

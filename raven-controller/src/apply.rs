@@ -1,88 +1,86 @@
-//! Writes decisions to the API server: Gateways by rule, statuses by server-side apply, Events.
+//! Writes decisions to the API server: Gateways of pool rules, statuses (by server-side apply) and Events.
 //!
-//! Each write stands alone: one that fails is reported to the caller and keeps no other from happening.
+//! Writes are independent: a failed write is returned to the caller and does not prevent others.
 
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource};
 use raven_api::gateway::{Gateway, GatewayStatus};
-use raven_api::{GROUP, MANAGER_CONTROLLER};
+use raven_api::names::{GROUP, MANAGER_CONTROLLER};
 use serde_json::{Value, json};
 
 use crate::gateway::events::Change;
-use crate::lead::Mandate;
+use crate::lead::Leadership;
 
 // The API's limit for the note of an Event is 1 kB.
 const NOTE_MAX: usize = 1000;
 
-/// A write that did not happen.
+/// A write that failed.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The API server refused it.
-    #[error("{verb} Gateway {name}: {source}")]
+pub(crate) enum Error {
+    /// The API server rejected the write, or is unreachable.
+    #[error("cannot {verb} Gateway {name}: {source}")]
     Api {
-        /// What was tried.
+        /// The attempted operation.
         verb: &'static str,
-        /// On which Gateway.
+        /// Name of the Gateway.
         name: String,
-        /// What came back.
+        /// Error of the client.
         source: Box<kube::Error>,
     },
-    /// Somebody else may lead by now.
-    #[error("{verb} Gateway {name}: not written, the Lease has run out (was this process stopped for a while?)")]
+    /// The Lease expired: a different replica may lead.
+    #[error("cannot {verb} Gateway {name}: the Lease expired (was this process suspended?)")]
     NotLeading {
-        /// What was to be done.
+        /// The attempted operation.
         verb: &'static str,
-        /// To which Gateway.
+        /// Name of the Gateway.
         name: String,
     },
-    /// A status that is no JSON.
-    #[error("status of Gateway {name}: {source}")]
+    /// The status cannot be encoded.
+    #[error("cannot encode the status of Gateway {name} as JSON: {source}")]
     Encode {
-        /// Of which Gateway.
+        /// Name of the Gateway.
         name: String,
-        /// Why.
+        /// Error of the encoder.
         source: serde_json::Error,
     },
 }
 
-/// Writes to the API server.
+/// Writes Gateways and Events to the API server.
 #[derive(Clone)]
-pub struct Writer {
+pub(crate) struct Writer {
     client: Client,
     gateways: Api<Gateway>,
     reporter: Reporter,
-    mandate: Mandate,
+    leadership: Leadership,
 }
 
-/// What became of a status.
+/// Result of writing a status.
 #[derive(Debug)]
-pub enum Written {
-    /// The Gateway is this now.
-    Now(Box<Gateway>),
-    /// It is not what the decision rests on any more: it has changed or gone, and the watch will tell.
-    Overtaken,
+pub(crate) enum StatusWrite {
+    /// The Gateway after the write.
+    Written(Box<Gateway>),
+    /// Not written: the Gateway was changed or deleted since the decision. The watch reports the change.
+    Stale,
 }
-
-// === impl Writer ===
 
 impl Writer {
-    /// A writer that signs Events as `instance`, and writes as long as the mandate holds.
-    pub fn new(client: Client, instance: &str, mandate: Mandate) -> Self {
+    /// Creates a writer that writes only while this replica leads. `instance` is the reporter of Events.
+    pub(crate) fn new(client: Client, instance: &str, leadership: Leadership) -> Self {
         let reporter = Reporter { controller: MANAGER_CONTROLLER.to_owned(), instance: Some(instance.to_owned()) };
-        Self { gateways: Api::all(client.clone()), client, reporter, mandate }
+        Self { gateways: Api::all(client.clone()), client, reporter, leadership }
     }
 
-    /// Creates a Gateway that a pool rule wants. Never updates one: what a person adds to it is the person's.
-    pub async fn create(&self, gateway: &Gateway) -> Result<Gateway, Error> {
-        self.may("create", gateway)?;
+    /// Creates a Gateway of a pool rule. The controller never updates its spec: changes by users are preserved.
+    pub(crate) async fn create(&self, gateway: &Gateway) -> Result<Gateway, Error> {
+        self.require_leadership("create", gateway)?;
         let params = PostParams { field_manager: Some(MANAGER_CONTROLLER.to_owned()), ..Default::default() };
         self.gateways.create(&params, gateway).await.map_err(|e| error("create", gateway, e))
     }
 
-    /// Deletes a Gateway, if it still is what the decision rests on.
-    pub async fn delete(&self, gateway: &Gateway) -> Result<(), Error> {
-        self.may("delete", gateway)?;
+    /// Deletes a Gateway, unless it was changed since the decision.
+    pub(crate) async fn delete(&self, gateway: &Gateway) -> Result<(), Error> {
+        self.require_leadership("delete", gateway)?;
         let (uid, resource_version) = (gateway.metadata.uid.clone(), gateway.metadata.resource_version.clone());
         let params = DeleteParams { preconditions: Some(Preconditions { uid, resource_version }), ..Default::default() };
         match self.gateways.delete(name_of(gateway), &params).await {
@@ -92,43 +90,43 @@ impl Writer {
         }
     }
 
-    /// Writes a status, if the Gateway still is what the decision rests on.
-    pub async fn status(&self, gateway: &Gateway, status: &GatewayStatus) -> Result<Written, Error> {
+    /// Writes a status, unless the Gateway was changed since the decision.
+    pub(crate) async fn status(&self, gateway: &Gateway, status: &GatewayStatus) -> Result<StatusWrite, Error> {
         let patch = status_patch(gateway, status).map_err(|source| Error::Encode { name: name_of(gateway).to_owned(), source })?;
-        // Forced: whoever else wrote status (upstream's manager, before the switch) does so no more.
+        // Forced: takes over fields of upstream's field manager after a migration.
         let params = PatchParams::apply(MANAGER_CONTROLLER).force();
-        self.may("apply status of", gateway)?;
+        self.require_leadership("apply status of", gateway)?;
         match self.gateways.patch_status(name_of(gateway), &params, &Patch::Apply(&patch)).await {
-            Ok(written) => Ok(Written::Now(Box::new(written))),
-            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(Written::Overtaken),
+            Ok(written) => Ok(StatusWrite::Written(Box::new(written))),
+            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(StatusWrite::Stale),
             Err(e) => Err(error("apply status of", gateway, e)),
         }
     }
 
-    /// Publishes an Event about a Gateway, because of `cause` where that is another. One that is lost is lost: the condition says the same.
-    pub async fn event(&self, gateway: &Gateway, change: &Change, cause: Option<&Gateway>) {
+    /// Publishes an Event about a Gateway, with `cause` as the related object. A failure is logged only: the condition has the same content.
+    pub(crate) async fn event(&self, gateway: &Gateway, change: &Change, cause: Option<&Gateway>) {
         let event = Event {
             type_: if change.warning { EventType::Warning } else { EventType::Normal },
             reason: change.reason.clone(),
             note: Some(truncated(&change.note, NOTE_MAX).to_owned()),
             action: "Reconcile".to_owned(),
-            secondary: cause.map(|other| other.object_ref(&())),
+            secondary: cause.map(|gateway| gateway.object_ref(&())),
         };
-        // A recorder per Event: one that lives longer folds Events of the same reason into one and keeps the first note, so of two
-        // replacements within minutes the second would be told with the first one's nodes.
+        // A new recorder per Event: a recorder aggregates Events of the same reason and keeps the first note, so a second replacement within
+        // minutes would be published with the nodes of the first one.
         let recorder = Recorder::new(self.client.clone(), self.reporter.clone());
         if let Err(e) = recorder.publish(&event, &gateway.object_ref(&())).await {
-            tracing::warn!(gateway = name_of(gateway), reason = %change.reason, error = %e, "publish an Event (does RBAC allow it?)");
+            tracing::warn!(gateway = name_of(gateway), reason = %change.reason, error = %e, "cannot publish an Event (check that RBAC allows it)");
         }
     }
 
-    fn may(&self, verb: &'static str, gateway: &Gateway) -> Result<(), Error> {
-        if self.mandate.holds() { Ok(()) } else { Err(Error::NotLeading { verb, name: name_of(gateway).to_owned() }) }
+    fn require_leadership(&self, verb: &'static str, gateway: &Gateway) -> Result<(), Error> {
+        if self.leadership.is_valid() { Ok(()) } else { Err(Error::NotLeading { verb, name: name_of(gateway).to_owned() }) }
     }
 }
 
-// Server-side apply takes away what we no longer send, but only if nobody else owns it too; and upstream's manager may. So lists that are
-// empty are sent as empty, which is a value and wins by force. uid and version make sure that it still is the Gateway that the decision rests on.
+// Server-side apply removes fields that are no longer sent only if no other manager owns them, and upstream's manager may. Empty lists are
+// therefore sent explicitly. UID and resource version make the API server reject the write if the Gateway changed since the decision.
 fn status_patch(gateway: &Gateway, status: &GatewayStatus) -> Result<Value, serde_json::Error> {
     let mut status = serde_json::to_value(status)?;
     for list in ["nodes", "activeEndpoints", "conditions"] {
@@ -165,11 +163,11 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn without_a_mandate_nothing_is_even_sent() {
+    async fn nothing_is_sent_without_leadership() {
         let nowhere = kube::Config::new(hyper::Uri::from_static("http://127.0.0.1:9"));
         let client = Client::try_from(nowhere).expect("a client that is never used");
-        let (_elector, mandate) = crate::lead::Elector::new(client.clone(), "ns", "lease", "me");
-        let writer = Writer::new(client, "me", mandate);
+        let (_elector, leadership) = crate::lead::Elector::new(client.clone(), "ns", "lease", "me");
+        let writer = Writer::new(client, "me", leadership);
         let gateway = Gateway::new("g", raven_api::GatewaySpec::default());
         let refused = |result: Result<(), Error>| assert!(matches!(result, Err(Error::NotLeading { .. })), "{result:?}");
         refused(writer.create(&gateway).await.map(drop));
@@ -178,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_status_is_written_onto_the_version_that_it_was_decided_on() {
+    fn status_write_requires_the_version_of_the_decision() {
         let mut gateway = Gateway::new("g", raven_api::GatewaySpec::default());
         (gateway.metadata.uid, gateway.metadata.resource_version) = (Some("u".to_owned()), Some("7".to_owned()));
         let patch = status_patch(&gateway, &GatewayStatus::default()).expect("a status is JSON");
@@ -186,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_lists_are_sent_so_that_they_replace_what_another_manager_left() {
+    fn empty_lists_are_sent_explicitly() {
         let gateway = Gateway::new("g", raven_api::GatewaySpec::default());
         let patch = status_patch(&gateway, &GatewayStatus::default()).expect("a status is JSON");
         assert_eq!(patch["status"]["activeEndpoints"], json!([]));
@@ -194,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_note_is_cut_between_characters() {
+    fn note_is_truncated_at_a_character_boundary() {
         assert_eq!(truncated("aé", 2), "a");
         assert_eq!(truncated("aé", 3), "aé");
     }

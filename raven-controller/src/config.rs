@@ -1,4 +1,4 @@
-//! How to run: command line and environment, checked once.
+//! Command line and environment, validated once.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -7,69 +7,65 @@ use clap::{Parser, ValueEnum};
 use hyper::Uri;
 use ipnet::IpNet;
 
-/// The ConfigMap with the cluster-wide switches (name as upstream has it).
-pub const CONFIG_MAP: &str = "raven-cfg";
-
-/// Elects gateway nodes, keeps pools and prefixes apart, and says in each Gateway's status what is missing.
+/// Elect gateway nodes, assign nodes and prefixes to pools, and report the state in each Gateway's status.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "raven-controller", version)]
 pub struct Config {
-    /// Kubeconfig file. Left out: $KUBECONFIG, ~/.kube/config, or the Pod's service account.
+    /// Read this kubeconfig file [default: $KUBECONFIG, ~/.kube/config, or the Pod's service account].
     #[arg(long, value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
-    /// Namespace of the Lease and of ConfigMap raven-cfg.
+    /// Use the Lease and Raven's ConfigMaps, Secrets and Services in this namespace.
     #[arg(long, env = "POD_NAMESPACE", default_value = raven_api::DEFAULT_NAMESPACE)]
     pub namespace: String,
-    /// Name of the Lease by which replicas agree on who writes.
+    /// Elect the leader among the replicas by this Lease.
     #[arg(long, default_value = "raven-controller")]
     pub lease_name: String,
-    /// Who this replica is in the Lease. Left out: host name and process id.
+    /// Identify this replica in the Lease [default: host name and process ID].
     #[arg(long, env = "POD_NAME")]
     pub identity: Option<String>,
-    /// Where /healthz and /readyz are served; `:PORT` means all addresses.
+    /// Serve /healthz and /readyz at this address; `:PORT` means all addresses.
     #[arg(long, default_value = ":10275", value_parser = parse_listen)]
     pub health_probe_addr: SocketAddr,
-    /// Make Gateways by the three pool rules for nodes that no Gateway claims.
+    /// Create Gateways by the three pool rules for nodes that no Gateway claims.
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
     pub auto_gateways: bool,
-    /// Ranges of Service addresses, which no Gateway may claim; besides those that the API server tells by ServiceCIDR objects
-    /// (Kubernetes 1.33 and later). May be given several times, or with commas.
+    /// Protect these ranges of Service addresses, in addition to ServiceCIDR objects (Kubernetes 1.33 and later); repeatable or comma-separated.
     #[arg(long, value_name = "PREFIX", value_delimiter = ',')]
     pub service_cidr: Vec<IpNet>,
-    /// Where the conversion webhook for Gateways of v1alpha1 is served; `:PORT` means all addresses, `off` switches it off.
+    /// Serve the conversion webhook for Gateways of v1alpha1 at this address; `:PORT` means all addresses, `off` disables it.
     #[arg(long, default_value = ":9443", value_parser = parse_listen_or_off, value_name = "ADDRESS")]
     pub webhook_bind_addr: Listen,
-    /// The Service by which the API server reaches the webhook. The Secret with its certificate has the same name and namespace.
+    /// Name the webhook's Service, and the Secret with its certificate, in the controller's namespace.
     #[arg(long, default_value = raven_api::schema::WEBHOOK_SERVICE, value_name = "NAME")]
     pub webhook_service: String,
-    /// The webhook's URL, where the API server reaches it by no Service: https://HOST:PORT, without a path.
+    /// Let the API server reach the webhook at this URL instead of the Service: https://HOST:PORT without a path.
     #[arg(long, value_name = "URL", value_parser = parse_webhook_url)]
     pub webhook_url: Option<Uri>,
-    /// How log lines look. What is logged: $RUST_LOG, else `info`.
+    /// Select the format of log lines; $RUST_LOG selects the levels [default level: info].
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
 }
 
-/// Where to listen, if at all.
+/// Address to listen on, or off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Listen {
-    /// There.
+    /// Listen on this address.
     At(SocketAddr),
-    /// Not at all.
+    /// Do not listen.
     Off,
 }
 
-/// How log lines look.
+/// Format of log lines.
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
-    /// For people.
+    /// Text for reading.
     Text,
     /// One JSON object per line.
     Json,
 }
 
 impl Config {
-    /// The name of this replica: unique also for two that run on one host.
+    /// Returns the name of this replica, which is unique even if two replicas run on one host.
     pub fn identity(&self) -> String {
         self.identity.clone().unwrap_or_else(|| {
             let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
@@ -79,7 +75,7 @@ impl Config {
     }
 }
 
-// Upstream and Go write ":10275"; an IPv6 socket on [::] takes IPv4 as well.
+// Accepts `:10275` as Go programs do. An IPv6 socket on [::] accepts IPv4 as well.
 fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     let full = if text.starts_with(':') { format!("[::]{text}") } else { text.to_owned() };
     full.parse().map_err(|e| format!("{e}: expected ADDRESS:PORT or :PORT"))
@@ -100,14 +96,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn listen_address_without_a_host_means_all() {
+    fn listen_address_without_a_host_means_all_addresses() {
         assert_eq!(parse_listen(":10275").map(|a| a.to_string()), Ok("[::]:10275".to_owned()));
         assert_eq!(parse_listen("127.0.0.1:0").map(|a| a.to_string()), Ok("127.0.0.1:0".to_owned()));
         assert!(parse_listen("10275").is_err());
     }
 
     #[test]
-    fn a_webhook_has_a_place_and_a_url_or_is_off() {
+    fn webhook_has_an_address_and_a_valid_url_or_is_off() {
         let parse = |args: &[&str]| Config::try_parse_from([&["raven-controller"], args].concat()).map_err(|e| e.to_string());
         assert_eq!(parse(&["--webhook-bind-addr=off"]).map(|c| c.webhook_bind_addr), Ok(Listen::Off));
         let url = |text: &str| parse(&[&format!("--webhook-url={text}")]).map(|c| c.webhook_url.map(|u| u.to_string()));
@@ -118,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_can_be_switched_off() {
+    fn pool_rules_can_be_turned_off() {
         let config = Config::try_parse_from(["raven-controller", "--auto-gateways=false"]).expect("a valid command line");
         assert!(!config.auto_gateways);
         assert!(Config::try_parse_from(["raven-controller"]).expect("all have defaults").auto_gateways);

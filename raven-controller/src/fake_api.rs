@@ -1,4 +1,4 @@
-//! An API server for unit tests: answers what the test says, keeps what it was asked, and has no news for watches.
+//! An API server for unit tests: returns the test's responses, records requests, and never sends watch events.
 
 use std::convert::Infallible;
 use std::future::pending;
@@ -13,60 +13,60 @@ use hyper_util::rt::TokioIo;
 use kube::{Client, Config};
 use tokio::net::TcpListener;
 
-/// What comes back to `GET /api/v1/nodes`, say: JSON, or a status code without any.
-type Answer = dyn Fn(&str) -> Result<String, u16> + Send + Sync;
+/// Returns the response to a request such as `GET /api/v1/nodes`: JSON, or an error status code.
+type Respond = dyn Fn(&str) -> Result<String, u16> + Send + Sync;
 
 pub(crate) struct FakeApi {
     pub(crate) client: Client,
-    asked: Arc<Mutex<Vec<String>>>,
+    requests: Arc<Mutex<Vec<String>>>,
 }
 
 impl FakeApi {
-    /// Serves until the test ends.
-    pub(crate) async fn serve(answer: impl Fn(&str) -> Result<String, u16> + Send + Sync + 'static) -> Self {
+    /// Starts a server that runs until the test ends.
+    pub(crate) async fn serve(respond: impl Fn(&str) -> Result<String, u16> + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("it is bound");
-        let (asked, answer): (Arc<Mutex<Vec<String>>>, Arc<Answer>) = (Arc::default(), Arc::new(answer));
-        let kept = asked.clone();
+        let (requests, respond): (Arc<Mutex<Vec<String>>>, Arc<Respond>) = (Arc::default(), Arc::new(respond));
+        let recorded = requests.clone();
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let (kept, answer) = (kept.clone(), answer.clone());
-                let service = service_fn(move |request| answered(request, kept.clone(), answer.clone()));
+                let (recorded, respond) = (recorded.clone(), respond.clone());
+                let service = service_fn(move |request| handle(request, recorded.clone(), respond.clone()));
                 tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service));
             }
         });
         let uri = format!("http://{address}").parse().expect("a URI");
-        Self { client: Client::try_from(Config::new(uri)).expect("a client"), asked }
+        Self { client: Client::try_from(Config::new(uri)).expect("a client"), requests }
     }
 
-    /// What was asked since this was asked last, but for watches: `PATCH /api/v1/namespaces/kube-system/services/a`, say.
-    pub(crate) fn asked(&self) -> Vec<String> {
-        std::mem::take(&mut *self.asked.lock().expect("no test holds it"))
+    /// Returns the requests since the last call, such as `PATCH /api/v1/namespaces/kube-system/services/a`. Watches are not recorded.
+    pub(crate) fn take_requests(&self) -> Vec<String> {
+        std::mem::take(&mut *self.requests.lock().expect("no test holds it"))
     }
 }
 
-async fn answered(
+async fn handle(
     request: Request<Incoming>,
-    asked: Arc<Mutex<Vec<String>>>,
-    answer: Arc<Answer>,
+    requests: Arc<Mutex<Vec<String>>>,
+    respond: Arc<Respond>,
 ) -> Result<Response<Full<Bytes>>, Infallible> {
     if request.uri().query().is_some_and(|query| query.contains("watch=true")) {
         return pending().await;
     }
     let what = format!("{} {}", request.method(), request.uri().path());
     let _ = request.into_body().collect().await;
-    let (status, body) = match answer(&what) {
+    let (status, body) = match respond(&what) {
         Ok(json) => (200, json),
         Err(code) => {
             let reason = if code == 404 { "NotFound" } else { "Forbidden" };
             (code, format!(r#"{{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"{reason}","message":"no","code":{code}}}"#))
         }
     };
-    asked.lock().expect("no test holds it").push(what);
+    requests.lock().expect("no test holds it").push(what);
     Ok(Response::builder().status(status).body(Full::new(body.into())).expect("a status code written in a test"))
 }
 
-/// A list of these objects.
+/// Returns a list of the objects as JSON.
 pub(crate) fn list(items: &[&str]) -> String {
     format!(r#"{{"apiVersion":"v1","kind":"List","metadata":{{"resourceVersion":"1"}},"items":[{}]}}"#, items.join(","))
 }

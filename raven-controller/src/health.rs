@@ -1,7 +1,8 @@
-//! `/healthz` and `/readyz`, as the kubelet asks for them. Tells nothing else.
+//! Health probes of the kubelet: `/healthz` and `/readyz`.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -14,54 +15,56 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::webhook::serve::Identity;
+use crate::cluster::Snapshot;
+use crate::webhook::serve::ServingIdentity;
 
-/// A port that could not be opened.
+/// The port cannot be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("listen on {address} for health probes: {source} (is another raven-controller running here? see --health-probe-addr)")]
+#[error("cannot listen on {address} for health probes: {source} (another process may use the port; see --health-probe-addr)")]
 pub struct Error {
-    /// Where.
+    /// Address to listen on.
     pub address: SocketAddr,
-    /// Why.
+    /// Error of the operating system.
     pub source: std::io::Error,
 }
 
-/// What must be before this replica is ready.
+/// Conditions for the readiness of this replica.
 #[derive(Clone, Debug)]
-pub struct Ready {
-    /// Everything has been listed once.
-    pub listed: watch::Receiver<bool>,
-    /// What the conversion webhook serves; none where it is switched off.
-    pub webhook: Option<watch::Receiver<Identity>>,
+pub(crate) struct Ready {
+    /// State of the cluster: ready once it is complete.
+    pub(crate) cluster: watch::Receiver<Arc<Snapshot>>,
+    /// Certificate of the conversion webhook; `None` if the webhook is off.
+    pub(crate) webhook: Option<watch::Receiver<ServingIdentity>>,
 }
 
 impl Ready {
-    fn lacks(&self) -> Option<&'static str> {
-        if !*self.listed.borrow() {
-            return Some("waiting for the API server: Gateways and Nodes are not listed yet\n");
+    // Returns the reason why this replica is not ready.
+    fn missing(&self) -> Option<&'static str> {
+        if !self.cluster.borrow().complete {
+            return Some("waiting for the API server: Gateways, Nodes or related objects are not listed yet\n");
         }
-        let dumb = self.webhook.as_ref().is_some_and(|identity| identity.borrow().is_none());
-        // Ready replicas are behind the webhook's Service.
-        dumb.then_some(
-            "the conversion webhook has no certificate yet: is there a Secret for it (deploy/webhook.yaml), and may it be written?\n",
+        // The webhook's Service routes to ready replicas, so the webhook must be able to answer.
+        let without_certificate = self.webhook.as_ref().is_some_and(|identity| identity.borrow().is_none());
+        without_certificate.then_some(
+            "the conversion webhook has no certificate yet: check that its Secret exists (deploy/webhook.yaml) and that RBAC allows to update it\n",
         )
     }
 }
 
 /// Opens the port.
-pub async fn bind(address: SocketAddr) -> Result<TcpListener, Error> {
+pub(crate) async fn bind(address: SocketAddr) -> Result<TcpListener, Error> {
     TcpListener::bind(address).await.map_err(|source| Error { address, source })
 }
 
-/// Answers until `stop`. Ready means that the caches are filled: a replica that does not lead is ready too.
-pub async fn serve(listener: TcpListener, ready: Ready, stop: CancellationToken) {
+/// Answers probes until `stop` is cancelled. A replica that does not lead is ready as well.
+pub(crate) async fn serve(listener: TcpListener, ready: Ready, stop: CancellationToken) {
     loop {
         let stream = tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, _)) => stream,
                 Err(e) => {
-                    // Out of file descriptors, mostly: at once again would only burn the processor.
-                    tracing::warn!(error = %e, "accept a health probe");
+                    // Usually a lack of file descriptors: an immediate retry would only consume CPU time.
+                    tracing::warn!(error = %e, "cannot accept a health probe");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
@@ -70,7 +73,7 @@ pub async fn serve(listener: TcpListener, ready: Ready, stop: CancellationToken)
         };
         let (ready, stop) = (ready.clone(), stop.clone());
         tokio::spawn(async move {
-            let service = service_fn(move |request| std::future::ready(Ok::<_, Infallible>(answer(&request, ready.lacks()))));
+            let service = service_fn(move |request| std::future::ready(Ok::<_, Infallible>(answer(&request, ready.missing()))));
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(Duration::from_secs(10))
@@ -83,15 +86,15 @@ pub async fn serve(listener: TcpListener, ready: Ready, stop: CancellationToken)
     }
 }
 
-fn answer(request: &Request<Incoming>, lacks: Option<&'static str>) -> Response<Full<Bytes>> {
-    let (status, body) = verdict(request.uri().path(), lacks);
+fn answer(request: &Request<Incoming>, missing: Option<&'static str>) -> Response<Full<Bytes>> {
+    let (status, body) = verdict(request.uri().path(), missing);
     let mut response = Response::new(Full::new(Bytes::from_static(body.as_bytes())));
     *response.status_mut() = status;
     response
 }
 
-fn verdict(path: &str, lacks: Option<&'static str>) -> (StatusCode, &'static str) {
-    match (path, lacks) {
+fn verdict(path: &str, missing: Option<&'static str>) -> (StatusCode, &'static str) {
+    match (path, missing) {
         ("/healthz", _) | ("/readyz", None) => (StatusCode::OK, "ok\n"),
         ("/readyz", Some(what)) => (StatusCode::SERVICE_UNAVAILABLE, what),
         _ => (StatusCode::NOT_FOUND, "see /healthz and /readyz\n"),
@@ -101,9 +104,10 @@ fn verdict(path: &str, lacks: Option<&'static str>) -> (StatusCode, &'static str
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::{Cluster, DecisionSettings};
 
     #[test]
-    fn alive_before_ready() {
+    fn live_before_ready() {
         assert_eq!(verdict("/healthz", Some("something")).0, StatusCode::OK);
         assert_eq!(verdict("/readyz", Some("something")), (StatusCode::SERVICE_UNAVAILABLE, "something"));
         assert_eq!(verdict("/readyz", None).0, StatusCode::OK);
@@ -111,14 +115,19 @@ mod tests {
     }
 
     #[test]
-    fn ready_with_everything_listed_and_a_webhook_that_can_answer() {
-        let (listed_tx, listed) = watch::channel(false);
+    fn ready_once_the_cluster_is_complete_and_the_webhook_has_a_certificate() {
+        let snapshot = |complete| {
+            let mut snapshot = Cluster::new(DecisionSettings::default()).snapshot();
+            snapshot.complete = complete;
+            Arc::new(snapshot)
+        };
+        let (cluster_tx, cluster) = watch::channel(snapshot(false));
         let (_identity_tx, identity) = watch::channel(None);
-        let without = Ready { listed: listed.clone(), webhook: None };
-        let with = Ready { listed, webhook: Some(identity) };
-        assert!(without.lacks().is_some_and(|what| what.contains("not listed yet")));
-        listed_tx.send_replace(true);
-        assert!(without.lacks().is_none());
-        assert!(with.lacks().is_some_and(|what| what.contains("no certificate yet")));
+        let without = Ready { cluster: cluster.clone(), webhook: None };
+        let with = Ready { cluster, webhook: Some(identity) };
+        assert!(without.missing().is_some_and(|what| what.contains("not listed yet")));
+        cluster_tx.send_replace(snapshot(true));
+        assert!(without.missing().is_none());
+        assert!(with.missing().is_some_and(|what| what.contains("no certificate yet")));
     }
 }

@@ -1,10 +1,9 @@
-//! Who writes: leader election among the replicas by a Lease (`coordination.k8s.io`).
+//! Leader election among the replicas, by a Lease (`coordination.k8s.io`).
 //!
-//! Gives a [`Mandate`]: whether this replica leads, and until when. The decision is [`judge`], pure; the loop around it reads and writes the Lease with
-//! the resource version as the guard, so of two that try at once one loses. Clocks of two hosts are never compared: a Lease counts as
-//! run out when *we* have seen it unchanged for as long as it was meant to last (as client-go does).
+//! [`Elector`] maintains a [`Leadership`]: whether this replica leads, and until when. [`next_step`] is the pure decision. The Lease is written with
+//! its resource version, so of two concurrent attempts one fails. Clocks of different hosts are never compared: a Lease counts as expired when
+//! this replica has observed it unchanged for its whole duration (as client-go does).
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -16,88 +15,88 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-/// How long a Lease holds without being renewed.
-pub const LEASE: Duration = Duration::from_secs(15);
-/// A leader that could not renew for so long stops writing: well before anybody else may start.
-pub const RENEW_DEADLINE: Duration = Duration::from_secs(10);
-/// Between two attempts (plus jitter).
-pub const RETRY: Duration = Duration::from_secs(2);
+/// Duration of a Lease without renewal.
+pub(crate) const LEASE: Duration = Duration::from_secs(15);
+/// A leader that cannot renew the Lease for this time stops writing, well before another replica may start.
+pub(crate) const RENEW_DEADLINE: Duration = Duration::from_secs(10);
+/// Delay between two attempts, without jitter.
+pub(crate) const RETRY: Duration = Duration::from_secs(2);
 
 const SHORTEST_ATTEMPT: Duration = Duration::from_millis(100);
 
-/// Why a Lease could not be read or written.
+/// The Lease could not be read or written.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The API server said no.
-    #[error("{verb} Lease {name}: {source} ({})", likely_cause(.source))]
+pub(crate) enum Error {
+    /// The API server rejected the request, or is unreachable.
+    #[error("cannot {verb} Lease {name}: {source} ({})", likely_cause(.source))]
     Api {
-        /// What was tried.
+        /// The attempted operation.
         verb: &'static str,
-        /// On which Lease.
+        /// Name of the Lease.
         name: String,
-        /// What came back.
+        /// Error of the client.
         source: Box<kube::Error>,
     },
-    /// The API server said nothing.
-    #[error("Lease {name}: no answer within {} s", RENEW_DEADLINE.as_secs())]
+    /// The API server did not respond in time.
+    #[error("no response about Lease {name} within {} s", RENEW_DEADLINE.as_secs())]
     Timeout {
-        /// Which Lease.
+        /// Name of the Lease.
         name: String,
     },
 }
 
 fn likely_cause(error: &kube::Error) -> &'static str {
     match error {
-        kube::Error::Api(status) if status.is_forbidden() => "RBAC does not allow it: see deploy/rbac.yaml",
-        kube::Error::Api(_) => "the API server refused it",
-        _ => "is the API server up, and can it be reached from here?",
+        kube::Error::Api(status) if status.is_forbidden() => "RBAC does not allow it; apply deploy/rbac.yaml",
+        kube::Error::Api(_) => "the API server rejected the request",
+        _ => "check that the API server is reachable",
     }
 }
 
-/// What to do about a Lease.
+/// Next step of the election.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// It is ours: renew it.
+pub(crate) enum Step {
+    /// This replica holds the Lease: renew it.
     Renew,
-    /// It is free: take it.
+    /// The Lease is free or expired: take it.
     Take,
-    /// It is somebody else's.
+    /// A different replica holds the Lease: wait.
     Wait,
 }
 
-/// A Lease as it was last seen, and since when it has not changed.
+/// Last observed Lease, and the time since when it is unchanged.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Seen {
+pub(crate) struct ObservedLease {
     spec: LeaseSpec,
     since: Instant,
 }
 
-impl Seen {
-    /// Updates what was seen before by what is there now.
-    pub fn next(before: Option<Self>, spec: &LeaseSpec, now: Instant) -> Self {
+impl ObservedLease {
+    /// Updates the observation with the present Lease.
+    pub(crate) fn next(before: Option<Self>, spec: &LeaseSpec, now: Instant) -> Self {
         match before {
-            Some(seen) if seen.spec == *spec => seen,
+            Some(observed) if observed.spec == *spec => observed,
             _ => Self { spec: spec.clone(), since: now },
         }
     }
 }
 
-/// What `me` should do about the Lease at `now`.
-pub fn judge(seen: &Seen, me: &str, now: Instant) -> Step {
-    let holder = seen.spec.holder_identity.as_deref().unwrap_or_default();
-    let seconds = seen.spec.lease_duration_seconds.and_then(|s| u64::try_from(s).ok());
+/// Returns the next step of replica `me`.
+pub(crate) fn next_step(observed: &ObservedLease, me: &str, now: Instant) -> Step {
+    let holder = observed.spec.holder_identity.as_deref().unwrap_or_default();
+    let seconds = observed.spec.lease_duration_seconds.and_then(|s| u64::try_from(s).ok());
     let lasts = seconds.map_or(LEASE, Duration::from_secs);
     if holder == me {
         Step::Renew
-    } else if holder.is_empty() || now.saturating_duration_since(seen.since) >= lasts {
+    } else if holder.is_empty() || now.saturating_duration_since(observed.since) >= lasts {
         Step::Take
     } else {
         Step::Wait
     }
 }
 
-/// The Lease after `step`.
-pub fn claimed(spec: &LeaseSpec, me: &str, step: Step, now: Timestamp) -> LeaseSpec {
+/// Returns the Lease after `step`.
+pub(crate) fn claimed(spec: &LeaseSpec, me: &str, step: Step, now: Timestamp) -> LeaseSpec {
     let taken = step == Step::Take;
     LeaseSpec {
         holder_identity: Some(me.to_owned()),
@@ -109,58 +108,55 @@ pub fn claimed(spec: &LeaseSpec, me: &str, step: Step, now: Timestamp) -> LeaseS
     }
 }
 
-/// The right to write, as far as a Lease can give it: held by whoever writes, and asked before each write.
+/// The state of this replica's leadership. Writers check it before each write.
 ///
-/// A process that was stopped (SIGSTOP, a paused container) and goes on does not know how long it was away until its elector has asked;
-/// what was about to write would do so first. So the end of the right is a time, and a writer looks at the clock. What is left is a stop
-/// between that look and the write: the write then carries the version of the object that the decision rests on, and is refused if
-/// anybody has written since. (The clock is CLOCK_MONOTONIC: it runs while a process is stopped. It stands while the whole machine is
-/// suspended, and then the versions alone protect.)
+/// A suspended process (SIGSTOP, a paused container) may resume after its Lease expired, and a pending write would precede the next attempt of the
+/// elector. The leadership therefore has an end, which writers compare with the clock. If the process is suspended between that check and the
+/// write, the resource version protects: the API server rejects the write if the object changed since the decision. The clock is CLOCK_MONOTONIC,
+/// which advances while a process is suspended, but not while the whole machine is; then only the resource versions protect.
 #[derive(Clone, Debug)]
-pub struct Mandate {
-    /// This replica leads, as far as it knows.
-    pub leads: watch::Receiver<bool>,
+pub(crate) struct Leadership {
+    /// True if this replica leads according to its last attempt.
+    pub(crate) leads: watch::Receiver<bool>,
     until: watch::Receiver<Option<Instant>>,
 }
 
-impl Mandate {
-    /// True while nobody else may write.
-    pub fn holds(&self) -> bool {
+impl Leadership {
+    /// True while no other replica may write.
+    pub(crate) fn is_valid(&self) -> bool {
         *self.leads.borrow() && self.until.borrow().is_some_and(|until| Instant::now() < until)
     }
 }
 
-/// One replica's part in the election.
-pub struct Elector {
+/// Takes part in the election on behalf of this replica.
+pub(crate) struct Elector {
     api: Api<Lease>,
     name: String,
     me: String,
     leads: watch::Sender<bool>,
     until: watch::Sender<Option<Instant>>,
-    seen: Option<Seen>,
+    observed: Option<ObservedLease>,
     renewed: Option<Instant>,
 }
 
-// === impl Elector ===
-
 impl Elector {
-    /// An elector, and the mandate that it gives and takes (held by those who write).
-    pub fn new(client: Client, namespace: &str, name: &str, me: &str) -> (Self, Mandate) {
+    /// Creates an elector and the leadership state that it updates.
+    pub(crate) fn new(client: Client, namespace: &str, name: &str, me: &str) -> (Self, Leadership) {
         let (leads, leads_receiver) = watch::channel(false);
         let (until, until_receiver) = watch::channel(None);
         let api = Api::namespaced(client, namespace);
-        let elector = Self { api, name: name.to_owned(), me: me.to_owned(), leads, until, seen: None, renewed: None };
-        (elector, Mandate { leads: leads_receiver, until: until_receiver })
+        let elector = Self { api, name: name.to_owned(), me: me.to_owned(), leads, until, observed: None, renewed: None };
+        (elector, Leadership { leads: leads_receiver, until: until_receiver })
     }
 
-    /// Takes part until `stop`, then gives the Lease back, so the next one need not wait for it to run out.
-    pub async fn run(mut self, stop: CancellationToken) {
+    /// Takes part until `stop` is cancelled, then releases the Lease, so that the next leader need not wait until it expires.
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
         loop {
-            // The deadline also bounds an attempt that hangs: a leader must know in time that it no longer is.
-            let patience = self.left().max(SHORTEST_ATTEMPT);
+            // The deadline also bounds a hanging attempt: a leader must detect in time that it no longer leads.
+            let limit = self.left().max(SHORTEST_ATTEMPT);
             let started = Instant::now();
             let outcome = tokio::select! {
-                outcome = timeout(patience, self.attempt()) => outcome.unwrap_or_else(|_| Err(Error::Timeout { name: self.name.clone() })),
+                outcome = timeout(limit, self.attempt()) => outcome.unwrap_or_else(|_| Err(Error::Timeout { name: self.name.clone() })),
                 () = stop.cancelled() => break,
             };
             self.account(outcome, started);
@@ -172,7 +168,7 @@ impl Elector {
         self.release().await;
     }
 
-    // Until the deadline; all of it for one who does not lead.
+    // Time until the deadline; the full period for a replica that does not lead.
     fn left(&self) -> Duration {
         self.renewed.map_or(RENEW_DEADLINE, |at| RENEW_DEADLINE.saturating_sub(at.elapsed()))
     }
@@ -183,9 +179,9 @@ impl Elector {
         };
         let spec = lease.spec.unwrap_or_default();
         let now = Instant::now();
-        let seen = Seen::next(self.seen.take(), &spec, now);
-        let step = judge(&seen, &self.me, now);
-        self.seen = Some(seen);
+        let observed = ObservedLease::next(self.observed.take(), &spec, now);
+        let step = next_step(&observed, &self.me, now);
+        self.observed = Some(observed);
         if step == Step::Wait {
             return Ok(false);
         }
@@ -207,7 +203,7 @@ impl Elector {
         }
     }
 
-    // Counts from when the attempt began: the server may have renewed the Lease then, and others count from there.
+    // Time counts from the start of the attempt: the API server may have renewed the Lease then, and other replicas count from that time.
     fn account(&mut self, outcome: Result<bool, Error>, started: Instant) {
         let leads = match outcome {
             Ok(true) => {
@@ -217,7 +213,7 @@ impl Elector {
             Ok(false) => false,
             Err(e) => {
                 let leads = *self.leads.borrow() && self.renewed.is_some_and(|at| at.elapsed() < RENEW_DEADLINE);
-                tracing::warn!(error = %e, still_leading = leads, "leader election");
+                tracing::warn!(error = %e, still_leading = leads, "leader election failed; retrying");
                 leads
             }
         };
@@ -227,7 +223,7 @@ impl Elector {
         self.until.send_replace(self.renewed.map(|at| at + RENEW_DEADLINE));
         let changed = self.leads.send_if_modified(|now| std::mem::replace(now, leads) != leads);
         if changed {
-            let holder = self.seen.as_ref().and_then(|s| s.spec.holder_identity.clone()).unwrap_or_default();
+            let holder = self.observed.as_ref().and_then(|s| s.spec.holder_identity.clone()).unwrap_or_default();
             if leads {
                 tracing::info!(identity = %self.me, "leading");
             } else {
@@ -252,11 +248,11 @@ impl Elector {
             self.api.replace(&self.name, &PostParams::default(), &lease).await.map(drop)
         };
         match timeout(RETRY, released).await {
-            Ok(Ok(())) => tracing::info!("gave the Lease back"),
+            Ok(Ok(())) => tracing::info!("released the Lease"),
             Ok(Err(e)) => {
-                tracing::warn!(error = %e, "could not give the Lease back: the next leader waits until it runs out")
+                tracing::warn!(error = %e, "cannot release the Lease; the next leader waits until it expires")
             }
-            Err(_) => tracing::warn!("could not give the Lease back in time: the next leader waits until it runs out"),
+            Err(_) => tracing::warn!("cannot release the Lease in time; the next leader waits until it expires"),
         }
     }
 
@@ -265,11 +261,9 @@ impl Elector {
     }
 }
 
-/// `base` plus up to a fifth, so that replicas that started together do not ask together.
-pub fn jittered(base: Duration) -> Duration {
-    // RandomState is seeded by the system: random enough for this, and no dependency.
-    let random = RandomState::new().build_hasher().finish() % 200;
-    base + base * u32::try_from(random).unwrap_or(0) / 1000
+/// Adds up to 20 % to `base`, so that replicas that started together do not send their requests together.
+pub(crate) fn jittered(base: Duration) -> Duration {
+    base + base.mul_f64(fastrand::f64() / 5.0)
 }
 
 #[cfg(test)]
@@ -281,51 +275,51 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_lease_is_taken_only_when_it_has_stood_still_for_its_whole_time() {
-        let seen = Seen::next(None, &held_by("other"), Instant::now());
-        assert_eq!(judge(&seen, "me", Instant::now()), Step::Wait);
+    async fn lease_is_taken_only_after_its_whole_duration_without_a_change() {
+        let observed = ObservedLease::next(None, &held_by("other"), Instant::now());
+        assert_eq!(next_step(&observed, "me", Instant::now()), Step::Wait);
         tokio::time::advance(Duration::from_secs(14)).await;
-        assert_eq!(judge(&seen, "me", Instant::now()), Step::Wait);
+        assert_eq!(next_step(&observed, "me", Instant::now()), Step::Wait);
         tokio::time::advance(Duration::from_secs(1)).await;
-        assert_eq!(judge(&seen, "me", Instant::now()), Step::Take);
+        assert_eq!(next_step(&observed, "me", Instant::now()), Step::Take);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_renewal_starts_the_time_anew_whatever_the_other_clock_says() {
+    async fn renewal_restarts_the_duration_regardless_of_the_other_clock() {
         let mut spec = held_by("other");
-        let seen = Seen::next(None, &spec, Instant::now());
+        let observed = ObservedLease::next(None, &spec, Instant::now());
         tokio::time::advance(Duration::from_secs(14)).await;
-        // An hour behind: only that it changed counts.
+        // The holder's clock is far behind: only the fact of the change counts.
         spec.renew_time = Timestamp::from_second(1).ok().map(MicroTime);
-        let seen = Seen::next(Some(seen), &spec, Instant::now());
+        let observed = ObservedLease::next(Some(observed), &spec, Instant::now());
         tokio::time::advance(Duration::from_secs(14)).await;
-        assert_eq!(judge(&seen, "me", Instant::now()), Step::Wait);
+        assert_eq!(next_step(&observed, "me", Instant::now()), Step::Wait);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_lease_given_back_is_taken_at_once_and_our_own_is_renewed() {
+    async fn released_lease_is_taken_at_once_and_an_own_lease_is_renewed() {
         let now = Instant::now();
-        assert_eq!(judge(&Seen::next(None, &held_by(""), now), "me", now), Step::Take);
-        assert_eq!(judge(&Seen::next(None, &held_by("me"), now), "me", now), Step::Renew);
+        assert_eq!(next_step(&ObservedLease::next(None, &held_by(""), now), "me", now), Step::Take);
+        assert_eq!(next_step(&ObservedLease::next(None, &held_by("me"), now), "me", now), Step::Renew);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_mandate_ends_by_the_clock_also_if_nobody_takes_it() {
+    async fn leadership_ends_by_the_clock() {
         let client = Client::try_from(kube::Config::new(http_uri())).expect("a client that is never used");
-        let (mut elector, mandate) = Elector::new(client, "ns", "lease", "me");
-        assert!(!mandate.holds());
+        let (mut elector, leadership) = Elector::new(client, "ns", "lease", "me");
+        assert!(!leadership.is_valid());
         elector.account(Ok(true), Instant::now());
-        assert!(mandate.holds());
-        // The process is stopped, and its elector with it.
+        assert!(leadership.is_valid());
+        // The process is suspended, including its elector.
         tokio::time::advance(Duration::from_secs(30)).await;
-        assert!(*mandate.leads.borrow() && !mandate.holds());
-        // A renewal that was on its way when it was stopped counts from when it began.
+        assert!(*leadership.leads.borrow() && !leadership.is_valid());
+        // A renewal that was in progress counts from its start.
         elector.account(Ok(true), Instant::now() - Duration::from_secs(12));
-        assert!(!mandate.holds());
+        assert!(!leadership.is_valid());
         elector.account(Ok(true), Instant::now());
-        assert!(mandate.holds());
+        assert!(leadership.is_valid());
         elector.account(Ok(false), Instant::now());
-        assert!(!mandate.holds());
+        assert!(!leadership.is_valid());
     }
 
     fn http_uri() -> hyper::Uri {
@@ -333,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn transitions_count_takeovers_and_not_renewals() {
+    fn only_takeovers_count_as_transitions() {
         let now = Timestamp::UNIX_EPOCH;
         let taken = claimed(&LeaseSpec { lease_transitions: Some(3), ..held_by("other") }, "me", Step::Take, now);
         assert_eq!((taken.lease_transitions, taken.holder_identity.as_deref()), (Some(4), Some("me")));
@@ -342,8 +336,8 @@ mod tests {
     }
 
     #[test]
-    fn a_leader_stops_before_another_may_start() {
-        // The last attempt begins at the deadline and may hang.
+    fn leader_stops_before_another_replica_may_start() {
+        // The last attempt may start at the deadline and hang.
         assert!(RENEW_DEADLINE + SHORTEST_ATTEMPT < LEASE);
     }
 }

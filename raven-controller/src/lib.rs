@@ -1,24 +1,29 @@
-//! The controller of Raven: Gateways, Nodes and NodePools in; elections, pool prefixes and conditions out.
+//! The controller of Raven: elects gateway nodes, assigns prefixes to pools, and serves the cloud's part of the L7 half.
 //!
-//! In the order data flows: [`config`] says how to run; [`watch`] turns what the API server holds into checked facts;
-//! [`gateway`] decides, purely, what follows from them; [`reconcile`] has the difference written by [`apply`]; [`lead`] sees to it that one
-//! replica alone writes; [`webhook`] converts Gateways of the oldest version for the API server; [`proxy`] signs the certificates
-//! of the L7 half and leads clients to it (both webhook and proxies have a CA by [`authority`]); [`app`] puts them together; [`health`] tells the kubelet how it goes.
-//! Nothing is remembered between two runs: all state is in the API server.
+//! Data flow:
+//! - [`config`] parses the command line; [`app`] creates and runs all tasks.
+//! - `watch` follows the API server; `cluster` stores the facts and publishes snapshots for both halves.
+//! - L3: `gateway` decides, `reconcile` computes the difference, `apply` writes it.
+//! - L7: `proxy` signs certificates and publishes Services and host names.
+//! - `lead` elects the one replica that writes. [`webhook`] converts Gateways of v1alpha1. `ca` stores the certificate authorities. `health`
+//!   answers probes.
+//!
+//! All state is stored in the API server, so a restart loses nothing but the quarantine of cut-off nodes (`gateway::links`).
 
 #![forbid(unsafe_code)]
 
 pub mod app;
-pub mod apply;
-pub mod authority;
 pub mod config;
+pub mod webhook;
+
+mod apply;
+mod ca;
+mod cluster;
 #[cfg(test)]
 mod fake_api;
-pub mod gateway;
-pub mod health;
-pub mod lead;
-pub mod proxy;
-pub mod reconcile;
-pub mod watch;
-pub mod webhook;
-pub mod world;
+mod gateway;
+mod health;
+mod lead;
+mod proxy;
+mod reconcile;
+mod watch;

@@ -1,19 +1,32 @@
-//! The program: arguments, log, signals; everything else is in the library.
+//! The raven-controller program: arguments, log and signals. Everything else is in the library.
 
 #![forbid(unsafe_code)]
 
-use anyhow::Context;
+use std::error::Error;
+use std::process::ExitCode;
+
 use clap::Parser;
 use raven_controller::app;
 use raven_controller::config::{Config, LogFormat};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> ExitCode {
     let config = Config::parse();
     init_log(config.log_format);
+    match run(config).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            // The message contains its sources.
+            tracing::error!(error = %e, "the controller stopped");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(config: Config) -> Result<(), Box<dyn Error>> {
     let stop = stop_on_signal()?;
     let client = app::client(&config).await?;
     Ok(app::run(config, client, stop).await?)
@@ -28,18 +41,22 @@ fn init_log(format: LogFormat) {
     }
 }
 
-fn stop_on_signal() -> anyhow::Result<CancellationToken> {
+fn stop_on_signal() -> Result<CancellationToken, String> {
     let stop = CancellationToken::new();
-    let mut terminate = signal(SignalKind::terminate()).context("catch SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("catch SIGINT")?;
+    let mut terminate = handle(SignalKind::terminate(), "SIGTERM")?;
+    let mut interrupt = handle(SignalKind::interrupt(), "SIGINT")?;
     let token = stop.clone();
     tokio::spawn(async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        tracing::info!("asked to stop");
+        tracing::info!("received a signal to stop");
         token.cancel();
     });
     Ok(stop)
+}
+
+fn handle(kind: SignalKind, name: &str) -> Result<Signal, String> {
+    signal(kind).map_err(|e| format!("cannot handle {name}: {e}"))
 }

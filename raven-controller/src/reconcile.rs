@@ -1,81 +1,95 @@
-//! The loop: updates come in, are coalesced, and the leader brings the cluster's Gateways in line.
+//! Reconciles Gateways: waits for changes of the cluster, decides, and writes the difference while this replica leads.
 //!
-//! Owns the [`World`]. Every turn decides for the whole cluster; a turn that changes nothing writes nothing.
+//! Each run decides for the whole cluster. A run without differences writes nothing.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use futures::{FutureExt, StreamExt};
 use jiff::Timestamp;
 use raven_api::gateway::{Gateway, GatewayStatus};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
-use crate::apply::{Error, Writer, Written};
-use crate::gateway::{Decision, Decisions, GatewayFacts, Inputs, decide, events};
-use crate::lead::Mandate;
-use crate::watch::Update;
-use crate::world::{Settings, World};
+use crate::apply::{Error, StatusWrite, Writer};
+use crate::cluster::{Snapshot, Update};
+use crate::gateway::facts::GatewayFacts;
+use crate::gateway::inputs::Inputs;
+use crate::gateway::status::Decision;
+use crate::gateway::{Decisions, decide, events};
+use crate::lead::Leadership;
 
-// Long enough that a kubectl apply of a directory is one turn, short enough that nobody waits for it.
+// Coalesces a `kubectl apply` of a directory into one run; too short to be noticed by users.
 const COALESCE: Duration = Duration::from_millis(200);
-// Status writes at a time: after an outage there may be hundreds.
-const PARALLEL: usize = 8;
+// Concurrent status writes: after an outage there may be hundreds.
+const CONCURRENT_WRITES: usize = 8;
 
-// What came of a turn's writes.
+// Results of a run's writes.
 #[derive(Default)]
 struct Tally {
     written: usize,
     failed: usize,
 }
 
-/// Brings the cluster's Gateways in line with what [`decide`] says.
-pub struct Reconciler {
-    world: World,
+/// Writes the decisions of [`decide`] to the API server.
+pub(crate) struct Reconciler {
     writer: Writer,
-    updates: mpsc::Receiver<Update>,
-    mandate: Mandate,
-    ready: watch::Sender<bool>,
+    snapshots: watch::Receiver<Arc<Snapshot>>,
+    updates: mpsc::Sender<Update>,
+    leadership: Leadership,
     strays: BTreeSet<String>,
+    runs: u64,
 }
 
-// === impl Reconciler ===
-
 impl Reconciler {
-    /// A reconciler with nothing known yet. `mandate` comes from the elector, `ready` goes to the health probes.
-    pub fn new(settings: Settings, writer: Writer, updates: mpsc::Receiver<Update>, mandate: Mandate, ready: watch::Sender<bool>) -> Self {
-        Self { world: World::new(settings), writer, updates, mandate, ready, strays: BTreeSet::new() }
+    /// Creates a reconciler. Results of its writes are sent to `updates`, so that the next run is based on them.
+    pub(crate) fn new(
+        writer: Writer,
+        snapshots: watch::Receiver<Arc<Snapshot>>,
+        updates: mpsc::Sender<Update>,
+        leadership: Leadership,
+    ) -> Self {
+        Self { writer, snapshots, updates, leadership, strays: BTreeSet::new(), runs: 0 }
     }
 
-    /// Runs until `stop`.
-    pub async fn run(mut self, stop: CancellationToken) {
+    /// Reconciles until `stop` is cancelled.
+    pub(crate) async fn run(mut self, stop: CancellationToken) {
         let mut due: Option<Instant> = None;
         let mut delays = backoff();
+        let mut revision = 0;
         loop {
-            let may = due.filter(|_| *self.mandate.leads.borrow() && self.world.complete());
+            let next_run = due.filter(|_| *self.leadership.leads.borrow() && self.snapshots.borrow().complete);
             tokio::select! {
-                update = self.updates.recv() => {
-                    let Some(update) = update else { return };
-                    if self.world.absorb(update) {
+                changed = self.snapshots.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    // Own writes do not advance the revision and need no run; a failed run is repeated after its backoff.
+                    let latest = self.snapshots.borrow_and_update().revision;
+                    if latest != revision {
+                        revision = latest;
                         due = earlier(due, COALESCE);
                     }
-                    self.ready.send_if_modified(|ready| std::mem::replace(ready, self.world.complete()) != self.world.complete());
                 }
-                changed = self.mandate.leads.changed() => {
+                changed = self.leadership.leads.changed() => {
                     if changed.is_err() {
                         return;
                     }
                     due = earlier(due, Duration::ZERO);
                 }
-                () = tokio::time::sleep_until(may.unwrap_or_else(Instant::now)), if may.is_some() => {
-                    let Tally { written, failed } = self.guarded_turn(&stop).await;
+                () = tokio::time::sleep_until(next_run.unwrap_or_else(Instant::now)), if next_run.is_some() => {
+                    self.runs += 1;
+                    let span = tracing::info_span!("reconcile", run = self.runs);
+                    let Tally { written, failed } = self.reconcile_while_leading(&stop).instrument(span).await;
                     if failed == 0 {
                         delays = backoff();
                     }
-                    // After a write the world is what the server answered, which may hold news (a spec that changed meanwhile), and the
-                    // watch, which says the same later, then seems to bring none: so look once more.
+                    // The response to a write may contain a concurrent change (for example of the spec). The watch then reports no difference, so
+                    // another run is needed.
                     due = match (written, failed) {
                         (0, 0) => None,
                         (_, 0) => earlier(None, COALESCE),
@@ -87,29 +101,29 @@ impl Reconciler {
         }
     }
 
-    // A turn ends early when somebody else leads or the process stops: a write that is half done is either done or not, and the next
-    // leader finds out which.
-    async fn guarded_turn(&mut self, stop: &CancellationToken) -> Tally {
-        let mut leads = self.mandate.leads.clone();
+    // A run ends early if this replica loses the Lease or the process stops. A write in progress either takes effect or not; the next leader
+    // observes which.
+    async fn reconcile_while_leading(&mut self, stop: &CancellationToken) -> Tally {
+        let mut leads = self.leadership.leads.clone();
         tokio::select! {
-            tally = self.turn() => tally,
+            tally = self.reconcile() => tally,
             _ = leads.wait_for(|leads| !leads) => Tally::default(),
             () = stop.cancelled() => Tally::default(),
         }
     }
 
-    async fn turn(&mut self) -> Tally {
-        let inputs = self.world.inputs();
+    async fn reconcile(&mut self) -> Tally {
+        let inputs = self.snapshots.borrow().inputs();
         let decisions = decide(&inputs);
         self.log_strays(&decisions);
-        // Statuses before creations and deletions: what exists is worth more than what is to come.
+        // Statuses first: existing Gateways take precedence over creations and deletions.
         let mut tally = Tally::default();
         self.write_statuses(&inputs, &decisions, &mut tally).await;
         self.write_gateways(&inputs, &decisions, &mut tally).await;
         tally
     }
 
-    async fn write_statuses(&mut self, inputs: &Inputs, decisions: &Decisions, tally: &mut Tally) {
+    async fn write_statuses(&self, inputs: &Inputs, decisions: &Decisions, tally: &mut Tally) {
         let now = Timestamp::now();
         let mut writes = Vec::new();
         for (name, decision) in &decisions.gateways {
@@ -121,49 +135,55 @@ impl Reconciler {
                 writes.push(write_status(&self.writer, inputs, facts, decision, status).boxed());
             }
         }
-        let results: Vec<_> = futures::stream::iter(writes).buffer_unordered(PARALLEL).collect().await;
-        for result in results {
-            self.account(result, tally);
-        }
+        let results: Vec<_> = futures::stream::iter(writes).buffer_unordered(CONCURRENT_WRITES).collect().await;
+        self.account(results, tally).await;
     }
 
-    async fn write_gateways(&mut self, inputs: &Inputs, decisions: &Decisions, tally: &mut Tally) {
+    async fn write_gateways(&self, inputs: &Inputs, decisions: &Decisions, tally: &mut Tally) {
+        let mut results = Vec::new();
         for gateway in &decisions.create {
             let result = self.writer.create(gateway).await;
             if let Ok(created) = &result {
-                tracing::info!(gateway = created.metadata.name, "made a Gateway by a pool rule");
+                tracing::info!(gateway = created.metadata.name, "created a Gateway required by a pool rule");
             }
-            self.account(result.map(Some), tally);
+            results.push(result.map(Some));
         }
         for gateway in decisions.delete.iter().filter_map(|name| inputs.gateways.get(name)) {
             let result = self.writer.delete(&gateway.resource).await;
             if result.is_ok() {
-                tracing::info!(gateway = %gateway.name, "deleted a Gateway that no pool rule wants any more");
+                tracing::info!(gateway = %gateway.name, "deleted a Gateway that no pool rule requires");
             }
-            self.account(result.map(|()| None), tally);
+            results.push(result.map(|()| None));
         }
+        self.account(results, tally).await;
     }
 
-    fn account(&mut self, result: Result<Option<Gateway>, Error>, tally: &mut Tally) {
-        match result {
-            Ok(written) => {
-                tally.written += 1;
-                if let Some(gateway) = written {
-                    self.world.absorb_gateway(gateway);
+    // Counts results and adds the written Gateways to the cluster's state, before the watch reports them.
+    async fn account(&self, results: Vec<Result<Option<Gateway>, Error>>, tally: &mut Tally) {
+        let mut gateways = Vec::new();
+        for result in results {
+            match result {
+                Ok(written) => {
+                    tally.written += 1;
+                    gateways.extend(written);
+                }
+                Err(e) => {
+                    tally.failed += 1;
+                    tracing::warn!(error = %e, "write failed; retrying with backoff");
                 }
             }
-            Err(e) => {
-                tally.failed += 1;
-                tracing::warn!(error = %e, "will be tried again");
-            }
+        }
+        let (absorbed, in_snapshot) = oneshot::channel();
+        if !gateways.is_empty() && self.updates.send(Update::Written(gateways, absorbed)).await.is_ok() {
+            let _ = in_snapshot.await;
         }
     }
 
-    // There is no Gateway whose condition could say it. Said once, and again when it changes.
+    // No Gateway has a condition for these nodes. Each message is logged once until it changes.
     fn log_strays(&mut self, decisions: &Decisions) {
         let strays: BTreeSet<String> = decisions.strays.iter().cloned().collect();
         for stray in strays.difference(&self.strays) {
-            tracing::warn!("{stray}");
+            tracing::warn!(reason = %stray, "nodes belong to no pool");
         }
         self.strays = strays;
     }
@@ -177,14 +197,14 @@ async fn write_status(
     status: GatewayStatus,
 ) -> Result<Option<Gateway>, Error> {
     let gateway = facts.resource.as_ref();
-    let Written::Now(written) = writer.status(gateway, &status).await? else {
+    let StatusWrite::Written(written) = writer.status(gateway, &status).await? else {
         return Ok(None);
     };
     for change in events::changes(inputs, &facts.name, gateway.status.as_ref(), &status) {
         if change.warning {
-            tracing::warn!(gateway = %facts.name, reason = %change.reason, "{}", change.note);
+            tracing::warn!(gateway = %facts.name, reason = %change.reason, note = %change.note, "Gateway changed");
         } else {
-            tracing::info!(gateway = %facts.name, reason = %change.reason, "{}", change.note);
+            tracing::info!(gateway = %facts.name, reason = %change.reason, note = %change.note, "Gateway changed");
         }
         writer.event(gateway, &change, None).await;
     }

@@ -1,12 +1,11 @@
-//! What the API server holds, followed by watches.
-//!
-//! Each `follow_*` function is a task that sends [`Update`]s; [`World`](crate::world::World) absorbs them.
+//! Watches of the API server. Each task sends [`Update`]s to [`cluster::run`](crate::cluster::run); each kind is watched once for both halves.
 
 use std::fmt::Debug;
 use std::pin::pin;
 use std::time::Duration;
 
-use futures::{Stream, StreamExt, TryStreamExt};
+use futures::future::BoxFuture;
+use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
@@ -16,17 +15,18 @@ use kube::discovery::ApiResource;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
-use raven_api::guarded::{Guarded, Told};
-use raven_api::proxy::LABEL_GATEWAY_TYPE;
+use raven_api::guarded::{Guarded, UnreadableLog};
+use raven_api::names::{API_SERVER_NAMESPACE, API_SERVER_SLICE, SWITCHES_CONFIG_MAP};
+use raven_api::proxy::{INTERNAL_SERVICE, LABEL_GATEWAY_TYPE};
 use raven_api::{Gateway, GatewayNode};
 use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 
-use crate::config::CONFIG_MAP;
+use crate::cluster::{ObservedGatewayNode, Update};
 
-/// A kind of somebody else's, whose CRD may be absent, come and go.
+/// A kind of another project whose CRD may be absent.
 #[derive(Debug)]
-pub struct Optional {
+struct OptionalKind {
     crd: &'static str,
     group: &'static str,
     // In order of preference.
@@ -38,145 +38,82 @@ pub struct Optional {
 }
 
 /// NodePools of OpenYurt.
-pub const NODE_POOLS: Optional = Optional {
+static NODE_POOLS: OptionalKind = OptionalKind {
     crd: "nodepools.apps.openyurt.io",
     group: "apps.openyurt.io",
     versions: &["v1beta1", "v1beta2", "v1alpha1"],
     kind: "NodePool",
     plural: "nodepools",
     wrap: Update::Pool,
-    absent: || Update::NoPools,
+    absent: || Update::PoolsAbsent,
 };
 
 /// Blocks of Calico's IPAM: one watch for the whole cluster.
-pub const BLOCKS: Optional = Optional {
+static BLOCKS: OptionalKind = OptionalKind {
     crd: "blockaffinities.crd.projectcalico.org",
     group: "crd.projectcalico.org",
     versions: &["v1"],
     kind: "BlockAffinity",
     plural: "blockaffinities",
     wrap: Update::Block,
-    absent: || Update::NoBlocks,
+    absent: || Update::BlocksAbsent,
 };
 
-// The API server tells where it can be reached in this one object.
-const API_SERVER_SLICE: (&str, &str) = ("default", "kubernetes");
-// ServiceCIDRs come with an upgrade of the API server, which is rare.
-const LOOK_AGAIN: Duration = Duration::from_secs(600);
+// An upgrade of the API server adds ServiceCIDRs, which is rare.
+const SERVICE_CIDR_RETRY: Duration = Duration::from_secs(600);
+// Number of consecutive 403 and 404 responses after which a kind counts as unavailable. A starting API server, or one without Raven's RBAC
+// yet, refuses for a moment, and decisions without the missing facts would be wrong.
+const REFUSALS: u32 = 3;
 
-/// Something that a watch said.
-#[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "nearly all are Nodes, the largest: a box for each would cost more than it saves")]
-pub enum Update {
-    /// About Gateways.
-    Gateway(Event<Gateway>),
-    /// About Nodes.
-    Node(Event<Guarded<Node>>),
-    /// About NodePools.
-    Pool(Event<Guarded<DynamicObject>>),
-    /// The CRD of NodePools is not installed.
-    NoPools,
-    /// About Calico's BlockAffinities.
-    Block(Event<Guarded<DynamicObject>>),
-    /// Calico is not installed.
-    NoBlocks,
-    /// About ranges of Service addresses.
-    Services(Event<ServiceCIDR>),
-    /// They cannot be known from the API server.
-    NoServices,
-    /// About the API server's addresses.
-    ApiServer(Event<EndpointSlice>),
-    /// They cannot be known.
-    NoApiServer,
-    /// About our Services of type LoadBalancer.
-    Balancer(Event<Service>),
-    /// They cannot be known.
-    NoBalancers,
-    /// About GatewayNodes.
-    Link(Event<Guarded<DynamicObject>>),
-    /// They cannot be read: nobody is known to be cut off.
-    NoLinks,
-    /// About ConfigMap `raven-cfg`.
-    Switches(Event<ConfigMap>),
-    /// The ConfigMap cannot be read: its defaults hold until it can.
-    NoSwitches,
+/// Returns the tasks of all watches, with a name for each. They end only when the receiver of the updates is dropped.
+pub(crate) fn tasks(client: &Client, namespace: &str, updates: &mpsc::Sender<Update>) -> Vec<(&'static str, BoxFuture<'static, ()>)> {
+    let all = watcher::Config::default;
+    let named = |name: &str| watcher::Config::default().fields(&format!("metadata.name={name}"));
+    let (client, send) = (|| client.clone(), || updates.clone());
+    let services = || Api::<Service>::namespaced(client(), namespace);
+    let gateways = events(Api::<Gateway>::all(client()), all());
+    let nodes = guarded("Node", Api::<Guarded<Node>>::all(client()), all());
+    let config_maps = Api::<ConfigMap>::namespaced(client(), namespace);
+    let switches = events(config_maps, named(SWITCHES_CONFIG_MAP));
+    // Two watches of Services with different selectors. Upstream's load balancers lack the label of the controller, so one selector cannot
+    // match both kinds of Services.
+    let balancers = events(services(), watcher::Config::default().labels(LABEL_GATEWAY_TYPE));
+    let internal_service = events(services(), named(INTERNAL_SERVICE));
+    let slices = Api::<EndpointSlice>::namespaced(client(), API_SERVER_NAMESPACE);
+    let api_servers = events(slices, named(API_SERVER_SLICE));
+    vec![
+        ("watch of Gateways", follow("Gateway", gateways, send(), Update::Gateway, None).boxed()),
+        ("watch of Nodes", follow("Node", nodes, send(), Update::Node, None).boxed()),
+        (
+            "watch of ConfigMap raven-cfg",
+            follow("ConfigMap", switches, send(), Update::Switches, Some(|| Update::SwitchesUnavailable)).boxed(),
+        ),
+        (
+            "watch of GatewayNodes",
+            follow("GatewayNode", gateway_nodes(client()), send(), Update::GatewayNode, Some(|| Update::GatewayNodesUnavailable)).boxed(),
+        ),
+        ("watch of load balancers", follow("Service", balancers, send(), Update::Balancer, Some(|| Update::BalancersUnavailable)).boxed()),
+        ("watch of the internal Service", follow("Service", internal_service, send(), Update::InternalService, None).boxed()),
+        (
+            "watch of the API server's addresses",
+            follow("EndpointSlice", api_servers, send(), Update::ApiServer, Some(|| Update::ApiServerUnavailable)).boxed(),
+        ),
+        ("watch of ServiceCIDRs", follow_service_cidrs(client(), send()).boxed()),
+        ("watch of BlockAffinities", follow_optional(client(), &BLOCKS, send()).boxed()),
+        ("watch of NodePools", follow_optional(client(), &NODE_POOLS, send()).boxed()),
+    ]
 }
 
-/// Follows all Gateways.
-pub async fn follow_gateways(client: Client, updates: mpsc::Sender<Update>) {
-    follow(events(Api::<Gateway>::all(client), watcher::Config::default()), &updates, Update::Gateway, None).await;
-}
-
-/// Follows all Nodes.
-pub async fn follow_nodes(client: Client, updates: mpsc::Sender<Update>) {
-    follow(guarded("Node", Api::<Guarded<Node>>::all(client), watcher::Config::default()), &updates, Update::Node, None).await;
-}
-
-/// Follows our Services of type LoadBalancer: their addresses are what others dial.
-pub async fn follow_balancers(client: Client, namespace: String, updates: mpsc::Sender<Update>) {
-    let ours = watcher::Config::default().labels(LABEL_GATEWAY_TYPE);
-    let api = Api::<Service>::namespaced(client, &namespace);
-    follow(events(api, ours), &updates, Update::Balancer, Some(|| Update::NoBalancers)).await;
-}
-
-/// Follows what gateway nodes say of their connections.
-pub async fn follow_links(client: Client, updates: mpsc::Sender<Update>) {
-    let api = Api::<Guarded<DynamicObject>>::all_with(client, &ApiResource::erase::<GatewayNode>(&()));
-    follow(guarded("GatewayNode", api, watcher::Config::default()), &updates, Update::Link, Some(|| Update::NoLinks)).await;
-}
-
-/// Follows the one ConfigMap with the switches.
-pub async fn follow_switches(client: Client, namespace: String, updates: mpsc::Sender<Update>) {
-    let only = watcher::Config::default().fields(&format!("metadata.name={CONFIG_MAP}"));
-    let api = Api::<ConfigMap>::namespaced(client, &namespace);
-    follow(events(api, only), &updates, Update::Switches, Some(|| Update::NoSwitches)).await;
-}
-
-/// Follows the addresses of the API server.
-pub async fn follow_api_server(client: Client, updates: mpsc::Sender<Update>) {
-    let (namespace, name) = API_SERVER_SLICE;
-    let only = watcher::Config::default().fields(&format!("metadata.name={name}"));
-    let api = Api::<EndpointSlice>::namespaced(client, namespace);
-    follow(events(api, only), &updates, Update::ApiServer, Some(|| Update::NoApiServer)).await;
-}
-
-/// Follows the ranges of Service addresses, where the API server has them as objects (Kubernetes 1.33 and later); looks again now and then
-/// where it has not.
-pub async fn follow_services(client: Client, updates: mpsc::Sender<Update>) {
-    let mut said = false;
-    loop {
-        match client.list_api_group_resources("networking.k8s.io/v1").await {
-            Ok(list) if list.resources.iter().any(|r| r.name == "servicecidrs") => break,
-            Ok(_) if !said => {
-                tracing::warn!(
-                    "this API server has no ServiceCIDR objects: name the range of Service addresses by --service-cidr, so that no Gateway can claim it"
-                );
-                said = true;
-            }
-            Ok(_) => {}
-            Err(e) => tracing::warn!(error = %e, "ask the API server whether it has ServiceCIDR objects"),
-        }
-        if updates.send(Update::NoServices).await.is_err() {
-            return;
-        }
-        tokio::time::sleep(LOOK_AGAIN).await;
-    }
-    let api = Api::<ServiceCIDR>::all(client);
-    follow(events(api, watcher::Config::default()), &updates, Update::Services, Some(|| Update::NoServices)).await;
-}
-
-/// What a watch says of objects that people and controllers write: none of them is unreadable but by a defect, and then nothing is done
-/// without it.
-pub fn events<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Result<Event<K>>> + Send
+/// Watches objects that users and controllers write. They are readable, unless there is a defect; the watch then fails until it is fixed.
+fn events<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Result<Event<K>>> + Send + use<K>
 where
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
 {
     watcher(api, config).default_backoff()
 }
 
-/// The same of objects that a node writes about itself (its agent, its kubelet, its CNI): one that cannot be read is named in the log,
-/// once, and counts as absent.
-pub fn guarded<K>(
+/// Watches objects that a node writes about itself (agent, kubelet, CNI). An unreadable object is logged once and counts as absent.
+pub(crate) fn guarded<K>(
     kind: &'static str,
     api: Api<Guarded<K>>,
     config: watcher::Config,
@@ -184,23 +121,45 @@ pub fn guarded<K>(
 where
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    let mut told = Told::of(kind);
+    let mut log = UnreadableLog::new(kind);
     events(api, config).inspect_ok(move |event| match event {
-        Event::Apply(object) | Event::InitApply(object) => {
-            if let Some(news) = told.news(object) {
-                tracing::warn!("{news}");
-            }
-        }
-        Event::Delete(object) => told.forget(&object.name_any()),
+        Event::Apply(object) | Event::InitApply(object) => log_unreadable(&mut log, object),
+        Event::Delete(object) => log.forget(&object.name_any()),
         Event::Init | Event::InitDone => {}
     })
 }
 
+fn log_unreadable<K: Resource>(log: &mut UnreadableLog, object: &Guarded<K>) {
+    if let Some(error) = log.first_failure(object) {
+        let name = object.name_any();
+        tracing::warn!(kind = log.kind(), name, error, "object is unreadable and is ignored; inspect the node that wrote it");
+    }
+}
+
+// GatewayNodes are parsed twice: the link reports leniently, the rest only if the complete object is readable.
+fn gateway_nodes(client: Client) -> impl Stream<Item = watcher::Result<Event<ObservedGatewayNode>>> + Send {
+    let api = Api::<Guarded<DynamicObject>>::all_with(client, &ApiResource::erase::<GatewayNode>(&()));
+    let mut log = UnreadableLog::new("GatewayNode");
+    let mut parse = move |object| {
+        let (observed, typed) = ObservedGatewayNode::parse(object);
+        log_unreadable(&mut log, &typed);
+        observed
+    };
+    events(api, watcher::Config::default()).map_ok(move |event| match event {
+        Event::Apply(object) => Event::Apply(parse(object)),
+        Event::InitApply(object) => Event::InitApply(parse(object)),
+        Event::Delete(object) => Event::Delete(ObservedGatewayNode::parse(object).0),
+        Event::Init => Event::Init,
+        Event::InitDone => Event::InitDone,
+    })
+}
+
 async fn follow<K>(
+    kind: &'static str,
     events: impl Stream<Item = watcher::Result<Event<K>>>,
-    updates: &mpsc::Sender<Update>,
+    updates: mpsc::Sender<Update>,
     wrap: fn(Event<K>) -> Update,
-    failed: Option<fn() -> Update>,
+    unavailable: Option<fn() -> Update>,
 ) {
     let mut events = pin!(events);
     let mut refusals = 0;
@@ -211,9 +170,9 @@ async fn follow<K>(
                 Some(wrap(event))
             }
             Err(e) => {
-                tracing::warn!(kind = %std::any::type_name::<K>(), error = %e, "watch (is the CRD installed, and does RBAC allow it?)");
+                tracing::warn!(kind, error = %e, "watch failed; retrying (check that the CRD is installed and that RBAC allows list and watch)");
                 refusals += u32::from(is_refusal(&e));
-                failed.filter(|_| refusals >= REFUSALS).map(|make| make())
+                unavailable.filter(|_| refusals >= REFUSALS).map(|update| update())
             }
         };
         let Some(update) = update else { continue };
@@ -223,64 +182,84 @@ async fn follow<K>(
     }
 }
 
-/// An API server that is starting, or whose RBAC is not there yet, refuses for a moment: only one that goes on refusing means it, and
-/// decisions without what it did not tell would be wrong ones.
-const REFUSALS: u32 = 3;
-
 fn is_refusal(error: &watcher::Error) -> bool {
     use watcher::Error::{InitialListFailed, WatchFailed, WatchStartFailed};
     matches!(error, InitialListFailed(kube::Error::Api(status)) | WatchStartFailed(kube::Error::Api(status)) | WatchFailed(kube::Error::Api(status))
         if matches!(status.code, 403 | 404))
 }
 
-/// Follows all objects of a kind, as long as its CRD is installed; notices when it comes, goes, or serves another version.
-pub async fn follow_optional(client: Client, what: &'static Optional, updates: mpsc::Sender<Update>) {
-    let only = watcher::Config::default().fields(&format!("metadata.name={}", what.crd));
+/// Watches ServiceCIDRs (Kubernetes 1.33 and later). Checks periodically whether the API server has them.
+async fn follow_service_cidrs(client: Client, updates: mpsc::Sender<Update>) {
+    let mut logged = false;
+    loop {
+        match client.list_api_group_resources("networking.k8s.io/v1").await {
+            Ok(list) if list.resources.iter().any(|r| r.name == "servicecidrs") => break,
+            Ok(_) if !logged => {
+                tracing::warn!(
+                    "this API server has no ServiceCIDR objects; set --service-cidr to the range of Service addresses, so that no Gateway can claim it"
+                );
+                logged = true;
+            }
+            Ok(_) => {}
+            Err(e) => tracing::warn!(error = %e, "cannot list the resources of networking.k8s.io/v1; retrying"),
+        }
+        if updates.send(Update::ServiceCidrsUnavailable).await.is_err() {
+            return;
+        }
+        tokio::time::sleep(SERVICE_CIDR_RETRY).await;
+    }
+    let ranges = events(Api::<ServiceCIDR>::all(client), watcher::Config::default());
+    follow("ServiceCIDR", ranges, updates, Update::ServiceCidr, Some(|| Update::ServiceCidrsUnavailable)).await;
+}
+
+/// Watches all objects of a kind while its CRD is installed. Follows the installation, the removal and the served versions of the CRD.
+async fn follow_optional(client: Client, optional: &'static OptionalKind, updates: mpsc::Sender<Update>) {
+    let only = watcher::Config::default().fields(&format!("metadata.name={}", optional.crd));
     let mut crds = pin!(watcher(Api::<CustomResourceDefinition>::all(client.clone()), only).default_backoff());
-    let mut installed = Installed::of(what);
+    let mut installed = Installed::new(optional);
     let mut objects = futures::stream::pending().boxed();
     loop {
         tokio::select! {
             Some(event) = crds.next() => match installed.absorb(event) {
                 None => {}
                 Some(Some(version)) => {
-                    tracing::info!(crd = what.crd, %version, "installed");
-                    objects = guarded(what.kind, objects_of(&client, what, version), watcher::Config::default()).boxed();
+                    tracing::info!(crd = optional.crd, version, "CRD is installed");
+                    objects = guarded(optional.kind, objects_of(&client, optional, version), watcher::Config::default()).boxed();
                 }
                 Some(None) => {
                     objects = futures::stream::pending().boxed();
-                    if updates.send((what.absent)()).await.is_err() {
+                    if updates.send((optional.absent)()).await.is_err() {
                         return;
                     }
                 }
             },
             Some(event) = objects.next() => match event {
                 Ok(event) => {
-                    if updates.send((what.wrap)(event)).await.is_err() {
+                    if updates.send((optional.wrap)(event)).await.is_err() {
                         return;
                     }
                 }
-                Err(e) => tracing::warn!(kind = what.kind, error = %e, "watch (does RBAC allow it?)"),
+                Err(e) => tracing::warn!(kind = optional.kind, error = %e, "watch failed; retrying (check that RBAC allows list and watch)"),
             },
             else => return,
         }
     }
 }
 
-// Whether the CRD is there, and which version of it to read.
+// Installation state of a CRD, and the version to watch.
 struct Installed {
-    what: &'static Optional,
-    // None: not known yet.
+    optional: &'static OptionalKind,
+    // `None`: unknown yet. `Some(None)`: not installed.
     version: Option<Option<&'static str>>,
     listed: Option<&'static str>,
 }
 
 impl Installed {
-    fn of(what: &'static Optional) -> Self {
-        Self { what, version: None, listed: None }
+    fn new(optional: &'static OptionalKind) -> Self {
+        Self { optional, version: None, listed: None }
     }
 
-    // Some if what holds from now on is not what held before.
+    // Returns the new state if it changed.
     fn absorb(&mut self, event: Result<Event<CustomResourceDefinition>, watcher::Error>) -> Option<Option<&'static str>> {
         let now = match event {
             Ok(Event::Init) => {
@@ -288,15 +267,16 @@ impl Installed {
                 return None;
             }
             Ok(Event::InitApply(crd)) => {
-                self.listed = served_version(&crd, self.what.versions);
+                self.listed = served_version(&crd, self.optional.versions);
                 return None;
             }
             Ok(Event::InitDone) => self.listed,
-            Ok(Event::Apply(crd)) => served_version(&crd, self.what.versions),
+            Ok(Event::Apply(crd)) => served_version(&crd, self.optional.versions),
             Ok(Event::Delete(_)) => None,
             Err(e) => {
-                tracing::warn!(error = %e, "watch the CRD {} (does RBAC allow it?)", self.what.crd);
-                // Only a plain 'no' counts, and only in the beginning: to forget all NodePools for a hiccup would tear all pools down.
+                tracing::warn!(crd = self.optional.crd, error = %e, "cannot watch the CRD; retrying (check that RBAC allows list and watch)");
+                // Only 403 counts as absent, and only if nothing is known yet: dropping all NodePools because of an outage would dissolve all
+                // pools.
                 if self.version.is_some() || !is_forbidden(&e) {
                     return None;
                 }
@@ -307,18 +287,18 @@ impl Installed {
     }
 }
 
-fn objects_of(client: &Client, what: &Optional, version: &str) -> Api<Guarded<DynamicObject>> {
+fn objects_of(client: &Client, optional: &OptionalKind, version: &str) -> Api<Guarded<DynamicObject>> {
     let resource = ApiResource {
-        group: what.group.to_owned(),
+        group: optional.group.to_owned(),
         version: version.to_owned(),
-        api_version: format!("{}/{version}", what.group),
-        kind: what.kind.to_owned(),
-        plural: what.plural.to_owned(),
+        api_version: format!("{}/{version}", optional.group),
+        kind: optional.kind.to_owned(),
+        plural: optional.plural.to_owned(),
     };
     Api::all_with(client.clone(), &resource)
 }
 
-// None also for a CRD that is about to go, or that the API server has not taken up yet: it says so by another event.
+// `None` also for a CRD that is being deleted or is not established yet: a later event reports that.
 fn served_version(crd: &CustomResourceDefinition, versions: &[&'static str]) -> Option<&'static str> {
     let conditions = crd.status.as_ref().and_then(|s| s.conditions.as_deref()).unwrap_or_default();
     let established = conditions.iter().any(|c| c.type_ == "Established" && c.status == "True");
@@ -335,7 +315,14 @@ fn is_forbidden(error: &watcher::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+
+    use tokio::sync::watch;
+
     use super::*;
+    use crate::cluster::{self, Cluster, DecisionSettings};
+    use crate::fake_api::{FakeApi, list};
 
     fn crd(served: &[&str], established: bool) -> CustomResourceDefinition {
         let versions: Vec<_> = ["v1alpha1", "v1beta1", "v1beta2"]
@@ -358,15 +345,15 @@ mod tests {
     }
 
     #[test]
-    fn node_pools_are_installed_once_their_crd_is_established_and_each_change_is_said_once() {
-        let mut installed = Installed::of(&NODE_POOLS);
+    fn established_crd_is_reported_once_per_change() {
+        let mut installed = Installed::new(&NODE_POOLS);
         assert_eq!(installed.absorb(Ok(Event::Init)), None);
         assert_eq!(installed.absorb(Ok(Event::InitDone)), Some(None));
         assert_eq!(installed.absorb(Ok(Event::Apply(crd(&["v1beta2"], false)))), None);
         assert_eq!(installed.absorb(Ok(Event::Apply(crd(&["v1beta2"], true)))), Some(Some("v1beta2")));
         assert_eq!(installed.absorb(Ok(Event::Apply(crd(&["v1beta2"], true)))), None);
         assert_eq!(installed.absorb(Ok(Event::Apply(crd(&["v1beta1", "v1beta2"], true)))), Some(Some("v1beta1")));
-        // A listing in between, as after a lost connection, says nothing new.
+        // A new listing, as after a lost connection, changes nothing.
         assert_eq!(installed.absorb(Ok(Event::Init)), None);
         assert_eq!(installed.absorb(Ok(Event::InitApply(crd(&["v1beta1"], true)))), None);
         assert_eq!(installed.absorb(Ok(Event::InitDone)), None);
@@ -374,11 +361,43 @@ mod tests {
     }
 
     #[test]
-    fn without_the_right_to_look_there_are_no_node_pools_but_known_ones_are_not_forgotten() {
-        let mut installed = Installed::of(&NODE_POOLS);
+    fn forbidden_crd_counts_as_absent_only_if_nothing_is_known() {
+        let mut installed = Installed::new(&NODE_POOLS);
         assert_eq!(installed.absorb(Err(watcher::Error::NoResourceVersion)), None);
         assert_eq!(installed.absorb(Err(forbidden())), Some(None));
         assert_eq!(installed.absorb(Ok(Event::Apply(crd(&["v1beta1"], true)))), Some(Some("v1beta1")));
         assert_eq!(installed.absorb(Err(forbidden())), None);
+    }
+
+    #[tokio::test]
+    async fn unreadable_objects_of_one_node_do_not_affect_other_nodes() {
+        let api = FakeApi::serve(|request| {
+            Ok(match request {
+                "GET /apis/raven.openyurt.io/v1beta1/gatewaynodes" => list(&[
+                    r#"{"metadata":{"name":"stolen"},"spec":{},"status":{"peers":[{"nodeName":"y","gateway":"y","lastHandshake":"2026-01-01T00:00:00+99:99"}]}}"#,
+                    r#"{"metadata":{"name":"taken","managedFields":[{"manager":"x","time":"9999-12-31T23:59:59Z"}]},"spec":{}}"#,
+                    r#"{"metadata":{"name":"good"},"spec":{}}"#,
+                ]),
+                "GET /api/v1/nodes" => list(&[
+                    r#"{"metadata":{"name":"stolen","uid":"1"},"status":{"conditions":[{"type":"X","status":"True","lastHeartbeatTime":"9999-12-31T23:59:59Z"}]}}"#,
+                    r#"{"metadata":{"name":"good","uid":"2"}}"#,
+                ]),
+                _ => list(&[]),
+            })
+        })
+        .await;
+        let (updates_tx, updates) = mpsc::channel(16);
+        let cluster = Cluster::new(DecisionSettings::default());
+        let (snapshots_tx, mut snapshots) = watch::channel(Arc::new(cluster.snapshot()));
+        for (_, task) in tasks(&api.client, "kube-system", &updates_tx) {
+            tokio::spawn(task);
+        }
+        tokio::spawn(cluster::run(cluster, updates, snapshots_tx));
+        let listed = tokio::time::timeout(Duration::from_secs(10), snapshots.wait_for(|snapshot| snapshot.proxies_complete));
+        let snapshot = listed.await.expect("everything is listed").expect("the task runs").clone();
+        let names: Vec<String> = snapshot.gateway_nodes().into_iter().filter_map(|node| node.metadata.name).collect();
+        assert_eq!(names, ["good"]);
+        assert_eq!(snapshot.nodes().map(|node| node.name.as_str()).collect::<Vec<_>>(), ["good"]);
+        assert_eq!(snapshot.node_uids(), BTreeMap::from([("good".to_owned(), "2".to_owned())]));
     }
 }

@@ -1,18 +1,17 @@
-//! The webhook by which the API server converts Gateways between v1alpha1 and v1beta1.
+//! The webhook through which the API server converts Gateways between v1alpha1 and v1beta1.
 //!
-//! In the order data flows: [`certificate`] makes a CA and a serving certificate of our own; [`keep`] has both in a Secret, so that all
-//! replicas serve the same, and puts the CA into the CRD; [`serve`] answers the API server; [`convert`] does the work, purely.
+//! [`certificate`] creates a CA and a serving certificate. [`rotation`] stores both in a Secret, so that all replicas serve the same certificate,
+//! and publishes the CA in the CRD. [`serve`] is the HTTPS server, [`convert`] the conversion.
 //!
-//! **A safe order.** The CRD names the webhook from the moment it is installed (`raven_api::schema` says why); it only lacks our CA. So
-//! the CRD can be applied before, after, or again beside a running controller, and at no moment would the API server serve v1alpha1
-//! without asking us. Who asks for v1alpha1 while nobody answers gets an error and loses nothing; v1beta1 is what is stored and needs us
-//! never. (One exception, which Kubernetes has: an object that was last *applied* in v1alpha1 by server-side apply bears that version in
-//! its managedFields, and a server-side apply to it needs the webhook whatever its version.)
+//! **Installation order.** The CRD manifest contains the webhook without its CA (see `raven_api::schema`). The CRD can therefore be applied before
+//! or after the controller, and again at any time; the API server never serves v1alpha1 without the webhook. While the webhook is unavailable,
+//! requests for v1alpha1 fail and change nothing; v1beta1 is the storage version and needs no webhook. One exception is a property of
+//! Kubernetes: if an object was last applied in v1alpha1 by server-side apply, its managedFields contain that version, and a server-side apply in
+//! any version needs the webhook.
 //!
-//! **Whose fields.** By a merge patch that carries the CRD's version, and only where it differs: the controller comes to own `caBundle`
-//! alone, unless it is told by flags to be reached otherwise than the manifest says. Only the leader patches, so replicas with different
-//! flags (a rolling update) do not quarrel. The Secret is filled and renewed by whichever replica comes first; the Secret's version
-//! makes the second one look again.
+//! **Field ownership.** The leader patches the CRD by a merge patch with its resource version, and only if it differs. The controller then owns
+//! `caBundle` only, unless flags override the address of the manifest. Only the leader patches, so replicas with different flags (a rolling
+//! update) do not undo each other's changes. Any replica may rotate the Secret; its resource version prevents concurrent rotations.
 
 use std::net::SocketAddr;
 
@@ -20,36 +19,34 @@ use hyper::Uri;
 use raven_api::schema::{WEBHOOK_PATH, WEBHOOK_SERVICE_PORT};
 use serde_json::{Value, json};
 
-pub mod certificate;
+pub(crate) mod certificate;
 pub mod convert;
-pub mod keep;
-pub mod serve;
+pub(crate) mod rotation;
+pub(crate) mod serve;
 
-/// How the API server reaches the webhook.
+/// Addresses and names of the webhook.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    /// Where it listens.
-    pub listen: SocketAddr,
+pub(crate) struct WebhookConfig {
+    /// Address to listen on.
+    pub(crate) listen: SocketAddr,
     /// Namespace of Service and Secret.
-    pub namespace: String,
-    /// Name of both.
-    pub service: String,
-    /// Instead of the Service.
-    pub url: Option<Uri>,
+    pub(crate) namespace: String,
+    /// Name of Service and Secret.
+    pub(crate) service: String,
+    /// URL that the API server uses instead of the Service.
+    pub(crate) url: Option<Uri>,
 }
 
-// === impl Place ===
-
-impl Place {
-    /// The names that its certificate needs.
-    pub fn names(&self) -> Vec<String> {
+impl WebhookConfig {
+    /// Returns the names that the serving certificate must contain.
+    pub(crate) fn names(&self) -> Vec<String> {
         let service = format!("{}.{}.svc", self.service, self.namespace);
         let host = self.url.as_ref().and_then(Uri::host).map(|host| host.trim_matches(['[', ']']).to_owned());
         [service].into_iter().chain(host).collect()
     }
 
-    /// `spec.conversion.webhook.clientConfig` of the CRD, without its caBundle; `null` for what must not be there.
-    pub fn client_config(&self) -> Value {
+    /// Returns `spec.conversion.webhook.clientConfig` of the CRD without caBundle. Fields that must be absent are `null`.
+    pub(crate) fn client_config(&self) -> Value {
         match &self.url {
             Some(url) => json!({"service": null, "url": format!("{}{WEBHOOK_PATH}", url.to_string().trim_end_matches('/'))}),
             None => json!({
@@ -64,8 +61,8 @@ impl Place {
 mod tests {
     use super::*;
 
-    fn place(url: Option<&'static str>) -> Place {
-        Place {
+    fn config(url: Option<&'static str>) -> WebhookConfig {
+        WebhookConfig {
             listen: ([127, 0, 0, 1], 0).into(),
             namespace: "kube-system".to_owned(),
             service: "hook".to_owned(),
@@ -74,10 +71,10 @@ mod tests {
     }
 
     #[test]
-    fn a_url_replaces_the_service_and_its_host_is_a_name_too() {
-        assert_eq!(place(None).names(), ["hook.kube-system.svc"]);
-        assert_eq!(place(Some("https://[fd00::5]:9443")).names(), ["hook.kube-system.svc", "fd00::5"]);
-        let config = place(Some("https://10.0.0.5:9443")).client_config();
-        assert_eq!((&config["url"], &config["service"]), (&json!("https://10.0.0.5:9443/convert"), &Value::Null));
+    fn url_replaces_the_service_and_its_host_is_a_name_of_the_certificate() {
+        assert_eq!(config(None).names(), ["hook.kube-system.svc"]);
+        assert_eq!(config(Some("https://[fd00::5]:9443")).names(), ["hook.kube-system.svc", "fd00::5"]);
+        let client_config = config(Some("https://10.0.0.5:9443")).client_config();
+        assert_eq!((&client_config["url"], &client_config["service"]), (&json!("https://10.0.0.5:9443/convert"), &Value::Null));
     }
 }

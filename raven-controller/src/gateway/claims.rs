@@ -1,57 +1,56 @@
-//! Who owns a prefix: a trie over all that is claimed so far.
+//! Ownership of prefixes: a trie of all prefixes claimed so far.
 //!
-//! First come, first served; the caller comes in the order of seniority. Answers with the owner that stands in the way.
+//! The first claim wins; the caller submits claims in the order of seniority. A rejected claim returns the conflicting owner.
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use prefix_trie::joint::JointPrefixMap;
 
-use super::{GatewayName, NodeName};
+use super::facts::{GatewayName, NodeName};
 
-/// What a prefix was claimed as.
+/// Source of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// A node's podCIDR.
+pub(crate) enum Kind {
+    /// A prefix of a node's pods.
     Pod,
-    /// Extra, by annotation of the Gateway.
+    /// A prefix from the Gateway's annotation.
     Extra,
 }
 
-/// Who holds a prefix.
+/// Owner of a prefix.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Owner {
-    /// The Gateway.
-    pub gateway: GatewayName,
-    /// The node that carries it.
-    pub node: NodeName,
-    /// As what.
-    pub kind: Kind,
+pub(crate) struct Owner {
+    /// Gateway of the pool.
+    pub(crate) gateway: GatewayName,
+    /// Node that carries the prefix.
+    pub(crate) node: NodeName,
+    /// Source of the claim.
+    pub(crate) kind: Kind,
 }
 
-/// Two claims that cannot both hold.
+/// An existing claim that excludes a new one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Conflict {
-    /// What is held already and overlaps.
-    pub held: IpNet,
-    /// By whom.
-    pub owner: Owner,
+pub(crate) struct Conflict {
+    /// Claimed prefix that overlaps the new one.
+    pub(crate) held: IpNet,
+    /// Its owner.
+    pub(crate) owner: Owner,
 }
 
 /// All prefixes claimed so far.
 #[derive(Default)]
-pub struct Claims {
+pub(crate) struct Claims {
     held: JointPrefixMap<IpNet, Owner>,
 }
 
 impl Claims {
-    /// Claims `prefix` for `owner`. `Ok(false)`: the same pool holds the same prefix already, nothing to add.
-    pub fn claim(&mut self, prefix: IpNet, owner: Owner) -> Result<bool, Conflict> {
-        // Both directions: what contains the prefix, and what it contains.
+    /// Claims `prefix` for `owner`. Returns `Ok(false)` if the same pool already holds the same prefix.
+    pub(crate) fn claim(&mut self, prefix: IpNet, owner: Owner) -> Result<bool, Conflict> {
         let overlapping = self.held.cover(&prefix).chain(self.held.children(&prefix));
         let conflict = overlapping
             .filter(|(held, other)| Self::collide(prefix, &owner, *held, other))
-            // The smallest by name, so that the message does not depend on how the trie walks.
+            // The smallest by name: the message must not depend on the order in which the trie iterates.
             .min_by(|a, b| (&a.1.gateway, a.0).cmp(&(&b.1.gateway, b.0)))
             .map(|(held, other)| Conflict { held, owner: other.clone() });
         if let Some(conflict) = conflict {
@@ -64,12 +63,12 @@ impl Claims {
         Ok(true)
     }
 
-    /// Who has the pod prefix that `address` lies in.
-    pub fn holder(&self, address: IpAddr) -> Option<(IpNet, &Owner)> {
+    /// Returns the longest pod prefix that contains `address`, and its owner.
+    pub(crate) fn holder(&self, address: IpAddr) -> Option<(IpNet, &Owner)> {
         self.held.cover(&IpNet::from(address)).filter(|(_, owner)| owner.kind == Kind::Pod).last()
     }
 
-    // Inside one pool an extra prefix may lie around or within a node's: the longest match tells them apart.
+    // Within one pool, an extra prefix may contain a node's prefix or lie inside it: the longest match decides.
     fn collide(prefix: IpNet, owner: &Owner, held: IpNet, other: &Owner) -> bool {
         if owner.gateway != other.gateway {
             return true;
@@ -94,19 +93,19 @@ mod tests {
     }
 
     #[test]
-    fn wider_and_narrower_prefixes_of_another_pool_are_refused() {
+    fn overlapping_prefixes_of_another_pool_are_refused() {
         let mut claims = Claims::default();
         assert_eq!(claims.claim(net("10.1.0.0/16"), owner("a", "a1", Kind::Pod)), Ok(true));
-        let narrower = claims.claim(net("10.1.2.0/24"), owner("b", "b1", Kind::Pod)).expect_err("lies within");
+        let narrower = claims.claim(net("10.1.2.0/24"), owner("b", "b1", Kind::Pod)).expect_err("it lies inside 10.1.0.0/16");
         assert_eq!(narrower.held, net("10.1.0.0/16"));
-        let wider = claims.claim(net("10.0.0.0/8"), owner("b", "b1", Kind::Extra)).expect_err("lies around");
+        let wider = claims.claim(net("10.0.0.0/8"), owner("b", "b1", Kind::Extra)).expect_err("it contains 10.1.0.0/16");
         assert_eq!(wider.owner.gateway, "a".into());
         assert_eq!(claims.claim(net("10.2.0.0/16"), owner("b", "b1", Kind::Pod)), Ok(true));
         assert_eq!(claims.claim(net("fd00::/64"), owner("b", "b1", Kind::Pod)), Ok(true));
     }
 
     #[test]
-    fn one_pool_may_nest_an_extra_prefix_but_not_two_nodes_prefixes() {
+    fn pool_may_nest_extra_prefixes_but_not_pod_prefixes() {
         let mut claims = Claims::default();
         assert_eq!(claims.claim(net("10.1.1.0/24"), owner("a", "a1", Kind::Pod)), Ok(true));
         assert!(claims.claim(net("10.1.1.0/24"), owner("a", "a2", Kind::Pod)).is_err());

@@ -1,55 +1,46 @@
-//! Picks a pool's gateway nodes: ready ones, in order of preference, and an elected one stays.
+//! Elects the gateway nodes of a pool: ready candidates in order of preference; an elected node stays elected.
 //!
-//! Receives the pool's nodes and what the Gateway's own status says was elected before; gives the endpoints to announce. Sticky because
-//! every move of a gateway breaks the flows it carries: a preferred node that comes back waits for its turn. One that is cut off from all
-//! other pools ([`links`](super::links)) gives way.
+//! The election is sticky because each change of a gateway node breaks the flows that it carries: a preferred node that becomes ready again
+//! does not replace the elected one. A node that is cut off from all other pools ([`links`](super::links)) is replaced.
 //!
-//! Where no candidate is ready, those elected before stay: a site that lost only its way to the API server looks so (all its nodes turn
-//! NotReady at once), its tunnel may well carry traffic, and taking it down would help nobody, since there is no one to replace it.
+//! If no candidate is ready, the previously elected nodes stay elected. A site that loses only its connection to the API server looks like this:
+//! all its nodes become NotReady at once, while its tunnel may still carry traffic, and no node could replace them.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use raven_api::gateway::{Endpoint, EndpointType, ExposeType};
+use raven_api::names::{LABEL_GATEWAY, SWITCH_L3, SWITCH_L7};
 use raven_api::proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID};
 
-use super::NodeName;
-use super::inputs::{BalancerFacts, GatewayFacts, Inputs, NodeFacts};
+use super::facts::{BalancerFacts, GatewayFacts, NodeFacts, NodeName};
+use super::inputs::Inputs;
 use super::links::Links;
-use super::status::Refusal;
+use super::refusal::Refusal;
 
-/// Key in an elected tunnel endpoint's `config`: the ConfigMap's switch, as upstream's agents read it.
-pub const CONFIG_L3: &str = "enable-l3-tunnel";
-/// The same for a proxy endpoint.
-pub const CONFIG_L7: &str = "enable-l7-proxy";
-
-/// The outcome for one endpoint type.
+/// Result of the election for one endpoint type.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Election {
-    /// What was elected for.
-    pub type_: EndpointType,
-    /// How many were wanted.
-    pub wanted: usize,
-    /// How many nodes could be elected if they were ready.
-    pub candidates: usize,
-    /// The elected, in order of preference.
-    pub elected: Vec<Endpoint>,
-    /// They are not ready, nobody is, and they stay because they were elected before.
-    pub kept: bool,
+pub(crate) struct Election {
+    /// Endpoint type.
+    pub(crate) type_: EndpointType,
+    /// Number of endpoints to elect.
+    pub(crate) wanted: usize,
+    /// Number of candidates, ready or not.
+    pub(crate) candidates: usize,
+    /// Elected endpoints in order of preference.
+    pub(crate) elected: Vec<Endpoint>,
+    /// True if no candidate is ready and the previously elected nodes stay elected.
+    pub(crate) kept: bool,
 }
 
-// === impl Election ===
-
 impl Election {
-    /// How many of the elected are ready.
-    pub fn ready(&self) -> usize {
+    /// Returns the number of elected nodes that are ready.
+    pub(crate) fn ready(&self) -> usize {
         if self.kept { 0 } else { self.elected.len() }
     }
-}
 
-impl Election {
-    /// Gives each of the elected the address of its load balancer, where the Gateway is exposed by one and nobody wrote an address.
-    pub fn balance(&mut self, inputs: &Inputs, gateway: &GatewayFacts) {
+    /// Adds the address of the load balancer to each elected endpoint without `publicIP`, if the Gateway is exposed by load balancers.
+    pub(crate) fn add_load_balancers(&mut self, inputs: &Inputs, gateway: &GatewayFacts) {
         if gateway.resource.spec.expose_type != ExposeType::LoadBalancer {
             return;
         }
@@ -65,42 +56,41 @@ impl Election {
     }
 }
 
-/// Elects for one type among `nodes`, the pool's nodes sorted by name.
-pub fn elect(gateway: &GatewayFacts, type_: EndpointType, nodes: &[&NodeFacts], links: &Links<'_>, switch: bool) -> Election {
+/// Elects endpoints of one type among `nodes`, the pool's nodes sorted by name. `switch` is the state of the type's cluster-wide switch.
+pub(crate) fn elect(gateway: &GatewayFacts, type_: EndpointType, nodes: &[&NodeFacts], links: &Links<'_>, switch: bool) -> Election {
     let wanted = replicas(gateway, type_);
     let candidates = candidates(gateway, type_, nodes);
     let count = candidates.len();
     let before = elected_before(gateway, type_);
     let was_elected = |endpoint: &Endpoint| before.contains(endpoint.node_name.as_str());
-    let dark = candidates.iter().all(|(_, node)| !node.ready);
-    let eligible = candidates.into_iter().filter(|(endpoint, node)| node.ready || dark && was_elected(endpoint));
+    let none_ready = candidates.iter().all(|(_, node)| !node.ready);
+    let eligible = candidates.into_iter().filter(|(endpoint, node)| node.ready || none_ready && was_elected(endpoint));
     let eligible: Vec<(Endpoint, &NodeFacts)> = eligible.collect();
 
-    // Whoever is cut off comes last: where nobody else is to be had, it stays.
+    // Nodes that are cut off come last, so they stay elected if no other candidate is left.
     let mut by_preference: Vec<usize> = (0..eligible.len()).collect();
     by_preference.sort_by_key(|&i| (links.is_cut_off(gateway, &eligible[i].1.name, type_), !was_elected(&eligible[i].0)));
     let chosen: BTreeSet<usize> = by_preference.into_iter().take(wanted).collect();
 
     let elected = eligible.into_iter().enumerate().filter(|(i, _)| chosen.contains(i));
-    let elected: Vec<Endpoint> = elected.map(|(_, (endpoint, node))| announced(endpoint, node, switch)).collect();
-    Election { type_, wanted, candidates: count, kept: dark && !elected.is_empty(), elected }
+    let elected: Vec<Endpoint> = elected.map(|(_, (endpoint, node))| complete(endpoint, node, switch)).collect();
+    Election { type_, wanted, candidates: count, kept: none_ready && !elected.is_empty(), elected }
 }
 
-/// Endpoints of the spec that name a node outside of the pool, or one without an address: neither can be elected.
-pub fn unknown_nodes(inputs: &Inputs, gateway: &GatewayFacts, pool: &[&NodeFacts]) -> Vec<Refusal> {
+/// Returns refusals for endpoints of the spec that name a node outside the pool or a node without an address.
+pub(crate) fn refused_endpoints(inputs: &Inputs, gateway: &GatewayFacts, pool: &[&NodeFacts]) -> Vec<Refusal> {
     let names: BTreeSet<&str> = gateway.resource.spec.endpoints.iter().map(|e| e.node_name.as_str()).collect();
     let unknown = names.into_iter().filter(|name| pool.iter().all(|node| node.name.as_str() != *name));
     let unaddressed = names_without_address(gateway, pool);
     unknown
         .map(|name| {
             let message = if inputs.nodes.contains_key(&NodeName::from(name)) {
-                let label = raven_api::LABEL_GATEWAY;
                 format!(
-                    "endpoint names node {name}, which is not a node of this pool: label it {label}={}, or take it off the list",
+                    "endpoint names node {name}, which is not a node of this pool: label the node {LABEL_GATEWAY}={}, or remove the endpoint",
                     gateway.name
                 )
             } else {
-                format!("endpoint names node {name}, which does not exist: correct the name (kubectl get nodes), or take it off the list")
+                format!("endpoint names node {name}, which does not exist: correct the name (kubectl get nodes), or remove the endpoint")
             };
             Refusal::new("EndpointNodeUnknown", message)
         })
@@ -113,7 +103,7 @@ fn names_without_address(gateway: &GatewayFacts, pool: &[&NodeFacts]) -> Vec<Ref
     let bare = pool.iter().filter(|node| node.address.is_none()).filter(listed);
     bare.map(|node| {
         let message = format!(
-            "endpoint names node {}, which has no InternalIP, so it cannot be elected: see --node-ip of its kubelet, or the cloud provider",
+            "endpoint names node {}, which has no InternalIP, so it cannot be elected: set --node-ip of its kubelet, or check the cloud provider",
             node.name
         );
         Refusal::new("EndpointNodeUnaddressed", message)
@@ -134,7 +124,7 @@ fn elected_before(gateway: &GatewayFacts, type_: EndpointType) -> BTreeSet<&str>
     before.filter(|e| e.type_ == type_).map(|e| e.node_name.as_str()).collect()
 }
 
-// In order of preference: as listed, or by name where nothing of this type is listed.
+// In order of preference: as listed, or by name if no endpoint of this type is listed.
 fn candidates<'a>(gateway: &GatewayFacts, type_: EndpointType, nodes: &[&'a NodeFacts]) -> Vec<(Endpoint, &'a NodeFacts)> {
     let listed = &gateway.resource.spec.endpoints;
     if !listed.iter().any(|e| e.type_ == type_) {
@@ -145,7 +135,7 @@ fn candidates<'a>(gateway: &GatewayFacts, type_: EndpointType, nodes: &[&'a Node
     of_type.filter_map(|e| nodes.iter().find(|n| n.name.as_str() == e.node_name).map(|n| (e.clone(), *n))).collect()
 }
 
-// What is listed for the other type still tells about the site (behind NAT or not) and the node (its public address); ports are the type's own.
+// Endpoints listed for the other type still determine whether the site is behind NAT and the node's public address. Ports differ by type.
 fn implied(listed: &[Endpoint], type_: EndpointType, node: &NodeFacts) -> Endpoint {
     Endpoint {
         node_name: node.name.to_string(),
@@ -156,14 +146,14 @@ fn implied(listed: &[Endpoint], type_: EndpointType, node: &NodeFacts) -> Endpoi
     }
 }
 
-fn announced(mut endpoint: Endpoint, node: &NodeFacts, switch: bool) -> Endpoint {
+fn complete(mut endpoint: Endpoint, node: &NodeFacts, switch: bool) -> Endpoint {
     endpoint.port = Some(i32::from(endpoint.port_or_default()));
     let key = match endpoint.type_ {
-        EndpointType::Tunnel => CONFIG_L3,
-        EndpointType::Proxy => CONFIG_L7,
+        EndpointType::Tunnel => SWITCH_L3,
+        EndpointType::Proxy => SWITCH_L7,
     };
     endpoint.config.insert(key.to_owned(), switch.to_string());
-    // Never what a person wrote there.
+    // The UID is always the Node's, never a value from the spec.
     endpoint.config.remove(CONFIG_NODE_UID);
     if let (EndpointType::Proxy, Some(uid)) = (endpoint.type_, &node.uid) {
         endpoint.config.insert(CONFIG_NODE_UID.to_owned(), uid.clone());

@@ -1,6 +1,6 @@
-//! What of a new status deserves a Kubernetes Event: gateway nodes elected, replaced, lost; claims refused.
+//! Events that follow from a new status: gateway nodes elected, replaced or lost, and claims refused.
 //!
-//! Compares the status that is there with the one that is about to be written; so nothing is said twice, not even after a restart.
+//! Events are derived from the difference between the present status and the new one, so each is published once, even across restarts.
 
 use std::collections::BTreeSet;
 
@@ -8,32 +8,34 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use raven_api::condition::ConditionType;
 use raven_api::gateway::{EndpointType, GatewayStatus};
 
+use super::facts::{GatewayName, NodeName};
 use super::inputs::Inputs;
-use super::status::{BY_NAME_ONLY, NO_READY_NODE, Refusal, SHOWN, enumerate, type_name};
-use super::{GatewayName, NodeName};
+use super::refusal::Refusal;
+use super::status::{BY_NAME_ONLY, NO_READY_NODE};
+use super::text::{MAX_ITEMS, enumerate, type_name};
 
-/// An Event about a Gateway, before it is published.
+/// An Event about a Gateway that is not published yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Change {
-    /// Somebody should look at it.
-    pub warning: bool,
-    /// CamelCase, stable.
-    pub reason: String,
-    /// For a person.
-    pub note: String,
+pub(crate) struct Change {
+    /// True for type Warning: a user should act.
+    pub(crate) warning: bool,
+    /// Reason in CamelCase; part of the API.
+    pub(crate) reason: String,
+    /// Message for users.
+    pub(crate) note: String,
 }
 
-/// What other Gateways should know of the claims that were refused, as far as it is new: what the present condition does not say yet.
-pub fn notices<'a>(old: Option<&GatewayStatus>, refusals: &'a [Refusal]) -> impl Iterator<Item = (&'a GatewayName, Change)> {
-    let said = old.and_then(|s| condition(s, ConditionType::Accepted)).map(|c| c.message.clone()).unwrap_or_default();
-    // Of more than the condition shows, nobody could tell what is new.
-    let new = refusals.iter().take(SHOWN).filter(move |refusal| !said.contains(&refusal.message));
+/// Returns Events for other Gateways about refused claims that the present condition does not contain yet.
+pub(crate) fn notices<'a>(old: Option<&GatewayStatus>, refusals: &'a [Refusal]) -> impl Iterator<Item = (&'a GatewayName, Change)> {
+    let reported = old.and_then(|s| condition(s, ConditionType::Accepted)).map(|c| c.message.clone()).unwrap_or_default();
+    // The condition contains the first refusals only, so it is unknown whether later ones are new.
+    let new = refusals.iter().take(MAX_ITEMS).filter(move |refusal| !reported.contains(&refusal.message));
     let notices = new.filter_map(|refusal| refusal.notice.as_ref());
     notices.map(|notice| (&notice.to, Change { warning: false, reason: notice.reason.to_owned(), note: notice.note.clone() }))
 }
 
-/// What changed between two statuses of `gateway`.
-pub fn changes(inputs: &Inputs, gateway: &GatewayName, old: Option<&GatewayStatus>, new: &GatewayStatus) -> Vec<Change> {
+/// Returns the Events for the difference between two statuses of `gateway`.
+pub(crate) fn changes(inputs: &Inputs, gateway: &GatewayName, old: Option<&GatewayStatus>, new: &GatewayStatus) -> Vec<Change> {
     let elections = [EndpointType::Tunnel, EndpointType::Proxy];
     let moved = elections.into_iter().filter_map(|type_| moved(inputs, gateway, type_, old, new));
     moved.chain(kept(old, new)).chain(refused(old, new)).chain(ambiguous(old, new)).collect()
@@ -42,23 +44,23 @@ pub fn changes(inputs: &Inputs, gateway: &GatewayName, old: Option<&GatewayStatu
 fn moved(inputs: &Inputs, gateway: &GatewayName, type_: EndpointType, old: Option<&GatewayStatus>, new: &GatewayStatus) -> Option<Change> {
     let before = old.map(|s| elected(s, type_)).unwrap_or_default();
     let after = elected(new, type_);
-    let came: Vec<&str> = after.difference(&before).copied().collect();
-    let gone: Vec<String> =
-        before.difference(&after).map(|node| format!("{node} ({})", why_gone(inputs, gateway, type_, node, new))).collect();
+    let added: Vec<&str> = after.difference(&before).copied().collect();
+    let removed: Vec<String> =
+        before.difference(&after).map(|node| format!("{node} ({})", removal_reason(inputs, gateway, type_, node, new))).collect();
     let what = type_name(type_);
-    let (warning, reason, note) = match (came.is_empty(), gone.is_empty()) {
+    let (warning, reason, note) = match (added.is_empty(), removed.is_empty()) {
         (true, true) => return None,
-        (false, true) => (false, "GatewayNodeElected", format!("{what}: elected {}", enumerate(&came))),
-        (false, false) => (false, "GatewayNodeReplaced", format!("{what}: {} replaces {}", enumerate(&came), enumerate(&gone))),
+        (false, true) => (false, "GatewayNodeElected", format!("{what}: elected {}", enumerate(&added))),
+        (false, false) => (false, "GatewayNodeReplaced", format!("{what}: {} replaces {}", enumerate(&added), enumerate(&removed))),
         (true, false) if after.is_empty() => (
             true,
             "GatewayNodeLost",
             format!(
-                "{what}: {} is gone and nobody is left to replace it: the pool is cut off until one of its nodes is Ready",
-                enumerate(&gone)
+                "{what}: lost {} and no candidate can replace it: the pool is cut off until one of its nodes is Ready",
+                enumerate(&removed)
             ),
         ),
-        (true, false) => (false, "GatewayNodeWithdrawn", format!("{what}: without {}", enumerate(&gone))),
+        (true, false) => (false, "GatewayNodeWithdrawn", format!("{what}: no longer elected: {}", enumerate(&removed))),
     };
     Some(Change { warning, reason: reason.to_owned(), note })
 }
@@ -67,24 +69,24 @@ fn elected(status: &GatewayStatus, type_: EndpointType) -> BTreeSet<&str> {
     status.active_endpoints.iter().filter(|e| e.type_ == type_).map(|e| e.node_name.as_str()).collect()
 }
 
-fn why_gone(inputs: &Inputs, gateway: &GatewayName, type_: EndpointType, node: &str, new: &GatewayStatus) -> String {
+fn removal_reason(inputs: &Inputs, gateway: &GatewayName, type_: EndpointType, node: &str, new: &GatewayStatus) -> String {
     match inputs.nodes.get(&NodeName::from(node)) {
-        None => "the node does not exist any more".to_owned(),
+        None => "the node was deleted".to_owned(),
         Some(_) if new.nodes.iter().all(|n| n.node_name != node) => {
             format!("it left the pool of {gateway}")
         }
         Some(facts) if !facts.ready => "it is not Ready".to_owned(),
-        Some(facts) if inputs.links.get(&facts.name).and_then(|says| says.of(type_)) == Some(false) => {
-            "it is Ready, and cut off from all other pools, while other sites are not: look at its uplink and firewall".to_owned()
+        Some(facts) if inputs.links.get(&facts.name).and_then(|report| report.of(type_)) == Some(false) => {
+            "it is Ready but cut off from all other pools, while other sites are connected: check its uplink and firewall".to_owned()
         }
-        Some(_) => "it is no candidate any more, or fewer are wanted".to_owned(),
+        Some(_) => "it is no longer a candidate, or fewer replicas are configured".to_owned(),
     }
 }
 
-// Nobody came and nobody went, and yet the pool may be cut off: the one case where the list of the elected does not tell.
+// The pool may be cut off although the elected nodes stay the same: no candidate is ready.
 fn kept(old: Option<&GatewayStatus>, new: &GatewayStatus) -> Option<Change> {
-    let dark = |status: &GatewayStatus| condition(status, ConditionType::Elected).is_some_and(|c| c.reason == NO_READY_NODE);
-    let began = dark(new) && !new.active_endpoints.is_empty() && !old.is_some_and(dark);
+    let none_ready = |status: &GatewayStatus| condition(status, ConditionType::Elected).is_some_and(|c| c.reason == NO_READY_NODE);
+    let began = none_ready(new) && !new.active_endpoints.is_empty() && !old.is_some_and(none_ready);
     let elected = condition(new, ConditionType::Elected).filter(|_| began)?;
     Some(Change { warning: true, reason: elected.reason.clone(), note: elected.message.clone() })
 }
@@ -94,13 +96,13 @@ fn refused(old: Option<&GatewayStatus>, new: &GatewayStatus) -> Option<Change> {
     let after = condition(new, ConditionType::Accepted)?;
     let was_refused = before.is_some_and(|c| c.status == "False");
     if after.status == "False" {
-        let said = was_refused && before.is_some_and(|c| c.message == after.message);
-        return (!said).then(|| Change { warning: true, reason: after.reason.clone(), note: after.message.clone() });
+        let reported = was_refused && before.is_some_and(|c| c.message == after.message);
+        return (!reported).then(|| Change { warning: true, reason: after.reason.clone(), note: after.message.clone() });
     }
     was_refused.then(|| Change { warning: false, reason: after.reason.clone(), note: after.message.clone() })
 }
 
-// By such an address nobody is reached; connections to it are refused at the cloud's gateway nodes, and counted.
+// The cloud's gateway nodes refuse and count proxy connections to an ambiguous address.
 fn ambiguous(old: Option<&GatewayStatus>, new: &GatewayStatus) -> Option<Change> {
     let note = |status: &GatewayStatus| -> Option<String> {
         let ready = condition(status, ConditionType::Ready)?;

@@ -1,38 +1,39 @@
-//! Which node belongs to which Gateway: a node's label first, then the Gateways' selectors, then the three pool rules.
+//! Assigns nodes to Gateways: by the node's label, then by the Gateways' selectors. [`rules`](super::rules) assigns the remaining nodes.
 //!
-//! Gives every node at most one Gateway, and names the Gateways that asked for a node and did not get it.
+//! A node belongs to at most one Gateway. Gateways that select a node of a different Gateway get a refusal.
 
 use std::collections::BTreeMap;
 
 use kube::core::{Selector, SelectorExt};
 use raven_api::{Gateway, LABEL_GATEWAY};
 
-use super::inputs::{GatewayFacts, Inputs, NodeFacts};
-use super::status::{Notice, Refusal, enumerate};
-use super::{GatewayName, NodeName, rules};
+use super::facts::{GatewayFacts, GatewayName, NodeFacts, NodeName};
+use super::inputs::Inputs;
+use super::refusal::{Notice, Refusal};
+use super::text::enumerate;
 
-/// Who belongs where.
+/// Nodes of all Gateways.
 #[derive(Debug, Default)]
-pub struct Membership {
+pub(crate) struct Membership {
     pools: BTreeMap<GatewayName, Vec<NodeName>>,
     lost: BTreeMap<GatewayName, BTreeMap<Winner, Vec<NodeName>>>,
-    /// Gateways that a rule wants and nobody wrote.
-    pub create: Vec<Gateway>,
-    /// Gateways that a rule made and none wants.
-    pub delete: Vec<GatewayName>,
-    /// Nodes that ended up in no pool though somebody seems to have meant otherwise.
-    pub strays: Vec<String>,
+    /// Gateways to create: required by a rule and absent.
+    pub(crate) create: Vec<Gateway>,
+    /// Gateways to delete: created by a rule and no longer required.
+    pub(crate) delete: Vec<GatewayName>,
+    /// Messages about nodes without a pool whose labels or NodePools suggest one.
+    pub(crate) strays: Vec<String>,
 }
 
-/// Who got a node instead, and by what.
+/// Gateway that got a contested node.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Winner {
     gateway: GatewayName,
     by_label: bool,
 }
 
-/// Gives every node its pool.
-pub fn resolve(inputs: &Inputs) -> Membership {
+/// Assigns nodes by labels and selectors. Returns the remaining nodes for the pool rules.
+pub(crate) fn resolve(inputs: &Inputs) -> (Membership, Vec<&NodeFacts>) {
     let mut membership = Membership::default();
     let selectors: Vec<(&GatewayName, &Selector)> =
         inputs.by_seniority().into_iter().filter(|g| !inputs.is_ruled(g)).filter_map(selector_of).collect();
@@ -49,10 +50,7 @@ pub fn resolve(inputs: &Inputs) -> Membership {
             free.push(node.as_ref());
         }
     }
-    if inputs.rules {
-        rules::apply(inputs, &free, &mut membership);
-    }
-    membership
+    (membership, free)
 }
 
 fn selector_of(gateway: &GatewayFacts) -> Option<(&GatewayName, &Selector)> {
@@ -60,32 +58,28 @@ fn selector_of(gateway: &GatewayFacts) -> Option<(&GatewayName, &Selector)> {
     Some((&gateway.name, selector))
 }
 
-// === impl Membership ===
-
 impl Membership {
-    /// The nodes of a Gateway, sorted by name, and what it asked for in vain.
-    pub fn pool_of<'a>(&self, inputs: &'a Inputs, gateway: &GatewayFacts) -> (Vec<&'a NodeFacts>, Vec<Refusal>) {
+    /// Returns the nodes of a Gateway, sorted by name, and refusals for nodes of other Gateways that it selects.
+    pub(crate) fn pool_of<'a>(&self, inputs: &'a Inputs, gateway: &GatewayFacts) -> (Vec<&'a NodeFacts>, Vec<Refusal>) {
         let names = self.pools.get(&gateway.name).map(Vec::as_slice).unwrap_or_default();
         let mut nodes: Vec<&NodeFacts> = names.iter().filter_map(|name| inputs.nodes.get(name)).map(AsRef::as_ref).collect();
         nodes.sort_by(|a, b| a.name.cmp(&b.name));
         let mut refusals = Vec::new();
-        if let Err(why) = &gateway.selector {
-            refusals.push(Refusal::new(
-                "BadSelector",
-                format!("nodeSelector is not understood ({why}): it matches no node until it is corrected"),
-            ));
+        if let Err(error) = &gateway.selector {
+            refusals
+                .push(Refusal::new("BadSelector", format!("nodeSelector is invalid ({error}): it matches no node until it is corrected")));
         }
         refusals.extend(self.lost.get(&gateway.name).into_iter().flatten().map(|(winner, nodes)| refusal(gateway, winner, nodes)));
         (nodes, refusals)
     }
 
-    /// True if the Gateway has nodes already.
-    pub fn has_nodes(&self, gateway: &GatewayName) -> bool {
+    /// True if a node is assigned to the Gateway.
+    pub(crate) fn has_nodes(&self, gateway: &GatewayName) -> bool {
         self.pools.contains_key(gateway)
     }
 
-    /// Puts a node into a pool.
-    pub fn add(&mut self, gateway: &GatewayName, node: &NodeName) {
+    /// Assigns a node to a Gateway.
+    pub(crate) fn add(&mut self, gateway: &GatewayName, node: &NodeName) {
         self.pools.entry(gateway.clone()).or_default().push(node.clone());
     }
 
@@ -94,9 +88,9 @@ impl Membership {
             let losers: Vec<&GatewayName> = selected.iter().copied().filter(|name| *name != label).collect();
             self.join(node, label, &losers, true);
         } else {
-            // Not handed to a selector or rule: the label says where the node is meant to be, and the Gateway may be written next.
+            // Selectors and rules do not apply: the label names the intended Gateway, which may be created later.
             self.strays.push(format!(
-                "node {} is labelled {LABEL_GATEWAY}={label}, and there is no Gateway of that name: write the Gateway, or correct the label",
+                "node {} is labelled {LABEL_GATEWAY}={label}, but there is no Gateway of that name: create the Gateway, or correct the label",
                 node.name
             ));
         }
@@ -112,22 +106,21 @@ impl Membership {
 }
 
 fn refusal(gateway: &GatewayFacts, winner: &Winner, nodes: &[NodeName]) -> Refusal {
-    let why = if winner.by_label { format!("by its label {LABEL_GATEWAY}") } else { "which is older, or first by name".to_owned() };
+    let criterion = if winner.by_label { format!("by its label {LABEL_GATEWAY}") } else { "which is older, or first by name".to_owned() };
     let what = if nodes.len() == 1 { "node" } else { "nodes" };
     let belongs = if nodes.len() == 1 { "belongs" } else { "belong" };
     let message = format!(
-        "{what} {} match{} this nodeSelector and {belongs} to Gateway {} ({why}): narrow one of the two selectors, or label the node {LABEL_GATEWAY}={} to have it here",
+        "{what} {} match{} this nodeSelector and {belongs} to Gateway {} ({criterion}): narrow one of the two selectors, or label the node {LABEL_GATEWAY}={} to assign it to this Gateway",
         enumerate(nodes),
         if nodes.len() == 1 { "es" } else { "" },
         winner.gateway,
         gateway.name,
     );
     let note = format!(
-        "{what} {} {belongs} to this Gateway ({why}); the nodeSelector of Gateway {} asks for {} too and does not get {}: narrow one of the two",
+        "{what} {} {belongs} to this Gateway ({criterion}); the nodeSelector of Gateway {} matches {} too and is refused: narrow one of the two selectors",
         enumerate(nodes),
         gateway.name,
         if nodes.len() == 1 { "it" } else { "them" },
-        if nodes.len() == 1 { "it" } else { "them" },
     );
-    Refusal::new("NodeClaimedTwice", message).told(Notice { to: winner.gateway.clone(), reason: "NodeContested", note })
+    Refusal::new("NodeClaimedTwice", message).with_notice(Notice { to: winner.gateway.clone(), reason: "NodeContested", note })
 }

@@ -1,25 +1,27 @@
-//! The three rules for pools: what holds for a node that no label and no selector of a Gateway claims.
+//! The three pool rules, for nodes that no label and no selector assigns to a Gateway.
 //!
-//! 1. If a NodePool exists, its nodes are one pool. 2. If the cloud side has no NodePool, all cloud nodes are one pool.
-//! 3. If the edge side has none, every edge node is a pool of its own.
+//! 1. If a NodePool exists, its nodes are one pool.
+//! 2. If the cloud side has no NodePool, all cloud nodes are one pool.
+//! 3. If the edge side has no NodePool, every edge node is a pool of its own.
 //!
-//! A rule makes a Gateway and never writes its spec again, so what a person adds to it (endpoints, a public address) stays. It goes when
-//! no node is left for it. Which nodes it has is the rule's business as long as it bears our label; its nodeSelector says the same in
-//! other words and starts to count when a person takes the label away and the Gateway over.
+//! A rule creates a Gateway and never updates its spec, so endpoints and addresses that a user adds are preserved. The controller deletes the Gateway
+//! when no node is left for it. While the Gateway has the label [`LABEL_MANAGED_BY`], the rule determines its nodes. Its nodeSelector matches
+//! the same nodes and takes effect when a user removes the label.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement, ObjectMeta};
 use raven_api::gateway::{ExposeType, Gateway, GatewaySpec};
-use raven_api::{LABEL_EDGE_WORKER, LABEL_NODE_POOL, LABEL_NODE_POOL_OLD, MANAGER_CONTROLLER};
+use raven_api::names::{LABEL_EDGE_WORKER, LABEL_MANAGED_BY, LABEL_NODE_POOL, LABEL_NODE_POOL_OLD, MANAGER_CONTROLLER};
 
-use super::inputs::{Inputs, LABEL_MANAGED_BY, NodeFacts, PoolFacts};
+use super::facts::{GatewayName, NodeFacts, NodeName, PoolFacts};
+use super::inputs::Inputs;
 use super::membership::Membership;
-use super::{GatewayName, NodeName};
 
 const LABEL_HOSTNAME: &str = "kubernetes.io/hostname";
 
-/// Which rule wants a Gateway. One value per Gateway.
+/// A rule that requires a Gateway. One value per Gateway.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Rule {
     NodePool(String),
@@ -27,21 +29,31 @@ enum Rule {
     EdgeNode(NodeName),
 }
 
-/// Applies the rules to `free`, the nodes that nobody claims.
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NodePool(pool) => write!(f, "'NodePool {pool}'"),
+            Self::Cloud => f.write_str("'all cloud nodes'"),
+            Self::EdgeNode(node) => write!(f, "'edge node {node}'"),
+        }
+    }
+}
+
+/// Applies the rules to `free`, the nodes that no Gateway claims.
 pub(super) fn apply(inputs: &Inputs, free: &[&NodeFacts], membership: &mut Membership) {
-    let mut wanted: BTreeMap<Rule, Vec<&NodeFacts>> = BTreeMap::new();
+    let mut required: BTreeMap<Rule, Vec<&NodeFacts>> = BTreeMap::new();
     for node in free {
         match rule_for(inputs, node) {
-            Ok(rule) => wanted.entry(rule).or_default().push(node),
-            Err(why) => membership.strays.push(why),
+            Ok(rule) => required.entry(rule).or_default().push(node),
+            Err(stray) => membership.strays.push(stray),
         }
     }
     let mut kept = BTreeSet::new();
-    for (rule, nodes) in &wanted {
+    for (rule, nodes) in &required {
         let Some(name) = name_for(inputs, rule) else {
-            membership
-                .strays
-                .push(format!("nodes of rule {rule:?} have no pool: Gateways of both names it could have were written by hand"));
+            membership.strays.push(format!(
+                "nodes of rule {rule} have no pool: both possible names are used by Gateways that users wrote; rename one of them"
+            ));
             continue;
         };
         if inputs.gateways.contains_key(&name) {
@@ -51,9 +63,9 @@ pub(super) fn apply(inputs: &Inputs, free: &[&NodeFacts], membership: &mut Membe
         }
         kept.insert(name);
     }
-    // One that has nodes by their label alone is in use: it stays.
-    let unwanted = inputs.gateways.values().filter(|g| g.generated && !kept.contains(&g.name) && !membership.has_nodes(&g.name));
-    membership.delete = unwanted.map(|g| g.name.clone()).collect();
+    // A Gateway that has nodes by their labels is in use and stays.
+    let stale = inputs.gateways.values().filter(|g| g.generated && !kept.contains(&g.name) && !membership.has_nodes(&g.name));
+    membership.delete = stale.map(|g| g.name.clone()).collect();
 }
 
 fn rule_for(inputs: &Inputs, node: &NodeFacts) -> Result<Rule, String> {
@@ -64,7 +76,7 @@ fn rule_for(inputs: &Inputs, node: &NodeFacts) -> Result<Rule, String> {
     if inputs.pools.values().any(|pool| pool.edge == edge) {
         let side = if edge { "edge" } else { "cloud" };
         return Err(format!(
-            "{side} node {} belongs to no pool: there are NodePools on the {side} side and it is in none of them; label it {LABEL_NODE_POOL}=<name>, or claim it by a Gateway",
+            "{side} node {} belongs to no pool: NodePools exist on the {side} side, and none of them contains it; label it {LABEL_NODE_POOL}=<name>, or select it by a Gateway",
             node.name
         ));
     }
@@ -77,7 +89,7 @@ fn pool_of<'a>(inputs: &'a Inputs, node: &NodeFacts) -> Option<&'a PoolFacts> {
     labelled.filter_map(|name| inputs.pools.get(name)).next().or_else(listed).map(AsRef::as_ref)
 }
 
-// A person's Gateway of the same name is a person's: the rule takes another name beside it.
+// A Gateway of the same name that a user wrote is left alone: the rule then uses a second name.
 fn name_for(inputs: &Inputs, rule: &Rule) -> Option<GatewayName> {
     let base = match rule {
         Rule::NodePool(pool) => format!("pool-{pool}"),
@@ -91,10 +103,10 @@ fn name_for(inputs: &Inputs, rule: &Rule) -> Option<GatewayName> {
 fn gateway_for(inputs: &Inputs, rule: &Rule, name: &GatewayName, nodes: &[&NodeFacts]) -> Gateway {
     let (exposed, selector) = match rule {
         Rule::NodePool(pool) => (inputs.pools.get(pool).is_some_and(|p| !p.edge), equals(LABEL_NODE_POOL, pool)),
-        // Endpoints stay empty: every ready node is a candidate, and others dial its InternalIP until somebody says better.
+        // No endpoints: every ready node is a candidate, and peers dial its InternalIP until a user sets publicIP.
         Rule::Cloud => (true, not_in(LABEL_EDGE_WORKER, "true")),
         Rule::EdgeNode(node) => {
-            // Usually the node's name, but the kubelet may be told otherwise.
+            // Usually the node's name, but the kubelet can override it.
             let hostname = nodes.first().and_then(|n| n.label(LABEL_HOSTNAME)).unwrap_or(node.as_str());
             (false, equals(LABEL_HOSTNAME, hostname))
         }

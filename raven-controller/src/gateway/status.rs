@@ -1,94 +1,61 @@
-//! What a Gateway's status says: nodes, elected endpoints, and three conditions in words.
+//! Status of a Gateway: nodes, elected endpoints and three conditions.
 //!
-//! A [`Draft`] collects what the parts found out about one Gateway; [`Draft::finish`] makes a [`Decision`] of it, which becomes a
-//! `GatewayStatus` once the present one (for the transition times) and the time are known. One writer: nobody else writes status.
+//! A [`Draft`] collects the results for one Gateway; [`Draft::finish`] turns it into a [`Decision`]. [`Decision::status`] adds the transition times
+//! from the present status. The controller is the only writer of the status.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Display;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use jiff::Timestamp;
 use raven_api::condition::{self, ConditionType, Verdict};
-use raven_api::gateway::{Endpoint, EndpointType, ExposeType, Gateway, GatewayStatus, NodeInfo};
+use raven_api::gateway::{Endpoint, ExposeType, Gateway, GatewayStatus, NodeInfo};
+use raven_api::names::{ANNOTATION_EXTRA_CIDRS, LABEL_GATEWAY, SWITCH_L3, SWITCH_L7, SWITCHES_CONFIG_MAP};
 use raven_api::proxy::CONFIG_HOSTNAME;
-use raven_api::{ANNOTATION_EXTRA_CIDRS, LABEL_GATEWAY};
 
 use super::elect::Election;
-use super::inputs::{GatewayFacts, Inputs, NodeFacts, Switches};
-use super::{GatewayName, NodeName};
+use super::facts::{GatewayFacts, GatewayName, NodeFacts, NodeName, Switches};
+use super::inputs::Inputs;
+use super::refusal::Refusal;
+use super::text::{count, enumerate, join_capped, type_name};
 
-/// Reason of conditions (and of the Event about it) where no candidate is ready.
-pub const NO_READY_NODE: &str = "NoReadyNode";
+/// Reason of conditions and Events if no candidate is ready.
+pub(crate) const NO_READY_NODE: &str = "NoReadyNode";
 
-/// Something that a Gateway claims and does not get.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// CamelCase, stable.
-    pub reason: &'static str,
-    /// Which object, what is wrong, what to do.
-    pub message: String,
-    /// What another Gateway should know of it.
-    pub notice: Option<Notice>,
-}
-
-/// Word to the Gateway that stands in the way of another one's claim. It keeps what it has, so its status says nothing of it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Notice {
-    /// Whom to tell.
-    pub to: GatewayName,
-    /// CamelCase, stable.
-    pub reason: &'static str,
-    /// Who claims what, and what to do.
-    pub note: String,
-}
-
-impl Refusal {
-    /// A refusal in words.
-    pub fn new(reason: &'static str, message: String) -> Self {
-        Self { reason, message, notice: None }
-    }
-
-    /// The same, and another Gateway is told.
-    pub fn told(self, notice: Notice) -> Self {
-        Self { notice: Some(notice), ..self }
-    }
-}
-
-/// What is known of one Gateway while the decision is being made.
+/// Intermediate results for one Gateway.
 #[derive(Debug)]
-pub struct Draft<'a> {
-    /// The Gateway.
-    pub gateway: &'a GatewayFacts,
-    /// Its nodes that have an address, sorted by name, each with the prefixes that it carries.
-    pub nodes: Vec<(&'a NodeFacts, Vec<IpNet>)>,
-    /// Its nodes that have none: they cannot take part.
-    pub unaddressed: Vec<NodeName>,
-    /// L3.
-    pub tunnel: Election,
-    /// L7.
-    pub proxy: Election,
-    /// What was refused.
-    pub refusals: Vec<Refusal>,
+pub(crate) struct Draft<'a> {
+    /// Facts of the Gateway.
+    pub(crate) gateway: &'a GatewayFacts,
+    /// Nodes with an address, sorted by name, each with the prefixes that it carries.
+    pub(crate) nodes: Vec<(&'a NodeFacts, Vec<IpNet>)>,
+    /// Nodes without an address, which are ignored.
+    pub(crate) unaddressed: Vec<NodeName>,
+    /// Election for the L3 tunnel.
+    pub(crate) tunnel: Election,
+    /// Election for the L7 proxy.
+    pub(crate) proxy: Election,
+    /// Refused claims.
+    pub(crate) refusals: Vec<Refusal>,
 }
 
-/// Beginning of the note about nodes whose address nodes of other pools, or of none, have, too: the Event about it is found by it.
-pub const BY_NAME_ONLY: &str = "kubelets to be reached by name only";
+/// First words of the note about nodes that share their address with nodes of other pools, or of no pool. The Event is derived from that note.
+pub(crate) const BY_NAME_ONLY: &str = "kubelets reachable by name only";
 
-/// What one Gateway has to know of the others.
+/// Properties of the cluster that affect the status of each Gateway.
 #[derive(Debug, Default)]
-pub struct ClusterView {
-    /// Exposed Gateways, and whether others find an elected tunnel node there.
+pub(crate) struct ClusterView {
+    /// Exposed Gateways, and whether a tunnel node is elected there.
     exposed: Vec<(GatewayName, bool)>,
-    /// InternalIPs that nodes of several pools, or of a pool and of none, have, and who has them.
+    /// InternalIPs that several pools share, or a pool and nodes without a pool, with their owners.
     shared: Owners,
 }
 
 type Owners = BTreeMap<IpAddr, Vec<(Option<GatewayName>, NodeName)>>;
 
 impl ClusterView {
-    /// From all drafts, and the nodes in none of them.
-    pub fn of(inputs: &Inputs, drafts: &[Draft<'_>]) -> Self {
+    /// Collects the properties from all drafts and from the nodes without a pool.
+    pub(crate) fn of(inputs: &Inputs, drafts: &[Draft<'_>]) -> Self {
         let exposed = drafts.iter().filter(|d| d.is_exposed());
         let mut exposed: Vec<_> = exposed.map(|d| (d.gateway.name.clone(), !d.tunnel.elected.is_empty())).collect();
         exposed.sort();
@@ -96,22 +63,22 @@ impl ClusterView {
     }
 }
 
-/// What a Gateway's status should say, but for times.
+/// Desired status of a Gateway without transition times.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Decision {
-    /// The pool's nodes, sorted by name.
-    pub nodes: Vec<NodeInfo>,
-    /// The elected, tunnel before proxy.
-    pub active_endpoints: Vec<Endpoint>,
-    /// Ready, Elected, Accepted.
-    pub verdicts: Vec<Verdict>,
-    /// What condition Accepted is made of.
-    pub refusals: Vec<Refusal>,
+pub(crate) struct Decision {
+    /// Nodes of the pool, sorted by name.
+    pub(crate) nodes: Vec<NodeInfo>,
+    /// Elected endpoints, tunnel before proxy.
+    pub(crate) active_endpoints: Vec<Endpoint>,
+    /// Conditions Ready, Elected and Accepted.
+    pub(crate) verdicts: Vec<Verdict>,
+    /// Refused claims, the content of condition Accepted.
+    pub(crate) refusals: Vec<Refusal>,
 }
 
 impl Decision {
-    /// As a status. Conditions that did not change keep their transition time, so an unchanged decision gives an unchanged status.
-    pub fn status(&self, gateway: &Gateway, now: Timestamp) -> GatewayStatus {
+    /// Returns the complete status. Unchanged conditions keep their transition time, so an unchanged decision yields an unchanged status.
+    pub(crate) fn status(&self, gateway: &Gateway, now: Timestamp) -> GatewayStatus {
         let old = gateway.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
         let generation = gateway.metadata.generation;
         GatewayStatus {
@@ -141,11 +108,9 @@ fn shared_addresses(inputs: &Inputs, drafts: &[Draft<'_>]) -> Owners {
     by_address
 }
 
-// === impl Draft ===
-
 impl Draft<'_> {
-    /// The decision, now that all the others are known.
-    pub fn finish(self, cluster: &ClusterView, switches: Switches) -> Decision {
+    /// Computes the conditions and returns the decision.
+    pub(crate) fn finish(self, cluster: &ClusterView, switches: Switches) -> Decision {
         let verdicts = vec![self.ready(cluster, switches), self.elected(), self.accepted()];
         let nodes = self.nodes.iter().map(|(node, subnets)| NodeInfo {
             node_name: node.name.to_string(),
@@ -156,14 +121,14 @@ impl Draft<'_> {
         Decision { nodes: nodes.collect(), active_endpoints, verdicts, refusals: self.refusals }
     }
 
-    /// Others dial it.
-    pub fn is_exposed(&self) -> bool {
+    /// True if gateway nodes of other pools dial this pool.
+    pub(crate) fn is_exposed(&self) -> bool {
         !self.gateway.resource.spec.expose_type.is_edge()
     }
 
     fn accepted(&self) -> Verdict {
         let Some(first) = self.refusals.first() else {
-            return verdict(ConditionType::Accepted, true, "Accepted", "everything that this Gateway claims is in force".to_owned());
+            return verdict(ConditionType::Accepted, true, "Accepted", "every claim of this Gateway is in force".to_owned());
         };
         let messages: Vec<&str> = self.refusals.iter().map(|r| r.message.as_str()).collect();
         verdict(ConditionType::Accepted, false, first.reason, join_capped(&messages, "; "))
@@ -173,7 +138,7 @@ impl Draft<'_> {
         let elections: Vec<&Election> = [&self.tunnel, &self.proxy].into_iter().filter(|e| e.wanted > 0).collect();
         let message = elections.iter().map(|e| tally(e)).collect::<Vec<_>>().join("; ");
         if elections.is_empty() {
-            let message = "tunnelConfig.Replicas and proxyConfig.Replicas are 0: this pool is left alone".to_owned();
+            let message = "tunnelConfig.Replicas and proxyConfig.Replicas are 0: Raven is off for this pool".to_owned();
             return verdict(ConditionType::Elected, true, "Disabled", message);
         }
         if elections.iter().any(|e| e.ready() == 0) {
@@ -189,49 +154,49 @@ impl Draft<'_> {
         let l3 = switches.l3 && self.tunnel.wanted > 0;
         let l7 = switches.l7 && self.proxy.wanted > 0;
         let notes = self.notes(cluster, switches);
-        let say = |ok, reason, first: String| {
+        let verdict_with_notes = |ok, reason, first: String| {
             let all: Vec<&str> = std::iter::once(first.as_str()).chain(notes.iter().map(String::as_str)).collect();
             verdict(ConditionType::Ready, ok, reason, join_capped(&all, "; "))
         };
         if !l3 && !l7 {
-            return say(true, "Disabled", "neither the L3 tunnel nor the L7 proxy is switched on for this pool".to_owned());
+            return verdict_with_notes(true, "Disabled", "the L3 tunnel and the L7 proxy are both off for this pool".to_owned());
         }
         if let Some((reason, message)) = self.obstacle(cluster, l3, l7) {
-            return say(false, reason, message);
+            return verdict_with_notes(false, reason, message);
         }
-        let lacking = self.tunnel.elected.len() < self.tunnel.wanted || self.proxy.elected.len() < self.proxy.wanted;
-        if lacking || !self.refusals.is_empty() || !self.unaddressed.is_empty() {
-            return say(true, "Degraded", format!("works, but not as asked: {}", self.complaint()));
+        let incomplete = self.tunnel.elected.len() < self.tunnel.wanted || self.proxy.elected.len() < self.proxy.wanted;
+        if incomplete || !self.refusals.is_empty() || !self.unaddressed.is_empty() {
+            return verdict_with_notes(true, "Degraded", format!("works, but not as specified: {}", self.first_deficiency()));
         }
-        say(true, "Ready", format!("{} in the pool, gateway: {}", count(self.nodes.len(), "node"), self.gateway_nodes()))
+        verdict_with_notes(true, "Ready", format!("{} in the pool, gateway: {}", count(self.nodes.len(), "node"), self.gateway_nodes()))
     }
 
-    // One of several: the other two conditions have all.
-    fn complaint(&self) -> String {
+    // One deficiency only: conditions Elected and Accepted list all of them.
+    fn first_deficiency(&self) -> String {
         match self.refusals.as_slice() {
             [] if self.tunnel.elected.len() < self.tunnel.wanted => tally(&self.tunnel),
             [] if self.proxy.elected.len() < self.proxy.wanted => tally(&self.proxy),
-            [] => "not every node takes part".to_owned(),
+            [] => "some nodes of the pool are ignored".to_owned(),
             [only] => only.message.clone(),
             [first, more @ ..] => format!("{} (and {} more, see condition Accepted)", first.message, more.len()),
         }
     }
 
-    // The first thing that keeps traffic from flowing, in the order in which a person would put it right.
+    // Returns the first problem that stops traffic, in the order in which a user fixes them.
     fn obstacle(&self, cluster: &ClusterView, l3: bool, l7: bool) -> Option<(&'static str, String)> {
         let name = &self.gateway.name;
         if self.nodes.is_empty() && self.unaddressed.is_empty() {
             return Some((
                 "NoNode",
                 format!(
-                    "no node in the pool: label its nodes {LABEL_GATEWAY}={name} (kubectl label node NODE {LABEL_GATEWAY}={name}), or write a nodeSelector that matches them"
+                    "no node in the pool: label its nodes {LABEL_GATEWAY}={name} (kubectl label node NODE {LABEL_GATEWAY}={name}), or set a nodeSelector that matches them"
                 ),
             ));
         }
         if self.nodes.is_empty() {
             return Some((
                 "NoNodeAddress",
-                "no node of the pool has an InternalIP: see --node-ip of the kubelet, or the cloud provider".to_owned(),
+                "no node of the pool has an InternalIP: set --node-ip of the kubelets, or check the cloud provider".to_owned(),
             ));
         }
         for (on, election) in [(l3, &self.tunnel), (l7, &self.proxy)] {
@@ -243,7 +208,7 @@ impl Draft<'_> {
         if l3 && self.nodes.iter().all(|(_, subnets)| subnets.is_empty()) {
             return Some(("NoPodPrefix", self.no_prefix()));
         }
-        if self.is_exposed() { self.unreachable() } else { nobody_to_dial(cluster, l3) }
+        if self.is_exposed() { self.missing_load_balancer() } else { missing_peer(cluster, l3) }
     }
 
     fn no_prefix(&self) -> String {
@@ -251,18 +216,18 @@ impl Draft<'_> {
             return "no prefix of the pool was accepted: see condition Accepted".to_owned();
         }
         format!(
-            "no node of the pool has a pod prefix (Node.spec.podCIDRs is empty): run kube-controller-manager with --allocate-node-cidrs, or, if the CNI gives out addresses by itself, \
-             name the pool's prefixes in annotation {ANNOTATION_EXTRA_CIDRS}"
+            "no node of the pool has a pod prefix (Node.spec.podCIDRs is empty): run kube-controller-manager with --allocate-node-cidrs, or, if the CNI assigns addresses itself, \
+             list the pool's prefixes in annotation {ANNOTATION_EXTRA_CIDRS}"
         )
     }
 
-    fn unreachable(&self) -> Option<(&'static str, String)> {
+    fn missing_load_balancer(&self) -> Option<(&'static str, String)> {
         let without = self.without_public_ip();
         if self.gateway.resource.spec.expose_type != ExposeType::LoadBalancer || without.is_empty() {
             return None;
         }
         let message = format!(
-            "exposeType is LoadBalancer and there is no address yet for {}: wait for the load balancer, or set publicIP in its endpoint",
+            "exposeType is LoadBalancer, and the load balancer of {} has no address yet: check its Service, or set publicIP in its endpoint",
             enumerate(&without)
         );
         Some(("NoLoadBalancerAddress", message))
@@ -281,30 +246,30 @@ impl Draft<'_> {
         names
     }
 
-    // Things that stop nothing and explain much.
+    // Notes that explain the state without being errors.
     fn notes(&self, cluster: &ClusterView, switches: Switches) -> Vec<String> {
         let mut notes = Vec::new();
         let without = self.without_public_ip();
         if self.gateway.resource.spec.expose_type == ExposeType::PublicIP && !without.is_empty() {
-            notes.push(format!("no publicIP is set for {}: others dial its InternalIP", enumerate(&without)));
+            notes.push(format!("no publicIP is set for {}: other pools dial its InternalIP", enumerate(&without)));
         }
         if !self.unaddressed.is_empty() {
-            notes.push(format!("left out, since they have no InternalIP: {}", enumerate(&self.unaddressed)));
+            notes.push(format!("ignored because of missing InternalIP: {}", enumerate(&self.unaddressed)));
         }
-        let bare: Vec<&NodeName> = self.nodes.iter().filter(|(_, s)| s.is_empty()).map(|(n, _)| &n.name).collect();
-        if !bare.is_empty() && bare.len() < self.nodes.len() {
-            notes.push(format!("without a pod prefix: {}", enumerate(&bare)));
+        let without_prefix: Vec<&NodeName> = self.nodes.iter().filter(|(_, s)| s.is_empty()).map(|(n, _)| &n.name).collect();
+        if !without_prefix.is_empty() && without_prefix.len() < self.nodes.len() {
+            notes.push(format!("without a pod prefix: {}", enumerate(&without_prefix)));
         }
         notes.extend(self.by_name_only(cluster).filter(|_| switches.l7));
-        for (on, key) in [(switches.l3, super::elect::CONFIG_L3), (switches.l7, super::elect::CONFIG_L7)] {
+        for (on, key) in [(switches.l3, SWITCH_L3), (switches.l7, SWITCH_L7)] {
             if !on {
-                notes.push(format!("ConfigMap {} says {key}=false", crate::config::CONFIG_MAP));
+                notes.push(format!("ConfigMap {SWITCHES_CONFIG_MAP} sets {key}=false"));
             }
         }
         notes
     }
 
-    // Sites that are clones of one image have the same addresses: which of them is meant by such an address is never guessed.
+    // Sites that are clones of one image have the same addresses. Such an address does not identify a node, so the proxy refuses it.
     fn by_name_only(&self, cluster: &ClusterView) -> Option<String> {
         if self.is_exposed() {
             return None;
@@ -316,8 +281,8 @@ impl Draft<'_> {
                 let address = node.address?;
                 let own = Some(&self.gateway.name);
                 let (gateway, other) = cluster.shared.get(&address)?.iter().find(|(gateway, _)| gateway.as_ref() != own)?;
-                let whose = gateway.as_ref().map_or_else(|| "no Gateway".to_owned(), |gateway| format!("Gateway {gateway}"));
-                Some(format!("{} ({address}, which node {other} of {whose} has, too)", node.name))
+                let pool = gateway.as_ref().map_or_else(|| "no Gateway".to_owned(), |gateway| format!("Gateway {gateway}"));
+                Some(format!("{} ({address} is also the address of node {other} of {pool})", node.name))
             })
             .collect();
         (!shared.is_empty()).then(|| format!("{BY_NAME_ONLY}: {}", enumerate(&shared)))
@@ -331,16 +296,16 @@ impl Draft<'_> {
     }
 }
 
-fn nobody_to_dial(cluster: &ClusterView, l3: bool) -> Option<(&'static str, String)> {
+fn missing_peer(cluster: &ClusterView, l3: bool) -> Option<(&'static str, String)> {
     if cluster.exposed.is_empty() {
-        let message = "no Gateway of the cluster is exposed, so this one has nobody to dial: set exposeType: PublicIP (or LoadBalancer) on the Gateway that others can reach, usually the cloud's";
+        let message = "no Gateway of the cluster is exposed, so this pool has no peer to dial: set exposeType: PublicIP (or LoadBalancer) on a Gateway that this pool can reach, usually the cloud's";
         return Some(("NoExposedGateway", message.to_owned()));
     }
     if l3 && cluster.exposed.iter().all(|(_, elected)| !elected) {
         let names: Vec<&GatewayName> = cluster.exposed.iter().map(|(name, _)| name).collect();
         return Some((
             "NoExposedGateway",
-            format!("nobody to dial: no tunnel node is elected in the exposed Gateway {}", enumerate(&names)),
+            format!("no peer to dial: no tunnel node is elected in the exposed Gateway {}", enumerate(&names)),
         ));
     }
     None
@@ -351,60 +316,28 @@ fn tally(election: &Election) -> String {
     let what = type_name(*type_);
     let names: Vec<&str> = elected.iter().map(|e| e.node_name.as_str()).collect();
     if *kept {
-        let why = if *candidates == 1 {
+        let reason = if *candidates == 1 {
             "the one candidate is not ready".to_owned()
         } else {
             format!("of {candidates} candidates none is ready")
         };
-        return format!("{what}: {why}, keeping {}, elected before", enumerate(&names));
+        return format!("{what}: {reason}, keeping {}, elected before", enumerate(&names));
     }
     if elected.len() == *wanted {
         return format!("{what}: {}", enumerate(&names));
     }
-    let why = match candidates {
+    let reason = match candidates {
         0 => "no node of the pool is a candidate".to_owned(),
         1 => "the one candidate is not ready".to_owned(),
         n => format!("of {n} candidates no other is ready"),
     };
     match elected.len() {
-        0 => format!("{what}: none of {wanted} ({})", why.replace("no other", "none")),
+        0 => format!("{what}: none of {wanted} ({})", reason.replace("no other", "none")),
         n if n == *candidates => format!("{what}: {n} of {wanted} ({}), there are no more candidates", enumerate(&names)),
-        n => format!("{what}: {n} of {wanted} ({}), {why}", enumerate(&names)),
-    }
-}
-
-/// `tunnel` or `proxy`.
-pub fn type_name(type_: EndpointType) -> &'static str {
-    match type_ {
-        EndpointType::Tunnel => "tunnel",
-        EndpointType::Proxy => "proxy",
+        n => format!("{what}: {n} of {wanted} ({}), {reason}", enumerate(&names)),
     }
 }
 
 fn verdict(type_: ConditionType, ok: bool, reason: &'static str, message: String) -> Verdict {
     Verdict { type_, ok, reason, message }
-}
-
-fn count(n: usize, what: &str) -> String {
-    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
-}
-
-// A pool may have thousands of nodes; a message is for a person, and an API object has a size.
-pub(super) const SHOWN: usize = 5;
-
-/// The first few names, and how many more there are.
-pub fn enumerate<T: Display>(names: &[T]) -> String {
-    let shown: Vec<String> = names.iter().take(SHOWN).map(ToString::to_string).collect();
-    match names.len().saturating_sub(SHOWN) {
-        0 => shown.join(", "),
-        more => format!("{} and {more} more", shown.join(", ")),
-    }
-}
-
-fn join_capped(messages: &[&str], separator: &str) -> String {
-    let shown = messages[..messages.len().min(SHOWN)].join(separator);
-    match messages.len().saturating_sub(SHOWN) {
-        0 => shown,
-        more => format!("{shown}{separator}and {more} more"),
-    }
 }

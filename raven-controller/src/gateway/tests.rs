@@ -1,4 +1,4 @@
-//! Laws of [`decide`](super::decide), case by case and by property.
+//! Tests of [`decide`](super::decide): examples and properties.
 
 mod build;
 mod cases;

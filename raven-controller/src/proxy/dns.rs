@@ -1,14 +1,14 @@
-//! The hosts file for CoreDNS: names of edge nodes lead to the proxy's Service, names of cloud nodes to the nodes themselves. Pure.
+//! The hosts file for CoreDNS: names of edge nodes resolve to the internal Service, names of cloud nodes to the nodes. No I/O.
 
 use std::{collections::BTreeSet, fmt::Write, net::IpAddr};
 
 use raven_api::Gateway;
 
-use crate::gateway::NodeFacts;
+use crate::gateway::facts::NodeFacts;
 
-/// The file: lines `IP<TAB>name`, sorted by name. `service`: the Service's addresses, none while L7 is off or it has none yet: then every
-/// name leads to its node.
-pub fn hosts<'a>(nodes: impl IntoIterator<Item = &'a NodeFacts>, gateways: &[Gateway], service: &[IpAddr]) -> String {
+/// Returns the hosts file: lines `IP<TAB>name`, sorted by name. `service` contains the addresses of the internal Service. It is empty while L7 is
+/// off or the Service has no address; every name then resolves to its node.
+pub(crate) fn hosts<'a>(nodes: impl IntoIterator<Item = &'a NodeFacts>, gateways: &[Gateway], service: &[IpAddr]) -> String {
     let edge: BTreeSet<&str> = gateways
         .iter()
         .filter(|g| g.spec.expose_type.is_edge())
@@ -53,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn edge_names_lead_to_the_service_and_cloud_names_to_their_nodes() {
+    fn edge_names_resolve_to_the_service_and_cloud_names_to_the_nodes() {
         let nodes = [node("x-a", "10.1.0.11"), node("cloud-a", "10.0.0.11"), node("stray", "10.9.0.1")];
         let gateways = [gateway("cloud", ExposeType::PublicIP, "cloud-a"), gateway("edge-x", ExposeType::Edge, "x-a")];
         let service = ["10.96.0.7".parse().expect("an address")];

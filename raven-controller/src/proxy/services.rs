@@ -1,13 +1,14 @@
-//! Which Services and EndpointSlices lead to the gateway nodes. Pure: objects as server-side apply takes them.
+//! Services and EndpointSlices in front of gateway nodes, as JSON for server-side apply. No I/O.
 //!
-//! The internal Service has no selector: its slices, one per gateway node, hold those whose proxy says that it is ready. Gateways that are
-//! exposed by a load balancer get a Service each for every elected node.
+//! The internal Service has no selector; it has one EndpointSlice per cloud gateway node whose proxy is ready. A Gateway that is exposed by load
+//! balancers gets one Service per elected node.
 
 use std::collections::BTreeMap;
 
 use raven_api::{
-    Gateway, GatewayNode, LABEL_GATEWAY, MANAGER_CONTROLLER,
+    Gateway, GatewayNode,
     gateway::{Endpoint, EndpointType, ExposeType},
+    names::{LABEL_GATEWAY, LABEL_MANAGED_BY, MANAGER_CONTROLLER},
     proxy::{
         INTERNAL_INSECURE_PORT, INTERNAL_SERVICE, LABEL_DISCARD, LABEL_ENDPOINTS_NAME, LABEL_GATEWAY_TYPE, LOAD_BALANCER_PREFIX, Ports,
         TUNNEL_LOAD_BALANCER_PREFIX, ready, secure_listener,
@@ -15,20 +16,17 @@ use raven_api::{
 };
 use serde_json::{Value, json};
 
-/// Label by which our Services and slices are found again.
-pub const LABEL_MANAGED_BY: &str = "app.kubernetes.io/managed-by";
-
-/// Services and slices, by name.
+/// Desired objects by name.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Objects {
-    /// Services.
-    pub services: BTreeMap<String, Value>,
-    /// EndpointSlices.
-    pub slices: BTreeMap<String, Value>,
+pub(crate) struct Objects {
+    /// Desired Services.
+    pub(crate) services: BTreeMap<String, Value>,
+    /// Desired EndpointSlices.
+    pub(crate) slices: BTreeMap<String, Value>,
 }
 
-/// What there should be.
-pub fn desired(namespace: &str, gateways: &[Gateway], nodes: &[GatewayNode], l7: bool) -> Objects {
+/// Returns the desired objects. `l7` is the state of the L7 switch.
+pub(crate) fn desired(namespace: &str, gateways: &[Gateway], nodes: &[GatewayNode], l7: bool) -> Objects {
     let mut objects = Objects::default();
     let exposed = || gateways.iter().filter(|g| !g.spec.expose_type.is_edge());
     if l7 {
@@ -44,14 +42,14 @@ pub fn desired(namespace: &str, gateways: &[Gateway], nodes: &[GatewayNode], l7:
     for gateway in exposed().filter(|g| g.spec.expose_type == ExposeType::LoadBalancer) {
         for (type_, prefix) in [(EndpointType::Proxy, LOAD_BALANCER_PREFIX), (EndpointType::Tunnel, TUNNEL_LOAD_BALANCER_PREFIX)] {
             for (endpoint, address) in elected(gateway, type_).filter(|_| l7 || type_ == EndpointType::Tunnel) {
-                balanced(namespace, gateway, endpoint, &address, prefix, &mut objects);
+                add_load_balancer(namespace, gateway, endpoint, &address, prefix, &mut objects);
             }
         }
     }
     objects
 }
 
-/// Elected nodes of a Gateway that have an address.
+/// Returns the elected endpoints of a Gateway that have an address, with the address.
 fn elected(gateway: &Gateway, type_: EndpointType) -> impl Iterator<Item = (&Endpoint, String)> {
     let status = gateway.status.as_ref();
     let endpoints = status.into_iter().flat_map(|s| &s.active_endpoints).filter(move |e| e.type_ == type_);
@@ -100,10 +98,10 @@ fn slice(namespace: &str, name: &str, service: &str, node: &Endpoint, address: &
     })
 }
 
-/// A Service of type LoadBalancer for one elected node, and its slice.
-fn balanced(namespace: &str, gateway: &Gateway, endpoint: &Endpoint, address: &str, prefix: &str, objects: &mut Objects) {
+/// Adds the Service of type LoadBalancer for an elected node, and its EndpointSlice.
+fn add_load_balancer(namespace: &str, gateway: &Gateway, endpoint: &Endpoint, address: &str, prefix: &str, objects: &mut Objects) {
     let owner = gateway.metadata.name.as_deref().unwrap_or_default();
-    let name = balancer_name(prefix, owner, &endpoint.node_name);
+    let name = load_balancer_name(prefix, owner, &endpoint.node_name);
     let (type_, protocol) = match endpoint.type_ {
         EndpointType::Proxy => ("proxy", "TCP"),
         EndpointType::Tunnel => ("tunnel", "UDP"),
@@ -124,10 +122,10 @@ fn balanced(namespace: &str, gateway: &Gateway, endpoint: &Endpoint, address: &s
     objects.services.insert(name, service);
 }
 
-/// `<prefix>-<gateway>-<8 hex>`; the hash is of the node's name, so that a node keeps its load balancer. A Service's name has at most 63
-/// characters.
-pub fn balancer_name(prefix: &str, gateway: &str, node: &str) -> String {
-    // FNV-1a: short, and the same for ever.
+/// Returns `<prefix>-<gateway>-<8 hex>`. The hash is computed from the node's name, so a node keeps its load balancer. The name has at most 63
+/// characters, the limit of Service names.
+pub(crate) fn load_balancer_name(prefix: &str, gateway: &str, node: &str) -> String {
+    // FNV-1a: short, and stable across versions.
     let hash = node.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     let room = 63 - prefix.len() - 10;
     let gateway: String = gateway.chars().map(|c| if c == '.' { '-' } else { c }).take(room).collect();
@@ -190,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn a_proxy_that_no_edge_sees_any_more_is_not_ready() {
+    fn proxy_without_connected_edges_is_not_ready() {
         let with = |name: &str, tunnels: &[&str]| {
             let mut node = node(name, true);
             let proxy = node.status.as_mut().and_then(|s| s.proxy.as_mut()).expect("it has one");
@@ -211,28 +209,28 @@ mod tests {
             objects.slices.keys().map(|name| name.trim_start_matches("x-raven-proxy-internal-svc-").to_owned()).collect()
         };
         let mut gateways = vec![gateway(ExposeType::PublicIP), edge("x", "True"), edge("y", "False")];
-        // `y` has lost its power, and says for ever that it has tunnels with both.
+        // Site `y` has no power; its stale status lists connections to both nodes.
         let nodes = [with("a", &[]), with("b", &[]), with("x1", &["b"]), with("y1", &["a", "b"])];
         assert_eq!(slices(&gateways, &nodes), ["b"]);
-        assert_eq!(slices(&gateways[..1], &nodes), ["a", "b"], "no site at all: nobody to be asked");
+        assert_eq!(slices(&gateways[..1], &nodes), ["a", "b"], "without any edge, the own reports suffice");
         gateways.extend([edge("v", "True"), edge("w", "True")]);
         let nodes = [with("a", &[]), with("b", &[]), with("x1", &["b"]), with("v1", &["a", "b"]), with("w1", &["b"])];
-        assert_eq!(slices(&gateways, &nodes), ["b"], "one site of three reaches `a`");
+        assert_eq!(slices(&gateways, &nodes), ["b"], "one edge of three is connected to `a`");
         let nodes = [with("a", &[]), with("b", &[]), with("x1", &["a", "b"]), with("v1", &["a", "b"]), with("w1", &["b"])];
         assert_eq!(slices(&gateways, &nodes), ["a", "b"]);
     }
 
     #[test]
-    fn a_load_balancer_per_elected_node_where_the_gateway_asks_for_it() {
+    fn one_load_balancer_per_elected_node() {
         let gateways = [gateway(ExposeType::LoadBalancer)];
         let objects = desired("kube-system", &gateways, &[], true);
         let names: Vec<&String> = objects.services.keys().filter(|name| *name != INTERNAL_SERVICE).collect();
         assert_eq!(names.len(), 3, "{names:?}");
-        let tunnel = &objects.services[&balancer_name(TUNNEL_LOAD_BALANCER_PREFIX, "cloud", "a")];
+        let tunnel = &objects.services[&load_balancer_name(TUNNEL_LOAD_BALANCER_PREFIX, "cloud", "a")];
         assert_eq!(tunnel["spec"]["ports"][0], json!({"name": "tunnel", "port": 4500, "targetPort": 4500, "protocol": "UDP"}));
         assert_eq!(tunnel["spec"]["externalTrafficPolicy"], "Local");
         let off = desired("kube-system", &gateways, &[], false);
-        assert_eq!(off.services.len(), 1, "L7 is off: only the tunnel's is left");
-        assert!(balancer_name(LOAD_BALANCER_PREFIX, &"g".repeat(100), "n").len() <= 63);
+        assert_eq!(off.services.len(), 1, "with L7 off, only the tunnel's load balancer is left");
+        assert!(load_balancer_name(LOAD_BALANCER_PREFIX, &"g".repeat(100), "n").len() <= 63);
     }
 }

@@ -1,97 +1,103 @@
-//! The webhook's own CA and serving certificate.
+//! CA and serving certificate of the conversion webhook. No I/O.
 //!
-//! Made here, since the API server must be able to convert before anything else of the cluster works. [`Material::next`] decides, purely,
-//! what is to be renewed. A renewal must leave no moment in which the API server trusts nobody who answers:
-//! - the serving certificate is renewed after two thirds of its life, under the same CA;
-//! - the CA is renewed after two thirds of *its* life, and only put beside the old one; the serving certificate stays the old CA's until
-//!   its own time comes, months later, when the API server has long known both. An expired CA leaves the bundle.
+//! The controller creates them itself, because the API server must be able to convert before other components of the cluster work.
+//! [`Material::next`] decides what is due for renewal. The API server must trust the served certificate at any time:
+//! - The serving certificate is renewed after two thirds of its validity, under the same CA.
+//! - The CA is renewed after two thirds of its validity and published next to the old one. The serving certificate is signed by the new CA at its
+//!   own next renewal, months later. An expired CA is removed from the bundle.
 
 use jiff::{SignedDuration, Timestamp};
 use rcgen::{Certificate, CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256};
 use serde::{Deserialize, Serialize};
 
-use crate::authority::{self, CA_LIFE, NewAuthority, end, is_due, set_life};
+use crate::ca::{self, CA_LIFE, CaMaterial, NewAuthority, end, is_due, set_validity};
 
-/// Life of a serving certificate.
-pub const SERVING_LIFE: SignedDuration = SignedDuration::from_hours(365 * 24);
-// Nobody compares it; two of them are told apart by their keys.
+/// Validity of a serving certificate.
+pub(crate) const SERVING_LIFE: SignedDuration = SignedDuration::from_hours(365 * 24);
+// Common name of all CAs. They are distinguished by their key identifiers.
 const CA_NAME: &str = "raven-controller-webhook-ca";
 
-/// A certificate that could not be made.
-#[derive(Debug, thiserror::Error)]
-#[error("make the webhook's certificate for {names:?}: {source}")]
-pub struct Error {
-    /// For which names.
-    pub names: Vec<String>,
-    /// Why.
-    pub source: rcgen::Error,
-}
-
-/// A CA that the API server is told to trust.
+/// A CA that the API server trusts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Authority {
-    /// PEM.
-    pub certificate: String,
-    /// When it ends.
-    pub not_after: Timestamp,
+pub(crate) struct Authority {
+    /// Certificate in PEM.
+    pub(crate) certificate: String,
+    /// End of the validity.
+    pub(crate) not_after: Timestamp,
 }
 
-/// All of it, as the Secret keeps it.
+/// Certificates and keys of the webhook, in the form stored in the Secret.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Material {
-    /// The newest first: it signs.
-    pub authorities: Vec<Authority>,
-    /// PEM, of the newest.
-    pub ca_key: String,
-    /// PEM of the serving certificate.
-    pub certificate: String,
-    /// PEM of its key.
-    pub key: String,
-    /// When it ends.
-    pub not_after: Timestamp,
-    /// What it is for.
-    pub names: Vec<String>,
+pub(crate) struct Material {
+    /// All valid CAs; the first one is the newest and signs.
+    pub(crate) authorities: Vec<Authority>,
+    /// Private key of the newest CA in PEM.
+    pub(crate) ca_key: String,
+    /// Serving certificate in PEM.
+    pub(crate) certificate: String,
+    /// Private key of the serving certificate in PEM.
+    pub(crate) key: String,
+    /// End of the serving certificate's validity.
+    pub(crate) not_after: Timestamp,
+    /// Host names and addresses of the serving certificate.
+    pub(crate) names: Vec<String>,
 }
 
-/// What was made anew.
+/// Renewed part of the material.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Renewal {
-    /// Everything.
+pub(crate) enum Renewal {
+    /// CA and serving certificate: there were none, or the CA expired.
     First,
-    /// A CA, put beside the old one.
+    /// The CA; the old one stays published.
     Ca,
     /// The serving certificate.
     Serving,
 }
 
-// === impl Material ===
+impl Renewal {
+    /// Returns the name of the renewed part, for the log.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::First => "CA and serving certificate",
+            Self::Ca => "CA",
+            Self::Serving => "serving certificate",
+        }
+    }
+}
+
+impl CaMaterial for Material {
+    const KEY: &'static str = "material.json";
+
+    fn public_entries(&self) -> Vec<(&'static str, String)> {
+        vec![("ca.crt", self.bundle()), ("tls.crt", self.certificate.clone())]
+    }
+}
 
 impl Material {
-    /// What should be there instead of `present`, if anything.
-    pub fn next(present: Option<&Self>, names: &[String], now: Timestamp) -> Result<Option<(Self, Renewal)>, Error> {
-        let error = |source| Error { names: names.to_vec(), source };
+    /// Returns the material that replaces `present`, if a renewal is due.
+    pub(crate) fn next(present: Option<&Self>, names: &[String], now: Timestamp) -> Result<Option<(Self, Renewal)>, rcgen::Error> {
         let Some(present) = present.filter(|m| m.authorities.first().is_some_and(|ca| ca.not_after > now)) else {
-            return Self::first(names, now).map(|made| Some((made, Renewal::First))).map_err(error);
+            return Self::first(names, now).map(|material| Some((material, Renewal::First)));
         };
         let lacks_name = names.iter().any(|name| !present.names.contains(name));
         if lacks_name || is_due(present.not_after, SERVING_LIFE, now) {
-            return present.renewed(names, now).map(|made| Some((made, Renewal::Serving))).map_err(error);
+            return present.renewed(names, now).map(|material| Some((material, Renewal::Serving)));
         }
         if is_due(present.authorities[0].not_after, CA_LIFE, now) {
-            return present.with_new_ca(now).map(|made| Some((made, Renewal::Ca))).map_err(error);
+            return present.with_new_ca(now).map(|material| Some((material, Renewal::Ca)));
         }
         Ok(None)
     }
 
-    /// What the API server is to trust, PEM.
-    pub fn bundle(&self) -> String {
+    /// Returns the certificates of all CAs in PEM.
+    pub(crate) fn bundle(&self) -> String {
         self.authorities.iter().map(|ca| ca.certificate.as_str()).collect()
     }
 
     fn first(names: &[String], now: Timestamp) -> Result<Self, rcgen::Error> {
-        let (authority, ca_key) = make_ca(now)?;
+        let (authority, ca_key) = create_ca(now)?;
         let blank = Self {
             authorities: vec![authority],
             ca_key,
@@ -104,21 +110,21 @@ impl Material {
     }
 
     fn with_new_ca(&self, now: Timestamp) -> Result<Self, rcgen::Error> {
-        let (authority, ca_key) = make_ca(now)?;
+        let (authority, ca_key) = create_ca(now)?;
         let old = self.authorities.iter().filter(|ca| ca.not_after > now).cloned();
         Ok(Self { authorities: std::iter::once(authority).chain(old).collect(), ca_key, ..self.clone() })
     }
 
     fn renewed(&self, names: &[String], now: Timestamp) -> Result<Self, rcgen::Error> {
-        let issuer = Issuer::new(authority::params(CA_NAME), KeyPair::from_pem(&self.ca_key)?);
-        // A certificate outlives no CA.
+        let issuer = Issuer::new(ca::params(CA_NAME), KeyPair::from_pem(&self.ca_key)?);
+        // A certificate must not outlive its CA.
         let not_after = end(now, SERVING_LIFE).min(self.authorities[0].not_after);
         let mut params = CertificateParams::new(names.to_vec())?;
         params.distinguished_name.push(DnType::CommonName, names.first().map(String::as_str).unwrap_or(CA_NAME));
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         params.use_authority_key_identifier_extension = true;
-        set_life(&mut params, now, not_after);
+        set_validity(&mut params, now, not_after);
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let certificate: Certificate = params.signed_by(&key, &issuer)?;
         let authorities = self.authorities.iter().filter(|ca| ca.not_after > now).cloned().collect();
@@ -126,15 +132,15 @@ impl Material {
     }
 }
 
-fn make_ca(now: Timestamp) -> Result<(Authority, String), rcgen::Error> {
-    let NewAuthority { certificate, key, not_after } = authority::make(CA_NAME, now)?;
+fn create_ca(now: Timestamp) -> Result<(Authority, String), rcgen::Error> {
+    let NewAuthority { certificate, key, not_after } = ca::create(CA_NAME, now)?;
     Ok((Authority { certificate, not_after }, key))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::authority::DAY;
+    use crate::ca::DAY;
 
     fn names() -> Vec<String> {
         vec!["hook.kube-system.svc".to_owned(), "10.0.0.5".to_owned()]
@@ -144,12 +150,12 @@ mod tests {
         "2026-06-01T12:00:00Z".parse().expect("a time written in a test")
     }
 
-    fn made(present: Option<&Material>, now: Timestamp) -> Option<(Material, Renewal)> {
-        Material::next(present, &names(), now).expect("certificates can be made")
+    fn next(present: Option<&Material>, now: Timestamp) -> Option<(Material, Renewal)> {
+        Material::next(present, &names(), now).expect("certificates can be created")
     }
 
     fn first() -> Material {
-        made(None, start()).expect("there was nothing").0
+        next(None, start()).expect("there was nothing").0
     }
 
     fn days(n: i64) -> SignedDuration {
@@ -157,37 +163,41 @@ mod tests {
     }
 
     #[test]
-    fn made_once_it_is_kept() {
+    fn fresh_material_is_kept() {
         let material = first();
-        assert_eq!(made(Some(&material), start()), None);
-        assert_eq!(made(Some(&material), start() + days(200)), None);
-        let (other, why) = Material::next(Some(&material), &["other".to_owned()], start()).expect("made").expect("lacks a name");
-        assert_eq!((why, other.bundle(), other.names), (Renewal::Serving, material.bundle(), vec!["other".to_owned()]));
+        assert_eq!(next(Some(&material), start()), None);
+        assert_eq!(next(Some(&material), start() + days(200)), None);
+        let (other, renewal) =
+            Material::next(Some(&material), &["other".to_owned()], start()).expect("created").expect("a name is missing");
+        assert_eq!((renewal, other.bundle(), other.names), (Renewal::Serving, material.bundle(), vec!["other".to_owned()]));
     }
 
     #[test]
-    fn the_serving_certificate_is_renewed_under_the_same_ca() {
+    fn serving_certificate_is_renewed_under_the_same_ca() {
         let material = first();
-        let (renewed, why) = made(Some(&material), start() + days(260)).expect("two thirds are over");
-        assert_eq!((why, renewed.bundle() == material.bundle()), (Renewal::Serving, true));
+        let (renewed, renewal) = next(Some(&material), start() + days(260)).expect("two thirds of the validity are over");
+        assert_eq!((renewal, renewed.bundle() == material.bundle()), (Renewal::Serving, true));
         assert_ne!(renewed.certificate, material.certificate);
     }
 
     #[test]
-    fn a_new_ca_joins_the_old_one_long_before_it_signs_and_an_expired_one_leaves() {
+    fn new_ca_is_published_before_it_signs_and_an_expired_one_is_removed() {
         let mut material = first();
-        // Eight years of an hourly look, in steps of ten days: whatever serves must be trusted by a bundle that was there the step before.
+        // Eleven years in steps of ten days: the bundle of the previous step must trust each serving certificate.
         let mut cas = 1;
         for step in 1..=400 {
             let now = start() + days(step * 10);
             let before = material.clone();
-            while let Some((next, why)) = made(Some(&material), now) {
-                assert!(why != Renewal::First && next.not_after > now, "{why:?} at step {step}");
-                cas += usize::from(why == Renewal::Ca);
-                if why == Renewal::Serving {
-                    assert_eq!(next.authorities[0].not_after, before.authorities[0].not_after, "signed by a CA that nobody knows yet");
+            while let Some((renewed, renewal)) = next(Some(&material), now) {
+                assert!(renewal != Renewal::First && renewed.not_after > now, "{renewal:?} at step {step}");
+                cas += usize::from(renewal == Renewal::Ca);
+                if renewal == Renewal::Serving {
+                    assert_eq!(
+                        renewed.authorities[0].not_after, before.authorities[0].not_after,
+                        "signed by a CA that is not published yet"
+                    );
                 }
-                material = next;
+                material = renewed;
             }
             assert!(material.authorities.len() <= 2);
             assert!(material.not_after > now);
@@ -196,9 +206,9 @@ mod tests {
     }
 
     #[test]
-    fn what_has_run_out_is_made_anew() {
+    fn expired_material_is_created_again() {
         let material = first();
-        let (_, why) = made(Some(&material), start() + CA_LIFE).expect("nothing is good any more");
-        assert_eq!(why, Renewal::First);
+        let (_, renewal) = next(Some(&material), start() + CA_LIFE).expect("everything is expired");
+        assert_eq!(renewal, Renewal::First);
     }
 }

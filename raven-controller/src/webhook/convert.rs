@@ -1,4 +1,4 @@
-//! ConversionReviews (`apiextensions.k8s.io/v1`): Gateways in, Gateways of the other version out. Pure.
+//! Answers ConversionReviews (`apiextensions.k8s.io/v1`) for Gateways. No I/O.
 
 use kube::core::Status;
 use kube::core::conversion::{ConversionRequest, ConversionResponse, ConversionReview};
@@ -7,34 +7,36 @@ use raven_api::{GROUP, gateway, gateway_v1alpha1};
 use serde::Serialize;
 use serde_json::Value;
 
-/// A request that is no ConversionReview.
+/// The request body is not a ConversionReview.
 #[derive(Debug, thiserror::Error)]
-#[error("no ConversionReview of apiextensions.k8s.io/v1 with a request: {0}")]
-pub struct NoReview(String);
+#[error("the body is not a ConversionReview of apiextensions.k8s.io/v1 with a request: {0}")]
+pub struct InvalidReview(String);
 
-/// An object that cannot be converted.
+/// An object of the request cannot be converted.
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("{kind} {name} of {version} to {desired}: the webhook converts Gateways between {GROUP}/v1alpha1 and {GROUP}/v1beta1")]
+    #[error(
+        "cannot convert {kind} {name} of {version} to {desired}: the webhook converts Gateways between {GROUP}/v1alpha1 and {GROUP}/v1beta1"
+    )]
     Unknown { kind: String, name: String, version: String, desired: String },
-    #[error("Gateway {name} of {version}: {source}")]
+    #[error("cannot convert Gateway {name} of {version}: {source}")]
     Malformed { name: String, version: String, source: serde_json::Error },
 }
 
-/// The answer to a request's body.
-pub fn answer(body: &[u8]) -> Result<ConversionReview, NoReview> {
-    let review: ConversionReview = serde_json::from_slice(body).map_err(|e| NoReview(e.to_string()))?;
-    let request = ConversionRequest::from_review(review).map_err(|e| NoReview(e.to_string()))?;
+/// Returns the response to a ConversionReview in JSON.
+pub fn answer(body: &[u8]) -> Result<ConversionReview, InvalidReview> {
+    let review: ConversionReview = serde_json::from_slice(body).map_err(|e| InvalidReview(e.to_string()))?;
+    let request = ConversionRequest::from_review(review).map_err(|e| InvalidReview(e.to_string()))?;
     let desired = request.desired_api_version.clone();
     let mut request = request;
     let objects = std::mem::take(&mut request.objects);
     let response = ConversionResponse::for_request(request);
-    // All or nothing: the API server takes no answer with fewer objects.
+    // All or nothing: the API server rejects a response with fewer objects.
     let converted: Result<Vec<Value>, Error> = objects.into_iter().map(|object| convert(object, &desired)).collect();
     let response = match converted {
         Ok(objects) => response.success(objects),
         Err(e) => {
-            tracing::warn!(error = %e, "conversion");
+            tracing::warn!(error = %e, "conversion failed");
             response.failure(Status::failure(&e.to_string(), "Invalid"))
         }
     };
@@ -80,7 +82,7 @@ mod tests {
             "request": {"uid": "705ab4f5", "desiredAPIVersion": desired, "objects": objects},
         });
         let answer = answer(body.to_string().as_bytes()).expect("a ConversionReview");
-        serde_json::to_value(answer).expect("an answer is JSON")
+        serde_json::to_value(answer).expect("a response is JSON")
     }
 
     fn old() -> Value {
@@ -88,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn the_answer_bears_the_uid_and_as_many_objects_in_their_order() {
+    fn response_has_the_uid_and_all_objects_in_order() {
         let mut second = old();
         second["metadata"]["name"] = json!("h");
         let answer = review("raven.openyurt.io/v1beta1", json!([old(), second]));
@@ -101,14 +103,14 @@ mod tests {
     }
 
     #[test]
-    fn an_object_that_has_the_wanted_version_comes_back_as_it_is() {
+    fn object_of_the_desired_version_is_unchanged() {
         let mut odd = old();
         odd["spec"]["unheardOf"] = json!(1);
         assert_eq!(review("raven.openyurt.io/v1alpha1", json!([odd]))["response"]["convertedObjects"][0], odd);
     }
 
     #[test]
-    fn one_bad_object_fails_the_request_and_is_named() {
+    fn invalid_object_fails_the_request_and_is_named() {
         let mut bad = old();
         bad["spec"]["endpoints"] = json!("none");
         let foreign = json!({"apiVersion": "raven.openyurt.io/v1beta1", "kind": "GatewayNode", "metadata": {"name": "x"}});
@@ -123,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn rubbish_is_no_review() {
+    fn malformed_body_is_rejected() {
         for body in ["", "{}", r#"{"apiVersion":"apiextensions.k8s.io/v1","kind":"ConversionReview"}"#, "[1]"] {
             assert!(answer(body.as_bytes()).is_err(), "{body}");
         }

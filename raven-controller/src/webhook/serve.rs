@@ -1,7 +1,6 @@
-//! HTTPS for the API server: `POST /convert`.
+//! HTTPS server of the conversion webhook: `POST /convert`.
 //!
-//! Whoever can reach the port can post: what is answered depends on nothing but what was posted, so there is nothing to steal, and what
-//! one request may cost is bounded.
+//! Clients are not authenticated. The response depends on the request only, so it discloses nothing, and the cost of a request is bounded.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -31,85 +30,85 @@ use tokio_util::sync::CancellationToken;
 use super::certificate::Material;
 use super::convert;
 
-// A list of all Gateways comes in one piece: a thousand of ten nodes each are 5 MB.
-const LARGEST_BODY: usize = 32 << 20;
-const CONNECTIONS: usize = 64;
-// Conversions at a time: each holds a body and its objects.
-const AT_ONCE: usize = 4;
-const HANDSHAKE: Duration = Duration::from_secs(10);
-// The API server gives up after 30 s.
-const BODY: Duration = Duration::from_secs(30);
-// Also how long an idle connection is kept: the API server keeps its own for 90 s.
-const HEADER: Duration = Duration::from_secs(120);
+// The API server sends a list of all Gateways in one request: a thousand with ten nodes each take 5 MB.
+const MAX_BODY: usize = 32 << 20;
+// Concurrent connections.
+const MAX_CONNECTIONS: usize = 64;
+// Concurrent conversions: each holds a body and its objects in memory.
+const MAX_CONVERSIONS: usize = 4;
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+// The API server cancels a request after 30 s.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+// Also the idle timeout of a connection: the API server closes idle connections after 90 s.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Why the webhook cannot be served.
+/// The webhook cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The port is taken.
-    #[error("listen on {address} for the conversion webhook: {source} (is another raven-controller running here? see --webhook-bind-addr)")]
+    /// The port cannot be opened.
+    #[error("cannot listen on {address} for the conversion webhook: {source} (another process may use the port; see --webhook-bind-addr)")]
     Listen {
-        /// Where.
+        /// Address to listen on.
         address: SocketAddr,
-        /// Why.
+        /// Error of the operating system.
         source: std::io::Error,
     },
     /// TLS cannot be set up.
-    #[error("set up TLS for the conversion webhook: {0}")]
+    #[error("cannot set up TLS for the conversion webhook: {0}")]
     Tls(#[from] rustls::Error),
-    /// The certificate of the Secret is none.
-    #[error("read the webhook's certificate: {0}")]
+    /// The certificate or key of the Secret is malformed.
+    #[error("cannot parse the webhook's certificate: {0}")]
     Pem(#[from] pem::Error),
 }
 
-/// What is served at present: held by [`keep`](super::keep), which replaces it without a pause.
-pub type Identity = Option<Arc<CertifiedKey>>;
+/// Served certificate and key; `None` until the first one is available. [`rotation`](super::rotation) replaces it without interruption.
+pub(crate) type ServingIdentity = Option<Arc<CertifiedKey>>;
 
-/// A certificate ready to serve.
-pub fn identity(material: &Material) -> Result<Identity, Error> {
+/// Parses certificate and key for the TLS library.
+pub(crate) fn identity(material: &Material) -> Result<ServingIdentity, Error> {
     let chain = CertificateDer::pem_slice_iter(material.certificate.as_bytes()).collect::<Result<Vec<_>, _>>()?;
     let key = PrivateKeyDer::from_pem_slice(material.key.as_bytes())?;
     Ok(Some(Arc::new(CertifiedKey::from_der(chain, key, &ring::default_provider())?)))
 }
 
+// Serves the present certificate.
 #[derive(Debug)]
-struct Present(watch::Receiver<Identity>);
+struct PresentIdentity(watch::Receiver<ServingIdentity>);
 
-impl ResolvesServerCert for Present {
+impl ResolvesServerCert for PresentIdentity {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         self.0.borrow().clone()
     }
 }
 
-/// The webhook's port.
-pub struct Server {
+/// The webhook's server.
+pub(crate) struct Server {
     listener: TcpListener,
     tls: TlsAcceptor,
 }
 
-// === impl Server ===
-
 impl Server {
-    /// Opens the port; handshakes fail until there is an identity.
-    pub async fn bind(address: SocketAddr, identity: watch::Receiver<Identity>) -> Result<Self, Error> {
+    /// Opens the port. Handshakes fail until a certificate is available.
+    pub(crate) async fn bind(address: SocketAddr, identity: watch::Receiver<ServingIdentity>) -> Result<Self, Error> {
         let provider = Arc::new(ring::default_provider());
         let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
-        let config = config.with_no_client_auth().with_cert_resolver(Arc::new(Present(identity)));
+        let config = config.with_no_client_auth().with_cert_resolver(Arc::new(PresentIdentity(identity)));
         let listener = TcpListener::bind(address).await.map_err(|source| Error::Listen { address, source })?;
         Ok(Self { listener, tls: TlsAcceptor::from(Arc::new(config)) })
     }
 
-    /// Answers until `stop`.
-    pub async fn run(self, stop: CancellationToken) {
-        let connections = Arc::new(Semaphore::new(CONNECTIONS));
-        let conversions = Arc::new(Semaphore::new(AT_ONCE));
+    /// Answers requests until `stop` is cancelled.
+    pub(crate) async fn run(self, stop: CancellationToken) {
+        let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let conversions = Arc::new(Semaphore::new(MAX_CONVERSIONS));
         loop {
-            let Ok(place) = connections.clone().acquire_owned().await else { return };
+            let Ok(permit) = connections.clone().acquire_owned().await else { return };
             let stream = tokio::select! {
                 accepted = self.listener.accept() => match accepted {
                     Ok((stream, _)) => stream,
                     Err(e) => {
-                        // Out of file descriptors, mostly: at once again would only burn the processor.
-                        tracing::warn!(error = %e, "accept a connection for the conversion webhook");
+                        // Usually a lack of file descriptors: an immediate retry would only consume CPU time.
+                        tracing::warn!(error = %e, "cannot accept a connection to the conversion webhook");
                         tokio::time::sleep(Duration::from_millis(100)).await;
                         continue;
                     }
@@ -118,7 +117,7 @@ impl Server {
             };
             let (tls, conversions, stop) = (self.tls.clone(), conversions.clone(), stop.clone());
             tokio::spawn(async move {
-                let _place = place;
+                let _permit = permit;
                 tokio::select! {
                     () = connection(stream, tls, conversions) => {}
                     () = stop.cancelled() => {}
@@ -129,19 +128,20 @@ impl Server {
 }
 
 async fn connection(stream: TcpStream, tls: TlsAcceptor, conversions: Arc<Semaphore>) {
-    let stream = match timeout(HANDSHAKE, tls.accept(stream)).await {
+    let stream = match timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
         Ok(Ok(stream)) => stream,
-        // An API server that does not trust our CA yet says so in its own log; port scanners come by, too.
-        Ok(Err(e)) => return tracing::debug!(error = %e, "TLS handshake of the conversion webhook"),
+        // An API server without our CA logs this itself; port scanners cause it as well.
+        Ok(Err(e)) => return tracing::debug!(error = %e, "TLS handshake with the conversion webhook failed"),
         Err(_) => return,
     };
     let service = service_fn(move |request| {
         let conversions = conversions.clone();
         async move { Ok::<_, Infallible>(respond(request, &conversions).await) }
     });
-    let http = http1::Builder::new().timer(TokioTimer::new()).header_read_timeout(HEADER).serve_connection(TokioIo::new(stream), service);
+    let http =
+        http1::Builder::new().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).serve_connection(TokioIo::new(stream), service);
     if let Err(e) = http.await {
-        tracing::debug!(error = %e, "connection of the conversion webhook");
+        tracing::debug!(error = %e, "connection to the conversion webhook failed");
     }
 }
 
@@ -152,17 +152,18 @@ async fn respond(request: Request<Incoming>, conversions: &Semaphore) -> Respons
     if request.method() != Method::POST {
         return plain(StatusCode::METHOD_NOT_ALLOWED, "post a ConversionReview\n".to_owned());
     }
-    let Ok(_turn) = conversions.acquire().await else {
+    let Ok(_permit) = conversions.acquire().await else {
         return plain(StatusCode::SERVICE_UNAVAILABLE, "stopping\n".to_owned());
     };
-    let body = match timeout(BODY, Limited::new(request.into_body(), LARGEST_BODY).collect()).await {
+    let body = match timeout(BODY_TIMEOUT, Limited::new(request.into_body(), MAX_BODY).collect()).await {
         Ok(Ok(body)) => body.to_bytes(),
-        Ok(Err(e)) => return plain(StatusCode::PAYLOAD_TOO_LARGE, format!("read the ConversionReview: {e}\n")),
-        Err(_) => return plain(StatusCode::REQUEST_TIMEOUT, "the ConversionReview took too long\n".to_owned()),
+        Ok(Err(e)) => return plain(StatusCode::PAYLOAD_TOO_LARGE, format!("cannot read the ConversionReview: {e}\n")),
+        Err(_) => return plain(StatusCode::REQUEST_TIMEOUT, "timeout while reading the ConversionReview\n".to_owned()),
     };
-    // A large list is work for milliseconds, which the elector must not wait for.
-    let answer = tokio::task::spawn_blocking(move || convert::answer(&body).map(|review| serde_json::to_vec(&review))).await;
-    match answer {
+    // Conversion of a large list takes milliseconds and must not delay the elector.
+    let span = tracing::info_span!("conversion_request", bytes = body.len());
+    let convert = move || span.in_scope(|| convert::answer(&body).map(|review| serde_json::to_vec(&review)));
+    match tokio::task::spawn_blocking(convert).await {
         Ok(Ok(Ok(bytes))) => {
             let mut response = Response::new(Full::new(Bytes::from(bytes)));
             response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

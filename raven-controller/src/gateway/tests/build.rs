@@ -1,15 +1,16 @@
-//! Builders: a cluster in a few words.
+//! Builders for clusters under test.
+
+use std::net::IpAddr;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, ObjectMeta, Time};
 use raven_api::gateway::{Endpoint, EndpointType, ExposeType, Gateway, GatewaySpec};
-use raven_api::{LABEL_EDGE_WORKER, LABEL_GATEWAY};
-use std::net::IpAddr;
-use std::sync::Arc;
+use raven_api::names::{LABEL_EDGE_WORKER, LABEL_GATEWAY, LABEL_MANAGED_BY};
 
-use crate::gateway::inputs::{LABEL_MANAGED_BY, parse_prefix};
-use crate::gateway::links::LinkFacts;
-use crate::gateway::{BlockFacts, Decisions, GatewayFacts, Inputs, NodeFacts, PoolFacts, decide};
+use crate::gateway::facts::{BlockFacts, GatewayFacts, LinkFacts, NodeFacts, PoolFacts, parse_prefix};
+use crate::gateway::inputs::Inputs;
+use crate::gateway::{Decisions, decide};
 
 pub(super) fn at(second: i64) -> Timestamp {
     Timestamp::from_second(second).expect("a small number")
@@ -49,7 +50,7 @@ pub(super) fn annotated(mut gateway: Gateway, cidrs: &str) -> Gateway {
     gateway
 }
 
-/// One for each name, of the range for benchmarks (RFC 2544).
+/// Address for a node name, in the benchmark range (RFC 2544).
 fn address_of(name: &str) -> IpAddr {
     let sum = name.bytes().fold(0u16, |sum, byte| sum.wrapping_mul(31).wrapping_add(byte.into()));
     let [high, low] = sum.to_be_bytes();
@@ -69,7 +70,7 @@ pub(super) fn node(name: &str, cidr: &str) -> NodeFacts {
     }
 }
 
-/// The same at this address.
+/// Changes the node's address.
 pub(super) fn at_address(mut node: NodeFacts, address: &str) -> NodeFacts {
     node.address = Some(address.parse().expect("an address written in a test"));
     node
@@ -93,16 +94,17 @@ pub(super) fn down(mut node: NodeFacts) -> NodeFacts {
     node
 }
 
-/// The cluster under test.
+/// A cluster under test.
 #[derive(Clone, Default)]
 pub(super) struct Cluster(pub(super) Inputs);
 
 impl Cluster {
-    /// Rules off: only what the test writes.
+    /// Creates a cluster with the pool rules off.
     pub(super) fn new() -> Self {
         Self::default()
     }
 
+    /// Creates a cluster with the pool rules on.
     pub(super) fn with_rules() -> Self {
         Self(Inputs { rules: true, ..Default::default() })
     }
@@ -113,13 +115,13 @@ impl Cluster {
         self
     }
 
-    /// Adds a node, or changes it.
+    /// Adds or replaces a node.
     pub(super) fn node(mut self, node: NodeFacts) -> Self {
         self.0.nodes.insert(node.name.clone(), Arc::new(node));
         self
     }
 
-    /// A confirmed block of Calico's.
+    /// Adds a confirmed block of Calico.
     pub(super) fn block(mut self, node: &str, prefix: &str) -> Self {
         let spec = serde_json::json!({"node": node, "cidr": prefix, "state": "confirmed", "deleted": "false"});
         let block = BlockFacts::parse(&spec).expect("a confirmed block");
@@ -127,7 +129,7 @@ impl Cluster {
         self
     }
 
-    /// What a gateway node says of its connections.
+    /// Sets a gateway node's report about its connections.
     pub(super) fn link(mut self, node: &str, tunnel: Option<bool>, proxy: Option<bool>) -> Self {
         self.0.links.insert(node.into(), Arc::new(LinkFacts { tunnel, proxy }));
         self
@@ -147,7 +149,7 @@ impl Cluster {
         decide(&self.0)
     }
 
-    /// Writes what was decided, as the controller would, and leaves the cluster so.
+    /// Applies the decisions to the cluster, as the controller does.
     pub(super) fn apply(mut self, now: i64) -> Self {
         let decisions = self.decide();
         for name in &decisions.delete {
@@ -161,9 +163,9 @@ impl Cluster {
             resource.status = Some(decision.status(&resource, at(now)));
             self = self.gateway(resource);
         }
-        for mut made in decisions.create {
-            made.metadata.creation_timestamp = Some(Time(at(now)));
-            self = self.gateway(made);
+        for mut created in decisions.create {
+            created.metadata.creation_timestamp = Some(Time(at(now)));
+            self = self.gateway(created);
         }
         self
     }
@@ -195,14 +197,14 @@ impl Cluster {
 
     pub(super) fn condition(&self, gateway: &str, type_: &str) -> Condition {
         let conditions = &self.resource(gateway).status.as_ref().expect("applied").conditions;
-        conditions.iter().find(|c| c.type_ == type_).cloned().expect("always three")
+        conditions.iter().find(|c| c.type_ == type_).cloned().expect("every status has three conditions")
     }
 
-    /// Status, reason and message of a condition must be these (the message: contain).
+    /// Asserts the status and reason of a condition, and that its message contains `part`.
     #[track_caller]
-    pub(super) fn says(&self, gateway: &str, type_: &str, status: &str, reason: &str, part: &str) {
+    pub(super) fn assert_condition(&self, gateway: &str, type_: &str, status: &str, reason: &str, part: &str) {
         let condition = self.condition(gateway, type_);
         assert_eq!((condition.status.as_str(), condition.reason.as_str()), (status, reason), "{}", condition.message);
-        assert!(condition.message.contains(part), "{:?} should contain {part:?}", condition.message);
+        assert!(condition.message.contains(part), "{:?} does not contain {part:?}", condition.message);
     }
 }

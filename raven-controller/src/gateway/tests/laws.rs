@@ -1,4 +1,4 @@
-//! What holds for every cluster.
+//! Properties of [`decide`](crate::gateway::decide) for arbitrary clusters.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -8,10 +8,10 @@ use proptest::prelude::*;
 use raven_api::gateway::{EndpointType, Gateway, TunnelConfig};
 
 use super::build::*;
-use crate::gateway::inputs::parse_prefix;
-use crate::gateway::{Decisions, NodeFacts};
+use crate::gateway::Decisions;
+use crate::gateway::facts::{NodeFacts, parse_prefix};
 
-// Few names, few prefixes: so that they collide.
+// Few names and prefixes, so that collisions are frequent.
 fn a_node() -> impl Strategy<Value = NodeFacts> {
     let label = prop_oneof![Just(None), (0..4u8).prop_map(|g| Some(format!("g{g}")))];
     let cidrs = prop::collection::vec((0..4u8, 14..26u8), 0..3);
@@ -39,20 +39,20 @@ fn a_gateway() -> impl Strategy<Value = Gateway> {
     let extra = prop::option::of((0..4u8, 8..26u8));
     (0..4u8, 0..3i64, prop::option::of(0..2u8), endpoints, 0..3i32, any::<bool>(), extra, any::<bool>()).prop_map(
         |(name, age, site, endpoints, replicas, is_exposed, extra, ruled)| {
-            let mut made = gateway(&format!("g{name}"), age);
+            let mut generated = gateway(&format!("g{name}"), age);
             if let Some(site) = site {
-                made = selecting(made, "site", &site.to_string());
+                generated = selecting(generated, "site", &site.to_string());
             }
             for (node, tunnel) in endpoints {
                 let type_ = if tunnel { EndpointType::Tunnel } else { EndpointType::Proxy };
-                made = listing(made, type_, &[&format!("n{node}")]);
+                generated = listing(generated, type_, &[&format!("n{node}")]);
             }
             if let Some((third, len)) = extra {
-                made = annotated(made, &format!("10.0.{third}.0/{len}"));
+                generated = annotated(generated, &format!("10.0.{third}.0/{len}"));
             }
-            made.spec.tunnel_config = Some(TunnelConfig { replicas });
-            let made = if is_exposed { exposed(made) } else { made };
-            if ruled { by_rule(made) } else { made }
+            generated.spec.tunnel_config = Some(TunnelConfig { replicas });
+            let generated = if is_exposed { exposed(generated) } else { generated };
+            if ruled { by_rule(generated) } else { generated }
         },
     )
 }
@@ -68,9 +68,9 @@ fn parts() -> impl Strategy<Value = Parts> {
     )
 }
 
-// Names are unique in a cluster: the first of a name counts, so that reversing the lists does not change the cluster.
+// Names are unique in a cluster: the first object of a name counts, so reversing the lists does not change the cluster.
 fn cluster((gateways, nodes, pools, rules): &Parts, reversed: bool) -> Cluster {
-    let mut made = if *rules { Cluster::with_rules() } else { Cluster::new() };
+    let mut cluster = if *rules { Cluster::with_rules() } else { Cluster::new() };
     let by_name: BTreeMap<_, _> = gateways.iter().rev().map(|g| (g.metadata.name.clone(), g)).collect();
     let nodes: BTreeMap<_, _> = nodes.iter().rev().map(|n| (&n.name, n)).collect();
     let mut gateways: Vec<&Gateway> = by_name.into_values().collect();
@@ -80,25 +80,25 @@ fn cluster((gateways, nodes, pools, rules): &Parts, reversed: bool) -> Cluster {
         nodes.reverse();
     }
     for gateway in gateways {
-        made = made.gateway(gateway.clone());
+        cluster = cluster.gateway(gateway.clone());
     }
     for node in nodes {
-        made = made.node(node.clone());
+        cluster = cluster.node(node.clone());
     }
     for (pool, is_edge) in pools {
-        made = made.pool(&format!("p{pool}"), *is_edge);
+        cluster = cluster.pool(&format!("p{pool}"), *is_edge);
     }
-    made
+    cluster
 }
 
 fn prefixes(decisions: &Decisions) -> Vec<(&str, IpNet)> {
     let nodes = decisions.gateways.iter().flat_map(|(name, d)| d.nodes.iter().map(|n| (name.as_str(), n)));
-    nodes.flat_map(|(gateway, node)| node.subnets.iter().map(move |s| (gateway, s.parse().expect("we wrote it")))).collect()
+    nodes.flat_map(|(gateway, node)| node.subnets.iter().map(move |s| (gateway, s.parse().expect("a prefix from a status")))).collect()
 }
 
 proptest! {
     #[test]
-    fn order_does_not_matter(parts in parts()) {
+    fn decisions_do_not_depend_on_order(parts in parts()) {
         prop_assert_eq!(cluster(&parts, false).decide(), cluster(&parts, true).decide());
     }
 
@@ -116,7 +116,7 @@ proptest! {
     }
 
     #[test]
-    fn what_must_stay_out_of_the_tunnel_is_in_no_status(parts in parts(), service in (0..4u8, 8..26u8), api in 0..4u8) {
+    fn protected_prefixes_are_in_no_status(parts in parts(), service in (0..4u8, 8..26u8), api in 0..4u8) {
         let mut cluster = cluster(&parts, false);
         let service = parse_prefix(&format!("10.0.{}.0/{}", service.0, service.1)).expect("a prefix");
         let api: IpAddr = [10, 0, api, 9].into();
@@ -138,7 +138,7 @@ proptest! {
     }
 
     #[test]
-    fn the_elected_are_ready_nodes_of_their_pool_and_no_more_than_asked(parts in parts()) {
+    fn elected_nodes_are_ready_nodes_of_their_pool_within_the_replica_limit(parts in parts()) {
         let cluster = cluster(&parts, false);
         for (name, decision) in &cluster.decide().gateways {
             let tunnels = decision.active_endpoints.iter().filter(|e| e.type_ == EndpointType::Tunnel).count();
@@ -151,7 +151,7 @@ proptest! {
     }
 
     #[test]
-    fn the_dark_keep_what_they_had_and_a_ready_node_ends_it(parts in parts(), back in 0..9usize) {
+    fn pools_without_ready_nodes_keep_their_elected_nodes(parts in parts(), back in 0..9usize) {
         let before = cluster(&parts, false).apply(1).apply(2);
         let mut dark = before.clone();
         for node in before.0.nodes.values() {
@@ -161,7 +161,7 @@ proptest! {
         for name in before.0.gateways.keys() {
             prop_assert_eq!(before.active(name.as_str()), dark.active(name.as_str()));
         }
-        // One comes back: where it can be elected it is alone, elsewhere all stays.
+        // One node recovers: where it can be elected it replaces all kept nodes; other Gateways are unchanged.
         let Some(back) = dark.0.nodes.values().nth(back).cloned() else { return Ok(()) };
         let mut light = back.as_ref().clone();
         light.ready = true;
@@ -176,30 +176,30 @@ proptest! {
     }
 
     #[test]
-    fn it_settles(parts in parts()) {
-        // Two turns: one makes the Gateways that rules want, the next fills them. Then nothing changes any more.
+    fn decisions_converge(parts in parts()) {
+        // Two runs: the first creates the Gateways of the rules, the second fills them.
         let settled = cluster(&parts, false).apply(1).apply(2);
         prop_assert_eq!(&settled.clone().apply(3).0, &settled.0);
     }
 
     #[test]
-    fn it_settles_whatever_gateway_nodes_say_of_their_links(
+    fn decisions_converge_for_any_link_reports(
         parts in parts(),
-        says in prop::collection::vec((0..8u8, prop::option::of(any::<bool>()), prop::option::of(any::<bool>())), 0..8),
+        reports in prop::collection::vec((0..8u8, prop::option::of(any::<bool>()), prop::option::of(any::<bool>())), 0..8),
     ) {
         let mut cluster = cluster(&parts, false).apply(1).apply(2);
-        for (node, tunnel, proxy) in says {
+        for (node, tunnel, proxy) in reports {
             cluster = cluster.link(&format!("n{node}"), tunnel, proxy);
         }
-        // A site that moves may become a witness for the next: of four, the last one moves in the fourth turn.
+        // A site whose election changes may count as connected for the next site: of four sites, the last one changes in the fourth run.
         let settled = (3..8).fold(cluster, Cluster::apply);
         prop_assert_eq!(&settled.clone().apply(8).0, &settled.0);
     }
 
     #[test]
-    fn the_elected_stay_whatever_comes_besides(parts in parts(), joining in a_node()) {
+    fn elected_nodes_stay_when_a_node_joins(parts in parts(), joining in a_node()) {
         let mut before = cluster(&parts, false).apply(1).apply(2);
-        // Rules off from here: a node that joins may end a rule's Gateway, and its election with it.
+        // Rules off: a node that joins may cause the deletion of a rule's Gateway.
         before.0.rules = false;
         let before = before.apply(3);
         prop_assume!(!before.0.nodes.contains_key(&joining.name));
@@ -213,7 +213,7 @@ proptest! {
     }
 
     #[test]
-    fn a_condition_is_always_in_words(parts in parts()) {
+    fn conditions_have_reason_and_message(parts in parts()) {
         for decision in cluster(&parts, false).decide().gateways.values() {
             prop_assert_eq!(decision.verdicts.len(), 3);
             for verdict in &decision.verdicts {

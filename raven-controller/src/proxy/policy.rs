@@ -1,9 +1,8 @@
-//! Which certificate requests are granted: those whose requester can be proved to be the agent on the node that the certificate is for.
-//! Pure.
+//! Decides which certificate requests are granted: those of an agent for the node that it runs on. No I/O.
 //!
-//! The proof is the node's name and UID in the requester's token: the kubelet had it bound to the agent's Pod, and the API server put the
-//! Pod's node into the request (KEP-4193; Kubernetes 1.30 and later). The agent says nothing that is believed. The certificate is for that
-//! very Node object: one that is deleted takes it along, also where a later one has the same name.
+//! The requester's token proves the node: the kubelet binds it to the agent's Pod, and the API server adds name and UID of the Pod's node to the
+//! request (KEP-4193; Kubernetes 1.30 and later). No value chosen by the agent is trusted. The certificate is bound to the UID of the Node, so
+//! deleting the Node revokes it, even if a later Node has the same name.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,25 +15,25 @@ use raven_api::{
 };
 use rcgen::{CertificateSigningRequestParams, PublicKey, SanType};
 
-/// Where the API server tells the node of a bound token.
+/// Key of the node's name in the request's extra user information.
 const NODE_CLAIM: &str = "authentication.kubernetes.io/node-name";
-/// The same for its UID.
+/// Key of the node's UID in the request's extra user information.
 const UID_CLAIM: &str = "authentication.kubernetes.io/node-uid";
-/// The longest that is granted.
-const LONGEST: SignedDuration = SignedDuration::from_hours(90 * 24);
+/// Maximum validity of a certificate.
+const MAX_LIFE: SignedDuration = SignedDuration::from_hours(90 * 24);
 
-/// Our signers.
+/// The signers of the controller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Signer {
-    /// For those who dial.
+pub(crate) enum Signer {
+    /// Signs certificates of proxies that dial.
     Client,
-    /// For those who are dialled.
+    /// Signs certificates of proxies that are dialled.
     Server,
 }
 
 impl Signer {
-    /// By the name in a request.
-    pub fn of(name: &str) -> Option<Self> {
+    /// Returns the signer of this name.
+    pub(crate) fn of(name: &str) -> Option<Self> {
         match name {
             SIGNER_CLIENT => Some(Self::Client),
             SIGNER_SERVER => Some(Self::Server),
@@ -50,75 +49,75 @@ impl Signer {
     }
 }
 
-/// What will be signed.
+/// A granted request.
 #[derive(Debug)]
-pub struct Granted {
-    /// The node.
-    pub node: String,
-    /// Its UID.
-    pub uid: String,
-    /// Names and addresses.
-    pub names: Vec<String>,
-    /// By whom.
-    pub signer: Signer,
-    /// The requester's key.
-    pub public_key: PublicKey,
-    /// For how long.
-    pub life: SignedDuration,
+pub(crate) struct Granted {
+    /// Name of the node.
+    pub(crate) node: String,
+    /// UID of the Node.
+    pub(crate) uid: String,
+    /// Host names and addresses of the certificate.
+    pub(crate) names: Vec<String>,
+    /// Signer of the certificate.
+    pub(crate) signer: Signer,
+    /// Public key of the requester.
+    pub(crate) public_key: PublicKey,
+    /// Validity of the certificate.
+    pub(crate) life: SignedDuration,
 }
 
-/// Why a request is refused: for the requester, and for the Event.
+/// Reason why a request is denied, for the condition and the Event.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// Somebody else.
-    #[error("only agents may ask ({expected}), not {username}")]
+pub(crate) enum Refusal {
+    /// The requester is not an agent.
+    #[error("certificates are issued to agents only ({expected}), not to {username}")]
     NotAnAgent {
-        /// Who asked.
+        /// User name of the requester.
         username: String,
-        /// Who may.
+        /// User name of the agents.
         expected: String,
     },
-    /// A token that was not bound to a Pod on a node.
-    #[error("the requester's token is not bound to a node: agents ask with the token that the kubelet mounts into their Pod")]
+    /// The token is not bound to a Pod on a node.
+    #[error("the requester's token is not bound to a node: agents must use the token that the kubelet mounts into their Pod")]
     NoNode,
-    /// The node does not exist (any more).
+    /// The node does not exist.
     #[error("node {0} does not exist")]
     NodeGone(String),
-    /// The token is of an earlier node of that name.
+    /// The token is bound to an earlier Node of the same name.
     #[error(
-        "the requester's token was bound to another node {0}, which was deleted; its box can have no certificate. If it is still that node, \
-         delete the agent's Pod there: the next one gets a token of its own"
+        "the requester's token is bound to an earlier Node {0}, which was deleted; its certificates are revoked. If the machine is the same, \
+         delete the agent's Pod there: its successor gets a new token"
     )]
     NodeReplaced(String),
-    /// Not a request, or its signature is wrong.
-    #[error("no certificate request: {0}")]
+    /// The request is malformed, or its signature is invalid.
+    #[error("invalid certificate request: {0}")]
     Malformed(String),
-    /// Names that are not the node's.
-    #[error("the agent on node {node} may have a certificate for {allowed}, not for {asked}")]
+    /// The request contains names that do not belong to the node.
+    #[error("the agent on node {node} may request a certificate for {allowed}, not for {requested}")]
     Names {
-        /// Its node.
+        /// Node of the agent.
         node: String,
-        /// What it may have.
+        /// Allowed names.
         allowed: String,
-        /// What it asked for.
-        asked: String,
+        /// Requested names.
+        requested: String,
     },
-    /// Other usages.
-    #[error("usages must be `digital signature` and `{wanted}`, not {asked}")]
+    /// The usages do not match the signer.
+    #[error("usages must be `digital signature` and `{required}`, not {requested}")]
     Usages {
-        /// What they must be.
-        wanted: &'static str,
-        /// What they are.
-        asked: String,
+        /// Required usage, in addition to `digital signature`.
+        required: &'static str,
+        /// Requested usages.
+        requested: String,
     },
-    /// A server's certificate for a node that serves nobody.
-    #[error("node {0} is no elected proxy node of an exposed Gateway")]
+    /// A server certificate was requested for a node that is not elected.
+    #[error("node {0} is not an elected proxy node of an exposed Gateway")]
     NotElected(String),
 }
 
 impl Refusal {
-    /// CamelCase, stable.
-    pub fn reason(&self) -> &'static str {
+    /// Returns the reason in CamelCase; part of the API.
+    pub(crate) fn reason(&self) -> &'static str {
         match self {
             Self::NotAnAgent { .. } => "NotAnAgent",
             Self::NoNode => "TokenNotBound",
@@ -132,30 +131,30 @@ impl Refusal {
     }
 }
 
-/// What is known of the cluster.
+/// Facts about the cluster that a decision needs.
 #[derive(Clone, Debug)]
-pub struct Facts<'a> {
-    /// Namespace of the agents' account.
-    pub namespace: &'a str,
+pub(crate) struct Facts<'a> {
+    /// Namespace of the agents' ServiceAccount.
+    pub(crate) namespace: &'a str,
     /// UIDs of all Nodes, by name.
-    pub nodes: &'a BTreeMap<String, String>,
+    pub(crate) nodes: &'a BTreeMap<String, String>,
     /// All Gateways, with their status.
-    pub gateways: &'a [Gateway],
+    pub(crate) gateways: &'a [Gateway],
 }
 
-/// Grants or refuses.
-pub fn judge(request: &CertificateSigningRequestSpec, signer: Signer, facts: &Facts<'_>) -> Result<Granted, Refusal> {
+/// Grants or denies a request.
+pub(crate) fn evaluate(request: &CertificateSigningRequestSpec, signer: Signer, facts: &Facts<'_>) -> Result<Granted, Refusal> {
     let (node, uid) = requester(request, facts)?;
     let allowed = allowed(&node, signer, facts)?;
     usages(request, signer)?;
-    let (names, public_key) = asked(&request.request.0)?;
-    let asked: BTreeSet<&String> = names.iter().collect();
-    if asked.is_empty() || !asked.iter().all(|name| allowed.contains(*name)) {
+    let (names, public_key) = parse_request(&request.request.0)?;
+    let requested: BTreeSet<&String> = names.iter().collect();
+    if requested.is_empty() || !requested.iter().all(|name| allowed.contains(*name)) {
         let list = |names: &mut dyn Iterator<Item = &String>| names.map(String::as_str).collect::<Vec<_>>().join(", ");
-        let asked = if asked.is_empty() { "no name".to_owned() } else { list(&mut asked.into_iter()) };
-        return Err(Refusal::Names { node, allowed: list(&mut allowed.iter()), asked });
+        let requested = if requested.is_empty() { "no name".to_owned() } else { list(&mut requested.into_iter()) };
+        return Err(Refusal::Names { node, allowed: list(&mut allowed.iter()), requested });
     }
-    let life = request.expiration_seconds.map_or(LONGEST, |s| SignedDuration::from_secs(s.into())).min(LONGEST);
+    let life = request.expiration_seconds.map_or(MAX_LIFE, |s| SignedDuration::from_secs(s.into())).min(MAX_LIFE);
     Ok(Granted { node, uid, names, signer, public_key, life })
 }
 
@@ -171,7 +170,7 @@ fn requester(request: &CertificateSigningRequestSpec, facts: &Facts<'_>) -> Resu
     match claim(UID_CLAIM) {
         Some(claimed) if claimed == *uid => Ok((node, claimed)),
         Some(_) => Err(Refusal::NodeReplaced(node)),
-        // The node did not exist when the token was made.
+        // The Node did not exist when the token was issued.
         None => Err(Refusal::NoNode),
     }
 }
@@ -194,23 +193,23 @@ fn allowed(node: &str, signer: Signer, facts: &Facts<'_>) -> Result<BTreeSet<Str
 }
 
 fn usages(request: &CertificateSigningRequestSpec, signer: Signer) -> Result<(), Refusal> {
-    let asked: BTreeSet<&str> = request.usages.iter().flatten().map(String::as_str).collect();
-    let wanted = BTreeSet::from(["digital signature", signer.usage()]);
-    if asked == wanted {
+    let requested: BTreeSet<&str> = request.usages.iter().flatten().map(String::as_str).collect();
+    let required = BTreeSet::from(["digital signature", signer.usage()]);
+    if requested == required {
         return Ok(());
     }
-    Err(Refusal::Usages { wanted: signer.usage(), asked: asked.into_iter().collect::<Vec<_>>().join(", ") })
+    Err(Refusal::Usages { required: signer.usage(), requested: requested.into_iter().collect::<Vec<_>>().join(", ") })
 }
 
-/// The names in a request, and its key; the request is signed by that key.
-fn asked(pem: &[u8]) -> Result<(Vec<String>, PublicKey), Refusal> {
+/// Parses a request and verifies its signature. Returns the requested names and the public key.
+fn parse_request(pem: &[u8]) -> Result<(Vec<String>, PublicKey), Refusal> {
     let malformed = |e: &dyn std::fmt::Display| Refusal::Malformed(e.to_string());
     let text = std::str::from_utf8(pem).map_err(|e| malformed(&e))?;
     let request = CertificateSigningRequestParams::from_pem(text).map_err(|e| malformed(&e))?;
     let names = request.params.subject_alt_names.iter().map(|name| match name {
         SanType::DnsName(name) => Ok(name.as_str().to_owned()),
         SanType::IpAddress(ip) => Ok(ip.to_string()),
-        other => Err(Refusal::Malformed(format!("a name of kind {other:?}"))),
+        _ => Err(Refusal::Malformed("a subject alternative name that is neither a DNS name nor an IP address".to_owned())),
     });
     Ok((names.collect::<Result<_, _>>()?, request.public_key))
 }
@@ -241,11 +240,11 @@ mod tests {
         }
     }
 
-    fn judged(request: &CertificateSigningRequestSpec, signer: Signer) -> Result<Granted, Refusal> {
-        judged_at("198.51.100.10", request, signer)
+    fn evaluated(request: &CertificateSigningRequestSpec, signer: Signer) -> Result<Granted, Refusal> {
+        evaluated_at("198.51.100.10", request, signer)
     }
 
-    fn judged_at(public_ip: &str, request: &CertificateSigningRequestSpec, signer: Signer) -> Result<Granted, Refusal> {
+    fn evaluated_at(public_ip: &str, request: &CertificateSigningRequestSpec, signer: Signer) -> Result<Granted, Refusal> {
         let endpoint = Endpoint {
             node_name: "cloud-a".to_owned(),
             type_: EndpointType::Proxy,
@@ -256,16 +255,16 @@ mod tests {
         let info = NodeInfo { node_name: "cloud-a".to_owned(), private_ip: "10.0.0.11".to_owned(), subnets: vec![] };
         gateway.status = Some(GatewayStatus { nodes: vec![info], active_endpoints: vec![endpoint], ..GatewayStatus::default() });
         let nodes = ["cloud-a", "x-a", "x-b"].map(|node| (node.to_owned(), format!("uid-of-{node}"))).into();
-        judge(request, signer, &Facts { namespace: "kube-system", nodes: &nodes, gateways: &[gateway] })
+        evaluate(request, signer, &Facts { namespace: "kube-system", nodes: &nodes, gateways: &[gateway] })
     }
 
     fn refused(request: &CertificateSigningRequestSpec, signer: Signer) -> &'static str {
-        judged(request, signer).expect_err("it is refused").reason()
+        evaluated(request, signer).expect_err("it is denied").reason()
     }
 
     #[test]
-    fn an_agent_gets_a_certificate_for_its_own_node_and_no_other() {
-        let own = judged(&request(&["x-a"], "client auth", Some("x-a")), Signer::Client).expect("granted");
+    fn agent_gets_a_certificate_for_its_own_node_only() {
+        let own = evaluated(&request(&["x-a"], "client auth", Some("x-a")), Signer::Client).expect("granted");
         assert_eq!((own.node.as_str(), own.names), ("x-a", vec!["x-a".to_owned()]));
         assert_eq!(refused(&request(&["x-b"], "client auth", Some("x-a")), Signer::Client), "NamesNotAllowed");
         assert_eq!(refused(&request(&["x-a", "x-b"], "client auth", Some("x-a")), Signer::Client), "NamesNotAllowed");
@@ -274,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn who_cannot_prove_its_node_gets_nothing() {
+    fn requester_without_a_bound_token_is_denied() {
         assert_eq!(refused(&request(&["x-a"], "client auth", None), Signer::Client), "TokenNotBound");
         let mut other = request(&["x-a"], "client auth", Some("x-a"));
         other.username = Some("system:serviceaccount:default:x".to_owned());
@@ -282,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn the_token_of_an_earlier_node_of_that_name_is_worth_nothing() {
+    fn token_of_an_earlier_node_of_the_same_name_is_denied() {
         let mut earlier = request(&["x-a"], "client auth", Some("x-a"));
         let mut claim = |uid: Option<&str>| {
             let extra = earlier.extra.as_mut().expect("claims");
@@ -290,7 +289,7 @@ mod tests {
                 Some(uid) => drop(extra.insert(UID_CLAIM.to_owned(), vec![uid.to_owned()])),
                 None => drop(extra.remove(UID_CLAIM)),
             }
-            judged(&earlier, Signer::Client).map(|granted| granted.uid).map_err(|refusal| refusal.reason())
+            evaluated(&earlier, Signer::Client).map(|granted| granted.uid).map_err(|refusal| refusal.reason())
         };
         assert_eq!(claim(Some("uid-of-another-x-a")), Err("NodeReplaced"));
         assert_eq!(claim(None), Err("TokenNotBound"));
@@ -298,9 +297,9 @@ mod tests {
     }
 
     #[test]
-    fn a_server_is_an_elected_node_of_an_exposed_gateway_by_its_own_addresses() {
+    fn server_certificate_requires_election_and_own_addresses() {
         for name in ["198.51.100.10", "10.0.0.11"] {
-            judged(&request(&[name], "server auth", Some("cloud-a")), Signer::Server).expect("granted");
+            evaluated(&request(&[name], "server auth", Some("cloud-a")), Signer::Server).expect("granted");
         }
         assert_eq!(refused(&request(&["198.51.100.99"], "server auth", Some("cloud-a")), Signer::Server), "NamesNotAllowed");
         assert_eq!(refused(&request(&["x-a"], "server auth", Some("x-a")), Signer::Server), "NotElected");
@@ -308,17 +307,20 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_the_same_however_somebody_wrote_it() {
+    fn addresses_are_compared_in_canonical_form() {
         let request = request(&["2001:db8::1"], "server auth", Some("cloud-a"));
         for written in ["2001:db8::1", "2001:DB8::1", "2001:db8:0::1", "2001:0db8:0000:0000:0000:0000:0000:0001"] {
-            let granted = judged_at(written, &request, Signer::Server).unwrap_or_else(|refusal| panic!("{written}: {refusal}"));
+            let granted = evaluated_at(written, &request, Signer::Server).unwrap_or_else(|refusal| panic!("{written}: {refusal}"));
             assert_eq!(granted.names, ["2001:db8::1"]);
         }
-        assert_eq!(judged_at("2001:db8::2", &request, Signer::Server).expect_err("another's").reason(), "NamesNotAllowed");
+        assert_eq!(
+            evaluated_at("2001:db8::2", &request, Signer::Server).expect_err("an address of another node").reason(),
+            "NamesNotAllowed"
+        );
     }
 
     #[test]
-    fn what_is_no_request_or_is_not_signed_by_its_key_is_refused() {
+    fn malformed_or_forged_request_is_denied() {
         let mut broken = request(&["x-a"], "client auth", Some("x-a"));
         broken.request = ByteString(b"hello".to_vec());
         assert_eq!(refused(&broken, Signer::Client), "Malformed");

@@ -1,7 +1,7 @@
-//! The authority that signs proxies' certificates, as its Secret keeps it. Pure.
+//! The CAs that sign the proxies' certificates, in the form stored in their Secret. No I/O.
 //!
-//! A renewal must leave no moment in which two ends of a tunnel do not trust each other: a new CA is published beside the old one a day
-//! before it signs, and an old one stays published until it ends.
+//! Both ends of a proxy connection must trust each other during a rotation: a new CA is published a day before it signs, and an old one stays
+//! published until it expires.
 
 use jiff::{SignedDuration, Timestamp};
 use raven_api::proxy::UID_URI;
@@ -11,35 +11,39 @@ use rcgen::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::sign::{Granted, Signer};
-use crate::authority::{self, CA_LIFE, DAY, NewAuthority, is_due, set_life};
+use super::policy::{Granted, Signer};
+use crate::ca::{self, CA_LIFE, CaMaterial, DAY, NewAuthority, is_due, set_validity};
 
 const NAME: &str = "raven-proxy-ca";
-/// Of all subjects.
+/// Organization in the subject of all certificates.
 const ORGANIZATION: &str = "raven:proxy";
 
-/// One CA.
+/// A CA with its key.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Authority {
-    /// PEM.
-    pub certificate: String,
-    /// PEM.
-    pub key: String,
-    /// When it was published.
-    pub since: Timestamp,
-    /// When it ends.
-    pub not_after: Timestamp,
+pub(crate) struct Authority {
+    /// Certificate in PEM.
+    pub(crate) certificate: String,
+    /// Private key in PEM.
+    pub(crate) key: String,
+    /// Time of publication.
+    pub(crate) since: Timestamp,
+    /// End of the validity.
+    pub(crate) not_after: Timestamp,
 }
 
-/// All of them, the newest first.
+/// All valid CAs, the newest first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Authorities(Vec<Authority>);
+pub(crate) struct Authorities(Vec<Authority>);
+
+impl CaMaterial for Authorities {
+    const KEY: &'static str = "authorities.json";
+}
 
 impl Authorities {
-    /// What should be there instead of `present`, if anything.
-    pub fn next(present: Option<&Self>, now: Timestamp) -> Result<Option<Self>, rcgen::Error> {
+    /// Returns the CAs that replace `present`, if a rotation is due.
+    pub(crate) fn next(present: Option<&Self>, now: Timestamp) -> Result<Option<Self>, rcgen::Error> {
         let good: Vec<Authority> = present.into_iter().flat_map(|p| p.0.iter()).filter(|ca| ca.not_after > now).cloned().collect();
         let fresh = good.first().is_some_and(|newest| !is_due(newest.not_after, CA_LIFE, now));
         if fresh && present.is_some_and(|p| p.0.len() == good.len()) {
@@ -48,24 +52,24 @@ impl Authorities {
         if fresh {
             return Ok(Some(Self(good)));
         }
-        let NewAuthority { certificate, key, not_after } = authority::make(NAME, now)?;
+        let NewAuthority { certificate, key, not_after } = ca::create(NAME, now)?;
         let new = Authority { certificate, key, since: now, not_after };
         Ok(Some(Self(std::iter::once(new).chain(good).collect())))
     }
 
-    /// What everybody is to trust, PEM.
-    pub fn bundle(&self) -> String {
+    /// Returns the certificates of all CAs in PEM.
+    pub(crate) fn bundle(&self) -> String {
         self.0.iter().map(|ca| ca.certificate.as_str()).collect()
     }
 
-    /// Signs what was granted: PEM.
-    pub fn sign(&self, granted: Granted, now: Timestamp) -> Result<String, rcgen::Error> {
-        // The newest that everybody has had a day to hear of; in the beginning there is only one.
-        let known = self.0.iter().find(|ca| now.duration_since(ca.since) > DAY);
-        let signs = known.or(self.0.last()).ok_or(rcgen::Error::CouldNotParseCertificate)?;
-        let issuer = Issuer::new(authority::params(NAME), KeyPair::from_pem(&signs.key)?);
+    /// Signs a granted request. Returns the certificate in PEM.
+    pub(crate) fn sign(&self, granted: Granted, now: Timestamp) -> Result<String, rcgen::Error> {
+        // The newest CA that was published for more than a day. The first CA signs at once.
+        let published = self.0.iter().find(|ca| now.duration_since(ca.since) > DAY);
+        let signs = published.or(self.0.last()).ok_or(rcgen::Error::CouldNotParseCertificate)?;
+        let issuer = Issuer::new(ca::params(NAME), KeyPair::from_pem(&signs.key)?);
         let Granted { node, uid, names, signer, public_key, life } = granted;
-        // Nothing of the request but its key and the names that were checked.
+        // Only the key and the checked names are taken from the request.
         let mut params = CertificateParams::new(names)?;
         params.subject_alt_names.push(SanType::URI(format!("{UID_URI}{uid}").try_into()?));
         params.distinguished_name = DistinguishedName::new();
@@ -78,7 +82,7 @@ impl Authorities {
         }];
         params.use_authority_key_identifier_extension = true;
         let end = (now + life.max(SignedDuration::from_hours(24)) + DAY).min(signs.not_after);
-        set_life(&mut params, now, end);
+        set_validity(&mut params, now, end);
         Ok(CertificateSigningRequestParams { params, public_key }.signed_by(&issuer)?.pem())
     }
 }
@@ -92,16 +96,19 @@ mod tests {
     }
 
     #[test]
-    fn a_ca_is_made_once_and_joined_by_the_next_one_long_before_it_ends() {
-        let mut authorities = Authorities::next(None, start()).expect("made").expect("there was none");
-        assert_eq!(Authorities::next(Some(&authorities), start() + DAY * 1000).expect("looked at"), None);
+    fn next_ca_is_published_before_it_signs_and_before_the_old_one_expires() {
+        let mut authorities = Authorities::next(None, start()).expect("created").expect("there was none");
+        assert_eq!(Authorities::next(Some(&authorities), start() + DAY * 1000).expect("checked"), None);
         let first = authorities.clone();
         let mut most = 0;
         for step in 1..800 {
             let now = start() + DAY * (step * 10);
-            if let Some(next) = Authorities::next(Some(&authorities), now).expect("made") {
+            if let Some(next) = Authorities::next(Some(&authorities), now).expect("created") {
                 let signed_until_now = authorities.0.iter().find(|ca| now.duration_since(ca.since) > DAY).expect("one signs");
-                assert!(next.0.contains(signed_until_now) || signed_until_now.not_after <= now, "what was signed yesterday is trusted");
+                assert!(
+                    next.0.contains(signed_until_now) || signed_until_now.not_after <= now,
+                    "certificates signed yesterday are trusted"
+                );
                 authorities = next;
             }
             most = most.max(authorities.0.len());

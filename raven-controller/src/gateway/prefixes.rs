@@ -1,16 +1,16 @@
-//! The pools' prefixes: what the nodes' pods have, and what a Gateway's annotation adds, each prefix in one pool only.
+//! Assigns prefixes to nodes: those of the node's pods, and those of the Gateway's annotation. A prefix belongs to one pool only.
 //!
-//! Receives drafts in the order of seniority with their nodes elected; fills in each node's subnets and notes what was refused. A refused
-//! prefix is in no status, so no dataplane ever sees it.
+//! Receives drafts in the order of seniority with their nodes elected; adds each node's prefixes and the refusals. A refused prefix is in no
+//! status, so no dataplane routes it.
 //!
-//! Which prefixes a node's pods have is the CNI's to say:
-//! - Calico's IPAM gives out blocks and says so in BlockAffinities. A node that has blocks has these and not its podCIDRs; a podCIDR
-//!   that overlaps anybody's block is Calico's to give out, and is nobody's as a whole.
-//! - flannel asks Kubernetes: its subnet is `Node.spec.podCIDRs` (`pkg/subnet/kube/kube.go`, AcquireLease: without a podCIDR it does not
-//!   start). Its annotations `flannel.alpha.coreos.com/…` hold the backend's type, MAC and VNI, and the address by which flannel's own
-//!   peers reach the node, which need not be one of this pool's LAN: no subnet, and nothing that we should use instead of the InternalIP.
-//!   (With its older etcd store the subnets are nowhere in the API: there the annotation of the Gateway names them.)
-//! - All others: `Node.spec.podCIDRs`.
+//! The CNI determines the prefixes of a node's pods:
+//! - Calico's IPAM assigns blocks and publishes them as BlockAffinities. If a node has blocks, its podCIDRs are ignored. A podCIDR that overlaps
+//!   a block of any node belongs to Calico's pool of addresses and is ignored as well.
+//! - flannel uses `Node.spec.podCIDRs` (`pkg/subnet/kube/kube.go`, AcquireLease: it does not start without a podCIDR). Its annotations
+//!   `flannel.alpha.coreos.com/…` contain the backend's type, MAC and VNI, and the address at which flannel's peers reach the node. None of
+//!   them replaces the podCIDRs or the InternalIP. With flannel's older etcd store the API contains no subnets: list them in the Gateway's
+//!   annotation.
+//! - Every other CNI: `Node.spec.podCIDRs`.
 
 use std::collections::BTreeMap;
 
@@ -18,25 +18,26 @@ use ipnet::IpNet;
 use prefix_trie::joint::JointPrefixMap;
 use raven_api::ANNOTATION_EXTRA_CIDRS;
 
-use super::NodeName;
 use super::claims::{Claims, Conflict, Kind, Owner};
-use super::guard::{self, Guard};
-use super::inputs::{BadPrefix, Inputs, NodeFacts, parse_prefix};
-use super::status::{Draft, Notice, Refusal};
+use super::facts::{BadPrefix, NodeFacts, NodeName, parse_prefix};
+use super::inputs::Inputs;
+use super::protected::{self, PREFIX_PROTECTED, ProtectedPrefixes};
+use super::refusal::{Notice, Refusal};
+use super::status::Draft;
 
-/// Gives every node of every draft its subnets.
-pub fn assign<'a>(inputs: &'a Inputs, drafts: &mut [Draft<'a>]) {
-    let guard = Guard::new(inputs, drafts);
+/// Assigns prefixes to every node of every draft.
+pub(crate) fn assign<'a>(inputs: &'a Inputs, drafts: &mut [Draft<'a>]) {
+    let protected = ProtectedPrefixes::new(inputs, drafts);
     let blocks = Blocks::new(inputs);
     let mut claims = Claims::default();
-    drafts.iter_mut().for_each(|draft| pod_prefixes(draft, &blocks, &guard, &mut claims));
-    drafts.iter_mut().for_each(|draft| addresses(draft, &claims));
-    // Extra prefixes come after everybody's pod prefixes, not in turn: those are facts that Kubernetes made, these are a person's wish,
-    // and an annotation like 10.0.0.0/8 on an old Gateway must not take younger pools off the network.
-    drafts.iter_mut().for_each(|draft| extra_prefixes(draft, &guard, &mut claims));
+    drafts.iter_mut().for_each(|draft| pod_prefixes(draft, &blocks, &protected, &mut claims));
+    drafts.iter_mut().for_each(|draft| report_addresses_in_pod_prefixes(draft, &claims));
+    // Extra prefixes are claimed after the pod prefixes of all pools: an annotation such as 10.0.0.0/8 on an old Gateway must not take the pod
+    // prefixes of younger pools off the network.
+    drafts.iter_mut().for_each(|draft| extra_prefixes(draft, &protected, &mut claims));
 }
 
-// Calico's blocks, once through for the whole cluster.
+// Index of Calico's blocks, built once for the whole cluster.
 struct Blocks<'a> {
     by_node: BTreeMap<&'a NodeName, Vec<&'a Result<IpNet, BadPrefix>>>,
     all: JointPrefixMap<IpNet, ()>,
@@ -51,12 +52,12 @@ impl<'a> Blocks<'a> {
                 blocks.all.insert(prefix, ());
             }
         }
-        // By prefix, IPv4 first, as podCIDRs are: names of blocks sort otherwise.
+        // Sorted by prefix, IPv4 first, as podCIDRs are. The names of blocks have a different order.
         blocks.by_node.values_mut().for_each(|list| list.sort_by_key(|prefix| prefix.as_ref().ok().copied()));
         blocks
     }
 
-    // What a node's pods have, and what it is called.
+    // Returns the prefixes of a node's pods and the name of their source.
     fn of(&self, node: &'a NodeFacts) -> (&'static str, Vec<&'a Result<IpNet, BadPrefix>>) {
         match self.by_node.get(&node.name) {
             Some(blocks) => ("Calico block", blocks.clone()),
@@ -69,23 +70,25 @@ impl<'a> Blocks<'a> {
     }
 }
 
-fn pod_prefixes<'a>(draft: &mut Draft<'a>, blocks: &Blocks<'a>, guard: &Guard, claims: &mut Claims) {
+fn pod_prefixes<'a>(draft: &mut Draft<'a>, blocks: &Blocks<'a>, protected: &ProtectedPrefixes, claims: &mut Claims) {
     let Draft { gateway, nodes, refusals, .. } = draft;
     for (node, subnets) in nodes {
-        let (called, prefixes) = blocks.of(node);
+        let (source, prefixes) = blocks.of(node);
         for prefix in prefixes {
             let prefix = match prefix {
                 Ok(prefix) => *prefix,
                 Err(bad) => {
-                    let message =
-                        format!("{called} {:?} of node {} is no prefix ({}): correct Node.spec.podCIDRs", bad.text, node.name, bad.why);
+                    let message = format!(
+                        "{source} \"{}\" of node {} is not a prefix ({}): correct Node.spec.podCIDRs",
+                        bad.text, node.name, bad.error
+                    );
                     refusals.push(Refusal::new("BadPodCIDR", message));
                     continue;
                 }
             };
-            let what = format!("{called} {prefix} of node {}", node.name);
-            if let Some((held, keep)) = guard.refuses(prefix, &gateway.name, Kind::Pod) {
-                refusals.push(Refusal::new(guard::PREFIX_PROTECTED, guard::message(&what, prefix, held, keep, &gateway.name)));
+            let what = format!("{source} {prefix} of node {}", node.name);
+            if let Some((held, reason)) = protected.conflict(prefix, &gateway.name, Kind::Pod) {
+                refusals.push(Refusal::new(PREFIX_PROTECTED, protected::message(&what, prefix, held, reason, &gateway.name)));
                 continue;
             }
             let owner = Owner { gateway: gateway.name.clone(), node: node.name.clone(), kind: Kind::Pod };
@@ -98,15 +101,15 @@ fn pod_prefixes<'a>(draft: &mut Draft<'a>, blocks: &Blocks<'a>, guard: &Guard, c
     }
 }
 
-// A pool whose nodes live in another pool's pod prefix: it cannot send that prefix into the tunnel, and nobody else is hurt.
-fn addresses(draft: &mut Draft<'_>, claims: &Claims) {
+// A pool cannot send another pool's pod prefix into the tunnel if one of its own nodes has an address in it. Other pools are not affected.
+fn report_addresses_in_pod_prefixes(draft: &mut Draft<'_>, claims: &Claims) {
     let Draft { gateway, nodes, refusals, .. } = draft;
     for (node, _) in nodes.iter() {
         for address in node.addresses() {
             let Some((held, owner)) = claims.holder(address).filter(|(_, owner)| owner.gateway != gateway.name) else { continue };
             let message = format!(
-                "InternalIP {address} of node {} lies in {held} of node {} in Gateway {}: pods there cannot be reached from this pool, which needs that address outside of the tunnel; \
-                 give the site another LAN prefix, or those pods another one",
+                "InternalIP {address} of node {} lies in {held} of node {} in Gateway {}: this pool cannot reach those pods, because it needs the address outside the tunnel; \
+                 change the LAN prefix of the site or the pod prefix",
                 node.name, owner.node, owner.gateway
             );
             refusals.push(Refusal::new("NodeAddressInPodPrefix", message));
@@ -114,10 +117,10 @@ fn addresses(draft: &mut Draft<'_>, claims: &Claims) {
     }
 }
 
-fn extra_prefixes(draft: &mut Draft<'_>, guard: &Guard, claims: &mut Claims) {
+fn extra_prefixes(draft: &mut Draft<'_>, protected: &ProtectedPrefixes, claims: &mut Claims) {
     let (extra, bad) = annotated(draft);
     draft.refusals.extend(bad);
-    // Carried by the first elected node; with none elected there is nobody to carry it, and the conditions say that already.
+    // The first elected node carries extra prefixes. If no node is elected, the other conditions report it.
     let Some(carrier) = draft.tunnel.elected.first().map(|e| e.node_name.clone()) else {
         return;
     };
@@ -127,8 +130,8 @@ fn extra_prefixes(draft: &mut Draft<'_>, guard: &Guard, claims: &mut Claims) {
     };
     for prefix in extra {
         let what = format!("prefix {prefix} of annotation {ANNOTATION_EXTRA_CIDRS}");
-        if let Some((held, keep)) = guard.refuses(prefix, &gateway.name, Kind::Extra) {
-            refusals.push(Refusal::new(guard::PREFIX_PROTECTED, guard::message(&what, prefix, held, keep, &gateway.name)));
+        if let Some((held, reason)) = protected.conflict(prefix, &gateway.name, Kind::Extra) {
+            refusals.push(Refusal::new(PREFIX_PROTECTED, protected::message(&what, prefix, held, reason, &gateway.name)));
             continue;
         }
         let owner = Owner { gateway: gateway.name.clone(), node: node.name.clone(), kind: Kind::Extra };
@@ -149,7 +152,7 @@ fn annotated(draft: &Draft<'_>) -> (Vec<IpNet>, Vec<Refusal>) {
             Ok(prefix) => good.push(prefix),
             Err(e) => bad.push(Refusal::new(
                 "BadAnnotation",
-                format!("{:?} in annotation {ANNOTATION_EXTRA_CIDRS} is no prefix ({}): write prefixes such as 192.168.1.0/24, with commas between", e.text, e.why),
+                format!("\"{}\" in annotation {ANNOTATION_EXTRA_CIDRS} is not a prefix ({}): write prefixes such as 192.168.1.0/24, separated by commas", e.text, e.error),
             )),
         }
     }
@@ -159,7 +162,7 @@ fn annotated(draft: &Draft<'_>) -> (Vec<IpNet>, Vec<Refusal>) {
 fn claimed_twice(what: String, claimant: &Owner, conflict: &Conflict) -> Refusal {
     let Conflict { held, owner } = conflict;
     let message = format!(
-        "{what} overlaps {held} of node {} in Gateway {}, which keeps it: give one of the two another prefix; until then this one is left out",
+        "{what} overlaps {held} of node {} in Gateway {}, which keeps it: change one of the two prefixes; until then this one is ignored",
         owner.node, owner.gateway
     );
     let refusal = Refusal::new("PrefixClaimedTwice", message);
@@ -167,8 +170,8 @@ fn claimed_twice(what: String, claimant: &Owner, conflict: &Conflict) -> Refusal
         return refusal;
     }
     let note = format!(
-        "{held} of node {} stays with this Gateway; Gateway {} claims it too ({what}) and does not get it: if it is meant to be there, take it away here",
+        "{held} of node {} stays with this Gateway; Gateway {} claims it too ({what}) and is refused: if the prefix belongs to that Gateway, remove it here",
         owner.node, claimant.gateway
     );
-    refusal.told(Notice { to: owner.gateway.clone(), reason: "PrefixContested", note })
+    refusal.with_notice(Notice { to: owner.gateway.clone(), reason: "PrefixContested", note })
 }

@@ -1,0 +1,569 @@
+//! State of the cluster, maintained from watches and shared by both halves of the controller.
+//!
+//! [`Cluster`] absorbs [`Update`]s and stores validated facts. [`run`] is the task that owns it and publishes a [`Snapshot`] after each change.
+//! An update that changes no fact, such as a Node's heartbeat, publishes nothing and therefore wakes no consumer.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Service};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::ServiceCIDR;
+use kube::core::DynamicObject;
+use kube::runtime::watcher::Event;
+use kube::{Resource, ResourceExt};
+use raven_api::gateway_node::{GatewayNode, GatewayNodeSpec, GatewayNodeStatus, ProxyStatus};
+use raven_api::guarded::Unreadable;
+use raven_api::pool::{NodePoolSpec, NodePoolStatus};
+use raven_api::{Gateway, Guarded};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::gateway::facts::{
+    BalancerFacts, BlockFacts, GatewayFacts, GatewayName, LinkFacts, LinkReports, NodeFacts, NodeName, PoolFacts, Switches, parse_prefix,
+};
+use crate::gateway::inputs::Inputs;
+use crate::gateway::links::Quarantine;
+
+// Updates that are processed before a snapshot is published.
+const BATCH: usize = 1024;
+
+/// An event of a watch, or a result of the controller's own writes.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all updates are Nodes, the largest variant; boxes would cost more than they save")]
+pub(crate) enum Update {
+    /// Gateways changed.
+    Gateway(Event<Gateway>),
+    /// Gateways as returned by the controller's own writes; the sender is notified once they are in the published snapshot.
+    Written(Vec<Gateway>, oneshot::Sender<()>),
+    /// Nodes changed.
+    Node(Event<Guarded<Node>>),
+    /// GatewayNodes changed.
+    GatewayNode(Event<ObservedGatewayNode>),
+    /// GatewayNodes cannot be listed: no node counts as cut off.
+    GatewayNodesUnavailable,
+    /// NodePools changed.
+    Pool(Event<Guarded<DynamicObject>>),
+    /// The CRD of NodePools is not installed.
+    PoolsAbsent,
+    /// Calico's BlockAffinities changed.
+    Block(Event<Guarded<DynamicObject>>),
+    /// Calico's CRD is not installed.
+    BlocksAbsent,
+    /// Ranges of Service addresses changed.
+    ServiceCidr(Event<ServiceCIDR>),
+    /// The API server does not provide ranges of Service addresses.
+    ServiceCidrsUnavailable,
+    /// Addresses of the API server changed.
+    ApiServer(Event<EndpointSlice>),
+    /// Addresses of the API server cannot be listed.
+    ApiServerUnavailable,
+    /// Raven's Services of type LoadBalancer changed.
+    Balancer(Event<Service>),
+    /// Services of type LoadBalancer cannot be listed.
+    BalancersUnavailable,
+    /// The internal Service of the L7 half changed.
+    InternalService(Event<Service>),
+    /// ConfigMap `raven-cfg` changed.
+    Switches(Event<ConfigMap>),
+    /// ConfigMap `raven-cfg` cannot be read: the defaults apply.
+    SwitchesUnavailable,
+}
+
+/// A GatewayNode in two representations. The link reports are read leniently, everything else only if the complete object is readable.
+#[derive(Clone, Debug)]
+pub(crate) struct ObservedGatewayNode {
+    /// Name of the object and of its node.
+    pub(crate) name: NodeName,
+    /// Reports about connections.
+    pub(crate) links: Option<LinkFacts>,
+    /// The object, reduced to its proxy status; `None` if the object is unreadable.
+    pub(crate) proxy: Option<Option<ProxyStatus>>,
+}
+
+impl ObservedGatewayNode {
+    /// Extracts the facts of a GatewayNode. The second value is the typed object, or the reason why it is unreadable.
+    pub(crate) fn parse(object: Guarded<DynamicObject>) -> (Self, Guarded<GatewayNode>) {
+        let name = object.name_any().as_str().into();
+        let links = object.0.as_ref().ok().and_then(LinkFacts::parse);
+        let typed = typed_gateway_node(object);
+        let proxy = typed.0.as_ref().ok().map(|node| node.status.as_ref().and_then(|status| status.proxy.clone()));
+        (Self { name, links, proxy }, typed)
+    }
+}
+
+fn typed_gateway_node(object: Guarded<DynamicObject>) -> Guarded<GatewayNode> {
+    let DynamicObject { metadata, mut data, .. } = match object.0 {
+        Ok(object) => object,
+        Err(unreadable) => return Guarded(Err(unreadable)),
+    };
+    let spec = serde_json::from_value::<GatewayNodeSpec>(data["spec"].take());
+    let status = serde_json::from_value::<Option<GatewayNodeStatus>>(data["status"].take());
+    Guarded(match spec.and_then(|spec| Ok((spec, status?))) {
+        Ok((spec, status)) => Ok(GatewayNode { metadata, spec, status }),
+        Err(e) => Err(Unreadable { error: e.to_string(), metadata }),
+    })
+}
+
+type Facts<K, V> = Arc<BTreeMap<K, Arc<V>>>;
+
+// Facts of one kind, by name. A listing replaces them at once when it is complete.
+#[derive(Debug)]
+struct Cache<K, V> {
+    facts: Facts<K, V>,
+    listing: BTreeMap<K, Arc<V>>,
+    // The facts may be used: they were listed, or the kind is absent or unavailable.
+    complete: bool,
+    // A listing was completed.
+    listed: bool,
+}
+
+impl<K: Ord + Clone, V: PartialEq> Cache<K, V> {
+    fn new() -> Self {
+        Self { facts: Facts::default(), listing: BTreeMap::new(), complete: false, listed: false }
+    }
+
+    // `parse` returns no facts for an object that does not count. Returns true if the facts or their completeness changed.
+    fn absorb<T>(&mut self, event: Event<T>, parse: impl Fn(T) -> (K, Option<V>)) -> bool {
+        match event {
+            Event::Init => {
+                self.listing.clear();
+                false
+            }
+            Event::InitApply(object) => {
+                let (key, facts) = parse(object);
+                facts.map(|facts| self.listing.insert(key, Arc::new(facts)));
+                false
+            }
+            Event::InitDone => {
+                let listing = std::mem::take(&mut self.listing);
+                let changed = !self.listed || listing != *self.facts;
+                self.facts = Arc::new(listing);
+                (self.complete, self.listed) = (true, true);
+                changed
+            }
+            Event::Apply(object) => {
+                let (key, facts) = parse(object);
+                self.put(key, facts)
+            }
+            Event::Delete(object) => self.remove(&parse(object).0),
+        }
+    }
+
+    fn put(&mut self, key: K, facts: Option<V>) -> bool {
+        match facts {
+            Some(facts) if self.facts.get(&key).is_some_and(|old| **old == facts) => false,
+            Some(facts) => {
+                Arc::make_mut(&mut self.facts).insert(key, Arc::new(facts));
+                true
+            }
+            None => self.remove(&key),
+        }
+    }
+
+    fn remove(&mut self, key: &K) -> bool {
+        self.facts.contains_key(key) && Arc::make_mut(&mut self.facts).remove(key).is_some()
+    }
+
+    // The kind is unavailable: the known facts stay valid.
+    fn assume_complete(&mut self) -> bool {
+        !std::mem::replace(&mut self.complete, true)
+    }
+
+    // The kind is absent: all facts are dropped.
+    fn clear(&mut self) -> bool {
+        let changed = !self.complete || !self.facts.is_empty();
+        *self = Self { complete: true, ..Self::new() };
+        changed
+    }
+}
+
+/// Settings of the command line that affect decisions.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct DecisionSettings {
+    /// The three pool rules create Gateways.
+    pub(crate) rules: bool,
+    /// Ranges of Service addresses, in addition to those of the API server.
+    pub(crate) service_cidrs: Vec<IpNet>,
+}
+
+/// Facts of the cluster, maintained from updates.
+#[derive(Debug)]
+pub(crate) struct Cluster {
+    gateways: Cache<GatewayName, GatewayFacts>,
+    nodes: Cache<NodeName, NodeFacts>,
+    pools: Cache<String, PoolFacts>,
+    switches: Cache<String, Switches>,
+    blocks: Cache<String, BlockFacts>,
+    balancers: Cache<String, BalancerFacts>,
+    links: Cache<NodeName, LinkFacts>,
+    proxies: Cache<NodeName, Option<ProxyStatus>>,
+    quarantine: Quarantine,
+    internal_service: Cache<String, Vec<IpAddr>>,
+    service_cidrs: Cache<String, Vec<IpNet>>,
+    api_servers: Cache<String, Vec<IpAddr>>,
+    settings: DecisionSettings,
+    revision: u64,
+}
+
+impl Cluster {
+    /// Creates an empty cluster.
+    pub(crate) fn new(settings: DecisionSettings) -> Self {
+        Self {
+            gateways: Cache::new(),
+            nodes: Cache::new(),
+            pools: Cache::new(),
+            switches: Cache::new(),
+            blocks: Cache::new(),
+            balancers: Cache::new(),
+            links: Cache::new(),
+            proxies: Cache::new(),
+            quarantine: Quarantine::default(),
+            internal_service: Cache::new(),
+            service_cidrs: Cache::new(),
+            api_servers: Cache::new(),
+            settings,
+            revision: 0,
+        }
+    }
+
+    /// Absorbs an update. Returns true if a fact changed.
+    pub(crate) fn absorb(&mut self, update: Update) -> bool {
+        let changed = match update {
+            // Own writes do not advance the revision: the reconciler knows them already.
+            Update::Written(gateways, _) => {
+                let mut changed = false;
+                for gateway in gateways {
+                    changed |= self.absorb_gateway(gateway);
+                }
+                return changed;
+            }
+            Update::Gateway(Event::Apply(gateway)) => self.absorb_gateway(gateway),
+            Update::Gateway(event) => self.gateways.absorb(event, parse_gateway),
+            Update::Node(event) => self.nodes.absorb(event, |node| parse_guarded(node, |node| NodeFacts::parse(&node))),
+            Update::GatewayNode(event) => self.absorb_gateway_node(&event),
+            Update::GatewayNodesUnavailable => self.links.clear(),
+            Update::Pool(event) => self.pools.absorb(event, |pool| parse_guarded(pool, |pool| Some(parse_pool(&pool)))),
+            Update::PoolsAbsent => self.pools.clear(),
+            Update::Block(event) => {
+                self.blocks.absorb(event, |block| parse_guarded(block, |block| block.data.get("spec").and_then(BlockFacts::parse)))
+            }
+            Update::BlocksAbsent => self.blocks.clear(),
+            // Known facts stay valid while a kind is unavailable: protected prefixes must not become claimable because of an outage.
+            Update::ServiceCidr(event) => self.service_cidrs.absorb(event, parse_service_cidr),
+            Update::ServiceCidrsUnavailable => self.service_cidrs.assume_complete(),
+            Update::ApiServer(event) => self.api_servers.absorb(event, parse_api_server),
+            Update::ApiServerUnavailable => self.api_servers.assume_complete(),
+            Update::Balancer(event) => self.balancers.absorb(event, |service| (service.name_any(), BalancerFacts::parse(&service))),
+            Update::BalancersUnavailable => self.balancers.assume_complete(),
+            Update::InternalService(event) => self.internal_service.absorb(event, parse_internal_service),
+            Update::Switches(event) => {
+                self.switches.absorb(event, |map| (map.name_any(), Some(Switches::parse(&map.data.unwrap_or_default()))))
+            }
+            Update::SwitchesUnavailable => self.switches.assume_complete(),
+        };
+        self.revision += u64::from(changed);
+        changed
+    }
+
+    // A watch event may be older than the result of an own write, and must not undo it: the next election would not see the elected nodes.
+    fn absorb_gateway(&mut self, gateway: Gateway) -> bool {
+        let (name, facts) = parse_gateway(gateway);
+        if let (Some(known), Some(facts)) = (self.gateways.facts.get(&name), &facts)
+            && is_older(&facts.resource, &known.resource)
+        {
+            return false;
+        }
+        self.gateways.put(name, facts)
+    }
+
+    fn absorb_gateway_node(&mut self, event: &Event<ObservedGatewayNode>) -> bool {
+        let links_changed = self.links.absorb(event.clone(), |node| (node.name, node.links));
+        if links_changed {
+            self.quarantine.update(&self.links.facts, Instant::now());
+        }
+        self.proxies.absorb(event.clone(), |node| (node.name, node.proxy)) || links_changed
+    }
+
+    /// Returns the present state. Cheap: facts are shared.
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        let Self {
+            gateways, nodes, pools, switches, blocks, balancers, links, proxies, internal_service, service_cidrs, api_servers, ..
+        } = self;
+        let common = gateways.complete && nodes.complete && switches.complete;
+        let optional = pools.complete && blocks.complete && balancers.complete && service_cidrs.complete && api_servers.complete;
+        Snapshot {
+            revision: self.revision,
+            complete: common && links.complete && optional,
+            proxies_complete: gateways.listed && nodes.listed && switches.listed && proxies.listed && internal_service.listed,
+            gateways: gateways.facts.clone(),
+            nodes: nodes.facts.clone(),
+            pools: pools.facts.clone(),
+            blocks: blocks.facts.clone(),
+            balancers: balancers.facts.clone(),
+            links: links.facts.clone(),
+            quarantine: self.quarantine.clone(),
+            proxies: proxies.facts.clone(),
+            internal_service: internal_service.facts.values().flat_map(|list| list.iter()).copied().collect(),
+            service_cidrs: service_cidrs.facts.values().flat_map(|list| list.iter()).chain(&self.settings.service_cidrs).copied().collect(),
+            api_servers: api_servers.facts.values().flat_map(|list| list.iter()).copied().collect(),
+            switches: switches.facts.values().next().map(|s| **s).unwrap_or_default(),
+            rules: self.settings.rules,
+        }
+    }
+}
+
+/// State of the cluster at one point in time.
+#[derive(Clone, Debug)]
+pub(crate) struct Snapshot {
+    /// Number of changes by watches so far; the controller's own writes do not count.
+    pub(crate) revision: u64,
+    /// All kinds were listed, or are known to be unavailable: decisions are valid from then on.
+    pub(crate) complete: bool,
+    /// All kinds that the L7 half needs were listed.
+    pub(crate) proxies_complete: bool,
+    gateways: Facts<GatewayName, GatewayFacts>,
+    nodes: Facts<NodeName, NodeFacts>,
+    pools: Facts<String, PoolFacts>,
+    blocks: Facts<String, BlockFacts>,
+    balancers: Facts<String, BalancerFacts>,
+    links: Facts<NodeName, LinkFacts>,
+    quarantine: Quarantine,
+    proxies: Facts<NodeName, Option<ProxyStatus>>,
+    internal_service: Vec<IpAddr>,
+    service_cidrs: Vec<IpNet>,
+    api_servers: Vec<IpAddr>,
+    switches: Switches,
+    rules: bool,
+}
+
+impl Snapshot {
+    /// Returns the inputs of the decision about Gateways.
+    pub(crate) fn inputs(&self) -> Inputs {
+        let links = LinkReports::clone(&self.links);
+        Inputs {
+            gateways: BTreeMap::clone(&self.gateways),
+            nodes: BTreeMap::clone(&self.nodes),
+            pools: BTreeMap::clone(&self.pools),
+            switches: self.switches,
+            blocks: BTreeMap::clone(&self.blocks),
+            balancers: self.balancers.values().map(|facts| (**facts).clone()).collect(),
+            links: self.quarantine.merge(links, Instant::now()),
+            services: self.service_cidrs.iter().copied().collect(),
+            api_servers: self.api_servers.iter().copied().collect(),
+            rules: self.rules,
+        }
+    }
+
+    /// Returns all Gateways that are not being deleted.
+    pub(crate) fn gateways(&self) -> Vec<Gateway> {
+        self.gateways.values().map(|facts| (*facts.resource).clone()).collect()
+    }
+
+    /// Returns all readable GatewayNodes, reduced to name and proxy status.
+    pub(crate) fn gateway_nodes(&self) -> Vec<GatewayNode> {
+        let node = |(name, proxy): (&NodeName, &Arc<Option<ProxyStatus>>)| {
+            let mut node = GatewayNode::new(name.as_str(), GatewayNodeSpec::default());
+            node.status = Some(GatewayNodeStatus { proxy: (**proxy).clone(), ..GatewayNodeStatus::default() });
+            node
+        };
+        self.proxies.iter().map(node).collect()
+    }
+
+    /// Returns all readable Nodes.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = &NodeFacts> {
+        self.nodes.values().map(Arc::as_ref)
+    }
+
+    /// Returns the UIDs of all readable Nodes, by name.
+    pub(crate) fn node_uids(&self) -> BTreeMap<String, String> {
+        self.nodes().filter_map(|node| Some((node.name.to_string(), node.uid.clone()?))).collect()
+    }
+
+    /// Returns the cluster IPs of the internal Service.
+    pub(crate) fn internal_service(&self) -> &[IpAddr] {
+        &self.internal_service
+    }
+
+    /// True if the L7 half is on.
+    pub(crate) fn l7(&self) -> bool {
+        self.switches.l7
+    }
+}
+
+/// Absorbs updates and publishes a snapshot after each batch that changed a fact. Ends when all senders of updates are dropped.
+pub(crate) async fn run(mut cluster: Cluster, mut updates: mpsc::Receiver<Update>, snapshots: watch::Sender<Arc<Snapshot>>) {
+    let mut batch = Vec::with_capacity(BATCH);
+    while updates.recv_many(&mut batch, BATCH).await > 0 {
+        let (mut changed, mut waiting) = (false, Vec::new());
+        for update in batch.drain(..) {
+            let (update, absorbed) = match update {
+                Update::Written(gateways, absorbed) => {
+                    let (unused, _) = oneshot::channel();
+                    (Update::Written(gateways, unused), Some(absorbed))
+                }
+                update => (update, None),
+            };
+            changed |= cluster.absorb(update);
+            waiting.extend(absorbed);
+        }
+        if changed {
+            snapshots.send_replace(Arc::new(cluster.snapshot()));
+        }
+        for absorbed in waiting {
+            // The writer may have stopped waiting.
+            let _ = absorbed.send(());
+        }
+    }
+}
+
+fn parse_gateway(mut gateway: Gateway) -> (GatewayName, Option<GatewayFacts>) {
+    gateway.metadata.managed_fields = None;
+    (gateway.name_any().as_str().into(), GatewayFacts::parse(gateway))
+}
+
+// An unreadable object yields no facts.
+fn parse_guarded<K: Resource, N: for<'a> From<&'a str>, V>(object: Guarded<K>, parse: impl Fn(K) -> Option<V>) -> (N, Option<V>) {
+    (object.name_any().as_str().into(), object.0.ok().and_then(parse))
+}
+
+fn parse_pool(pool: &DynamicObject) -> PoolFacts {
+    let name = pool.name_any();
+    let part = |key: &str| pool.data.get(key).cloned().unwrap_or_default();
+    let spec = serde_json::from_value::<NodePoolSpec>(part("spec"))
+        .inspect_err(|e| tracing::warn!(pool = %name, error = %e, "cannot parse NodePool spec; treating it as an edge pool"))
+        .unwrap_or_default();
+    // Without a status, nodes are assigned by their labels.
+    let status = serde_json::from_value::<NodePoolStatus>(part("status")).ok();
+    PoolFacts::new(&name, &spec, status.as_ref())
+}
+
+fn parse_service_cidr(range: ServiceCIDR) -> (String, Option<Vec<IpNet>>) {
+    let cidrs = range.spec.as_ref().and_then(|s| s.cidrs.clone()).unwrap_or_default();
+    (range.name_any(), Some(cidrs.iter().filter_map(|text| parse_prefix(text).ok()).collect()))
+}
+
+fn parse_api_server(slice: EndpointSlice) -> (String, Option<Vec<IpAddr>>) {
+    let addresses = slice.endpoints.iter().flat_map(|e| &e.addresses).filter_map(|text| text.parse().ok());
+    (slice.name_any(), Some(addresses.collect()))
+}
+
+fn parse_internal_service(service: Service) -> (String, Option<Vec<IpAddr>>) {
+    let cluster_ips = service.spec.iter().flat_map(|spec| spec.cluster_ips.iter().flatten());
+    let addresses = cluster_ips.filter_map(|ip| ip.parse().ok()).collect();
+    (service.name_any(), Some(addresses))
+}
+
+fn is_older(gateway: &Gateway, known: &Gateway) -> bool {
+    let version = |g: &Gateway| g.metadata.resource_version.as_deref().and_then(|v| v.parse::<u64>().ok());
+    gateway.metadata.uid == known.metadata.uid && version(gateway) < version(known)
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+    use raven_api::GatewaySpec;
+
+    use super::*;
+
+    fn cluster() -> Cluster {
+        Cluster::new(DecisionSettings { rules: true, ..Default::default() })
+    }
+
+    fn gateway(name: &str, version: &str) -> Gateway {
+        let metadata = ObjectMeta { name: Some(name.into()), resource_version: Some(version.into()), ..Default::default() };
+        Gateway { metadata, spec: GatewaySpec::default(), status: None }
+    }
+
+    #[test]
+    fn watch_event_older_than_an_own_write_is_ignored() {
+        let mut cluster = cluster();
+        assert!(cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "5")))));
+        assert!(cluster.absorb(Update::Written(vec![gateway("a", "10")], oneshot::channel().0)));
+        assert!(!cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "7")))));
+        assert!(cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "11")))));
+    }
+
+    #[test]
+    fn own_writes_do_not_advance_the_revision() {
+        let mut cluster = cluster();
+        cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "5"))));
+        let before = cluster.snapshot().revision;
+        assert!(cluster.absorb(Update::Written(vec![gateway("a", "10")], oneshot::channel().0)));
+        assert_eq!(cluster.snapshot().revision, before);
+        assert!(cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "11")))));
+        assert_eq!(cluster.snapshot().revision, before + 1);
+    }
+
+    #[test]
+    fn listing_replaces_all_facts_at_once() {
+        let mut cluster = cluster();
+        cluster.absorb(Update::Gateway(Event::Apply(gateway("gone", "1"))));
+        assert!(!cluster.absorb(Update::Gateway(Event::Init)));
+        assert!(!cluster.absorb(Update::Gateway(Event::InitApply(gateway("new", "2")))));
+        assert!(cluster.snapshot().inputs().gateways.contains_key(&"gone".into()));
+        assert!(cluster.absorb(Update::Gateway(Event::InitDone)));
+        assert_eq!(cluster.snapshot().inputs().gateways.keys().map(GatewayName::as_str).collect::<Vec<_>>(), ["new"]);
+    }
+
+    #[test]
+    fn heartbeat_changes_no_fact() {
+        let mut cluster = cluster();
+        let mut node = Node { metadata: ObjectMeta { name: Some("n".into()), ..Default::default() }, ..Default::default() };
+        assert!(cluster.absorb(Update::Node(Event::Apply(Guarded(Ok(node.clone()))))));
+        node.metadata.resource_version = Some("77".into());
+        assert!(!cluster.absorb(Update::Node(Event::Apply(Guarded(Ok(node))))));
+    }
+
+    #[test]
+    fn node_that_becomes_unreadable_counts_as_absent() {
+        let mut cluster = cluster();
+        let node = |heartbeat: &str| {
+            let text = format!(
+                r#"{{"metadata":{{"name":"n"}},"status":{{"conditions":[{{"type":"X","status":"True","lastHeartbeatTime":"{heartbeat}"}}]}}}}"#
+            );
+            serde_json::from_str(&text).expect("never an error")
+        };
+        assert!(cluster.absorb(Update::Node(Event::Apply(node("2026-01-01T00:00:00Z")))));
+        assert_eq!(cluster.snapshot().inputs().nodes.len(), 1);
+        assert!(cluster.absorb(Update::Node(Event::Apply(node("9999-12-31T23:59:59Z")))));
+        assert_eq!(cluster.snapshot().inputs().nodes.len(), 0);
+    }
+
+    #[test]
+    fn complete_once_every_kind_is_listed_or_unavailable() {
+        let mut cluster = cluster();
+        cluster.absorb(Update::Gateway(Event::InitDone));
+        cluster.absorb(Update::Node(Event::InitDone));
+        cluster.absorb(Update::PoolsAbsent);
+        for other in [
+            Update::BlocksAbsent,
+            Update::BalancersUnavailable,
+            Update::GatewayNodesUnavailable,
+            Update::ServiceCidrsUnavailable,
+            Update::ApiServerUnavailable,
+            Update::SwitchesUnavailable,
+        ] {
+            assert!(!cluster.snapshot().complete);
+            cluster.absorb(other);
+        }
+        assert!(cluster.snapshot().complete);
+        assert!(!cluster.snapshot().proxies_complete, "the L7 half does not act on unavailable kinds");
+    }
+
+    #[test]
+    fn protected_prefixes_stay_while_they_are_unavailable() {
+        let mut cluster = Cluster::new(DecisionSettings { rules: true, service_cidrs: vec!["10.97.0.0/16".parse().expect("a prefix")] });
+        let range = serde_json::from_value(
+            serde_json::json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16", "fd00:96::/112"]}}),
+        );
+        assert!(cluster.absorb(Update::ServiceCidr(Event::Apply(range.expect("a ServiceCIDR")))));
+        cluster.absorb(Update::ServiceCidr(Event::InitDone));
+        let known = |cluster: &Cluster| cluster.snapshot().inputs().services.iter().map(ToString::to_string).collect::<Vec<_>>();
+        cluster.absorb(Update::ServiceCidr(Event::Init));
+        assert!(!cluster.absorb(Update::ServiceCidrsUnavailable));
+        assert_eq!(known(&cluster), ["10.97.0.0/16"]);
+    }
+}
