@@ -69,7 +69,7 @@ async fn of_two_that_claim_a_node_or_a_prefix_one_is_told_and_the_other_is_untou
         assert_eq!(nodes(&refused).len(), 0);
         says(&refused, "Ready", "False", "NoNode", "raven.openyurt.io/gateway=b-second")?;
         assert_eq!(stage.event("b-second", "NodeClaimedTwice", says_node).await?, "Warning");
-        let told = "node r-a belongs to this Gateway (which is older, or first by name); the nodeSelector of Gateway b-second asks for it too";
+        let told = "node r-a belongs to this Gateway (which is older, or first by name); the nodeSelector of Gateway b-second matches it too";
         assert_eq!(stage.event("a-first", "NodeContested", told).await?, "Normal");
 
         // With a node of its own and prefixes of others: one that its annotation wants, one that its node brings along.

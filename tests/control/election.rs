@@ -52,7 +52,7 @@ async fn the_status_tells_what_the_pool_is_and_whom_it_elected() {
         let configs: Api<ConfigMap> = Api::namespaced(stage.lab.cluster().client(), "kube-system");
         let config = serde_json::from_value(json!({"metadata": {"name": "raven-cfg"}, "data": {"enable-l7-proxy": "false"}}))?;
         configs.create(&PostParams::default(), &config).await?;
-        let switched = stage.until("site", "has L7 switched off", |g| says(g, "Ready", "True", "Ready", "ConfigMap raven-cfg says enable-l7-proxy=false")).await?;
+        let switched = stage.until("site", "has L7 switched off", |g| says(g, "Ready", "True", "Ready", "ConfigMap raven-cfg sets enable-l7-proxy=false")).await?;
         assert_eq!(json!(switched.status)["activeEndpoints"], json!([tunnel, proxy("false")]));
         configs.delete("raven-cfg", &DeleteParams::default()).await?;
         stage
@@ -127,7 +127,7 @@ async fn a_node_that_leaves_takes_its_election_and_its_prefixes_with_it() {
             .await?;
         assert_eq!((nodes(&empty).len(), status(&empty).active_endpoints.len(), status(&empty).node_count), (0, 0, 0));
         says(&empty, "Accepted", "False", "EndpointNodeUnknown", "node x-a, which does not exist")?;
-        assert_eq!(stage.event("site", "GatewayNodeLost", "x-a (the node does not exist any more)").await?, "Warning");
+        assert_eq!(stage.event("site", "GatewayNodeLost", "x-a (the node was deleted)").await?, "Warning");
 
         stage.label("x-b", LABEL_GATEWAY, Some("site")).await?;
         let back = stage.until("site", "elects x-b", |g| elects(g, &["x-b"])).await?;

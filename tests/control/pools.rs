@@ -26,7 +26,8 @@ async fn pools_come_from_node_pools_else_the_cloud_is_one_and_every_edge_node_it
         stage.until_gateways(&["cloud", "node-e-a", "node-e-b"]).await?;
         let cloud = has(stage, "cloud", &["c-a", "c-b"]).await?;
         assert_eq!(cloud.spec.expose_type, ExposeType::PublicIP);
-        let told = |g: &raven_api::Gateway| says(g, "Ready", "True", "Ready", "no publicIP is set for c-a: others dial its InternalIP");
+        let told =
+            |g: &raven_api::Gateway| says(g, "Ready", "True", "Ready", "no publicIP is set for c-a: other pools dial its InternalIP");
         stage.until("cloud", "says what is missing", told).await?;
         let edge = has(stage, "node-e-b", &["e-b"]).await?;
         assert_eq!((edge.spec.expose_type, tunnel(&edge)), (ExposeType::Edge, vec!["e-b"]));

@@ -30,16 +30,13 @@ async fn what_must_stay_out_of_the_tunnel_is_refused_and_everything_else_works_o
             ("127.0.0.0/8", "127.0.0.0/8 (loopback"),
             ("169.254.0.0/16", "169.254.0.0/16 (link-local"),
             ("224.0.0.0/4", "224.0.0.0/4 (multicast"),
-            ("10.0.0.0/24", "would take along 10.0.0.5/32 (the API server's address)"),
-            ("10.96.7.0/24", "would take along 10.96.0.0/16 (the range of Service addresses"),
-            ("fd00:96::/64", "would take along fd00:96::/112 (the range of Service addresses"),
-            ("10.111.0.0/24", "would take along 10.111.0.0/16 (the range of Service addresses"),
-            ("10.1.0.1/32", "would take along 10.1.0.1/32 (address of node c-a in Gateway cloud)"),
-            ("10.1.0.9/32", "would take along 10.1.0.9/32 (address of node nobodys, which is in no pool)"),
-            (
-                "198.51.100.0/24",
-                "would take along 198.51.100.10/32 (publicIP of node c-a in Gateway cloud, by which others reach its tunnel)",
-            ),
+            ("10.0.0.0/24", "overlaps 10.0.0.5/32 (the API server's address)"),
+            ("10.96.7.0/24", "overlaps 10.96.0.0/16 (the range of Service addresses"),
+            ("fd00:96::/64", "overlaps fd00:96::/112 (the range of Service addresses"),
+            ("10.111.0.0/24", "overlaps 10.111.0.0/16 (the range of Service addresses"),
+            ("10.1.0.1/32", "overlaps 10.1.0.1/32 (address of node c-a in Gateway cloud)"),
+            ("10.1.0.9/32", "overlaps 10.1.0.9/32 (address of node nobodys, which is in no pool)"),
+            ("198.51.100.0/24", "overlaps 198.51.100.10/32 (publicIP of node c-a in Gateway cloud, at which peers reach its tunnel)"),
         ];
         for (prefix, part) in refused {
             stage.put_extra_prefixes("site", prefix).await?;
@@ -60,7 +57,7 @@ async fn what_must_stay_out_of_the_tunnel_is_refused_and_everything_else_works_o
             "spec": {"podCIDR": "10.0.0.0/24", "podCIDRs": ["10.0.0.0/24"]}});
         stage.nodes().create(&PostParams::default(), &serde_json::from_value(api_server_in_it)?).await?;
         stage.put_node_status("x-c", "a-person", json!({"addresses": [{"type": "InternalIP", "address": "10.1.0.4"}]})).await?;
-        let part = "podCIDR 10.0.0.0/24 of node x-c would take along 10.0.0.5/32 (the API server's address)";
+        let part = "podCIDR 10.0.0.0/24 of node x-c overlaps 10.0.0.5/32 (the API server's address)";
         let told = stage
             .until("site", "does not get the podCIDR", |g| {
                 // Its address comes a moment after the node itself.

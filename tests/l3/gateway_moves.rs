@@ -107,7 +107,7 @@ async fn a_gateway_node_that_is_ready_and_cut_off_is_replaced() {
     let events: Api<Event> = Api::all(running.lab.cluster().client());
     let told = eventually(Duration::from_secs(10), "an Event says why", || async {
         let notes = events.list(&ListParams::default()).await?.items.into_iter().filter_map(|e| e.note).collect::<Vec<_>>();
-        ensure!(notes.iter().any(|note| note.contains("x-b replaces x-a (it is Ready, and cut off")), "{notes:?}");
+        ensure!(notes.iter().any(|note| note.contains("x-b replaces x-a (it is Ready but cut off")), "{notes:?}");
         Ok(())
     });
     running.check(told.await);

@@ -236,7 +236,7 @@ async fn an_address_that_two_sites_have_is_refused_and_the_names_work() {
             })
         };
         let note = of("edge-y").and_then(|e| e.note.clone()).context("no Event about edge-y")?;
-        ensure!(note.contains("y-b (10.1.0.12, which node x-b of Gateway edge-x has, too)"), "{note}");
+        ensure!(note.contains("y-b (10.1.0.12 is also the address of node x-b of Gateway edge-x)"), "{note}");
         Ok(())
     };
     running.check(eventually(SOON, "an Event says so", told).await);
