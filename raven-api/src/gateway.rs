@@ -2,6 +2,8 @@
 //!
 //! Users write `spec`. The controller is the only writer of `status`.
 
+#![allow(unreachable_pub, reason = "kube's derive macros generate public items in private modules")]
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};

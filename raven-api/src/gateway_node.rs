@@ -3,6 +3,8 @@
 //! The object is named after the node, and a ValidatingAdmissionPolicy (deploy/admission.yaml) lets only that node's agent write it. A stolen
 //! node can therefore publish no key but its own.
 
+#![allow(unreachable_pub, reason = "kube's derive macros generate public items in private modules")]
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;

@@ -3,6 +3,8 @@
 //! The controller's conversion webhook serves it. The schema rejects the same values as v1beta1's: the API server validates an object in
 //! the version of the request, not in the storage version.
 
+#![allow(unreachable_pub, reason = "kube's derive macros generate public items in private modules")]
+
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -63,7 +65,7 @@ pub struct Endpoint {
     #[serde(rename = "publicIP", default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 45))]
     pub public_ip: Option<String>,
-    /// Additional settings.
+    /// Additional settings as key-value pairs.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub config: BTreeMap<String, String>,
 }

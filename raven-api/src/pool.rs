@@ -1,5 +1,7 @@
 //! NodePool of OpenYurt (`apps.openyurt.io`): the fields that Raven reads. The CRD is optional.
 
+#![allow(unreachable_pub, reason = "kube's derive macros generate public items in private modules")]
+
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -53,6 +53,9 @@ pub enum Error {
 }
 
 /// Creates a client from the kubeconfig, or from the environment of the process.
+///
+/// # Errors
+/// If the kubeconfig is invalid, or no API server is configured.
 pub async fn client(config: &Config) -> Result<Client, Error> {
     let client_config = match &config.kubeconfig {
         Some(path) => {
@@ -73,6 +76,9 @@ fn client_of(mut config: ClientConfig) -> Result<Client, Error> {
 }
 
 /// Runs the controller until `stop` is cancelled, then releases the Lease and returns.
+///
+/// # Errors
+/// If a port cannot be opened, or a task ends unexpectedly.
 pub async fn run(config: Config, client: Client, stop: CancellationToken) -> Result<(), Error> {
     let (namespace, identity) = (config.namespace.clone(), config.identity());
     let listener = health::bind(config.health_probe_addr).await?;

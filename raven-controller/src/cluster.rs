@@ -34,39 +34,39 @@ const BATCH: usize = 1024;
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "nearly all updates are Nodes, the largest variant; boxes would cost more than they save")]
 pub(crate) enum Update {
-    /// Gateways changed.
+    /// Event of the watch of Gateways.
     Gateway(Event<Gateway>),
     /// Gateways as returned by the controller's own writes; the sender is notified once they are in the published snapshot.
     Written(Vec<Gateway>, oneshot::Sender<()>),
-    /// Nodes changed.
+    /// Event of the watch of Nodes.
     Node(Event<Guarded<Node>>),
-    /// GatewayNodes changed.
+    /// Event of the watch of GatewayNodes.
     GatewayNode(Event<ObservedGatewayNode>),
     /// GatewayNodes cannot be listed: no node counts as cut off.
     GatewayNodesUnavailable,
-    /// NodePools changed.
+    /// Event of the watch of NodePools.
     Pool(Event<Guarded<DynamicObject>>),
     /// The CRD of NodePools is not installed.
     PoolsAbsent,
-    /// Calico's BlockAffinities changed.
+    /// Event of the watch of Calico's BlockAffinities.
     Block(Event<Guarded<DynamicObject>>),
     /// Calico's CRD is not installed.
     BlocksAbsent,
-    /// Ranges of Service addresses changed.
+    /// Event of the watch of ServiceCIDRs, the ranges of Service addresses.
     ServiceCidr(Event<ServiceCIDR>),
     /// The API server does not provide ranges of Service addresses.
     ServiceCidrsUnavailable,
-    /// Addresses of the API server changed.
+    /// Event of the watch of the API server's addresses.
     ApiServer(Event<EndpointSlice>),
     /// Addresses of the API server cannot be listed.
     ApiServerUnavailable,
-    /// Raven's Services of type LoadBalancer changed.
+    /// Event of the watch of Raven's Services of type LoadBalancer.
     Balancer(Event<Service>),
     /// Services of type LoadBalancer cannot be listed.
     BalancersUnavailable,
-    /// The internal Service of the L7 half changed.
+    /// Event of the watch of the L7 half's internal Service.
     InternalService(Event<Service>),
-    /// ConfigMap `raven-cfg` changed.
+    /// Event of the watch of ConfigMap `raven-cfg`.
     Switches(Event<ConfigMap>),
     /// ConfigMap `raven-cfg` cannot be read: the defaults apply.
     SwitchesUnavailable,
@@ -232,7 +232,7 @@ impl Cluster {
     /// Absorbs an update. Returns true if a fact changed.
     pub(crate) fn absorb(&mut self, update: Update) -> bool {
         let changed = match update {
-            // Own writes do not advance the revision: the reconciler knows them already.
+            // Own writes do not advance the revision: the reconciler has them already.
             Update::Written(gateways, _) => {
                 let mut changed = false;
                 for gateway in gateways {

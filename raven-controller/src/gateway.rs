@@ -1,8 +1,8 @@
 //! Decides the desired state of all Gateways: one pure function, [`decide`].
 //!
 //! Input: [`Inputs`], validated facts of the cluster. Output: [`Decisions`], a status per Gateway, and Gateways to create and to delete.
-//! There is no clock, no I/O and no stored state: the same inputs yield the same decisions. Previous elections are read from the Gateways'
-//! own status.
+//! There is no clock, no I/O and no stored state: the same inputs yield the same decisions. Previous elections are read from the status of
+//! each Gateway.
 //!
 //! Modules in the order of the computation: [`membership`] and [`rules`] assign nodes to Gateways, [`elect`] elects gateway nodes (using
 //! [`links`] to replace nodes that are cut off), [`prefixes`] assigns prefixes (using [`claims`] and [`protected`]), [`status`] computes the

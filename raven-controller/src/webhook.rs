@@ -1,7 +1,7 @@
 //! The webhook through which the API server converts Gateways between v1alpha1 and v1beta1.
 //!
-//! [`certificate`] creates a CA and a serving certificate. [`rotation`] stores both in a Secret, so that all replicas serve the same certificate,
-//! and publishes the CA in the CRD. [`serve`] is the HTTPS server, [`convert`] the conversion.
+//! `certificate` creates a CA and a serving certificate. `rotation` stores both in a Secret, so that all replicas serve the same certificate,
+//! and publishes the CA in the CRD. `serve` is the HTTPS server, [`convert`] the conversion.
 //!
 //! **Installation order.** The CRD manifest contains the webhook without its CA (see `raven_api::schema`). The CRD can therefore be applied before
 //! or after the controller, and again at any time; the API server never serves v1alpha1 without the webhook. While the webhook is unavailable,

@@ -34,7 +34,7 @@ pub(crate) struct Owner {
 pub(crate) struct Conflict {
     /// Claimed prefix that overlaps the new one.
     pub(crate) held: IpNet,
-    /// Its owner.
+    /// Owner of that prefix.
     pub(crate) owner: Owner,
 }
 

@@ -21,7 +21,7 @@ use super::refusal::Refusal;
 /// Result of the election for one endpoint type.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Election {
-    /// Endpoint type.
+    /// Type of the elected endpoints.
     pub(crate) type_: EndpointType,
     /// Number of endpoints to elect.
     pub(crate) wanted: usize,

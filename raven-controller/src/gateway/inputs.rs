@@ -11,11 +11,11 @@ use super::facts::{BalancerFacts, BlockFacts, GatewayFacts, GatewayName, LinkRep
 /// All facts of the cluster, by name: the result does not depend on the order in which objects arrived.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Inputs {
-    /// All Gateways.
+    /// Gateways that are not being deleted.
     pub(crate) gateways: BTreeMap<GatewayName, Arc<GatewayFacts>>,
-    /// All Nodes.
+    /// Nodes that are readable.
     pub(crate) nodes: BTreeMap<NodeName, Arc<NodeFacts>>,
-    /// All NodePools; empty if the CRD is not installed.
+    /// NodePools; empty if the CRD is not installed.
     pub(crate) pools: BTreeMap<String, Arc<PoolFacts>>,
     /// Calico's blocks by name of the BlockAffinity; empty if the CRD is not installed.
     pub(crate) blocks: BTreeMap<String, Arc<BlockFacts>>,
@@ -27,7 +27,7 @@ pub(crate) struct Inputs {
     pub(crate) services: BTreeSet<IpNet>,
     /// Addresses of the API server.
     pub(crate) api_servers: BTreeSet<IpAddr>,
-    /// Cluster-wide switches.
+    /// Switches of ConfigMap `raven-cfg`.
     pub(crate) switches: Switches,
     /// The three pool rules are on. If off, a Gateway that a rule created counts as written by a user.
     pub(crate) rules: bool,

@@ -8,8 +8,8 @@
 //!   a block of any node belongs to Calico's pool of addresses and is ignored as well.
 //! - flannel uses `Node.spec.podCIDRs` (`pkg/subnet/kube/kube.go`, AcquireLease: it does not start without a podCIDR). Its annotations
 //!   `flannel.alpha.coreos.com/…` contain the backend's type, MAC and VNI, and the address at which flannel's peers reach the node. None of
-//!   them replaces the podCIDRs or the InternalIP. With flannel's older etcd store the API contains no subnets: list them in the Gateway's
-//!   annotation.
+//!   them replaces the podCIDRs or the InternalIP. With flannel's older etcd store the API contains no subnets: users list them in
+//!   the Gateway's annotation.
 //! - Every other CNI: `Node.spec.podCIDRs`.
 
 use std::collections::BTreeMap;

@@ -84,9 +84,9 @@ fn rule_for(inputs: &Inputs, node: &NodeFacts) -> Result<Rule, String> {
 }
 
 fn pool_of<'a>(inputs: &'a Inputs, node: &NodeFacts) -> Option<&'a PoolFacts> {
-    let labelled = [LABEL_NODE_POOL, LABEL_NODE_POOL_OLD].into_iter().filter_map(|key| node.label(key));
+    let mut labelled = [LABEL_NODE_POOL, LABEL_NODE_POOL_OLD].into_iter().filter_map(|key| node.label(key));
     let listed = || inputs.pools.values().find(|pool| pool.nodes.contains(&node.name));
-    labelled.filter_map(|name| inputs.pools.get(name)).next().or_else(listed).map(AsRef::as_ref)
+    labelled.find_map(|name| inputs.pools.get(name)).or_else(listed).map(AsRef::as_ref)
 }
 
 // A Gateway of the same name that a user wrote is left alone: the rule then uses a second name.

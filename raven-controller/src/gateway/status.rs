@@ -35,7 +35,7 @@ pub(crate) struct Draft<'a> {
     pub(crate) tunnel: Election,
     /// Election for the L7 proxy.
     pub(crate) proxy: Election,
-    /// Refused claims.
+    /// Claims that are not accepted.
     pub(crate) refusals: Vec<Refusal>,
 }
 

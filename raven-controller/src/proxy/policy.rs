@@ -97,9 +97,9 @@ pub(crate) enum Refusal {
     Names {
         /// Node of the agent.
         node: String,
-        /// Allowed names.
+        /// Names that the node may have, comma-separated.
         allowed: String,
-        /// Requested names.
+        /// Names in the request, comma-separated.
         requested: String,
     },
     /// The usages do not match the signer.
@@ -107,7 +107,7 @@ pub(crate) enum Refusal {
     Usages {
         /// Required usage, in addition to `digital signature`.
         required: &'static str,
-        /// Requested usages.
+        /// Usages in the request, comma-separated.
         requested: String,
     },
     /// A server certificate was requested for a node that is not elected.

@@ -1,4 +1,4 @@
-//! Writes the objects of [`services`](super::services) and [`dns`](super::dns), and deletes those that are no longer desired.
+//! Writes the objects of [`services`] and [`dns`], and deletes those that are no longer desired.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -16,12 +16,12 @@ use raven_api::{
 };
 use serde_json::{Value, json};
 
-/// Desired objects by name.
+/// Objects in front of gateway nodes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Objects {
-    /// Desired Services.
+    /// Services to apply, by name.
     pub(crate) services: BTreeMap<String, Value>,
-    /// Desired EndpointSlices.
+    /// EndpointSlices to apply, by name.
     pub(crate) slices: BTreeMap<String, Value>,
 }
 

@@ -120,7 +120,7 @@ impl Material {
         // A certificate must not outlive its CA.
         let not_after = end(now, SERVING_LIFE).min(self.authorities[0].not_after);
         let mut params = CertificateParams::new(names.to_vec())?;
-        params.distinguished_name.push(DnType::CommonName, names.first().map(String::as_str).unwrap_or(CA_NAME));
+        params.distinguished_name.push(DnType::CommonName, names.first().map_or(CA_NAME, String::as_str));
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         params.use_authority_key_identifier_extension = true;

@@ -24,6 +24,9 @@ enum Error {
 }
 
 /// Returns the response to a ConversionReview in JSON.
+///
+/// # Errors
+/// If the body is not a ConversionReview with a request.
 pub fn answer(body: &[u8]) -> Result<ConversionReview, InvalidReview> {
     let review: ConversionReview = serde_json::from_slice(body).map_err(|e| InvalidReview(e.to_string()))?;
     let request = ConversionRequest::from_review(review).map_err(|e| InvalidReview(e.to_string()))?;
