@@ -43,6 +43,8 @@ pub const API_SERVER_NAMESPACE: &str = "default";
 /// Name of the EndpointSlice that lists the API server's addresses.
 pub const API_SERVER_SLICE: &str = "kubernetes";
 
+/// Default address of the health probes of both programs: all addresses, port 10275.
+pub const DEFAULT_HEALTH_PROBE_ADDR: &str = ":10275";
 /// Default port of the L3 tunnel: used for an endpoint of type tunnel without `port`.
 pub const DEFAULT_TUNNEL_PORT: u16 = 4500;
 /// Default port of the L7 proxy: used for an endpoint of type proxy without `port`.

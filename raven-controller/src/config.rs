@@ -24,7 +24,7 @@ pub struct Config {
     #[arg(long, env = "POD_NAME")]
     pub identity: Option<String>,
     /// Serve /healthz and /readyz at this address; `:PORT` means all addresses.
-    #[arg(long, default_value = ":10275", value_parser = parse_listen)]
+    #[arg(long, default_value = raven_api::names::DEFAULT_HEALTH_PROBE_ADDR, value_parser = parse_listen)]
     pub health_probe_addr: SocketAddr,
     /// Create Gateways by the three pool rules for nodes that no Gateway claims.
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
