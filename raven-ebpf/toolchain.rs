@@ -1,7 +1,7 @@
-//! How the eBPF object is compiled: included by raven-agent's build script (which embeds the object) and by xtask.
+//! Builds the eBPF object. Included by raven-agent's build script, which embeds the object, and by xtask.
 //!
-//! Two toolchains can do it. Debian ships a compiler with a prebuilt `core` for bpfel; elsewhere rustup's nightly builds
-//! `core` from rust-src. Whichever is there is taken, and said.
+//! Two toolchains are supported: Debian's compiler with a prebuilt `core` for bpfel, and rustup's nightly, which builds
+//! `core` from rust-src. Debian's is preferred; callers print which one is used.
 
 use std::{
     env,
@@ -14,10 +14,10 @@ use std::{
 pub enum Toolchain {
     /// A stable compiler that ships `core` for bpfel (Debian's rustc-web with libstd-rust-web-dev-bpf).
     PrebuiltCore {
-        /// The compiler.
+        /// Path of the compiler.
         rustc: PathBuf,
     },
-    /// rustup's nightly with the component rust-src.
+    /// The nightly toolchain of rustup with the component rust-src.
     NightlyBuildStd,
 }
 
@@ -30,10 +30,11 @@ impl std::fmt::Display for Toolchain {
     }
 }
 
-/// The target triple.
+/// Target triple of the object.
 pub const TARGET: &str = "bpfel-unknown-none";
 
-/// Finds a toolchain; the error says what to install. `RAVEN_EBPF_RUSTC` names a compiler of the first kind by hand.
+/// Finds a toolchain. The environment variable `RAVEN_EBPF_RUSTC` can name a compiler with a prebuilt `core`.
+/// The error lists the packages to install.
 pub fn find() -> Result<Toolchain, String> {
     let candidates = env::var_os("RAVEN_EBPF_RUSTC").map(PathBuf::from).into_iter().chain(["/usr/bin/rustc".into()]);
     for rustc in candidates {
@@ -58,7 +59,7 @@ fn sysroot(rustc: &Path) -> Option<PathBuf> {
     output.status.success().then(|| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
 }
 
-/// Where `xtask setup` puts tools that it builds.
+/// Returns the folder in which `cargo xtask setup` installs tools.
 pub fn tools_dir() -> PathBuf {
     let cache = env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
@@ -66,13 +67,13 @@ pub fn tools_dir() -> PathBuf {
     cache.join("raven/tools/bin")
 }
 
-/// The command that builds `raven-ebpf` (in `workspace`) into `target_dir`; the object is then [`object`]. With `trace`, its programs
-/// write a line of log for each packet.
+/// Returns the command that builds `raven-ebpf` of `workspace` into `target_dir`; [`object`] is the path of the result.
+/// With `trace`, the programs write a log line for each packet.
 pub fn command(toolchain: &Toolchain, workspace: &Path, target_dir: &Path, trace: bool) -> Command {
     let mut cargo = match toolchain {
         Toolchain::PrebuiltCore { rustc } => {
             let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-            // aya-ebpf needs unstable features of the language; the compiler is a stable one.
+            // aya-ebpf needs unstable language features, which RUSTC_BOOTSTRAP enables in a stable compiler.
             cargo.env("RUSTC", rustc).env("RUSTC_BOOTSTRAP", "1").arg("build");
             cargo
         }
@@ -87,7 +88,7 @@ pub fn command(toolchain: &Toolchain, workspace: &Path, target_dir: &Path, trace
     if let Ok(path) = env::join_paths(path) {
         cargo.env("PATH", path);
     }
-    // A parent cargo's settings are for the host's build, not for this one.
+    // A parent cargo's settings apply to the host's target, not to bpfel.
     for name in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTUP_TOOLCHAIN"] {
         cargo.env_remove(name);
     }
@@ -96,12 +97,12 @@ pub fn command(toolchain: &Toolchain, workspace: &Path, target_dir: &Path, trace
         .args(["--package", "raven-ebpf", "--release", "--target", TARGET, "--target-dir"])
         .arg(target_dir)
         .args(if trace { &["--features", "trace"][..] } else { &[] })
-        // BTF for maps and programs, so that bpftool shows fields by name.
+        // BTF of maps and programs lets bpftool show fields by name.
         .env("CARGO_ENCODED_RUSTFLAGS", "-Cdebuginfo=2\u{1f}-Clink-arg=--btf\u{1f}-Clinker=bpf-linker\u{1f}-Dwarnings");
     cargo
 }
 
-/// The object that [`command`] leaves.
+/// Returns the path of the object that [`command`] builds.
 pub fn object(target_dir: &Path) -> PathBuf {
     target_dir.join(TARGET).join("release/raven")
 }

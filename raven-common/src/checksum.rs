@@ -7,7 +7,8 @@ const fn fold(sum: u32) -> u16 {
     ((sum & 0xffff) + (sum >> 16)) as u16
 }
 
-/// Checksum of an IPv4 header without options whose checksum field is zero. Result in host order.
+/// Computes the checksum of an IPv4 header without options. The checksum field of `header` must be zero.
+/// The result is in host order.
 #[inline(always)]
 pub fn ipv4(header: &[u8; 20]) -> u16 {
     let mut sum = 0u32;
@@ -19,7 +20,7 @@ pub fn ipv4(header: &[u8; 20]) -> u16 {
     !fold(sum)
 }
 
-/// The checksum after the 16-bit word `from` became `to`. All in host order.
+/// Updates `checksum` after a 16-bit word of the data changed from `from` to `to`. All values are in host order.
 #[inline(always)]
 pub const fn update(checksum: u16, from: u16, to: u16) -> u16 {
     !fold(!checksum as u32 + !from as u32 + to as u32)
@@ -29,17 +30,17 @@ pub const fn update(checksum: u16, from: u16, to: u16) -> u16 {
 mod tests {
     use super::*;
 
-    // RFC 1071's own example, extended to a header: 45 00 00 73 … b8 61 is the well-known one of Wikipedia.
+    // The example header of Wikipedia's article "Internet checksum".
     const HEADER: [u8; 20] =
         [0x45, 0x00, 0x00, 0x73, 0x00, 0x00, 0x40, 0x00, 0x40, 0x11, 0x00, 0x00, 0xc0, 0xa8, 0x00, 0x01, 0xc0, 0xa8, 0x00, 0xc7];
 
     #[test]
-    fn known_header_has_the_known_checksum() {
+    fn checksum_of_the_example_header_is_b861() {
         assert_eq!(ipv4(&HEADER), 0xb861);
     }
 
     #[test]
-    fn update_equals_computing_anew_for_every_ttl() {
+    fn incremental_update_equals_full_computation_for_every_ttl() {
         for ttl in 1..=255u8 {
             let mut header = HEADER;
             header[8] = ttl;

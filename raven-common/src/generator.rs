@@ -1,39 +1,39 @@
-//! What the benchmarks' packet generator is told (`raven-ebpf/src/bin/raven-bench.rs`, `tests/bench/`).
+//! Map layouts of the benchmarks' packet generator (`raven-ebpf/src/bin/raven-bench.rs`, `tests/bench/`).
 
-/// Length of a generated frame, bytes.
+/// Length of a generated frame in bytes.
 pub const FRAME_LEN: usize = 128;
 
-/// `GENERATOR`: a frame, and the one IPv4 address in it that takes turns.
+/// Value of `GENERATOR`: a frame template with one IPv4 address that varies from frame to frame.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Generator {
-    /// Device that frames leave by.
+    /// Interface index of the device that sends the frames.
     pub ifindex: u32,
-    /// How many addresses take turns; at least 1.
+    /// Number of addresses to cycle through; at least 1.
     pub addresses: u32,
-    /// From one to the next.
+    /// Difference between two consecutive addresses.
     pub stride: u32,
-    /// Where the address stands in the frame; below 124.
+    /// Offset of the varying address in the frame in bytes; below 124.
     pub address_at: u32,
-    /// Where the checksum of the IPv4 header with the address stands.
+    /// Offset of the checksum of the IPv4 header that contains the address.
     pub checksum_at: u32,
-    /// That checksum as it is with the first address, host order.
+    /// Checksum of that header with the first address, in host order.
     pub checksum: u32,
-    /// The first address, network order.
+    /// First address, in network order.
     pub base: [u8; 4],
-    /// The frame.
+    /// Frame template, starting at the Ethernet header.
     pub frame: [u8; FRAME_LEN],
 }
 
-/// `SENDER`: frames that one CPU has sent.
+/// Value of `SENDER`: frames that one CPU has sent.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Sender {
-    /// All.
+    /// Number of frames sent.
     pub sent: u64,
-    /// Of these, arrived or given up, as of the last look.
+    /// Number of sent frames that had arrived or were counted as lost at the last check.
     pub done: u64,
-    /// Given up.
+    /// Number of frames counted as lost.
     pub lost: u64,
 }
 

@@ -1,56 +1,57 @@
-//! Packet headers as they lie on the wire: bytes in network order, alignment 1, accessors in host order.
-//! Compiles for the host too, so the parsing that the programs do is unit-tested there.
+//! Packet headers in wire format: fields are bytes in network order with alignment 1; accessors return host order.
+//! The module also compiles for the host, where unit tests cover the parsing code of the eBPF programs.
 
 use crate::{OVERLAY_MAC, OVERLAY_OVERHEAD, OVERLAY_PORT, OVERLAY_SOURCE_MAC, OVERLAY_VNI, checksum};
 
-/// Ethernet types, host order.
+/// Ethernet type of IPv4, in host order.
 pub const ETH_P_IP: u16 = 0x0800;
-/// See [`ETH_P_IP`].
+/// Ethernet type of IPv6, in host order.
 pub const ETH_P_IPV6: u16 = 0x86dd;
-/// IP protocol numbers.
+/// IP protocol number of TCP.
 pub const IPPROTO_TCP: u8 = 6;
-/// See [`IPPROTO_TCP`].
+/// IP protocol number of UDP.
 pub const IPPROTO_UDP: u8 = 17;
-/// Length of an Ethernet header, bytes.
+/// Length of an Ethernet header in bytes.
 pub const ETH_LEN: usize = 14;
 
-/// What the two families have in common, so that each way is written once.
+/// Common interface of the IPv4 and IPv6 headers, so that each datapath program is written once for both families.
 pub trait Ip: Copy {
-    /// An address, network order.
+    /// Address in network order.
     type Addr: Copy + PartialEq;
-    /// Ethernet type, host order.
+    /// Ethernet type in host order.
     const ETHERTYPE: u16;
-    /// Length of the fixed header, bytes.
+    /// Length of the fixed header in bytes.
     const LEN: usize;
 
-    /// Version and lengths make sense by themselves (nothing is compared with the packet's real length).
+    /// Reports whether version and length fields are consistent. Does not compare them with the packet's real length.
     fn is_sound(&self) -> bool;
     /// Source address.
     fn source(&self) -> Self::Addr;
     /// Destination address.
     fn destination(&self) -> Self::Addr;
-    /// The source is this IPv4 address.
+    /// Reports whether the source is the IPv4 address `node`. Always false for IPv6.
     fn is_from(&self, node: [u8; 4]) -> bool;
-    /// The destination is a group (RFC 5771, RFC 4291 §2.7).
+    /// Reports whether the destination is a multicast address (RFC 5771, RFC 4291 §2.7).
     fn is_multicast(&self) -> bool;
-    /// TTL or hop limit.
+    /// TTL (IPv4) or hop limit (IPv6).
     fn ttl(&self) -> u8;
-    /// DSCP and ECN, as one byte.
+    /// DSCP and ECN as one byte.
     fn traffic_class(&self) -> u8;
-    /// Length of the whole packet, headers included, bytes.
+    /// Length of the whole packet in bytes, headers included.
     fn total_len(&self) -> u32;
-    /// Offset of the TCP header from the start of this header, if TCP follows at once and unfragmented.
+    /// Offset of the TCP header from the start of this header in bytes. `None` unless TCP follows directly and the
+    /// packet is no fragment.
     fn tcp_offset(&self) -> Option<usize>;
-    /// The bytes that change when one hop is taken off: offset in the header, old bytes' place taken by the new ones.
+    /// Returns the header bytes to write to decrement TTL or hop limit.
     fn hop(&self) -> Hop;
 }
 
-/// A write that takes one off TTL or hop limit: `len` of `bytes` at `offset` of the IP header.
+/// A write to the IP header that decrements TTL or hop limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hop {
-    /// Offset in the IP header.
+    /// Offset of the write in the IP header in bytes.
     pub offset: usize,
-    /// TTL, protocol, checksum (IPv4); hop limit alone (IPv6, first byte).
+    /// IPv4: TTL, protocol and checksum. IPv6: the hop limit in the first byte; the rest is unused.
     pub bytes: [u8; 4],
 }
 
@@ -58,21 +59,21 @@ pub struct Hop {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ipv4 {
-    /// Version 4, header length in 32-bit words.
+    /// Version (4) and header length in 32-bit words.
     pub version_ihl: u8,
-    /// DSCP, ECN.
+    /// DSCP and ECN.
     pub tos: u8,
-    /// Whole length.
+    /// Length of the packet in bytes, header included.
     pub total_len: [u8; 2],
-    /// Identification.
+    /// Identification of the packet for reassembly.
     pub id: [u8; 2],
-    /// Flags, fragment offset.
+    /// Flags and fragment offset.
     pub fragment: [u8; 2],
-    /// Time to live.
+    /// Time to live in hops.
     pub ttl: u8,
-    /// Protocol.
+    /// Protocol of the payload, such as [`IPPROTO_TCP`].
     pub protocol: u8,
-    /// Header checksum.
+    /// Checksum of the header (RFC 1071).
     pub checksum: [u8; 2],
     /// Source.
     pub source: [u8; 4],
@@ -81,13 +82,13 @@ pub struct Ipv4 {
 }
 
 impl Ipv4 {
-    /// Header length, bytes.
+    /// Returns the header length in bytes, options included.
     #[inline(always)]
     pub fn header_len(&self) -> usize {
         (self.version_ihl & 0xf) as usize * 4
     }
 
-    /// True for every fragment of a packet, the first one too.
+    /// Reports whether this is a fragment of a packet, including the first one.
     #[inline(always)]
     pub fn is_fragment(&self) -> bool {
         u16::from_be_bytes(self.fragment) & 0x3fff != 0
@@ -149,13 +150,13 @@ impl Ip for Ipv4 {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ipv6 {
-    /// Version 6, traffic class, flow label.
+    /// Version (6), traffic class and flow label.
     pub version_class_flow: [u8; 4],
-    /// Length of what follows this header.
+    /// Length of everything behind this header in bytes.
     pub payload_len: [u8; 2],
-    /// Next header.
+    /// Type of the next header, such as [`IPPROTO_TCP`].
     pub next_header: u8,
-    /// Hop limit.
+    /// Remaining number of hops.
     pub hop_limit: u8,
     /// Source.
     pub source: [u8; 16],
@@ -210,63 +211,63 @@ impl Ip for Ipv6 {
     }
 }
 
-/// Ethernet header.
+/// Ethernet II header.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ethernet {
-    /// Destination.
+    /// Destination MAC address.
     pub destination: [u8; 6],
-    /// Source.
+    /// Source MAC address.
     pub source: [u8; 6],
-    /// Type.
+    /// Ethernet type, such as [`ETH_P_IP`].
     pub ethertype: [u8; 2],
 }
 
 impl Ethernet {
-    /// The inner header of every overlay packet.
+    /// Returns the inner Ethernet header of every overlay packet.
     #[inline(always)]
     pub fn overlay(ethertype: u16) -> Self {
         Self { destination: OVERLAY_MAC, source: OVERLAY_SOURCE_MAC, ethertype: ethertype.to_be_bytes() }
     }
 }
 
-/// UDP (RFC 768) and VXLAN (RFC 7348) header, which always come together here.
+/// UDP header (RFC 768) followed by a VXLAN header (RFC 7348).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UdpVxlan {
-    /// UDP source port.
+    /// UDP source port; its value spreads flows over receive queues.
     pub source: [u8; 2],
-    /// UDP destination port.
+    /// UDP destination port, [`OVERLAY_PORT`].
     pub destination: [u8; 2],
-    /// UDP length.
+    /// UDP length in bytes, UDP header included.
     pub len: [u8; 2],
-    /// UDP checksum; zero: none.
+    /// UDP checksum; zero means none.
     pub checksum: [u8; 2],
-    /// VXLAN flags: 0x08, the identifier is valid.
+    /// VXLAN flags; 0x08 marks the network identifier as valid.
     pub flags: u8,
-    /// Reserved.
+    /// Reserved by RFC 7348; zero.
     pub reserved: [u8; 3],
     /// VXLAN network identifier, 24 bits.
     pub vni: [u8; 3],
-    /// Reserved.
+    /// Reserved by RFC 7348; zero.
     pub reserved2: u8,
 }
 
 impl UdpVxlan {
-    /// The network identifier, host order.
+    /// Returns the VXLAN network identifier in host order.
     #[inline(always)]
     pub fn vni(&self) -> u32 {
         u32::from_be_bytes([0, self.vni[0], self.vni[1], self.vni[2]])
     }
 }
 
-/// Everything that stands in front of an inner packet on the overlay, but for the outer Ethernet header.
+/// Headers in front of an inner packet on the overlay, without the outer Ethernet header.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OverlayHeader {
     /// Outer IPv4 header.
     pub ip: Ipv4,
-    /// UDP and VXLAN.
+    /// Outer UDP and VXLAN headers.
     pub udp: UdpVxlan,
     /// Inner Ethernet header.
     pub ethernet: Ethernet,
@@ -276,11 +277,13 @@ const _: () = assert!(size_of::<OverlayHeader>() == OVERLAY_OVERHEAD);
 const _: () = assert!(size_of::<Ipv4>() == Ipv4::LEN && size_of::<Ipv6>() == Ipv6::LEN);
 
 impl OverlayHeader {
-    /// The header for `inner_len` bytes (from the inner IP header on) of the family with `ethertype`.
+    /// Builds the header for an inner packet of `inner_len` bytes (from the inner IP header on) of the family
+    /// `ethertype`.
     ///
-    /// The outer header does not fragment (DF): the inner packet was fitted before. DSCP and ECN are the inner
-    /// packet's (RFC 6040, normal mode). `hash` spreads flows over the receivers' queues by the source port
-    /// (RFC 7348 §5). The UDP checksum is zero, as VXLAN over IPv4 has it.
+    /// The outer header forbids fragmentation (DF): the caller has checked that the inner packet fits. `traffic_class`
+    /// copies DSCP and ECN of the inner packet (RFC 6040, normal mode). `hash` selects the UDP source port, which
+    /// spreads flows over the receivers' queues (RFC 7348 §5). The UDP checksum is zero, as RFC 7348 recommends over
+    /// IPv4.
     #[inline(always)]
     pub fn new(from: [u8; 4], to: [u8; 4], inner_len: u16, ethertype: u16, traffic_class: u8, hash: u32) -> Self {
         let total_len = inner_len.wrapping_add(OVERLAY_OVERHEAD as u16);
@@ -316,7 +319,7 @@ impl OverlayHeader {
 }
 
 impl Ipv4 {
-    /// Header checksum as it should be, host order; the checksum field counts as it stands.
+    /// Computes the header checksum in host order, with the current content of the checksum field included in the sum.
     #[inline(always)]
     fn sum(&self) -> u16 {
         let [a, b, c, d] = self.source;
@@ -351,20 +354,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn overlay_header_is_what_a_vxlan_stack_expects() {
+    fn overlay_header_is_valid_vxlan() {
         let header = OverlayHeader::new([10, 0, 0, 11], [10, 0, 0, 12], 100, ETH_P_IPV6, 0xb9, 0xdead_beef);
-        assert_eq!(header.ip.sum(), 0, "a header with its checksum in place sums to zero");
+        assert_eq!(header.ip.sum(), 0, "a header that contains its checksum sums to zero");
         assert_eq!(header.ip.total_len(), 150);
         assert_eq!(u16::from_be_bytes(header.udp.len), 130);
         assert_eq!(header.udp.vni(), OVERLAY_VNI);
         assert_eq!(header.ip.tos, 0xb9);
         assert!(u16::from_be_bytes(header.udp.source) >= 0xc000);
         assert_eq!(header.ethernet.ethertype, [0x86, 0xdd]);
-        assert_ne!(header.ethernet.source, header.ethernet.destination, "a VXLAN device takes its own address for a loop");
+        assert_ne!(header.ethernet.source, header.ethernet.destination, "a VXLAN device drops packets from its own MAC address as a loop");
     }
 
     #[test]
-    fn short_or_contradicting_ipv4_headers_are_not_sound() {
+    fn ipv4_header_with_inconsistent_lengths_is_not_sound() {
         let sound = OverlayHeader::new([1; 4], [2; 4], 0, ETH_P_IP, 0, 0).ip;
         assert!(sound.is_sound());
         assert!(!Ipv4 { version_ihl: 0x44, ..sound }.is_sound(), "header shorter than 20 bytes");
@@ -373,10 +376,10 @@ mod tests {
     }
 
     #[test]
-    fn a_fragment_has_no_tcp_header_to_look_at() {
+    fn fragment_has_no_tcp_offset() {
         let tcp = Ipv4 { protocol: IPPROTO_TCP, ..OverlayHeader::new([1; 4], [2; 4], 0, ETH_P_IP, 0, 0).ip };
         assert_eq!(tcp.tcp_offset(), Some(20));
-        assert_eq!(Ipv4 { fragment: [0x20, 0], ..tcp }.tcp_offset(), None, "first fragment: options may be cut");
+        assert_eq!(Ipv4 { fragment: [0x20, 0], ..tcp }.tcp_offset(), None, "first fragment: TCP options may be cut off");
         assert_eq!(Ipv4 { fragment: [0, 1], ..tcp }.tcp_offset(), None);
     }
 

@@ -1,33 +1,34 @@
-//! Values and keys of the maps, as both sides see them. Addresses and MACs are bytes in network order; numbers are
-//! in the host's order.
+//! Keys and values of the maps, as used by the eBPF programs and by user space. IP and MAC addresses are bytes in
+//! network order; numbers are in host order.
 
-/// Identifies a remote Gateway in maps and counters: a hash of its name (see the agent's plan), never 0.
+/// Identifies a remote Gateway in maps and counters: a hash of the Gateway's name, computed by the agent's plan; never
+/// 0.
 pub type GatewayId = u32;
 
-/// Counters that belong to no gateway are kept under this id.
+/// Gateway ID of counters that concern no particular Gateway.
 pub const NO_GATEWAY: GatewayId = 0;
 
-/// Key of an LPM trie: as the kernel wants it, prefix length in bits first.
+/// Key of an LPM trie, in the kernel's layout: prefix length in bits, then the address.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PrefixKey<A> {
-    /// Length of the prefix, bits.
+    /// Length of the prefix in bits.
     pub prefix_len: u32,
-    /// The address, host bits zero.
+    /// Network address of the prefix; host bits are zero.
     pub addr: A,
 }
 
-/// `REMOTE4`/`REMOTE6`: where a prefix of another pool is reached.
+/// Value of `REMOTE4`/`REMOTE6`: how to reach a prefix of another pool.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Remote {
-    /// The Gateway that has the prefix.
+    /// Gateway that announces the prefix.
     pub gateway: GatewayId,
-    /// Outer address of the gateway node of *this* pool that carries it; zero on that node itself.
+    /// Outer address of the gateway node of *this* pool that carries the prefix; zero on that node itself.
     pub via: [u8; 4],
 }
 
-/// `LOCAL4`/`LOCAL6`: which node of this pool has a prefix.
+/// Value of `LOCAL4`/`LOCAL6`: the node of this pool that owns a prefix.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Local {
@@ -35,54 +36,58 @@ pub struct Local {
     pub node: [u8; 4],
 }
 
-/// `NODES`: a node of this pool, by its outer address.
+/// Value of `NODES`, whose key is the outer address: a node of this pool.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Node {
-    /// [`NODE_IS_GATEWAY`].
+    /// Bit set: [`NODE_IS_GATEWAY`].
     pub flags: u32,
 }
 
-/// The node carries the pool's tunnel traffic.
+/// Flag in [`Node::flags`]: the node is a gateway node of the pool.
 pub const NODE_IS_GATEWAY: u32 = 1;
 
-/// `CONFIG`, one entry: what the programs know of the node they run on. A map and not load-time globals, so that a
-/// restarted agent can change it without touching a running program.
+/// Value of `CONFIG`, which has one entry: the configuration of this node. It is a map instead of load-time globals so
+/// that a restarted agent can change it without reloading the programs.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Config {
     /// Outer address of this node.
     pub node: [u8; 4],
-    /// Device that faces the pool's LAN.
+    /// Interface index of the uplink, the device that faces the pool's LAN.
     pub uplink_ifindex: u32,
-    /// `raven0`.
+    /// Interface index of `raven0`.
     pub overlay_ifindex: u32,
-    /// `raven-wg0`; 0 on an ordinary node.
+    /// Interface index of `raven-wg0`; 0 on members.
     pub tunnel_ifindex: u32,
-    /// Largest inner packet that fits into the tunnel, bytes from the IP header on.
+    /// Size of the largest inner packet that fits into the tunnel in bytes, from the IP header on.
     pub tunnel_mtu: u32,
-    /// [`CONFIG_TUNNEL_REDIRECT`] and its like.
+    /// Bit set: [`CONFIG_TUNNEL_REDIRECT`], [`CONFIG_RELAY`], [`CONFIG_TC_GUARD`], [`CONFIG_NO_WRAP`].
     pub flags: u32,
-    /// UDP port of the tunnel; 0 on an ordinary node.
+    /// UDP port of the tunnel; 0 on members.
     pub tunnel_port: u32,
-    /// Changes whenever another table has changed; what `PATHS4` and `PATHS6` remember under another number is void.
+    /// Changes whenever another table has changed. Entries of `PATHS4` and `PATHS6` with another generation are
+    /// invalid.
     pub generation: u32,
 }
 
-/// `PATHS4`/`PATHS6`, one entry per CPU and hash of the addresses: that a node of this pool may send from `source`, and which
-/// Gateway has `destination`. What three look-ups found, remembered, so that a packet's cost does not grow with the
-/// number of prefixes. Overwritten by the next pair with the same hash.
+/// Value of `PATHS4`/`PATHS6`: cached result of the LPM lookups for one pair of addresses, one entry per CPU and hash
+/// slot.
 ///
-/// `BACK4`/`BACK6` are the same for the other direction: `source` is another pool's, `outer` the node of this pool that has
-/// `destination`. Tables of their own: what may come from one side may not come from the other.
+/// A valid entry means that a node of this pool may send from `source`, and that the Gateway has `destination`. The
+/// cache makes a packet's cost independent of the number of prefixes. Another pair with the same hash overwrites the
+/// entry.
+///
+/// `BACK4`/`BACK6` cache the opposite direction: `source` belongs to another pool, and `outer` is the node of this pool that
+/// has `destination`. They are separate maps because the checks of the two directions differ.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Path<A> {
-    /// [`Config::generation`] when it was found.
+    /// Value of [`Config::generation`] at the time of the lookups.
     pub generation: u32,
-    /// The Gateway that has the destination.
+    /// Gateway that has the destination (`PATHS*`) or the source (`BACK*`).
     pub gateway: GatewayId,
-    /// Outer address: the sender's, or on the way back the receiver's.
+    /// Outer address of the sending node (`PATHS*`) or of the receiving node (`BACK*`).
     pub outer: [u8; 4],
     /// Inner source address.
     pub source: A,
@@ -90,25 +95,27 @@ pub struct Path<A> {
     pub destination: A,
 }
 
-/// Entries of `PATHS4` and its like, per CPU; a power of two.
+/// Number of entries of each path cache per CPU; a power of two.
 pub const PATHS: usize = 4096;
 
-/// This kernel can take a packet with tunnel metadata that is redirected into WireGuard (EBPF.md).
+/// Flag in [`Config::flags`]: this kernel handles a packet with tunnel metadata that is redirected into WireGuard.
 pub const CONFIG_TUNNEL_REDIRECT: u32 = 1;
-/// Packets of one remote pool for another may pass through this node.
+/// Flag in [`Config::flags`]: this node is a relay; it forwards packets between other pools.
 pub const CONFIG_RELAY: u32 = 2;
-/// Packets are not wrapped in place but by a tunnel key on `raven0`: for kernels that cannot, and to measure the difference.
+/// Flag in [`Config::flags`]: use a tunnel key on `raven0` instead of wrapping in place, for kernels without support
+/// and for comparison in benchmarks.
 pub const CONFIG_NO_WRAP: u32 = 8;
-/// The guard runs at TC ingress of the uplink: there is no XDP program of ours in front of it.
+/// Flag in [`Config::flags`]: the guard runs at TC ingress of the uplink, because no XDP program of Raven is attached
+/// to it.
 pub const CONFIG_TC_GUARD: u32 = 4;
 
 /// Key of `COUNTERS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CounterKey {
-    /// The remote Gateway, or [`NO_GATEWAY`].
+    /// Remote Gateway, or [`NO_GATEWAY`].
     pub gateway: GatewayId,
-    /// [`crate::Verdict`] as a number.
+    /// Number of the [`crate::Verdict`].
     pub verdict: u32,
 }
 
@@ -116,76 +123,78 @@ pub struct CounterKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Count {
-    /// Packets as they were on the wire: the segments of an aggregate count one by one.
+    /// Number of packets on the wire; each segment of an aggregate counts as one packet.
     pub packets: u64,
-    /// Bytes, as the program saw the packet.
+    /// Number of bytes of the packets as the program received them.
     pub bytes: u64,
 }
 
-/// What XDP tells TC about a packet that it unwrapped: lies in front of the packet as XDP metadata (a multiple of 4
-/// bytes). GRO joins only packets whose metadata are the same.
+/// Message from XDP to TC about an unwrapped packet, stored in front of the packet as XDP metadata (a multiple of 4
+/// bytes). GRO merges only packets with equal metadata.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unwrapped {
-    /// [`UNWRAPPED_MAGIC`], else it is somebody else's metadata.
+    /// [`UNWRAPPED_MAGIC`]; any other value means that another program wrote the metadata.
     pub magic: u32,
-    /// The Gateway that has the destination.
+    /// Gateway that has the destination.
     pub gateway: GatewayId,
 }
 
-/// "rvn1".
+/// Value of [`Unwrapped::magic`]: "rvn1" in ASCII.
 pub const UNWRAPPED_MAGIC: u32 = 0x7276_6e31;
 
 const _: () = assert!(size_of::<PrefixKey<[u8; 4]>>() == 8 && size_of::<PrefixKey<[u8; 16]>>() == 20);
 const _: () = assert!(size_of::<Remote>() == 8 && size_of::<Local>() == 4 && size_of::<Node>() == 4);
-/// `HANDSHAKES`: handshake initiations from one source, within one window of about a second.
+/// Value of `HANDSHAKES`: number of handshake initiations from one source address within one window of about a second.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Handshakes {
-    /// Nanoseconds since boot, shifted right by 30.
+    /// Number of the window: nanoseconds since boot, shifted right by 30.
     pub window: u64,
-    /// Initiations in it.
+    /// Number of initiations in the window.
     pub count: u64,
 }
 
-/// Handshake initiations that one source address may send within a window. A peer sends one in five seconds while it has no
-/// session; this leaves room for two thousand peers behind one address (CGNAT), and somebody who floods by a peer's address has to send
-/// as many as cost WireGuard a twentieth of a core (some 100 µs each) before they are in that peer's way. What comes from many addresses
-/// at once is WireGuard's own business (cookies, whitepaper §5.3): a limit over all sources would lock roaming peers out.
+/// Limit of handshake initiations from one source address per window.
+///
+/// A peer without a session sends one initiation in five seconds, so the limit leaves room for two thousand peers
+/// behind one address (CGNAT). An attacker who floods from a peer's address must send as many initiations as take
+/// WireGuard a twentieth of a core (some 100 µs each) before that peer is affected. Floods from many addresses are
+/// handled by WireGuard's cookies (whitepaper §5.3); a limit over all sources would lock out roaming peers.
 pub const MAX_HANDSHAKES: u64 = 512;
 
-/// `EVENTS`: a dropped packet, for a person to look at. A sample: at most one per CPU in [`SAMPLE_PERIOD_NS`].
+/// Record in `EVENTS`: a sample of a dropped packet. Each CPU writes at most one in [`SAMPLE_PERIOD_NS`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DropSample {
-    /// Nanoseconds since boot.
+    /// Time of the drop in nanoseconds since boot.
     pub time_ns: u64,
-    /// [`crate::Verdict`] as a number.
+    /// Number of the [`crate::Verdict`].
     pub verdict: u32,
-    /// The remote Gateway, or [`NO_GATEWAY`].
+    /// Remote Gateway, or [`NO_GATEWAY`].
     pub gateway: GatewayId,
-    /// Device that the packet was seen on.
+    /// Interface index of the device on which the program received the packet.
     pub ifindex: u32,
-    /// Bytes, as the program saw the packet.
+    /// Length of the packet in bytes as the program received it.
     pub len: u32,
-    /// Ethernet type, host order; 0 if it was not IP.
+    /// Ethernet type in host order; 0 if the packet was not IP.
     pub ethertype: u16,
-    /// IP protocol.
+    /// IP protocol number.
     pub protocol: u8,
-    /// Fills up.
+    /// Padding; zero.
     pub _pad: u8,
-    /// Source port, network order; zero where there is none, or it was not read.
+    /// Source port in network order; zero if the protocol has no ports or the port was not read.
     pub source_port: [u8; 2],
-    /// Destination port.
+    /// Destination port in network order; zero under the same conditions.
     pub destination_port: [u8; 2],
-    /// Source; an IPv4 address stands in the first four bytes.
+    /// Source address; an IPv4 address occupies the first four bytes.
     pub source: [u8; 16],
-    /// Destination.
+    /// Destination address; an IPv4 address occupies the first four bytes.
     pub destination: [u8; 16],
 }
 
 impl DropSample {
-    /// Reads a sample as the ring buffer has it: this machine's byte order. `None`: not a sample's length.
+    /// Parses a record of the ring buffer, in this machine's byte order. Returns `None` if the length differs.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
         let bytes: &[u8; size_of::<Self>()] = bytes.try_into().ok()?;
         let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
@@ -207,27 +216,27 @@ impl DropSample {
     }
 }
 
-/// `KUBELETS`: key. Connections to this address and port end in the proxy of this gateway node.
+/// Key of `KUBELETS`: connections to this address and TCP port are intercepted by the proxy of this gateway node.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KubeletAddress {
-    /// A node of another pool, network order.
+    /// Address of a node of another pool, in network order.
     pub address: [u8; 4],
-    /// TCP port, host order.
+    /// TCP port in host order.
     pub port: u16,
-    /// Fills up.
+    /// Padding; zero.
     pub _pad: u16,
 }
 
-/// `KUBELETS`: value.
+/// Value of `KUBELETS`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KubeletNode {
-    /// The node's name, cut to fit, zeros behind it; for people, the proxy goes by the address.
+    /// Name of the node for diagnostics, truncated and padded with zeros. The proxy uses only the address.
     pub node: [u8; 64],
 }
 
-/// See [`DropSample`].
+/// Minimum time between two [`DropSample`]s of one CPU in nanoseconds.
 pub const SAMPLE_PERIOD_NS: u64 = 10_000_000;
 
 const _: () = assert!(size_of::<Config>() == 32 && size_of::<Path<[u8; 4]>>() == 20 && size_of::<Path<[u8; 16]>>() == 44);
@@ -243,8 +252,8 @@ mod pod {
 
     macro_rules! pod {
         ($($type:ty),*) => {$(
-            // SAFETY: repr(C), only integers and byte arrays, and the size assertions above show that there is no
-            // padding; so every bit pattern is a value and every byte is initialised.
+            // SAFETY: the type is repr(C) with only integers and byte arrays, and the size assertions above rule out
+            // padding; so every bit pattern is a valid value and every byte is initialised.
             unsafe impl aya::Pod for $type {}
         )*};
     }

@@ -1,9 +1,9 @@
-//! What a program did with a packet: the second half of the key of the `COUNTERS` map, the metric label, and the text
-//! a person reads. Numbers are never reused: they are part of the pinned layout.
+//! Verdicts of the eBPF programs: part of the key of `COUNTERS`, and a label of the metrics.
+//! Numbers are never reused, because they are part of the layout of pinned maps.
 
 macro_rules! verdicts {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal;)*) => {
-        /// See the module's text.
+        /// Action that a program took for a packet, with the reason for a drop.
         #[repr(u32)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
         pub enum Verdict {
@@ -11,15 +11,15 @@ macro_rules! verdicts {
         }
 
         impl Verdict {
-            /// Every verdict, in order of its number.
+            /// All verdicts, ordered by number.
             pub const ALL: &'static [Self] = &[$(Self::$name,)*];
 
-            /// The stable name, as metrics and tables show it.
+            /// Returns the stable name used in metrics and tables.
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$name => $text,)* }
             }
 
-            /// The verdict with this number, if there is one.
+            /// Returns the verdict with this number, or `None` if no verdict has it.
             pub fn from_number(number: u32) -> Option<Self> {
                 Self::ALL.iter().copied().find(|v| *v as u32 == number)
             }
@@ -28,75 +28,76 @@ macro_rules! verdicts {
 }
 
 verdicts! {
-    /// `overlay_egress`, ordinary node: the packet got its tunnel key and leaves for the pool's gateway node.
+    /// `overlay_egress` on a member: the packet has its tunnel key and is sent to the pool's gateway node.
     Encapsulated = 0, "encapsulated";
-    /// `uplink_ingress`: what XDP unwrapped went straight into the tunnel (the fast tier).
+    /// `uplink_ingress`: a packet unwrapped by XDP was redirected into the tunnel (fast tier).
     ToTunnelFast = 1, "to-tunnel-fast";
-    /// `overlay_ingress`: from `raven0` into the tunnel (the fallback tier).
+    /// `overlay_ingress`: the packet was redirected from `raven0` into the tunnel (fallback tier).
     ToTunnel = 2, "to-tunnel";
-    /// `tunnel_ingress`: wrapped and sent to the pool's node that has the destination.
+    /// `tunnel_ingress`: the packet was wrapped in place and sent to the node of this pool that has the destination.
     ToOverlay = 3, "to-overlay";
-    /// `tunnel_ingress`: the same by a tunnel key on `raven0`, where wrapping in place failed.
+    /// `tunnel_ingress`: as [`Self::ToOverlay`], but by a tunnel key on `raven0`, because wrapping in place failed.
     ToOverlayKey = 4, "to-overlay-key";
-    /// `tunnel_ingress`: from one pool's tunnel into a third pool's.
+    /// `tunnel_ingress`: the packet was relayed from one pool's tunnel into a third pool's.
     Relayed = 5, "relayed";
-    /// Handed to this node's own stack: the destination lives here.
+    /// The packet was passed to this node's stack, because the destination is on this node.
     Delivered = 6, "delivered";
-    /// `tunnel_egress`: this node's own packet entered the tunnel by way of the stack.
+    /// `tunnel_egress`: a packet of this node entered the tunnel through the stack.
     FromStack = 7, "from-stack";
-    /// `overlay_egress`: what the kernel says to neighbours (MLD, on every new device). Ends here, as nothing is lost: no drop.
+    /// `overlay_egress`: link-local multicast of the kernel (MLD, on every new device) was discarded. Not counted as a drop.
     Multicast = 8, "multicast";
-    /// `overlay_ingress`: from a node of this pool to a kubelet of another one; this node's proxy takes it.
+    /// `overlay_ingress`: a packet from a node of this pool to a kubelet of another pool was passed to this node's proxy.
     ToProxy = 9, "to-proxy";
 
-    /// To the stack: TTL or hop limit is spent, the stack answers with an ICMP error.
+    /// To the stack: TTL or hop limit is exhausted; the stack answers with an ICMP error.
     StackTtl = 16, "stack-ttl";
-    /// To the stack: does not fit into the tunnel, the stack answers with the right MTU.
+    /// To the stack: the packet exceeds the tunnel's MTU; the stack answers with an ICMP error that contains the MTU.
     StackTooBig = 17, "stack-too-big";
-    /// To the stack: this kernel cannot take the redirect safely (EBPF.md, metadata dst), or it is not set up.
+    /// To the stack: this kernel cannot redirect a packet with tunnel metadata safely, or no tunnel is configured.
     StackNoRedirect = 18, "stack-no-redirect";
-    /// To the stack: a helper refused to rewrite the packet.
+    /// To the stack: a kernel helper failed to rewrite the packet.
     StackRewriteFailed = 19, "stack-rewrite-failed";
-    /// To the stack: an overlay packet for nobody's remote prefix.
+    /// To the stack: the destination of an overlay packet is in no remote prefix.
     StackNotRemote = 20, "stack-not-remote";
 
-    /// Dropped: neither IPv4 nor IPv6 (ARP, say: the overlay needs none).
+    /// Dropped: neither IPv4 nor IPv6, for example ARP, which the overlay does not need.
     DropNotIp = 32, "drop-not-ip";
-    /// Dropped: headers cut short or contradicting each other.
+    /// Dropped: headers are truncated or inconsistent.
     DropMalformed = 33, "drop-malformed";
-    /// Dropped: an overlay packet from an outer address that is no node of this pool.
+    /// Dropped: the outer source of an overlay packet is not a node of this pool.
     DropOuterNotInPool = 34, "drop-outer-not-in-pool";
-    /// Dropped: an overlay packet from a node that is no gateway node, on a node that takes them only from those.
+    /// Dropped: the sender of an overlay packet is not a gateway node, and this node accepts only those.
     DropNotFromGateway = 35, "drop-not-from-gateway";
-    /// Dropped: the inner source does not belong to the node that sent it.
+    /// Dropped: the sending node does not own the inner source.
     DropSpoofedInner = 36, "drop-spoofed-inner";
-    /// Dropped: from the tunnel, with a source that no other pool has.
+    /// Dropped: the source of a packet from the tunnel is in no remote prefix.
     DropSourceNotRemote = 37, "drop-source-not-remote";
-    /// Dropped: no pool has the destination.
+    /// Dropped: no pool has a prefix for the destination.
     DropNoRoute = 38, "drop-no-route";
-    /// Dropped: the pool has no gateway node to send through.
+    /// Dropped: this pool has no gateway node for the destination.
     DropNoGateway = 39, "drop-no-gateway";
-    /// Dropped: would go back to the pool that it came from.
+    /// Dropped: a relay would send the packet back to the pool it came from.
     DropRelayLoop = 40, "drop-relay-loop";
-    /// Dropped: an overlay packet with another network identifier.
+    /// Dropped: an overlay packet has a different VXLAN network identifier.
     DropWrongVni = 41, "drop-wrong-vni";
-    /// Dropped: on its way out with a source that is not of this node's prefixes: the CNI masqueraded it, most likely.
+    /// Dropped: the source of an outgoing packet is not in this node's prefixes; the most likely cause is a CNI that
+    /// masquerades.
     DropSourceNotMine = 42, "drop-source-not-mine";
-    /// Dropped: an overlay packet without tunnel metadata (`raven0` is not in collect-metadata mode).
+    /// Dropped: an overlay packet has no tunnel metadata; `raven0` is not in collect-metadata mode.
     DropNoTunnelKey = 43, "drop-no-tunnel-key";
-    /// Dropped at the guard: for the tunnel's port, and no WireGuard message by type and length.
+    /// Dropped by the guard: type and length of a packet to the tunnel's port match no WireGuard message.
     DropNotWireguard = 44, "drop-not-wireguard";
-    /// Dropped at the guard: more handshake initiations from one address than any number of peers there would send.
+    /// Dropped by the guard: handshake initiations from one address exceed the rate limit.
     DropHandshakeFlood = 45, "drop-handshake-flood";
 }
 
 impl Verdict {
-    /// True if the packet ended here and somebody may miss it.
+    /// Reports whether the packet was dropped.
     pub const fn is_drop(self) -> bool {
         self as u32 >= Self::DropNotIp as u32
     }
 
-    /// True if the packet took the slow way, through the stack.
+    /// Reports whether the packet took the slow path through the stack.
     pub const fn is_stack(self) -> bool {
         self as u32 >= Self::StackTtl as u32 && !self.is_drop()
     }

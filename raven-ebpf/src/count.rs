@@ -1,4 +1,4 @@
-//! Counters: what happened, to packets of which gateway.
+//! Counters of packets and bytes per remote Gateway and verdict.
 
 use raven_common::{
     Verdict,
@@ -7,43 +7,46 @@ use raven_common::{
 
 use crate::maps::COUNTERS;
 
-/// What a program decided about one packet.
+/// Decision of a program about one packet: the verdict, and the Gateway it is counted under.
 #[derive(Clone, Copy)]
-pub struct Seen {
+pub struct Decision {
     pub verdict: Verdict,
     pub gateway: GatewayId,
 }
 
-impl Seen {
+impl Decision {
     #[inline(always)]
     pub fn new(verdict: Verdict, gateway: GatewayId) -> Self {
         Self { verdict, gateway }
     }
 }
 
-/// A packet whose gateway is not known (yet).
-impl From<Verdict> for Seen {
+/// A decision made before the Gateway is known.
+impl From<Verdict> for Decision {
     #[inline(always)]
     fn from(verdict: Verdict) -> Self {
         Self { verdict, gateway: NO_GATEWAY }
     }
 }
 
-/// Adds to the counter of this CPU. A plain addition: programs on one CPU do not preempt each other in the middle of
-/// it in a way that loses more than one count, and 5.10 has no fetching atomics.
+/// Adds to the counter of this CPU.
+///
+/// A non-atomic addition is sufficient: if one program preempts another on the same CPU, at most one count is lost, and
+/// Linux 5.10 has no atomic instructions that return the old value.
 #[inline(always)]
-pub fn add(seen: Seen, packets: u64, bytes: u64) {
-    let key = CounterKey { gateway: seen.gateway, verdict: seen.verdict as u32 };
+pub fn add(decision: Decision, packets: u64, bytes: u64) {
+    let key = CounterKey { gateway: decision.gateway, verdict: decision.verdict as u32 };
     match COUNTERS.get_ptr_mut(&key) {
         Some(count) => {
-            // SAFETY: the map handed out a pointer to this CPU's value, valid until the program ends; entries are
-            // never deleted while programs run.
+            // SAFETY: the map returned a pointer to this CPU's value, which is valid until the program ends; entries
+            // are never deleted while programs run.
             unsafe {
                 (*count).packets += packets;
                 (*count).bytes += bytes;
             }
         }
-        // Another program may have inserted it in between on another CPU: the value is per CPU, so either order is right.
+        // A program on another CPU may have inserted the key concurrently; values are per CPU, so either order is
+        // correct.
         None => {
             let _ = COUNTERS.insert(&key, Count { packets, bytes }, 0);
         }

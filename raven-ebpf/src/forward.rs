@@ -1,4 +1,4 @@
-//! Sending a packet on: typed wrappers of the helpers that aya has no method for.
+//! Forwarding: typed wrappers of the redirect and tunnel-key helpers, for which aya has no methods.
 
 use aya_ebpf::{
     bindings::{BPF_F_DONT_FRAGMENT, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key},
@@ -8,28 +8,29 @@ use raven_common::OVERLAY_VNI;
 
 use crate::parse::Skb;
 
-/// Size of `bpf_tunnel_key` up to its IPv4 part: all that kernels before 5.19 know (a larger one is EINVAL there).
+/// Size of `bpf_tunnel_key` up to its IPv4 part. Kernels before 5.19 return EINVAL for a larger size.
 const TUNNEL_KEY_LEN: u32 = core::mem::offset_of!(bpf_tunnel_key, __bindgen_anon_3) as u32;
 const _: () = assert!(TUNNEL_KEY_LEN == 28);
 
-/// Hands the packet to the egress of `ifindex`; an L3 device gets it without its Ethernet header.
+/// Redirects the packet to the egress of `ifindex`. The kernel removes the Ethernet header for an L3 device.
 #[inline(always)]
 pub fn redirect(ifindex: u32) {
-    // SAFETY: a helper call without pointers. With flags 0 it cannot fail here: the answer is TC_ACT_REDIRECT.
+    // SAFETY: a helper call without pointers. With flags 0 it always returns TC_ACT_REDIRECT.
     unsafe { bpf_redirect(ifindex, 0) };
 }
 
-/// Hands the packet to `ifindex`, Ethernet addresses from the neighbour table by its (outer) destination. Since 5.10.
+/// Redirects the packet to `ifindex` with MAC addresses from the neighbour table, by its (outer) destination. Since
+/// Linux 5.10.
 #[inline(always)]
 pub fn redirect_neigh(ifindex: u32) {
-    // SAFETY: no parameters are passed (null, length 0), so the kernel looks the destination up itself.
+    // SAFETY: without parameters (null, length 0) the kernel looks up the destination itself.
     unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) };
 }
 
-/// Tells `raven0` where the packet goes when it is sent there.
+/// Sets the tunnel key, from which `raven0` builds the outer header: the packet is sent to `to`.
 #[inline(always)]
 pub fn set_tunnel_key(skb: &Skb, to: [u8; 4], traffic_class: u8) -> Result<(), ()> {
-    // SAFETY: all zero is a value of this struct of integers and unions of integers.
+    // SAFETY: all zero is a valid value of this struct of integers and unions of integers.
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     key.tunnel_id = OVERLAY_VNI;
     key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(to);
@@ -43,7 +44,7 @@ pub fn set_tunnel_key(skb: &Skb, to: [u8; 4], traffic_class: u8) -> Result<(), (
     }
 }
 
-/// Who sent this overlay packet.
+/// Outer header fields of a received overlay packet.
 #[derive(Clone, Copy)]
 pub struct Outer {
     /// Outer source address.
@@ -52,16 +53,16 @@ pub struct Outer {
     pub vni: u32,
 }
 
-/// The tunnel metadata that `raven0` left on a received packet.
+/// Returns the tunnel metadata that `raven0` attached to a received packet, or `None` if there is none.
 #[inline(always)]
 pub fn tunnel_key(skb: &Skb) -> Option<Outer> {
     // SAFETY: as in `set_tunnel_key`.
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
-    // SAFETY: `key` outlives the call and has room for TUNNEL_KEY_LEN bytes.
+    // SAFETY: `key` outlives the call and has at least TUNNEL_KEY_LEN bytes.
     if unsafe { bpf_skb_get_tunnel_key(skb.raw(), &mut key, TUNNEL_KEY_LEN, 0) } != 0 {
         return None;
     }
-    // SAFETY: without BPF_F_TUNINFO_IPV6 the kernel fills the IPv4 member, or refuses.
+    // SAFETY: without BPF_F_TUNINFO_IPV6 the kernel fills the IPv4 member or returns an error.
     let source = unsafe { key.__bindgen_anon_1.remote_ipv4 };
     Some(Outer { source: source.to_be_bytes(), vni: key.tunnel_id })
 }

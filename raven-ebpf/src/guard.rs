@@ -1,8 +1,9 @@
-//! The guard on a gateway node's uplink: WireGuard packets that cannot be ours, and handshake floods.
+//! The guard on a gateway node's uplink: drops packets to the tunnel's port that are not WireGuard, and handshake
+//! floods.
 //!
-//! Runs in [`crate::uplink_xdp`] where that is, else in [`crate::uplink_ingress`]; both hand over the same few bytes. What it
-//! lets pass is not believed: WireGuard authenticates. It keeps garbage and floods away from the one core that would
-//! have to refuse them.
+//! Runs in [`crate::uplink_xdp`] if that program is attached, else in [`crate::uplink_ingress`]. The guard
+//! authenticates nothing, which is WireGuard's task; it keeps invalid packets and floods away from the one core that
+//! would have to reject them.
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use raven_common::{
@@ -12,26 +13,26 @@ use raven_common::{
 
 use crate::maps::HANDSHAKES;
 
-/// The beginning of a UDP payload for the tunnel's port.
+/// The fields of a UDP packet to the tunnel's port that the guard checks.
 #[derive(Clone, Copy)]
 pub struct Message {
     /// Outer source address.
     pub source: [u8; 4],
-    /// Type, and three bytes that are zero (whitepaper §5.4).
+    /// Message type, then three reserved zero bytes (WireGuard whitepaper §5.4).
     pub head: [u8; 4],
-    /// Length of the payload, bytes; `None`: an aggregate, whose messages' lengths are not known.
+    /// Length of the UDP payload in bytes; `None` for an aggregate, whose message lengths are unknown.
     pub len: Option<u16>,
 }
 
-/// Types and lengths of WireGuard's messages (whitepaper §5.4.2 to §5.4.7).
+/// Type and length of WireGuard's handshake messages (whitepaper §5.4.2 to §5.4.7).
 const INITIATION: (u8, u16) = (1, 148);
 const RESPONSE: (u8, u16) = (2, 92);
 const COOKIE: (u8, u16) = (3, 64);
-/// Data: header and authentication tag at least. The padding to a multiple of 16 (§5.4.6) is not asked for: boringtun, our
-/// own engine, does not pad.
+/// Type and minimum length of data messages: header and authentication tag. The guard does not require the padding to a
+/// multiple of 16 (§5.4.6), because boringtun does not pad.
 const DATA: (u8, u16) = (4, 32);
 
-/// Why the message is to be dropped, if it is.
+/// Returns the reason to drop the message, or `None` to accept it.
 #[inline(always)]
 pub fn refuse(message: &Message) -> Option<Verdict> {
     let [kind, reserved @ ..] = message.head;
@@ -49,7 +50,7 @@ pub fn refuse(message: &Message) -> Option<Verdict> {
     (kind == INITIATION.0 && is_flood(message.source)).then_some(Verdict::DropHandshakeFlood)
 }
 
-/// Counts an initiation; true if its source has sent too many in this window.
+/// Counts an initiation. Returns true if its source exceeds the limit of this window.
 #[inline(always)]
 fn is_flood(source: [u8; 4]) -> bool {
     // SAFETY: a helper call without arguments.
@@ -57,15 +58,15 @@ fn is_flood(source: [u8; 4]) -> bool {
     let mut key = [0; 16];
     key[..4].copy_from_slice(&source);
     match HANDSHAKES.get_ptr_mut(&key) {
-        Some(seen) => {
-            // SAFETY: the map handed out a pointer that is valid until the program ends. Other CPUs may count at the same
-            // time, or the entry may become another source's: a few initiations more or less get in, once.
-            let seen = unsafe { &mut *seen };
-            if seen.window != window {
-                *seen = Handshakes { window, count: 0 };
+        Some(entry) => {
+            // SAFETY: the map returned a pointer that is valid until the program ends. Other CPUs may update the entry
+            // concurrently, or it may be reused for another source; both change the count by a few initiations at most.
+            let entry = unsafe { &mut *entry };
+            if entry.window != window {
+                *entry = Handshakes { window, count: 0 };
             }
-            seen.count += 1;
-            seen.count > MAX_HANDSHAKES
+            entry.count += 1;
+            entry.count > MAX_HANDSHAKES
         }
         None => {
             let _ = HANDSHAKES.insert(&key, Handshakes { window, count: 1 }, 0);

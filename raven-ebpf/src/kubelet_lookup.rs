@@ -1,10 +1,12 @@
-//! sk_lookup of a cloud gateway node: a connection to a kubelet of another pool, by that node's address, ends in the proxy's listener.
+//! sk_lookup on cloud gateway nodes: connections to a kubelet of another pool, addressed by that node's IP, are
+//! assigned to the proxy's listener.
 //!
-//! The node's routing brings such connections here, as if the address were its own (`raven-agent/src/link/detour.rs`): those that are
-//! forwarded to it and those of its own processes and pods alike, which no TC hook sees all of. Runs once per connection, at its SYN.
+//! Local routes on the node deliver these connections to its own stack (`raven-agent/src/link/detour.rs`), both
+//! forwarded ones and those of the node's own processes and pods; no TC hook sees all of them. The program runs once
+//! per connection, for the SYN.
 //!
-//! Without a listener (no agent runs) the SYN is dropped, and the client's next one, a second later, may find the new agent. It must not
-//! end at the next best socket: the gateway node has a kubelet of its own on that port.
+//! Without a listener (no agent runs) the program drops the SYN; the client retransmits it a second later. The SYN must
+//! not reach another socket: the gateway node's own kubelet listens on the same port.
 
 use aya_ebpf::{
     bindings::sk_action::{SK_DROP, SK_PASS},
@@ -13,14 +15,14 @@ use aya_ebpf::{
 
 use crate::maps::{self, PROXY};
 
-/// `AF_INET`.
+/// `AF_INET` of linux/socket.h.
 const INET: u32 = 2;
 const TCP: u32 = 6;
 
-/// See the module's text.
+/// Returns `SK_PASS` after assigning the listener or for other connections, `SK_DROP` if there is no listener.
 #[inline(always)]
 pub fn run(ctx: &SkLookupContext) -> u32 {
-    // SAFETY: the kernel hands a valid context to the program; these are plain reads of it.
+    // SAFETY: the kernel passes a valid context to the program; these are plain reads of it.
     let (family, protocol, address, port) =
         unsafe { ((*ctx.lookup).family, (*ctx.lookup).protocol, (*ctx.lookup).local_ip4, (*ctx.lookup).local_port) };
     if family != INET || protocol != TCP {

@@ -1,18 +1,21 @@
-//! Raven's eBPF programs: entry points. Each translates what its module decided into the kernel's action and counts it;
-//! nothing else happens here.
+//! Raven's eBPF programs: the entry points. Each one translates the decision of its module into the kernel's action and
+//! counts the packet.
 //!
-//! The way of a packet, in the order of the modules: [`overlay_egress`] on an ordinary node → [`uplink_xdp`] and
-//! [`uplink_ingress`] on its gateway node (or [`overlay_ingress`], the fallback tier) → WireGuard → [`tunnel_ingress`]
-//! on the other pool's gateway node → [`overlay_ingress`] on the node that has the destination. [`kubelet_lookup`] is the L7 half's.
+//! A packet passes the modules in this order: [`overlay_egress`] on a member → [`uplink_xdp`] and [`uplink_ingress`] on
+//! its gateway node (or [`overlay_ingress`], the fallback tier) → WireGuard → [`tunnel_ingress`] on the other pool's
+//! gateway node → [`overlay_ingress`] on the node that has the destination. [`kubelet_lookup`] belongs to the L7 half.
 //!
-//! Licence of the object: Dual MIT/GPL, as GPL-only helpers ask. All programs load on Linux 5.10.
+//! The object's license is Dual MIT/GPL, which GPL-only helpers require. All programs load on Linux 5.10.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
-#![expect(clippy::needless_borrows_for_generic_args, reason = "a key by value is copied to the 512-byte stack once more (aya #1626)")]
+#![expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a key passed by value is copied to the 512-byte stack once more (aya #1626)"
+)]
 
-mod access;
 mod count;
 mod forward;
+mod frame;
 mod guard;
 mod kubelet_lookup;
 mod maps;
@@ -35,35 +38,36 @@ use aya_ebpf::{
 };
 use raven_common::{Verdict, header::ETH_LEN};
 
-use crate::{count::Seen, parse::Skb};
+use crate::{count::Decision, parse::Skb};
 
-/// The kernel's action for a verdict. `redirect` helpers were called by then; their answer is always this constant.
+/// Returns the kernel's action for a verdict. Redirect helpers have been called before; they always return
+/// TC_ACT_REDIRECT.
 #[inline(always)]
 fn action(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::ToTunnelFast | Verdict::ToTunnel | Verdict::ToOverlay | Verdict::ToOverlayKey | Verdict::Relayed => TC_ACT_REDIRECT,
         Verdict::Multicast => TC_ACT_SHOT,
         v if v.is_drop() => TC_ACT_SHOT,
-        // "Next, please": another owner's program behind ours still sees the packet.
+        // Programs of other owners that are attached behind this one still receive the packet.
         _ => TC_ACT_UNSPEC,
     }
 }
 
 #[inline(always)]
-fn finish(skb: &Skb, l3: usize, size: Size, seen: Result<Seen, Seen>) -> i32 {
-    let seen = match seen {
-        Ok(seen) | Err(seen) => seen,
+fn finish(skb: &Skb, l3: usize, size: Size, decision: Result<Decision, Decision>) -> i32 {
+    let decision = match decision {
+        Ok(decision) | Err(decision) => decision,
     };
-    count::add(seen, size.packets, size.bytes);
+    count::add(decision, size.packets, size.bytes);
     #[cfg(feature = "trace")]
-    aya_log_ebpf::info!(&skb.ctx, "verdict {} gateway {} len {}", seen.verdict as u32, seen.gateway, size.bytes);
-    if seen.verdict.is_drop() {
-        sample::skb(skb, seen, l3);
+    aya_log_ebpf::info!(&skb.ctx, "verdict {} gateway {} len {}", decision.verdict as u32, decision.gateway, size.bytes);
+    if decision.verdict.is_drop() {
+        sample::skb(skb, decision, l3);
     }
-    action(seen.verdict)
+    action(decision.verdict)
 }
 
-/// What is counted: taken before a program changes the packet.
+/// Size to count, taken before a program changes the packet.
 #[derive(Clone, Copy)]
 struct Size {
     packets: u64,
@@ -77,18 +81,18 @@ impl Size {
     }
 }
 
-/// TC egress of `raven0`. Since Linux 5.10. Silent about what a gateway node's redirect sent here: it is counted already.
+/// TC egress of `raven0`. Since Linux 5.10. Packets redirected here by a gateway node's program are already counted.
 #[classifier]
 pub fn overlay_egress(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
     let size = Size::of(&skb);
     match overlay_egress::run(&skb) {
-        Some(seen) => finish(&skb, ETH_LEN, size, seen),
+        Some(decision) => finish(&skb, ETH_LEN, size, decision),
         None => TC_ACT_UNSPEC,
     }
 }
 
-/// TC ingress of `raven0`, all nodes. Since Linux 5.10.
+/// TC ingress of `raven0` on all nodes. Since Linux 5.10.
 #[classifier]
 pub fn overlay_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
@@ -96,18 +100,18 @@ pub fn overlay_ingress(ctx: TcContext) -> i32 {
     finish(&skb, ETH_LEN, size, overlay_ingress::run(&skb))
 }
 
-/// TC ingress of a gateway node's uplink. Since Linux 5.10. Silent about packets that are not ours.
+/// TC ingress of a gateway node's uplink. Since Linux 5.10. Does not count packets of other programs.
 #[classifier]
 pub fn uplink_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
     let size = Size::of(&skb);
     match uplink_ingress::run(&skb) {
-        Some(seen) => finish(&skb, ETH_LEN, size, seen),
+        Some(decision) => finish(&skb, ETH_LEN, size, decision),
         None => TC_ACT_UNSPEC,
     }
 }
 
-/// TC ingress of `raven-wg0`, gateway nodes. Since Linux 5.10.
+/// TC ingress of `raven-wg0` on gateway nodes. Since Linux 5.10.
 #[classifier]
 pub fn tunnel_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
@@ -115,13 +119,13 @@ pub fn tunnel_ingress(ctx: TcContext) -> i32 {
     finish(&skb, 0, size, tunnel_ingress::run(&skb))
 }
 
-/// TC egress of `raven-wg0`, gateway nodes. Since Linux 5.10. Silent about what a redirect sent here: it is counted already.
+/// TC egress of `raven-wg0` on gateway nodes. Since Linux 5.10. Packets redirected here are already counted.
 #[classifier]
 pub fn tunnel_egress(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
     let size = Size::of(&skb);
     match tunnel_egress::run(&skb) {
-        Some(seen) => finish(&skb, 0, size, seen),
+        Some(decision) => finish(&skb, 0, size, decision),
         None => TC_ACT_UNSPEC,
     }
 }
@@ -130,16 +134,16 @@ pub fn tunnel_egress(ctx: TcContext) -> i32 {
 #[xdp]
 pub fn uplink_xdp(ctx: XdpContext) -> u32 {
     match uplink_xdp::run(&ctx) {
-        Some(seen) => {
-            count::add(seen, 1, (ctx.data_end() - ctx.data()) as u64);
-            sample::xdp(&ctx, seen);
+        Some(decision) => {
+            count::add(decision, 1, (ctx.data_end() - ctx.data()) as u64);
+            sample::xdp(&ctx, decision);
             xdp_action::XDP_DROP
         }
         None => xdp_action::XDP_PASS,
     }
 }
 
-/// sk_lookup of the node's network namespace, cloud gateway nodes. Since Linux 5.9.
+/// sk_lookup of the node's network namespace on cloud gateway nodes. Since Linux 5.9.
 #[sk_lookup]
 pub fn kubelet_lookup(ctx: SkLookupContext) -> u32 {
     kubelet_lookup::run(&ctx)

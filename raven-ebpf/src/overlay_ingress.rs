@@ -1,9 +1,11 @@
-//! TC ingress of `raven0`: who sent this, and may they?
+//! TC ingress of `raven0`: checks the sender of a packet and whether it may send it.
 //!
-//! On an ordinary node: from a gateway node of this pool, with a source in another pool → the stack, where kube-proxy and
-//! the CNI's policy are. On a gateway node this is the fallback tier: from a node of this pool, with a source that this
-//! node has → straight into the tunnel. On a proxy's node: from a node of this pool, to another pool's kubelet → the stack, where
-//! [`crate::kubelet_lookup`] hands the connection to the proxy.
+//! - On a member: a packet from a gateway node of this pool, with a source in another pool, passes to the stack with
+//!   kube-proxy and the CNI's policy.
+//! - On a gateway node, as the fallback tier: a packet from a node of this pool, with a source that this node owns, is
+//!   redirected into the tunnel.
+//! - On a proxy's node: a packet from a node of this pool to another pool's kubelet passes to the stack, where
+//!   [`crate::kubelet_lookup`] assigns the connection to the proxy.
 
 use raven_common::{
     OVERLAY_VNI, Verdict,
@@ -12,16 +14,16 @@ use raven_common::{
 };
 
 use crate::{
-    count::Seen,
+    count::Decision,
     forward,
     maps::{self, Tables},
     parse::{Family, Skb},
     rewrite,
 };
 
-/// See the module's text.
+/// Checks a packet and returns the verdict.
 #[inline(always)]
-pub fn run(skb: &Skb) -> Result<Seen, Seen> {
+pub fn run(skb: &Skb) -> Result<Decision, Decision> {
     let outer = forward::tunnel_key(skb).ok_or(Verdict::DropNoTunnelKey)?;
     if outer.vni != OVERLAY_VNI {
         return Err(Verdict::DropWrongVni.into());
@@ -34,29 +36,29 @@ pub fn run(skb: &Skb) -> Result<Seen, Seen> {
 }
 
 #[inline(always)]
-fn admit<I: Tables>(skb: &Skb, outer: [u8; 4], node: Node) -> Result<Seen, Seen> {
+fn admit<I: Tables>(skb: &Skb, outer: [u8; 4], node: Node) -> Result<Decision, Decision> {
     let config = maps::config();
     let header: I = skb.ip(ETH_LEN)?;
     match I::local(header.source()) {
         Some(owner) if owner.node == outer => from_member(skb, &config, &header),
         Some(_) => Err(Verdict::DropSpoofedInner.into()),
-        // The node itself, by its own address: to the proxy it may, and nowhere else.
+        // The node's own address may be used for connections to the proxy only.
         None if header.is_from(outer) && is_for_proxy(skb, &header) => Ok(Verdict::ToProxy.into()),
         None => from_gateway(&config, &header, node),
     }
 }
 
-/// From another pool, brought by a gateway node: for the stack, if the destination lives here.
+/// A packet from another pool, forwarded by a gateway node: passes to the stack if the destination is on this node.
 #[inline(always)]
-fn from_gateway<I: Tables>(config: &Config, header: &I, node: Node) -> Result<Seen, Seen> {
+fn from_gateway<I: Tables>(config: &Config, header: &I, node: Node) -> Result<Decision, Decision> {
     let remote = I::remote(header.source()).ok_or(Verdict::DropSpoofedInner)?;
-    let seen = |verdict| Seen::new(verdict, remote.gateway);
+    let decision = |verdict| Decision::new(verdict, remote.gateway);
     if node.flags & NODE_IS_GATEWAY == 0 {
-        return Err(seen(Verdict::DropNotFromGateway));
+        return Err(decision(Verdict::DropNotFromGateway));
     }
     match I::local(header.destination()) {
-        Some(local) if local.node == config.node => Ok(seen(Verdict::Delivered)),
-        _ => Err(seen(Verdict::DropNoRoute)),
+        Some(local) if local.node == config.node => Ok(decision(Verdict::Delivered)),
+        _ => Err(decision(Verdict::DropNoRoute)),
     }
 }
 
@@ -65,9 +67,9 @@ fn is_for_proxy<I: Tables>(skb: &Skb, header: &I) -> bool {
     skb.tcp_port(ETH_LEN, header).is_some_and(|port| header.is_for_proxy(port))
 }
 
-/// From a node of this pool: into the tunnel, or to the proxy. (Either may be on a node without the other.)
+/// A packet from a node of this pool: goes into the tunnel or to the proxy. A node may have only one of the two.
 #[inline(always)]
-fn from_member<I: Tables>(skb: &Skb, config: &Config, header: &I) -> Result<Seen, Seen> {
+fn from_member<I: Tables>(skb: &Skb, config: &Config, header: &I) -> Result<Decision, Decision> {
     let remote = I::remote(header.destination()).filter(|_| config.tunnel_ifindex != 0);
     match remote {
         Some(remote) => into_tunnel(skb, config, header, remote),
@@ -78,18 +80,18 @@ fn from_member<I: Tables>(skb: &Skb, config: &Config, header: &I) -> Result<Seen
 }
 
 #[inline(always)]
-fn into_tunnel<I: Tables>(skb: &Skb, config: &Config, header: &I, remote: Remote) -> Result<Seen, Seen> {
-    let seen = |verdict| Seen::new(verdict, remote.gateway);
+fn into_tunnel<I: Tables>(skb: &Skb, config: &Config, header: &I, remote: Remote) -> Result<Decision, Decision> {
+    let decision = |verdict| Decision::new(verdict, remote.gateway);
     if header.ttl() <= 1 {
-        return Err(seen(Verdict::StackTtl));
+        return Err(decision(Verdict::StackTtl));
     }
     if !skb.fits(ETH_LEN, header, config.tunnel_mtu) {
-        return Err(seen(Verdict::StackTooBig));
+        return Err(decision(Verdict::StackTooBig));
     }
     if config.flags & CONFIG_TUNNEL_REDIRECT == 0 {
-        return Err(seen(Verdict::StackNoRedirect));
+        return Err(decision(Verdict::StackNoRedirect));
     }
-    rewrite::take_hop(skb, ETH_LEN, header).map_err(|()| seen(Verdict::StackRewriteFailed))?;
+    rewrite::take_hop(skb, ETH_LEN, header).map_err(|()| decision(Verdict::StackRewriteFailed))?;
     forward::redirect(config.tunnel_ifindex);
-    Ok(seen(Verdict::ToTunnel))
+    Ok(decision(Verdict::ToTunnel))
 }

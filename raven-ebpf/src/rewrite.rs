@@ -1,4 +1,4 @@
-//! Changes to a packet: one hop less, a smaller MSS, the overlay's outer header.
+//! Changes to a packet: decrement of TTL or hop limit, MSS clamping, the overlay's outer header.
 
 use aya_ebpf::{
     bindings::{
@@ -14,12 +14,12 @@ use raven_common::{
 
 use crate::parse::Skb;
 
-/// A redirect is still a router's hop: takes one off TTL or hop limit. The caller knows that it is above 1.
+/// Decrements TTL or hop limit, because a redirect is a router's hop. The caller has checked that it is above 1.
 #[inline(always)]
 pub fn take_hop<I: Ip>(skb: &Skb, l3: usize, header: &I) -> Result<(), ()> {
     let hop = header.hop();
     let offset = l3 + hop.offset;
-    // Two calls and not a length that varies: what is stored must have a size that the verifier knows.
+    // Two calls instead of a variable length: the verifier requires a constant size.
     let stored = if I::LEN == 20 {
         skb.ctx.store(offset, &hop.bytes, BPF_F_RECOMPUTE_CSUM as u64)
     } else {
@@ -28,20 +28,19 @@ pub fn take_hop<I: Ip>(skb: &Skb, l3: usize, header: &I) -> Result<(), ()> {
     stored.map_err(|_| ())
 }
 
-/// SYN flag of TCP.
+/// The SYN flag of TCP (RFC 9293).
 const TCP_SYN: u8 = 0x02;
-/// Options of TCP (RFC 9293): end of list, no operation, maximum segment size.
+/// Kinds of TCP options (RFC 9293): end of list, no operation, maximum segment size.
 const TCP_OPT_END: u8 = 0;
 const TCP_OPT_NOP: u8 = 1;
 const TCP_OPT_MSS: u8 = 2;
-/// Kind, length and two bytes of value.
+/// Length of the MSS option: kind, length and two bytes of value.
 const TCP_OPT_MSS_LEN: u8 = 4;
-/// Options that are looked at before we give up: 40 bytes of options are at most 20 two-byte ones, and senders put
-/// the MSS first.
+/// Limit of options to parse: 40 bytes hold at most 20 options of two bytes, and senders put the MSS first.
 const MAX_OPTIONS: usize = 20;
 
-/// Lowers the MSS option of a SYN (or SYN-ACK) to what fits into `mtu`. Everything else is left alone, and so is a
-/// SYN whose options cannot be read: the path still has ICMP.
+/// Lowers the MSS option of a SYN or SYN-ACK to fit `mtu`. Leaves other packets unchanged, and also SYNs whose options
+/// cannot be parsed: path MTU discovery by ICMP still works for them.
 #[inline(always)]
 pub fn clamp_mss<I: Ip>(skb: &Skb, l3: usize, header: &I, mtu: u32) {
     let Some(tcp) = header.tcp_offset() else { return };
@@ -52,7 +51,7 @@ pub fn clamp_mss<I: Ip>(skb: &Skb, l3: usize, header: &I, mtu: u32) {
     }
 }
 
-/// The rare part, out of line: it runs once per connection and direction.
+/// Clamps the MSS of a SYN. Not inlined, because it runs once per connection and direction.
 #[inline(never)]
 fn clamp_mss_of_syn(skb: &Skb, tcp: usize, limit: u16) -> Option<()> {
     let doff: u8 = skb.ctx.load(tcp + 12).ok()?;
@@ -66,9 +65,10 @@ fn clamp_mss_of_syn(skb: &Skb, tcp: usize, limit: u16) -> Option<()> {
         match kind {
             TCP_OPT_END => return None,
             TCP_OPT_NOP => at += 1,
-            // The value must lie within the options: behind them is what the SYN carries (TCP Fast Open).
+            // The value must lie within the options; the bytes behind them are payload of the SYN (TCP Fast Open).
             TCP_OPT_MSS if len == TCP_OPT_MSS_LEN && at + 4 <= end => return lower_mss(skb, tcp, at + 2, limit),
-            // Another length of the MSS, or one below 2, which would not move on: nonsense, left to the receiver.
+            // An MSS option of another length, or a length below 2, which would not advance: malformed, left to the
+            // receiver.
             _ if kind == TCP_OPT_MSS || len < 2 => return None,
             _ => at += len as usize,
         }
@@ -83,33 +83,34 @@ fn lower_mss(skb: &Skb, tcp: usize, at: usize, limit: u16) -> Option<()> {
         return None;
     }
     let new = limit.to_be_bytes();
-    // The option may start at an odd byte (after one NOP): its bytes then stand in two words of the sum, swapped.
+    // At an odd offset (after one NOP), the value spans two 16-bit words of the checksum, with swapped bytes.
     let odd = (at - tcp) & 1 == 1;
     let word = |b: [u8; 2]| if odd { u16::from_ne_bytes([b[1], b[0]]) } else { u16::from_ne_bytes(b) };
     skb.ctx.l4_csum_replace(tcp + 16, word(old) as u64, word(new) as u64, 2).ok()?;
     skb.ctx.store(at, &new, 0).ok()
 }
 
-/// The stack gives an overlay packet this node's own (that is, everybody's) address as its source.
+/// Sets the source MAC address of an overlay packet. The stack has set it to [`raven_common::OVERLAY_MAC`], which
+/// receivers would drop as a loop.
 #[inline(always)]
 pub fn set_overlay_source(skb: &Skb) -> Result<(), ()> {
     skb.ctx.store(6, &OVERLAY_SOURCE_MAC, 0).map_err(|_| ())
 }
 
-/// Puts an Ethernet header in front of a packet from an L3 device. What is in it comes later, or from the neighbour table.
+/// Prepends an Ethernet header to a packet from an L3 device. It is filled later or from the neighbour table.
 #[inline(always)]
 pub fn push_ethernet(skb: &Skb) -> Result<(), ()> {
-    // SAFETY: a helper call on the program's own context; every pointer into the packet is dead here.
+    // SAFETY: a helper call on the program's own context; no pointer into the packet is used after it.
     if unsafe { bpf_skb_change_head(skb.raw(), ETH_LEN as u32, 0) } == 0 { Ok(()) } else { Err(()) }
 }
 
-/// Fills the Ethernet header of a packet for `raven0`.
+/// Writes the Ethernet header of a packet for `raven0`.
 #[inline(always)]
 pub fn set_ethernet(skb: &Skb, ethertype: u16) -> Result<(), ()> {
     skb.ctx.store(0, &Ethernet::overlay(ethertype), 0).map_err(|_| ())
 }
 
-/// An outer Ethernet header (whose addresses the neighbour table will know) and what comes behind it: one write, not two.
+/// Outer Ethernet header, whose addresses come from the neighbour table, and overlay header: stored with one write.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Outer {
@@ -117,8 +118,8 @@ struct Outer {
     overlay: OverlayHeader,
 }
 
-/// Wraps the packet (which has an empty Ethernet header by now) into the overlay's outer header. Aggregates stay aggregates:
-/// the flags tell the kernel where the inner packet starts, so it can cut them up behind us.
+/// Wraps the packet, which already has an empty Ethernet header, in the overlay's outer header. Aggregates stay
+/// aggregates: the flags give the offset of the inner packet, with which the kernel can segment it later.
 #[inline(always)]
 pub fn wrap(skb: &Skb, header: &OverlayHeader) -> Result<(), ()> {
     let flags = (BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4 | BPF_F_ADJ_ROOM_ENCAP_L4_UDP) as u64

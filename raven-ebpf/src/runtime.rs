@@ -1,5 +1,5 @@
-//! What every object has: the licence that GPL-only helpers ask for, and a panic handler, which no program may ever reach
-//! (the verifier refuses its loop).
+//! Parts of every object: the license that GPL-only helpers require, and a panic handler. No program may reach the
+//! handler; the verifier rejects its loop.
 
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]

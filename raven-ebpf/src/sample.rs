@@ -1,4 +1,4 @@
-//! Samples of dropped packets, so that a person can be told which ones, and not only how many.
+//! Samples of dropped packets, which show individual packets in addition to the counters.
 
 use core::mem::MaybeUninit;
 
@@ -12,13 +12,13 @@ use raven_common::{
 };
 
 use crate::{
-    access,
-    count::Seen,
+    count::Decision,
+    frame,
     maps::{EVENTS, SAMPLED},
     parse::{Family, Skb},
 };
 
-/// True if this CPU may write a sample now.
+/// Returns the current time if this CPU may write a sample now, and starts the next period.
 #[inline(always)]
 fn due() -> Option<u64> {
     // SAFETY: a helper call without arguments.
@@ -34,22 +34,22 @@ fn due() -> Option<u64> {
     Some(now)
 }
 
-/// The sample, where it will lie. Zeroed by words: a call of `memset` would be a third frame on the 512 bytes of stack that
-/// all frames share on kernels before 6.13.
+/// Initialises a sample in the ring buffer. Zeroed by words: a call of `memset` would be a third stack frame in the
+/// 512 bytes that all frames share on kernels before 6.13.
 #[inline(always)]
-fn begin(entry: &mut MaybeUninit<DropSample>, now: u64, seen: Seen, ifindex: u32, len: u32) -> &mut DropSample {
+fn begin(entry: &mut MaybeUninit<DropSample>, now: u64, decision: Decision, ifindex: u32, len: u32) -> &mut DropSample {
     const WORDS: usize = size_of::<DropSample>() / 8;
     const _: () = assert!(WORDS * 8 == size_of::<DropSample>() && align_of::<DropSample>() == 8);
     let words = entry.as_mut_ptr().cast::<u64>();
     for word in 0..WORDS {
-        // SAFETY: inside the entry, and aligned.
+        // SAFETY: the address is inside the entry and aligned.
         unsafe { words.add(word).write_volatile(0) };
     }
-    // SAFETY: all of it was written; zero is a value of each field.
+    // SAFETY: the whole entry was written; zero is a valid value of each field.
     let sample = unsafe { entry.assume_init_mut() };
     sample.time_ns = now;
-    sample.verdict = seen.verdict as u32;
-    sample.gateway = seen.gateway;
+    sample.verdict = decision.verdict as u32;
+    sample.gateway = decision.gateway;
     sample.ifindex = ifindex;
     sample.len = len;
     sample
@@ -73,22 +73,22 @@ fn has_ports(protocol: u8) -> bool {
     protocol == IPPROTO_TCP || protocol == IPPROTO_UDP
 }
 
-/// Packet bytes straight into a field of the sample; what the packet does not have is zero.
+/// Copies packet bytes into a field of the sample. Bytes beyond the end of the packet stay zero.
 #[inline(always)]
 fn load<T: ?Sized>(skb: &Skb, offset: usize, field: &mut T) {
     let (to, len) = (core::ptr::from_mut(field).cast(), size_of_val(field) as u32);
-    // SAFETY: `to` has `len` bytes, for which every value is one of theirs: fields are integers and arrays of them.
+    // SAFETY: `to` has `len` bytes, and every value is valid: fields are integers and arrays of integers.
     unsafe { bpf_skb_load_bytes(skb.raw().cast(), offset as u32, to, len) };
 }
 
-/// A packet dropped in TC, whose IP header is at `l3`. Out of line: drops are rare. Filled where it will lie: the stack is
-/// the caller's, too.
+/// Writes a sample of a packet dropped in TC, with its IP header at `l3`. Not inlined, because drops are rare. Filled
+/// in place, because the caller shares the stack.
 #[inline(never)]
-pub fn skb(skb: &Skb, seen: Seen, l3: usize) {
+pub fn skb(skb: &Skb, decision: Decision, l3: usize) {
     let Some(now) = due() else { return };
-    // A full buffer loses the sample; the packet is counted all the same.
+    // With a full buffer the sample is lost; the packet is still counted.
     let Some(mut entry) = EVENTS.reserve(0) else { return };
-    let sample = begin(&mut entry, now, seen, skb.ifindex(), skb.len());
+    let sample = begin(&mut entry, now, decision, skb.ifindex(), skb.len());
     let l4 = match skb.family() {
         Ok(Family::V4) => {
             sample.ethertype = ETH_P_IP;
@@ -114,22 +114,22 @@ pub fn skb(skb: &Skb, seen: Seen, l3: usize) {
     entry.submit(0);
 }
 
-/// A frame dropped in XDP: its outer packet, by which a stranger or a flood is known.
+/// Writes a sample of a frame dropped in XDP. It contains the outer addresses, which identify the sender.
 #[inline(never)]
-pub fn xdp(ctx: &XdpContext, seen: Seen) {
+pub fn xdp(ctx: &XdpContext, decision: Decision) {
     let Some(now) = due() else { return };
-    // SAFETY: the kernel hands the program a valid context; the verifier rewrites the load.
+    // SAFETY: the kernel passes a valid context to the program; the verifier rewrites the load.
     let ifindex = unsafe { (*ctx.ctx).ingress_ifindex };
     let Some(mut entry) = EVENTS.reserve(0) else { return };
-    let sample = begin(&mut entry, now, seen, ifindex, (ctx.data_end() - ctx.data()) as u32);
-    if let Some(ethernet) = access::read::<Ethernet>(ctx, 0)
+    let sample = begin(&mut entry, now, decision, ifindex, (ctx.data_end() - ctx.data()) as u32);
+    if let Some(ethernet) = frame::read::<Ethernet>(ctx, 0)
         && ethernet.ethertype == ETH_P_IP.to_be_bytes()
-        && let Some(header) = access::read::<Ipv4>(ctx, ETH_LEN)
+        && let Some(header) = frame::read::<Ipv4>(ctx, ETH_LEN)
     {
         fill4(sample, &header);
-        // Drops happen behind a header without options only.
+        // XDP drops only packets without IP options.
         if has_ports(sample.protocol)
-            && let Some(ports) = access::read::<[u8; 4]>(ctx, ETH_LEN + Ipv4::LEN)
+            && let Some(ports) = frame::read::<[u8; 4]>(ctx, ETH_LEN + Ipv4::LEN)
         {
             fill_ports(sample, ports);
         }

@@ -1,7 +1,7 @@
-//! TC egress of `raven-wg0`: what this gateway node and its own pods send, by way of the stack. Lowers the MSS of SYNs, as
-//! [`crate::overlay_egress`] does on ordinary nodes, and counts.
+//! TC egress of `raven-wg0`: packets that this gateway node and its own pods send through the stack. Clamps the MSS of
+//! SYNs, as [`crate::overlay_egress`] does on members, and counts.
 //!
-//! What a redirect sent here has another source than this node's and is left alone.
+//! Redirected packets have a source outside this node's prefixes and pass unchanged.
 
 use raven_common::{
     Verdict,
@@ -9,7 +9,7 @@ use raven_common::{
 };
 
 use crate::{
-    count::Seen,
+    count::Decision,
     maps::{self, Tables},
     parse::{Family, Skb},
     rewrite,
@@ -17,29 +17,29 @@ use crate::{
 
 const L3: usize = 0;
 
-/// `None`: a redirected packet, counted where it was redirected.
+/// Returns `None` for a redirected packet, which has been counted where it was redirected.
 #[inline(always)]
-pub fn run(skb: &Skb) -> Option<Result<Seen, Seen>> {
+pub fn run(skb: &Skb) -> Option<Result<Decision, Decision>> {
     match skb.family() {
         Ok(Family::V4) => from_stack::<Ipv4>(skb),
         Ok(Family::V6) => from_stack::<Ipv6>(skb),
-        Err(seen) => Some(Err(seen)),
+        Err(decision) => Some(Err(decision)),
     }
 }
 
 #[inline(always)]
-fn from_stack<I: Tables>(skb: &Skb) -> Option<Result<Seen, Seen>> {
-    // Redirected packets came in by a device; the kernel notes which. The node's own packets have none, its pods'
-    // packets the bridge's: so the ingress device tells nothing, and the source must.
+fn from_stack<I: Tables>(skb: &Skb) -> Option<Result<Decision, Decision>> {
+    // The ingress device cannot distinguish the packets: redirected ones have one, the node's own have none, but those
+    // of its pods have the bridge. The source address can.
     let config = maps::config();
     let header: I = match skb.ip(L3) {
         Ok(header) => header,
-        Err(seen) => return Some(Err(seen)),
+        Err(decision) => return Some(Err(decision)),
     };
     if I::local(header.source())?.node != config.node {
         return None;
     }
     rewrite::clamp_mss(skb, L3, &header, config.tunnel_mtu);
     let gateway = I::remote(header.destination()).map_or(0, |r| r.gateway);
-    Some(Ok(Seen::new(Verdict::FromStack, gateway)))
+    Some(Ok(Decision::new(Verdict::FromStack, gateway)))
 }

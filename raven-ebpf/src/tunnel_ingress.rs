@@ -1,8 +1,9 @@
-//! TC ingress of `raven-wg0` on a gateway node: a packet from another pool, decrypted. It starts at its IP header: the
-//! device has no Ethernet.
+//! TC ingress of `raven-wg0` on a gateway node: a decrypted packet from another pool. It starts at its IP header,
+//! because the device has no Ethernet header.
 //!
-//! For another node of this pool → wrapped in place and sent there; for a third pool → back into the tunnel (relay); for
-//! this node → the stack; for anybody else → dropped: a peer may reach this pool's prefixes and nothing besides.
+//! A packet for another node of this pool is wrapped in place and sent there; one for a third pool is redirected back
+//! into the tunnel (relay); one for this node passes to the stack. All others are dropped: a peer may reach this pool's
+//! prefixes only.
 
 use raven_common::{
     OVERLAY_OVERHEAD, Verdict,
@@ -11,22 +12,22 @@ use raven_common::{
 };
 
 use crate::{
-    count::Seen,
+    count::Decision,
     forward,
     maps::{self, Tables},
     parse::{Family, Skb},
     rewrite,
 };
 
-/// The device has no Ethernet header.
+/// Offset of the IP header: the device has no Ethernet header.
 const L3: usize = 0;
 
-/// Longest aggregate that still fits into a 16-bit length with the outer header in front.
+/// Length of the longest aggregate that fits into the outer header's 16-bit length field.
 const MAX_WRAPPED: u32 = u16::MAX as u32 - OVERLAY_OVERHEAD as u32;
 
-/// See the module's text.
+/// Processes a packet and returns the verdict.
 #[inline(always)]
-pub fn run(skb: &Skb) -> Result<Seen, Seen> {
+pub fn run(skb: &Skb) -> Result<Decision, Decision> {
     match skb.family()? {
         Family::V4 => receive::<Ipv4>(skb),
         Family::V6 => receive::<Ipv6>(skb),
@@ -34,91 +35,91 @@ pub fn run(skb: &Skb) -> Result<Seen, Seen> {
 }
 
 #[inline(always)]
-fn receive<I: Tables>(skb: &Skb) -> Result<Seen, Seen> {
+fn receive<I: Tables>(skb: &Skb) -> Result<Decision, Decision> {
     let config = maps::config();
     let header: I = skb.ip(L3)?;
-    if let Some((gateway, node)) = remembered(&config, &header) {
+    if let Some((gateway, node)) = cached(&config, &header) {
         return to_overlay(skb, &config, &header, gateway, node);
     }
     let from = I::remote(header.source()).ok_or(Verdict::DropSourceNotRemote)?;
     match I::local(header.destination()) {
-        Some(local) if local.node == config.node => Ok(Seen::new(Verdict::Delivered, from.gateway)),
+        Some(local) if local.node == config.node => Ok(Decision::new(Verdict::Delivered, from.gateway)),
         Some(local) => {
-            remember(&config, &header, from.gateway, local.node);
+            cache(&config, &header, from.gateway, local.node);
             to_overlay(skb, &config, &header, from.gateway, local.node)
         }
         None => relay(skb, &config, &header, from),
     }
 }
 
-/// The sender's Gateway and the receiver's node, if both were looked up before.
+/// Returns the sender's Gateway and the receiver's node if the cache has a valid entry for the packet's addresses.
 #[inline(always)]
-fn remembered<I: Tables>(config: &Config, header: &I) -> Option<(GatewayId, [u8; 4])> {
+fn cached<I: Tables>(config: &Config, header: &I) -> Option<(GatewayId, [u8; 4])> {
     // SAFETY: this CPU's own entry, which always exists; softirqs do not interrupt each other on a CPU.
-    let known = unsafe { &*header.back()? };
-    let same = known.generation == config.generation && known.source == header.source() && known.destination == header.destination();
-    same.then_some((known.gateway, known.outer))
+    let entry = unsafe { &*header.back()? };
+    let same = entry.generation == config.generation && entry.source == header.source() && entry.destination == header.destination();
+    same.then_some((entry.gateway, entry.outer))
 }
 
 #[inline(always)]
-fn remember<I: Tables>(config: &Config, header: &I, gateway: GatewayId, node: [u8; 4]) {
+fn cache<I: Tables>(config: &Config, header: &I, gateway: GatewayId, node: [u8; 4]) {
     if let Some(path) = header.back() {
-        let known =
+        let entry =
             Path { generation: config.generation, gateway, outer: node, source: header.source(), destination: header.destination() };
-        // SAFETY: as in `remembered`.
-        unsafe { *path = known };
+        // SAFETY: as in `cached`.
+        unsafe { *path = entry };
     }
 }
 
 #[inline(always)]
-fn to_overlay<I: Tables>(skb: &Skb, config: &Config, header: &I, gateway: GatewayId, node: [u8; 4]) -> Result<Seen, Seen> {
-    let seen = |verdict| Seen::new(verdict, gateway);
+fn to_overlay<I: Tables>(skb: &Skb, config: &Config, header: &I, gateway: GatewayId, node: [u8; 4]) -> Result<Decision, Decision> {
+    let decision = |verdict| Decision::new(verdict, gateway);
     if header.ttl() <= 1 {
-        return Err(seen(Verdict::StackTtl));
+        return Err(decision(Verdict::StackTtl));
     }
     let len = skb.len();
     if len > MAX_WRAPPED || !skb.fits(L3, header, config.tunnel_mtu) {
-        return Err(seen(Verdict::StackTooBig));
+        return Err(decision(Verdict::StackTooBig));
     }
     let hash = skb.flow_hash();
-    rewrite::take_hop(skb, L3, header).map_err(|()| seen(Verdict::StackRewriteFailed))?;
-    rewrite::push_ethernet(skb).map_err(|()| seen(Verdict::StackRewriteFailed))?;
+    rewrite::take_hop(skb, L3, header).map_err(|()| decision(Verdict::StackRewriteFailed))?;
+    rewrite::push_ethernet(skb).map_err(|()| decision(Verdict::StackRewriteFailed))?;
     let outer = OverlayHeader::new(config.node, node, len as u16, I::ETHERTYPE, header.traffic_class(), hash);
     let wrapped = if config.flags & CONFIG_NO_WRAP == 0 { rewrite::wrap(skb, &outer) } else { Err(()) };
     match wrapped {
         Ok(()) => {
             forward::redirect_neigh(config.uplink_ifindex);
-            Ok(seen(Verdict::ToOverlay))
+            Ok(decision(Verdict::ToOverlay))
         }
         Err(()) => {
-            // This packet cannot be wrapped in place: let `raven0` do it.
-            rewrite::set_ethernet(skb, I::ETHERTYPE).map_err(|()| seen(Verdict::DropMalformed))?;
-            forward::set_tunnel_key(skb, node, header.traffic_class()).map_err(|()| seen(Verdict::DropNoGateway))?;
+            // This packet cannot be wrapped in place; `raven0` encapsulates it.
+            rewrite::set_ethernet(skb, I::ETHERTYPE).map_err(|()| decision(Verdict::DropMalformed))?;
+            forward::set_tunnel_key(skb, node, header.traffic_class()).map_err(|()| decision(Verdict::DropNoGateway))?;
             forward::redirect(config.overlay_ifindex);
-            Ok(seen(Verdict::ToOverlayKey))
+            Ok(decision(Verdict::ToOverlayKey))
         }
     }
 }
 
 #[inline(always)]
-fn relay<I: Tables>(skb: &Skb, config: &Config, header: &I, from: Remote) -> Result<Seen, Seen> {
+fn relay<I: Tables>(skb: &Skb, config: &Config, header: &I, from: Remote) -> Result<Decision, Decision> {
     let Some(to) = I::remote(header.destination()) else {
-        return Err(Seen::new(Verdict::DropNoRoute, from.gateway));
+        return Err(Decision::new(Verdict::DropNoRoute, from.gateway));
     };
-    let seen = |verdict| Seen::new(verdict, to.gateway);
+    let decision = |verdict| Decision::new(verdict, to.gateway);
     if to.gateway == from.gateway {
-        return Err(seen(Verdict::DropRelayLoop));
+        return Err(decision(Verdict::DropRelayLoop));
     }
     if config.flags & CONFIG_RELAY == 0 {
-        return Err(seen(Verdict::DropNoRoute));
+        return Err(decision(Verdict::DropNoRoute));
     }
     if header.ttl() <= 1 {
-        return Err(seen(Verdict::StackTtl));
+        return Err(decision(Verdict::StackTtl));
     }
     if !skb.fits(L3, header, config.tunnel_mtu) {
-        return Err(seen(Verdict::StackTooBig));
+        return Err(decision(Verdict::StackTooBig));
     }
-    rewrite::take_hop(skb, L3, header).map_err(|()| seen(Verdict::StackRewriteFailed))?;
+    rewrite::take_hop(skb, L3, header).map_err(|()| decision(Verdict::StackRewriteFailed))?;
     forward::redirect(config.tunnel_ifindex);
-    Ok(seen(Verdict::Relayed))
+    Ok(decision(Verdict::Relayed))
 }

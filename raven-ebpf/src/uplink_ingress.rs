@@ -1,8 +1,8 @@
-//! TC ingress of a gateway node's uplink: what [`crate::uplink_xdp`] unwrapped (and GRO has joined since) goes straight
-//! into the tunnel: no UDP receive, no VXLAN device, no routing table, no netfilter, no conntrack.
+//! TC ingress of a gateway node's uplink: redirects packets that [`crate::uplink_xdp`] has unwrapped, and GRO may have
+//! merged, into the tunnel. They bypass UDP receive, the VXLAN device, routing tables, netfilter and conntrack.
 //!
-//! Receives every packet of the uplink and is done with a stranger after three instructions; where there is no XDP program
-//! of ours in front, the guard runs here.
+//! The program receives every packet of the uplink and passes unrelated ones after three instructions. Where no XDP
+//! program of Raven is attached, it also runs the guard.
 
 use raven_common::{
     OVERLAY_PORT, Verdict,
@@ -11,29 +11,31 @@ use raven_common::{
 };
 
 use crate::{
-    count::Seen,
+    count::Decision,
     forward,
     guard::{self, Message},
     maps,
     parse::{Family, Skb},
 };
 
-/// `None`: not ours.
+/// Returns `None` for unrelated packets.
 #[inline(always)]
-pub fn run(skb: &Skb) -> Option<Result<Seen, Seen>> {
+pub fn run(skb: &Skb) -> Option<Result<Decision, Decision>> {
     let Some(gateway) = unwrapped(skb) else { return refuse(skb).map(|verdict| Err(verdict.into())) };
-    // XDP has checked the packet and taken its hop; a tunnel that went away in between leaves it to the stack.
+    // XDP has checked the packet and decremented its TTL. If the tunnel was removed since, the stack takes the packet.
     let config = maps::config();
     if config.tunnel_ifindex == 0 {
-        return Some(Err(Seen::new(Verdict::StackNoRedirect, gateway)));
+        return Some(Err(Decision::new(Verdict::StackNoRedirect, gateway)));
     }
     forward::redirect(config.tunnel_ifindex);
-    Some(Ok(Seen::new(Verdict::ToTunnelFast, gateway)))
+    Some(Ok(Decision::new(Verdict::ToTunnelFast, gateway)))
 }
 
-/// The note that XDP left. It is read and never written: a program that writes to a packet directly gets a private copy
-/// when somebody else looks at the packet, too (tcpdump, a DHCP client), and the kernel makes that copy without the note.
-/// Nobody behind us takes it for theirs: what has a note is redirected, as long as there is a tunnel.
+/// Reads the metadata that XDP stored in front of the packet.
+///
+/// It is never written: for a direct packet write, the kernel makes a private copy if another program also reads the
+/// packet (tcpdump, a DHCP client), and that copy lacks the metadata. No program behind this one can misinterpret it,
+/// because a packet with metadata is redirected as long as a tunnel exists.
 #[inline(always)]
 fn unwrapped(skb: &Skb) -> Option<GatewayId> {
     // SAFETY: the context is valid; the verifier rewrites the loads.
@@ -41,12 +43,12 @@ fn unwrapped(skb: &Skb) -> Option<GatewayId> {
     if start + size_of::<Unwrapped>() > end {
         return None;
     }
-    // SAFETY: the bounds were checked; the area is aligned to 4, and any bytes are a value.
-    let note = unsafe { *(start as *const Unwrapped) };
-    (note.magic == UNWRAPPED_MAGIC).then_some(note.gateway)
+    // SAFETY: the bounds were checked, the area is aligned to 4, and any bytes are a valid value.
+    let metadata = unsafe { *(start as *const Unwrapped) };
+    (metadata.magic == UNWRAPPED_MAGIC).then_some(metadata.gateway)
 }
 
-/// The guard, where no XDP program of ours is in front: the same checks of what comes for this node by UDP.
+/// Runs the guard where no XDP program of Raven is attached: the same checks of UDP packets for this node.
 #[inline(always)]
 fn refuse(skb: &Skb) -> Option<Verdict> {
     let config = maps::config();

@@ -1,4 +1,5 @@
-//! Programs of benchmarks and tests, and of nothing else: a packet generator, a sink, a neighbour. Not in the agent's object.
+//! Programs for benchmarks and tests only: a packet generator, a sink and a competing TC program. Not part of the
+//! agent's object.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
@@ -18,34 +19,35 @@ use raven_common::{
     generator::{FRAME_LEN, Generator, Sender},
 };
 
-/// What to send. Written before a run, read by the generator.
+/// Settings of the generator. Written by user space before a run.
 #[btf_map]
 static GENERATOR: Array<Generator, 1> = Array::new();
 
-/// What this CPU has sent.
+/// State of the generator on this CPU.
 #[btf_map]
 static SENDER: PerCpuArray<Sender, 1> = PerCpuArray::new();
 
-/// How many frames arrived. One CPU counts: the hop's.
+/// Number of frames that arrived. Written by one CPU only, the one that runs the hop.
 #[btf_map]
 static ARRIVED: Array<u64, 1> = Array::new();
 
-/// How many frames arrived, as the hop's CPU counts them now.
+/// Reads [`ARRIVED`].
 #[inline(always)]
 fn arrived() -> u64 {
-    // SAFETY: the array's only entry always exists; a count that is a moment old is as good.
+    // SAFETY: the array's only entry always exists; a slightly stale count is sufficient.
     ARRIVED.get_ptr_mut(0).map_or(0, |count| unsafe { count.read_volatile() })
 }
 
-/// Frames on their way at a time: a veth's queue holds 256, and 64 are made before any is let go. What does not fit into the queue would be
-/// given back to the generator's memory by its CPU, and contend there with the hop, which gives back what arrived: that is no part of a hop.
+/// Limit of frames in flight. A veth's queue holds 256 frames, and 64 are created before the first one is released. The
+/// sending CPU would free frames that do not fit into the queue, in contention with the hop, which frees arrived
+/// frames; that cost is not part of a hop.
 const WINDOW: u64 = 160;
-/// Looks at the clock, which pass the time, until a full window is given up: a fifth of a millisecond.
+/// Iterations, each with one read of the clock, until a full window is counted as lost: a fifth of a millisecond.
 const PATIENCE: u32 = 8192;
-/// And in between two looks at what arrived, whose cache line is the hop's.
+/// Iterations between two reads of [`ARRIVED`], whose cache line belongs to the hop's CPU.
 const BETWEEN: u32 = 256;
 
-/// Waits until a frame may be sent; gives its number.
+/// Waits until a frame may be sent and returns its number.
 #[inline(always)]
 fn next() -> Option<u64> {
     // SAFETY: this CPU's own entry, which always exists.
@@ -54,7 +56,7 @@ fn next() -> Option<u64> {
         for look in 0..PATIENCE {
             if look % BETWEEN == 0 {
                 sender.done = sender.lost + arrived();
-                // Some that were given up have arrived after all.
+                // Some frames counted as lost have arrived late.
                 if sender.done > sender.sent {
                     sender.lost = sender.lost.saturating_sub(sender.done - sender.sent);
                     sender.done = sender.sent;
@@ -66,7 +68,7 @@ fn next() -> Option<u64> {
             // SAFETY: a helper call without arguments.
             unsafe { bpf_ktime_get_ns() };
         }
-        // What is lost on the way never arrives.
+        // The frames in flight are lost.
         if sender.sent - sender.done >= WINDOW {
             sender.lost += sender.sent - sender.done;
             sender.done = sender.sent;
@@ -76,8 +78,8 @@ fn next() -> Option<u64> {
     Some(sender.sent)
 }
 
-/// Makes each frame that `BPF_PROG_TEST_RUN` hands in anew (the pages come back as the last receiver left them), with the
-/// next of the addresses in turn, and sends it out of a device. Since Linux 5.18 (live frames).
+/// Rewrites each frame passed by `BPF_PROG_TEST_RUN` (pages are reused as the last receiver left them) with the next
+/// address of the cycle, and sends it from a device. Since Linux 5.18 (live frames).
 #[xdp]
 pub fn generate(ctx: XdpContext) -> u32 {
     let Some(generator) = GENERATOR.get(0) else { return xdp_action::XDP_ABORTED };
@@ -86,7 +88,7 @@ pub fn generate(ctx: XdpContext) -> u32 {
         return xdp_action::XDP_ABORTED;
     }
     let Some(number) = next() else { return xdp_action::XDP_ABORTED };
-    // Never zero, or there would be a panic to call.
+    // At least 1, so that no panic for a division by zero is generated.
     let turn = (number % u64::from(generator.addresses.max(1))) as u32;
     let address = u32::from_be_bytes(generator.base) + turn * generator.stride;
     let [high, low] = [(address >> 16) as u16, address as u16];
@@ -97,10 +99,10 @@ pub fn generate(ctx: XdpContext) -> u32 {
     if start + at + 4 > ctx.data_end() || start + sum_at + 2 > ctx.data_end() {
         return xdp_action::XDP_ABORTED;
     }
-    // SAFETY: all of FRAME_LEN was checked to lie in the frame, and both fields again at their own offsets. Live frames
-    // start at a multiple of 4, and so does the template in the map's value.
+    // SAFETY: FRAME_LEN was checked to fit into the frame, and both fields again at their own offsets. Live frames
+    // start at a multiple of 4, as does the template in the map's value.
     unsafe {
-        // Word by word: as one assignment it would be a call to memcpy, which is not there.
+        // Word by word: a single assignment would call memcpy, which is not available.
         let frame = generator.frame.as_ptr().cast::<u32>();
         for word in 0..FRAME_LEN / 4 {
             (start as *mut u32).add(word).write_volatile(frame.add(word).read_volatile());
@@ -111,13 +113,13 @@ pub fn generate(ctx: XdpContext) -> u32 {
     }
 }
 
-/// Lets a frame pass: what a veth wants its peer to have before it takes frames from XDP.
+/// Passes every frame. A veth accepts frames from XDP only if its peer has an XDP program.
 #[xdp]
 pub fn pass(_ctx: XdpContext) -> u32 {
     xdp_action::XDP_PASS
 }
 
-/// Counts and drops, in TC: where WireGuard or the network card would take the packet; or to measure what comes before.
+/// Counts and drops every packet in TC, in place of WireGuard or the network card.
 #[classifier]
 pub fn swallow(_ctx: TcContext) -> i32 {
     if let Some(count) = ARRIVED.get_ptr_mut(0) {
@@ -127,7 +129,7 @@ pub fn swallow(_ctx: TcContext) -> i32 {
     TC_ACT_SHOT
 }
 
-/// Lets every packet pass and lets nobody behind it see one, in TC: as Cilium's programs do.
+/// Ends the chain in TC with `TC_ACT_OK`, as Cilium's programs do: later programs do not see the packet.
 #[classifier]
 pub fn last_word(_ctx: TcContext) -> i32 {
     TC_ACT_OK
