@@ -6,14 +6,14 @@
 //!     feed0 ────────────────────────► feed1 → tun0          eth0      ┤
 //! ```
 //!
-//! Frames are made by XDP live frames of `BPF_PROG_TEST_RUN`. The hop ends where WireGuard, or the network card, would take
-//! the packet: at the egress of `raven-wg0` or `eth0` a TC program counts and drops it. (A veth that carries it on to a sink
-//! wakes a thread on the other core, which in a virtual machine costs more than the whole hop and hides it.) The veth that
-//! receives has threaded NAPI, and packets are divided by the CPU time of that thread and its core's softirqs: what the
-//! generator and everybody else on the machine do is not in it.
+//! Frames are made by XDP live frames of `BPF_PROG_TEST_RUN`. The hop ends where WireGuard, or the network card, would
+//! take the packet: at the egress of `raven-wg0` or `eth0` a TC program counts and drops it. (A veth that carries it on
+//! to a sink wakes a thread on the other core, which in a virtual machine costs more than the whole hop and hides it.)
+//! The veth that receives has threaded NAPI, and packets are divided by the CPU time of that thread and its core's
+//! softirqs: what the generator and everybody else on the machine do is not in it.
 //!
-//! WireGuard itself is left out. Towards the tunnel `raven-wg0` is a veth; on the way back packets come
-//! from an L3 device without Ethernet header as WireGuard's is: VXLAN-GPE, whose own cost is measured by itself and taken off.
+//! WireGuard itself is left out. Towards the tunnel `raven-wg0` is a veth; on the way back packets come from an L3
+//! device without Ethernet header as WireGuard's is: VXLAN-GPE, whose own cost is measured by itself and taken off.
 
 use std::{
     fs,
@@ -276,7 +276,8 @@ impl Hop {
     /// What arrives and what is worked while the generator runs, after a moment to settle.
     fn observe(&self, hop: i32, time: Duration) -> Result<Sample> {
         thread::sleep(Duration::from_millis(150));
-        // Work that the hop leaves to softirqs is done in its thread, or, when that is behind, in this core's ksoftirqd.
+        // Work that the hop leaves to softirqs is done in its thread, or, when that is behind, in this core's
+        // ksoftirqd.
         let softirqs = threads_called("ksoftirqd/1")?.into_iter().next().context("CPU 1 has a ksoftirqd")?;
         let cpu = || Ok::<_, anyhow::Error>(cpu_time(hop)? + cpu_time(softirqs)?);
         let (packets, before) = (self.arrived()?, cpu()?);
@@ -432,7 +433,8 @@ fn cpu_time(pid: i32) -> Result<Duration> {
     Ok(Duration::from_nanos(nanoseconds))
 }
 
-/// An IPv4/UDP packet of 46 bytes, the smallest that Ethernet carries without padding. `from` and `to` count from their `.1`.
+/// An IPv4/UDP packet of 46 bytes, the smallest that Ethernet carries without padding. `from` and `to` count from their
+/// `.1`.
 fn inner_packet(from: [u8; 4], to: [u8; 4]) -> Vec<u8> {
     let first = |a: [u8; 4]| if a == REMOTE { (u32::from_be_bytes(a) + 1).to_be_bytes() } else { a };
     let mut packet = ipv4(first(from), first(to), 17, 26);

@@ -1,4 +1,5 @@
-//! Konnectivity beside the tunnel: its server on a cloud node, its agent at a site, certificates of its own. Only where `proxy-server` and
+//! Konnectivity beside the tunnel: its server on a cloud node, its agent at a site, certificates of its own. Only where
+//! `proxy-server` and
 //! `proxy-agent` are on PATH; nothing of the lab needs it.
 
 use std::{

@@ -1,7 +1,8 @@
 //! The benchmarks behind `cargo xtask bench`: ratios against a baseline that is measured in the same run.
 //!
-//! [`transit`] measures a gateway node's hop by itself ([`hop`] is its set-up), [`tunnel`] two gateway nodes end to end, [`proxy`] the L7 tunnel ([`konnectivity`] is what it is compared with), [`planning`]
-//! what `plan()` costs, [`memory`] what the programs keep resident.
+//! [`transit`] measures a gateway node's hop by itself ([`hop`] is its set-up), [`tunnel`] two gateway nodes end to
+//! end, [`proxy`] the L7 tunnel ([`konnectivity`] is what it is compared with), [`planning`] what `plan()` costs,
+//! [`memory`] what the programs keep resident.
 
 #![forbid(unsafe_code)]
 

@@ -1,12 +1,13 @@
 //! `bench proxy`: streams through the L7 tunnel against a direct TCP connection between the same two nodes (the site's router maps a
-//! port for it, which real sites do not), and against konnectivity where its programs are on PATH; on a link that is as fast as this machine
-//! copies, on one of 1 Gbit/s, and on a bad one. The ways alternate within a run; medians count.
+//! port for it, which real sites do not), and against konnectivity where its programs are on PATH; on a link that is as
+//! fast as this machine copies, on one of 1 Gbit/s, and on a bad one. The ways alternate within a run; medians count.
 //!
-//! The tunnel's way: by address, from the cloud gateway node itself: program, proxy, HTTP/2 over TLS, the site's NAT, its gateway node, the
-//! node. Konnectivity's: an HTTP CONNECT by a local socket to its server on the same node, its agent on the same gateway node of the site.
-//! Both ends of everything share this machine's cores, so what is compared is what a byte costs. Direct is one TCP connection; any tunnel
-//! is three in a row. What that alone costs is measured, too: two relays in the places of the gateway nodes that do nothing but move bytes
-//! within the kernel (splice), with no TLS, no multiplexing and nobody asked who he is. Nothing can be better.
+//! The tunnel's way: by address, from the cloud gateway node itself: program, proxy, HTTP/2 over TLS, the site's NAT,
+//! its gateway node, the node. Konnectivity's: an HTTP CONNECT by a local socket to its server on the same node, its
+//! agent on the same gateway node of the site. Both ends of everything share this machine's cores, so what is compared
+//! is what a byte costs. Direct is one TCP connection; any tunnel is three in a row. What that alone costs is measured,
+//! too: two relays in the places of the gateway nodes that do nothing but move bytes within the kernel (splice), with
+//! no TLS, no multiplexing and nobody asked who he is. Nothing can be better.
 
 use std::{
     collections::BTreeMap,
@@ -154,7 +155,8 @@ async fn measure(runs: usize) -> Result<Measured> {
     let server = pools[0].forward(Protocol::Tcp, konnectivity::AGENT_PORT, 0);
     pools[0].forwards.push(server);
     let lab = Lab::builder().pools(pools).up().await?;
-    // What every distribution's kernel does unless told otherwise; this machine's may have another default, which namespaces inherit.
+    // What every distribution's kernel does unless told otherwise; this machine's may have another default, which
+    // namespaces inherit.
     fs::write("/proc/sys/net/ipv4/tcp_allowed_congestion_control", "reno cubic bbr")?;
     for ns in lab.site().namespaces() {
         ns.sh("echo cubic > /proc/sys/net/ipv4/tcp_congestion_control")?;
@@ -163,8 +165,8 @@ async fn measure(runs: usize) -> Result<Measured> {
     let _controller = lab.start_controller().await?;
     let mut agents = lab.start_agents().await?;
     for agent in &mut agents {
-        // Without XDP at the uplinks: it costs a network card nothing, but a veth copies every packet for it and joins none, which all ways
-        // would be measured by.
+        // Without XDP at the uplinks: it costs a network card nothing, but a veth copies every packet for it and joins
+        // none, which all ways would be measured by.
         agent.arguments.extend(["--tier".to_owned(), "tc".to_owned()]);
         agent.restart()?;
     }
@@ -286,7 +288,8 @@ fn answer(mut client: TcpStream) -> std::io::Result<()> {
     }
 }
 
-/// Connects whoever comes to its port with `to`, both ways, by threads: the standard library moves bytes between sockets by splice(2).
+/// Connects whoever comes to its port with `to`, both ways, by threads: the standard library moves bytes between
+/// sockets by splice(2).
 fn relay(ns: &Namespace, to: SocketAddr) -> Result<()> {
     let listener = ns.within(|| TcpListener::bind(("0.0.0.0", RELAYED)))??;
     let connect = move |client: TcpStream| -> std::io::Result<()> {

@@ -1,7 +1,8 @@
 //! `bench transit`: packets per CPU-second of a gateway node's hop, by four ways, in both directions.
 //!
-//! (a) our fast tier, (b) our fallback tier, (c) the kernel's forwarding with conntrack and the rules that upstream's agent
-//! installs (API.md), (d) the kernel's forwarding and nothing else. Variants alternate within a run; medians count.
+//! (a) our fast tier, (b) our fallback tier, (c) the kernel's forwarding with conntrack and the rules that upstream's
+//! agent installs (API.md), (d) the kernel's forwarding and nothing else. Variants alternate within a run; medians
+//! count.
 
 use std::{path::Path, time::Duration};
 
@@ -141,8 +142,8 @@ fn to_overlay(hop: &mut Hop, prefixes: u32, runs: usize) -> Result<Vec<Line>> {
     Ok(measured.into_iter().map(line).collect())
 }
 
-/// Nanoseconds of a packet from the wire to where a program on the L3 device would see it, dropped there. Comes last: the
-/// set-up carries nothing any more afterwards.
+/// Nanoseconds of a packet from the wire to where a program on the L3 device would see it, dropped there. Comes last:
+/// the set-up carries nothing any more afterwards.
 fn feed(hop: &mut Hop, runs: usize) -> Result<f64> {
     hop.end_at_feed()?;
     let samples: Result<Vec<f64>> = (0..runs).map(|_| Ok(hop.measure(Direction::ToOverlay, TIME)?.nanoseconds())).collect();
@@ -190,8 +191,8 @@ impl SetUp {
     }
 }
 
-/// What upstream's agent installs on a gateway node (API.md, 'On the node'): marks by ipset in PREROUTING and OUTPUT, the
-/// exemption from source NAT by ipset in POSTROUTING, a rule for the mark; and conntrack, which comes with NAT.
+/// What upstream's agent installs on a gateway node (API.md, 'On the node'): marks by ipset in PREROUTING and OUTPUT,
+/// the exemption from source NAT by ipset in POSTROUTING, a rule for the mark; and conntrack, which comes with NAT.
 ///
 /// Upstream's second set is of type hash:net,net. Where the kernel lacks it, two sets of hash:net stand in.
 fn upstream_rules(hop: &Hop) -> Result<()> {

@@ -1,6 +1,7 @@
 //! `bench tunnel`: throughput of one TCP connection between two gateway nodes through Raven, and through bare WireGuard of the same
-//! kind between the same two hosts. The two ways alternate within a run, each host has a core of its own, and the median of the
-//! runs' ratios counts: what the scheduler makes of four engines on two cores differs by more than the two ways do.
+//! kind between the same two hosts. The two ways alternate within a run, each host has a core of its own, and the
+//! median of the runs' ratios counts: what the scheduler makes of four engines on two cores differs by more than the
+//! two ways do.
 
 use std::{process::Command, time::Duration};
 

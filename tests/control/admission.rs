@@ -1,4 +1,4 @@
-//! Who may write what: an agent its own GatewayNode and nothing else, by the token that the kubelet gives its Pod.
+//! Tests of the admission policy: an agent can write only its own GatewayNode, identified by the token of its Pod.
 
 use std::path::Path;
 
@@ -7,19 +7,19 @@ use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
 use raven_api::{AGENT_SERVICE_ACCOUNT, Gateway, GatewayNode};
-use raven_tests::PoolSpec;
+use raven_tests::{PoolSpec, test_name};
 use serde_json::{Value, json};
 
-use crate::stage::{Stage, play_in};
+use crate::fixture::{Fixture, run_with_pools};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_writes_its_own_gateway_node_and_nothing_else() {
+async fn agent_can_write_only_its_own_gateway_node() {
     let pools = vec![PoolSpec { nodes: vec!["c-a".into(), "c-b".into()], ..PoolSpec::new("cloud", "cloud", 0, 10) }];
-    play_in(pools, "an_agent_writes_its_own_gateway_node_and_nothing_else", async |stage| {
-        let (a, b) = (agent(stage, "c-a").await?, agent(stage, "c-b").await?);
+    run_with_pools(pools, test_name!(), async |fixture| {
+        let (a, b) = (agent(fixture, "c-a").await?, agent(fixture, "c-b").await?);
         let of = |client: &Client| Api::<GatewayNode>::all(client.clone());
 
-        // Its own: everything.
+        // All writes of the agent's own GatewayNode are allowed.
         of(&a).create(&PostParams::default(), &serde_json::from_value(object("c-a"))?).await?;
         apply(&of(&a), "c-a").await?;
         apply_status(&of(&a), "c-a").await?;
@@ -27,57 +27,60 @@ async fn an_agent_writes_its_own_gateway_node_and_nothing_else() {
         apply(&of(&a), "c-a").await?;
         apply(&of(&b), "c-b").await?;
 
-        // Another node's: nothing, and in words.
-        let ours = "the agent on node c-b may write GatewayNode c-b only, not c-a";
-        refused(
+        // All writes of another node's GatewayNode are denied with a message.
+        let denied_for_c_a = "the agent on node c-b may write GatewayNode c-b only, not c-a";
+        ensure_denied(
             of(&b).create(&PostParams::default(), &serde_json::from_value(object("c-x"))?).await,
             "may write GatewayNode c-b only, not c-x",
         )?;
-        refused(apply(&of(&b), "c-a").await, ours)?;
-        refused(of(&b).patch("c-a", &PatchParams::default(), &Patch::Merge(json!({"spec": {"publicKey": null}}))).await, ours)?;
+        ensure_denied(apply(&of(&b), "c-a").await, denied_for_c_a)?;
+        ensure_denied(
+            of(&b).patch("c-a", &PatchParams::default(), &Patch::Merge(json!({"spec": {"publicKey": null}}))).await,
+            denied_for_c_a,
+        )?;
         let mut stolen = of(&b).get("c-a").await?;
         stolen.spec.gateway = "mine".to_owned();
-        refused(of(&b).replace("c-a", &PostParams::default(), &stolen).await, ours)?;
-        refused(apply_status(&of(&b), "c-a").await, ours)?;
-        refused(of(&b).delete("c-a", &DeleteParams::default()).await, ours)?;
+        ensure_denied(of(&b).replace("c-a", &PostParams::default(), &stolen).await, denied_for_c_a)?;
+        ensure_denied(apply_status(&of(&b), "c-a").await, denied_for_c_a)?;
+        ensure_denied(of(&b).delete("c-a", &DeleteParams::default()).await, denied_for_c_a)?;
         assert_eq!(of(&a).get("c-a").await?.spec.gateway, "cloud");
-        // A name that the server makes up is nobody's.
+        // A generated name belongs to no node.
         let mut nameless = object("");
         nameless["metadata"] = json!({"generateName": "c-b"});
         let nameless = serde_json::from_value(nameless)?;
-        refused(of(&b).create(&PostParams::default(), &nameless).await, "may write GatewayNode c-b only")?;
-        // RBAC gives no deletecollection.
-        refused(of(&b).delete_collection(&DeleteParams::default(), &Default::default()).await, "forbidden")?;
+        ensure_denied(of(&b).create(&PostParams::default(), &nameless).await, "may write GatewayNode c-b only")?;
+        // RBAC does not grant deletecollection.
+        ensure_denied(of(&b).delete_collection(&DeleteParams::default(), &Default::default()).await, "forbidden")?;
 
-        // A token that is bound to no node: not even one's own.
-        let unbound = token(stage, &["create", "token", AGENT_SERVICE_ACCOUNT, "-n", "kube-system"]).await?;
-        refused(apply(&of(&unbound), "c-a").await, "this token is not bound to a node")?;
-        refused(apply(&of(&unbound), "c-z").await, "this token is not bound to a node")?;
+        // With a token that is bound to no node, an agent cannot write any GatewayNode.
+        let unbound = token(fixture, &["create", "token", AGENT_SERVICE_ACCOUNT, "-n", "kube-system"]).await?;
+        ensure_denied(apply(&of(&unbound), "c-a").await, "this token is not bound to a node")?;
+        ensure_denied(apply(&of(&unbound), "c-z").await, "this token is not bound to a node")?;
 
-        // Gateways, and what else an agent has no business with.
-        stage.put_gateway("cloud", json!({})).await?;
+        // Gateways and other resources are read-only or inaccessible.
+        fixture.put_gateway("cloud", json!({})).await?;
         let gateways: Api<Gateway> = Api::all(b.clone());
         gateways.get("cloud").await?;
         let spec = Patch::Merge(json!({"spec": {"exposeType": "PublicIP"}}));
-        refused(gateways.patch("cloud", &PatchParams::default(), &spec).await, "forbidden")?;
+        ensure_denied(gateways.patch("cloud", &PatchParams::default(), &spec).await, "forbidden")?;
         let status = Patch::Merge(json!({"status": {"nodes": []}}));
-        refused(gateways.patch_status("cloud", &PatchParams::default(), &status).await, "forbidden")?;
-        refused(gateways.create(&PostParams::default(), &Gateway::new("mine", Default::default())).await, "forbidden")?;
-        refused(gateways.delete("cloud", &DeleteParams::default()).await, "forbidden")?;
+        ensure_denied(gateways.patch_status("cloud", &PatchParams::default(), &status).await, "forbidden")?;
+        ensure_denied(gateways.create(&PostParams::default(), &Gateway::new("mine", Default::default())).await, "forbidden")?;
+        ensure_denied(gateways.delete("cloud", &DeleteParams::default()).await, "forbidden")?;
         let account = format!("--as=system:serviceaccount:kube-system:{AGENT_SERVICE_ACCOUNT}");
         for (verb, what) in
             [("get", "secrets"), ("list", "nodes"), ("patch", "nodes"), ("list", "pods"), ("update", "leases.coordination.k8s.io")]
         {
-            // kubectl ends with 1 to say no.
-            let answer = stage.lab.cluster().kubectl(&["auth", "can-i", verb, what, "-n", "kube-system", &account]);
+            // kubectl exits with status 1 for "no".
+            let answer = fixture.lab.cluster().kubectl(&["auth", "can-i", verb, what, "-n", "kube-system", &account]);
             ensure!(answer.is_err(), "an agent may {verb} {what}");
         }
 
-        // The Pod is gone, and its token with it.
-        stage.lab.cluster().delete_agent_pod("c-b").await?;
-        raven_tests::eventually(crate::stage::SOON, "the token of a deleted Pod is void", async || {
+        // Deleting the Pod revokes its token.
+        fixture.lab.cluster().delete_agent_pod("c-b").await?;
+        raven_tests::eventually(crate::fixture::SOON, "the token of a deleted Pod is revoked", async || {
             let error = match apply(&of(&b), "c-b").await {
-                Ok(_) => anyhow::bail!("it still writes"),
+                Ok(_) => anyhow::bail!("the write was allowed"),
                 Err(error) => error,
             };
             ensure!(matches!(&error, kube::Error::Api(status) if status.code == 401), "{error:?}");
@@ -102,32 +105,32 @@ async fn apply_status(api: &Api<GatewayNode>, name: &str) -> kube::Result<Gatewa
     api.patch_status(name, &PatchParams::apply("raven-agent").force(), &Patch::Apply(status)).await
 }
 
-fn refused<T>(result: kube::Result<T>, words: &str) -> Result<()> {
+fn ensure_denied<T>(result: kube::Result<T>, words: &str) -> Result<()> {
     match result {
-        Ok(_) => anyhow::bail!("it was allowed, and should be refused with {words:?}"),
+        Ok(_) => anyhow::bail!("the request was allowed; expected an error with {words:?}"),
         Err(kube::Error::Api(status)) if status.code == 403 && status.message.contains(words) => Ok(()),
-        Err(error) => anyhow::bail!("it should be refused with {words:?}: {error:?}"),
+        Err(error) => anyhow::bail!("expected an error with {words:?}, got {error:?}"),
     }
 }
 
-async fn agent(stage: &Stage, node: &str) -> Result<Client> {
-    let node = stage.lab.node(node);
-    let path = stage.lab.cluster().agent_kubeconfig(&stage.lab, node).await?;
-    client(stage, &path).await
+async fn agent(fixture: &Fixture, node: &str) -> Result<Client> {
+    let node = fixture.lab.node(node);
+    let path = fixture.lab.cluster().agent_kubeconfig(&fixture.lab, node).await?;
+    client(fixture, &path).await
 }
 
-// The same identity, at the address by which this test reaches the API server.
-async fn client(stage: &Stage, path: &Path) -> Result<Client> {
+// The agent's identity, with the address by which this test reaches the API server.
+async fn client(fixture: &Fixture, path: &Path) -> Result<Client> {
     let config = |file| async move { Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await };
     let mut agent = config(Kubeconfig::read_from(path)?).await?;
-    agent.cluster_url = config(Kubeconfig::read_from(stage.lab.cluster().kubeconfig())?).await?.cluster_url;
+    agent.cluster_url = config(Kubeconfig::read_from(fixture.lab.cluster().kubeconfig())?).await?.cluster_url;
     Ok(Client::try_from(agent)?)
 }
 
-async fn token(stage: &Stage, args: &[&str]) -> Result<Client> {
+async fn token(fixture: &Fixture, args: &[&str]) -> Result<Client> {
     let mut config =
-        Config::from_custom_kubeconfig(Kubeconfig::read_from(stage.lab.cluster().kubeconfig())?, &KubeConfigOptions::default()).await?;
-    let token = stage.lab.cluster().kubectl(args)?.trim().to_owned();
+        Config::from_custom_kubeconfig(Kubeconfig::read_from(fixture.lab.cluster().kubeconfig())?, &KubeConfigOptions::default()).await?;
+    let token = fixture.lab.cluster().kubectl(args)?.trim().to_owned();
     config.auth_info = kube::config::AuthInfo { token: Some(token.into()), ..Default::default() };
     Ok(Client::try_from(config)?)
 }

@@ -1,4 +1,4 @@
-//! Who carries a pool's traffic: elected, replaced, kept, gone.
+//! Tests of the election of gateway nodes.
 
 use anyhow::ensure;
 use k8s_openapi::api::core::v1::{ConfigMap, Node};
@@ -7,15 +7,16 @@ use kube::api::{DeleteParams, PostParams};
 use raven_api::LABEL_GATEWAY;
 use serde_json::json;
 
-use crate::stage::{elects, nodes, play, says, status};
+use crate::fixture::{elects, has_condition, nodes, run, status};
+use raven_tests::test_name;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_status_tells_what_the_pool_is_and_whom_it_elected() {
-    play("the_status_tells_what_the_pool_is_and_whom_it_elected", async |stage| {
-        stage.put_two_pools().await?;
-        let _controller = stage.controller("one", &[]).await?;
-        stage.two_pools_are_ready().await?;
-        let site = stage.gateways.get("site").await?;
+async fn status_lists_pool_nodes_and_elected_gateway_nodes() {
+    run(test_name!(), async |fixture| {
+        fixture.put_two_pools().await?;
+        let _controller = fixture.controller("one", &[]).await?;
+        fixture.two_pools_are_ready().await?;
+        let site = fixture.gateways.get("site").await?;
         let status = json!(site.status);
         assert_eq!(
             status["nodes"],
@@ -27,38 +28,42 @@ async fn the_status_tells_what_the_pool_is_and_whom_it_elected() {
         assert_eq!((&status["nodeCount"], &status["observedGeneration"]), (&json!(2), &json!(site.metadata.generation)));
         let endpoint = |node: &str, type_: &str, port: u16, key: &str, on: &str| json!({"nodeName": node, "type": type_, "port": port, "underNAT": true, "config": {key: on}});
         let tunnel = endpoint("x-b", "tunnel", 4500, "enable-l3-tunnel", "true");
-        let nodes: Api<Node> = Api::all(stage.lab.cluster().client());
+        let nodes: Api<Node> = Api::all(fixture.lab.cluster().client());
         let uid = nodes.get("x-a").await?.metadata.uid;
         let proxy = |on: &str| {
             let mut proxy = endpoint("x-a", "proxy", 10262, "enable-l7-proxy", on);
             proxy["config"]["node-uid"] = json!(uid);
             proxy
         };
-        // No endpoint of type proxy is listed: every node is a candidate, by name.
+        // Without endpoints of type proxy, every node is a candidate, ordered by name.
         assert_eq!(status["activeEndpoints"], json!([tunnel, proxy("true")]));
         let types: Vec<&str> = site.status.iter().flat_map(|s| &s.conditions).map(|c| c.type_.as_str()).collect();
         assert_eq!(types, ["Ready", "Elected", "Accepted"]);
-        says(&site, "Ready", "True", "Ready", "2 nodes in the pool, gateway: x-a, x-b")?;
-        says(&site, "Elected", "True", "Elected", "tunnel: x-b; proxy: x-a")?;
-        says(&site, "Accepted", "True", "Accepted", "in force")?;
+        has_condition(&site, "Ready", "True", "Ready", "2 nodes in the pool, gateway: x-a, x-b")?;
+        has_condition(&site, "Elected", "True", "Elected", "tunnel: x-b; proxy: x-a")?;
+        has_condition(&site, "Accepted", "True", "Accepted", "in force")?;
 
         let managers = site.metadata.managed_fields.unwrap_or_default();
         let of_status: Vec<_> = managers.iter().filter(|m| m.subresource.as_deref() == Some("status")).map(|m| (m.manager.as_deref(), m.operation.as_deref())).collect();
         assert_eq!(of_status, [(Some("raven-controller"), Some("Apply"))]);
-        let line = stage.lab.cluster().kubectl(&["get", "gw", "site", "--no-headers"])?;
+        let line = fixture.lab.cluster().kubectl(&["get", "gw", "site", "--no-headers"])?;
         assert_eq!(line.split_whitespace().take(5).collect::<Vec<_>>(), ["site", "2", "x-b", "True", "Ready"], "{line}");
-        assert_eq!(stage.event("site", "GatewayNodeElected", "tunnel: elected x-b").await?, "Normal");
+        assert_eq!(fixture.event("site", "GatewayNodeElected", "tunnel: elected x-b").await?, "Normal");
 
-        let configs: Api<ConfigMap> = Api::namespaced(stage.lab.cluster().client(), "kube-system");
+        let configs: Api<ConfigMap> = Api::namespaced(fixture.lab.cluster().client(), "kube-system");
         let config = serde_json::from_value(json!({"metadata": {"name": "raven-cfg"}, "data": {"enable-l7-proxy": "false"}}))?;
         configs.create(&PostParams::default(), &config).await?;
+<<<<<<< HEAD
         let switched = stage.until("site", "has L7 switched off", |g| says(g, "Ready", "True", "Ready", "ConfigMap raven-cfg sets enable-l7-proxy=false")).await?;
+=======
+        let switched = fixture.until("site", "has L7 switched off", |g| has_condition(g, "Ready", "True", "Ready", "ConfigMap raven-cfg sets enable-l7-proxy=false")).await?;
+>>>>>>> 61b8775 (tests: rewrite lab, control, l3 and l7 tests in plain technical English)
         assert_eq!(json!(switched.status)["activeEndpoints"], json!([tunnel, proxy("false")]));
         configs.delete("raven-cfg", &DeleteParams::default()).await?;
-        stage
+        fixture
             .until("site", "has L7 switched on again", |g| {
                 let on = json!(g.status)["activeEndpoints"] == status["activeEndpoints"];
-                ensure!(on, "the switch is still in force");
+                ensure!(on, "the proxy is still switched off");
                 Ok(())
             })
             .await?;
@@ -68,71 +73,80 @@ async fn the_status_tells_what_the_pool_is_and_whom_it_elected() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_elected_node_is_replaced_when_it_falls_silent_and_kept_when_all_do() {
-    play("an_elected_node_is_replaced_when_it_falls_silent_and_kept_when_all_do", async |stage| {
-        let cluster = stage.lab.cluster();
-        stage.put_two_pools().await?;
-        let _controller = stage.controller("one", &[]).await?;
-        stage.two_pools_are_ready().await?;
-        elects(&stage.gateways.get("site").await?, &["x-b"])?;
-        let cloud = stage.raw("cloud").await?;
+async fn elected_node_is_replaced_when_not_ready_and_kept_when_no_node_is_ready() {
+    run(test_name!(), async |fixture| {
+        let cluster = fixture.lab.cluster();
+        fixture.put_two_pools().await?;
+        let _controller = fixture.controller("one", &[]).await?;
+        fixture.two_pools_are_ready().await?;
+        elects(&fixture.gateways.get("site").await?, &["x-b"])?;
+        let cloud = fixture.raw("cloud").await?;
 
         cluster.set_ready("x-b", false).await?;
-        let replaced = stage.until("site", "elects the other node", |g| elects(g, &["x-a"])).await?;
-        says(&replaced, "Ready", "True", "Ready", "")?;
-        assert_eq!(nodes(&replaced), ["x-a", "x-b"], "it is a node of the pool still");
-        assert_eq!(stage.event("site", "GatewayNodeReplaced", "x-a replaces x-b (it is not Ready)").await?, "Normal");
+        let replaced = fixture.until("site", "elects the other node", |g| elects(g, &["x-a"])).await?;
+        has_condition(&replaced, "Ready", "True", "Ready", "")?;
+        assert_eq!(nodes(&replaced), ["x-a", "x-b"], "the replaced node is still in the pool");
+        assert_eq!(fixture.event("site", "GatewayNodeReplaced", "x-a replaces x-b (it is not Ready)").await?, "Normal");
 
-        let before = stage.raw("site").await?;
+        let before = fixture.raw("site").await?;
         cluster.set_ready("x-b", true).await?;
-        stage.fence().await?;
-        assert_eq!(stage.raw("site").await?, before, "the preferred one is back: no reason to move");
+        fixture.fence().await?;
+        assert_eq!(fixture.raw("site").await?, before, "the election must not change when the preferred node is ready again");
 
-        let elected = status(&stage.gateways.get("site").await?);
+        let elected = status(&fixture.gateways.get("site").await?);
         cluster.set_ready("x-b", false).await?;
         cluster.set_ready("x-a", false).await?;
-        let dark = stage
-            .until("site", "says that no node is ready", |g| says(g, "Elected", "False", "NoReadyNode", "keeping x-a, elected before"))
+        let none_ready = fixture
+            .until("site", "reports that no node is ready", |g| {
+                has_condition(g, "Elected", "False", "NoReadyNode", "keeping x-a, elected before")
+            })
             .await?;
-        says(&dark, "Ready", "False", "NoReadyNode", "keeping x-a, elected before")?;
-        assert_eq!((status(&dark).active_endpoints, status(&dark).nodes), (elected.active_endpoints, elected.nodes));
-        assert_eq!(stage.event("site", "NoReadyNode", "keeping x-a").await?, "Warning");
+        has_condition(&none_ready, "Ready", "False", "NoReadyNode", "keeping x-a, elected before")?;
+        assert_eq!((status(&none_ready).active_endpoints, status(&none_ready).nodes), (elected.active_endpoints, elected.nodes));
+        assert_eq!(fixture.event("site", "NoReadyNode", "keeping x-a").await?, "Warning");
 
         cluster.set_ready("x-b", true).await?;
-        let light = stage.until("site", "elects the one that came back", |g| elects(g, &["x-b"])).await?;
-        says(&light, "Ready", "True", "Ready", "")?;
-        assert_eq!(stage.raw("cloud").await?, cloud, "nothing of this is the cloud's business");
+        let recovered = fixture.until("site", "elects the recovered node", |g| elects(g, &["x-b"])).await?;
+        has_condition(&recovered, "Ready", "True", "Ready", "")?;
+        assert_eq!(fixture.raw("cloud").await?, cloud, "the other Gateway must not change");
         Ok(())
     })
     .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_that_leaves_takes_its_election_and_its_prefixes_with_it() {
-    play("a_node_that_leaves_takes_its_election_and_its_prefixes_with_it", async |stage| {
-        stage.put_two_pools().await?;
-        let _controller = stage.controller("one", &["--auto-gateways=false"]).await?;
-        stage.two_pools_are_ready().await?;
-        let cloud = stage.raw("cloud").await?;
+async fn leaving_node_loses_election_and_prefixes() {
+    run(test_name!(), async |fixture| {
+        fixture.put_two_pools().await?;
+        let _controller = fixture.controller("one", &["--auto-gateways=false"]).await?;
+        fixture.two_pools_are_ready().await?;
+        let cloud = fixture.raw("cloud").await?;
 
-        stage.label("x-b", LABEL_GATEWAY, None).await?;
-        let left = stage.until("site", "goes on without x-b", |g| elects(g, &["x-a"])).await?;
+        fixture.label("x-b", LABEL_GATEWAY, None).await?;
+        let left = fixture.until("site", "elects another node than x-b", |g| elects(g, &["x-a"])).await?;
         assert_eq!((nodes(&left), status(&left).node_count), (vec!["x-a"], 1));
-        says(&left, "Accepted", "False", "EndpointNodeUnknown", "node x-b, which is not a node of this pool")?;
-        assert_eq!(stage.event("site", "GatewayNodeReplaced", "x-b (it left the pool of site)").await?, "Normal");
+        has_condition(&left, "Accepted", "False", "EndpointNodeUnknown", "node x-b, which is not a node of this pool")?;
+        assert_eq!(fixture.event("site", "GatewayNodeReplaced", "x-b (it left the pool of site)").await?, "Normal");
 
-        stage.lab.cluster().delete_node("x-a").await?;
-        let empty = stage
-            .until("site", "has no node", |g| says(g, "Ready", "False", "NoNode", "label its nodes raven.openyurt.io/gateway=site"))
+        fixture.lab.cluster().delete_node("x-a").await?;
+        let empty = fixture
+            .until("site", "has no node", |g| {
+                has_condition(g, "Ready", "False", "NoNode", "label its nodes raven.openyurt.io/gateway=site")
+            })
             .await?;
         assert_eq!((nodes(&empty).len(), status(&empty).active_endpoints.len(), status(&empty).node_count), (0, 0, 0));
+<<<<<<< HEAD
         says(&empty, "Accepted", "False", "EndpointNodeUnknown", "node x-a, which does not exist")?;
         assert_eq!(stage.event("site", "GatewayNodeLost", "x-a (the node was deleted)").await?, "Warning");
+=======
+        has_condition(&empty, "Accepted", "False", "EndpointNodeUnknown", "node x-a, which does not exist")?;
+        assert_eq!(fixture.event("site", "GatewayNodeLost", "x-a (the node was deleted)").await?, "Warning");
+>>>>>>> 61b8775 (tests: rewrite lab, control, l3 and l7 tests in plain technical English)
 
-        stage.label("x-b", LABEL_GATEWAY, Some("site")).await?;
-        let back = stage.until("site", "elects x-b", |g| elects(g, &["x-b"])).await?;
+        fixture.label("x-b", LABEL_GATEWAY, Some("site")).await?;
+        let back = fixture.until("site", "elects x-b", |g| elects(g, &["x-b"])).await?;
         assert_eq!(status(&back).nodes[0].subnets, ["10.244.3.0/24", "fd00:244:3::/64"]);
-        assert_eq!(stage.raw("cloud").await?, cloud, "the other Gateway is as it was");
+        assert_eq!(fixture.raw("cloud").await?, cloud, "the other Gateway must not change");
         Ok(())
     })
     .await;

@@ -1,18 +1,19 @@
-//! The controller, whole: the real program with the rights of `deploy/rbac.yaml`, against a real API server. No dataplane.
+//! Tests of the complete controller: the real binary with the permissions of `deploy/rbac.yaml`, against a real API
+//! server. No dataplane.
 //!
-//! Each test is a story in a lab of its own, told in API objects: Nodes and Gateways are written as kubelets and people would write
-//! them, and what is asserted is what the API server then holds. [`stage`] sets the scene.
+//! Each test runs in its own lab. It writes Nodes and Gateways as kubelets and users would, and asserts on the objects
+//! that the API server returns. [`fixture`] provides the setup.
 
 #![forbid(unsafe_code)]
 
 mod admission;
 mod claims;
 mod election;
-mod leaders;
+mod fixture;
+mod leader_election;
 mod pools;
-mod protected;
+mod protected_prefixes;
 mod proxies;
 mod schema;
-mod stage;
 mod versions;
 mod writes;

@@ -1,13 +1,15 @@
-//! What the API server refuses by itself, in our words, with no webhook and no controller running; and what it fills in.
+//! Tests of the CRD schema, which works without webhook and controller: validation with Raven's messages, and default
+//! values.
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use crate::stage::{Stage, play};
+use crate::fixture::{Fixture, run};
+use raven_tests::test_name;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_api_server_refuses_what_can_only_be_a_mistake() {
-    play("the_api_server_refuses_what_can_only_be_a_mistake", async |stage| {
+async fn schema_rejects_invalid_gateways() {
+    run(test_name!(), async |fixture| {
         let endpoints = |list: Value| json!({ "endpoints": list });
         let tunnels = |count: usize| (0..count).map(|i| json!({"nodeName": format!("n{i}")})).collect::<Vec<_>>();
         let proxies = |replicas: i32, count: usize| {
@@ -48,15 +50,15 @@ async fn the_api_server_refuses_what_can_only_be_a_mistake() {
             (endpoints(json!(tunnels(257))), &["spec.endpoints", "must have at most 256 items"]),
         ];
         for (spec, words) in refused {
-            let error = match stage.put_gateway("g", spec.clone()).await {
-                Ok(_) => panic!("the API server took {spec}"),
+            let error = match fixture.put_gateway("g", spec.clone()).await {
+                Ok(_) => panic!("the API server accepted {spec}"),
                 Err(error) => format!("{error:?}"),
             };
             for word in words {
-                assert!(error.contains(word), "{spec} should be refused with {word:?}: {error}");
+                assert!(error.contains(word), "the error for {spec} should contain {word:?}: {error}");
             }
         }
-        assert!(stage.gateways.get_opt("g").await?.is_none());
+        assert!(fixture.gateways.get_opt("g").await?.is_none());
 
         let taken = [
             json!({}),
@@ -65,11 +67,11 @@ async fn the_api_server_refuses_what_can_only_be_a_mistake() {
             proxies(2, 2),
             proxies(0, 2),
             proxies(2, 0),
-            // Only tunnels are listed: for the proxy every node of the pool is a candidate.
+            // Only tunnel endpoints are listed: every node of the pool is a candidate for the proxy.
             json!({"proxyConfig": {"Replicas": 2}, "endpoints": tunnels(1)}),
         ];
         for spec in taken {
-            stage.put_gateway("g", spec.clone()).await.with_context(|| spec.to_string())?;
+            fixture.put_gateway("g", spec.clone()).await.with_context(|| spec.to_string())?;
         }
         Ok(())
     })
@@ -77,23 +79,23 @@ async fn the_api_server_refuses_what_can_only_be_a_mistake() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_api_server_fills_in_what_was_left_out() {
-    play("the_api_server_fills_in_what_was_left_out", async |stage| {
+async fn schema_sets_defaults() {
+    run(test_name!(), async |fixture| {
         let given = json!({"proxyConfig": {"proxyHTTPPort": "10255"}, "tunnelConfig": {}, "endpoints": [{"nodeName": "a"}]});
-        stage.put_gateway("g", given).await?;
-        let stored = spec(stage, "g").await?;
+        fixture.put_gateway("g", given).await?;
+        let stored = spec(fixture, "g").await?;
         assert_eq!((&stored["proxyConfig"]["Replicas"], &stored["tunnelConfig"]["Replicas"]), (&json!(1), &json!(1)));
         assert_eq!(stored["endpoints"], json!([{"nodeName": "a", "type": "tunnel", "underNAT": false}]));
 
-        stage.put_gateway("g", json!({"proxyConfig": {"Replicas": 0}, "tunnelConfig": {"Replicas": 0}})).await?;
-        let stored = spec(stage, "g").await?;
+        fixture.put_gateway("g", json!({"proxyConfig": {"Replicas": 0}, "tunnelConfig": {"Replicas": 0}})).await?;
+        let stored = spec(fixture, "g").await?;
         assert_eq!((&stored["proxyConfig"]["Replicas"], &stored["tunnelConfig"]["Replicas"]), (&json!(0), &json!(0)));
         Ok(())
     })
     .await;
 }
 
-async fn spec(stage: &Stage, gateway: &str) -> Result<Value> {
-    let object: Value = serde_json::from_str(&stage.raw(gateway).await?)?;
+async fn spec(fixture: &Fixture, gateway: &str) -> Result<Value> {
+    let object: Value = serde_json::from_str(&fixture.raw(gateway).await?)?;
     Ok(object["spec"].clone())
 }

@@ -1,26 +1,22 @@
-//! Packets that lie: dropped, counted under the right reason, and visible.
+//! Tests of forged packets: they are dropped, counted under the right reason, and listed.
 
-use raven_tests::{privileged, proof};
+use raven_tests::{proof, require_root};
 
 use crate::Running;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn forged_packets_are_dropped_counted_and_shown() {
-    if !privileged("forged_packets_are_dropped_counted_and_shown") {
-        return;
-    }
-    let running = Running::start().await.expect("the lab starts");
+async fn forged_packets_are_dropped_counted_and_listed() {
+    require_root!();
+    let running = Running::start().await.expect("start the lab");
     let seen = proof::forged(&running.lab, false).await;
     println!("forged: {}", running.check(seen));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_gateway_node_that_sends_another_pools_addresses_gets_nothing_through() {
-    if !privileged("a_gateway_node_that_sends_another_pools_addresses_gets_nothing_through") {
-        return;
-    }
-    let running = Running::start().await.expect("the lab starts");
-    // By the embedded engine here; the kernel's WireGuard: `tests/vm`.
-    let seen = proof::lying_peer(&running.lab, false).await;
-    println!("lying peer: {}", running.check(seen));
+async fn peer_cannot_send_from_addresses_of_another_pool() {
+    require_root!();
+    let running = Running::start().await.expect("start the lab");
+    // The embedded engine; `tests/vm` runs the check with the kernel's WireGuard.
+    let seen = proof::rejects_foreign_sources(&running.lab, false).await;
+    println!("foreign sources: {}", running.check(seen));
 }

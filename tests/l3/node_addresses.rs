@@ -1,20 +1,18 @@
-//! `forward-node-ip`: nodes of different pools reach each other by their own addresses, too.
+//! Tests of `forward-node-ip`: nodes of different pools reach each other by their own addresses.
 
 use std::time::Duration;
 
 use anyhow::Context;
-use raven_tests::{eventually, privileged, probe};
+use raven_tests::{eventually, probe, require_root};
 
 use crate::Running;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn node_addresses_of_other_pools_are_reached_when_that_is_switched_on_and_not_before() {
-    if !privileged("node_addresses_of_other_pools_are_reached_when_that_is_switched_on_and_not_before") {
-        return;
-    }
-    let running = Running::start().await.expect("the lab starts");
+async fn node_addresses_are_forwarded_only_if_enabled() {
+    require_root!();
+    let running = Running::start().await.expect("start the lab");
     let lab = &running.lab;
-    // From a node and from a pod, to an ordinary node and to a gateway node, both ways, and from edge to edge.
+    // From a node and from a pod, to a member and to a gateway node, in both directions, and from edge to edge.
     let pairs = [
         (&lab.node("cloud-b").ns, lab.node("x-b").lan_v4),
         (&lab.pod("cloud-b").ns, lab.node("x-a").lan_v4),
@@ -30,9 +28,10 @@ async fn node_addresses_of_other_pools_are_reached_when_that_is_switched_on_and_
         let answers = || async { probe::ping(from, to.into()).await?.context("no answer") };
         running.check(eventually(Duration::from_secs(30), &format!("{to} answers {}", from.name), answers).await);
     }
-    // The node's own networks stay what they were: the way to the API server, to the pool's neighbour, to the tunnel's other end.
+    // Routes within the node's own networks are unchanged: to the API server, a node of the pool, and the tunnel's
+    // endpoint.
     for (node, address) in [("cloud-b", "10.0.0.5"), ("cloud-b", "10.0.0.11"), ("x-b", "10.1.0.11"), ("x-a", "198.51.100.10")] {
-        let way = running.check(lab.node(node).ns.run("ip", &["route", "get", address]));
-        assert!(way.contains("dev eth0"), "{node} to {address}: {way}");
+        let route = running.check(lab.node(node).ns.run("ip", &["route", "get", address]));
+        assert!(route.contains("dev eth0"), "{node} to {address}: {route}");
     }
 }

@@ -1,4 +1,4 @@
-//! Without the API server, after a reboot, after a crash at any point: packets go on.
+//! Tests of outages: forwarding continues without the API server, after a reboot, and after a crash at any point.
 
 use std::{
     net::IpAddr,
@@ -6,47 +6,43 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use raven_tests::{Lab, Node, eventually, privileged, probe, probe::Flow, proof};
+use raven_tests::{Lab, Node, eventually, probe, probe::Flow, proof, require_root};
 
 use crate::Running;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_minute_without_the_api_server_and_restarted_agents_lose_nothing() {
-    if !privileged("a_minute_without_the_api_server_and_restarted_agents_lose_nothing") {
-        return;
-    }
-    let mut running = Running::start().await.expect("the lab starts");
+async fn api_server_outage_and_agent_restarts_lose_no_packet() {
+    require_root!();
+    let mut running = Running::start().await.expect("start the lab");
     let (from, to) = (running.lab.pod("x-b").clone(), running.lab.pod("y-b").clone());
-    let flow = Flow::start(&from.ns, &to.ns, IpAddr::V4(to.v4), 1000).expect("the flow starts");
-    // The minute is the promise, not something that is waited for.
+    let flow = Flow::start(&from.ns, &to.ns, IpAddr::V4(to.v4), 1000).expect("start the flow");
+    // The minute is the tested duration of the outage.
     let end = tokio::time::Instant::now() + Duration::from_secs(60);
-    running.lab.kill_api_server().expect("the API server dies");
+    running.lab.kill_api_server().expect("kill the API server");
     for agent in &mut running.agents {
-        agent.restart().expect("the agent starts again");
+        agent.restart().expect("restart the agent");
     }
     for agent in &running.agents {
         running.check(proof::ready(agent).await);
     }
     tokio::time::sleep_until(end).await;
-    running.lab.start_api_server().await.expect("the API server comes back");
+    running.lab.start_api_server().await.expect("restart the API server");
     let report = running.check(flow.stop().await);
     assert!(report.sent >= 55_000, "{report:?}");
     assert_eq!(report.lost, 0, "{report:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_rebooted_node_forwards_without_the_api_server() {
-    if !privileged("a_rebooted_node_forwards_without_the_api_server") {
-        return;
-    }
-    let mut running = Running::start().await.expect("the lab starts");
-    running.lab.kill_api_server().expect("the API server dies");
+async fn rebooted_node_forwards_without_api_server() {
+    require_root!();
+    let mut running = Running::start().await.expect("start the lab");
+    running.lab.kill_api_server().expect("kill the API server");
     for node in ["x-a", "x-b"] {
         let agent = running.agent(node);
-        agent.kill().expect("the agent dies");
+        agent.kill().expect("kill the agent");
         let ns = agent.node.ns.clone();
-        running.check(forget(&ns));
-        running.agent(node).restart().expect("the agent starts again");
+        running.check(reboot(&ns));
+        running.agent(node).restart().expect("restart the agent");
         let ready = proof::ready(running.agent(node)).await;
         running.check(ready);
     }
@@ -55,8 +51,8 @@ async fn a_rebooted_node_forwards_without_the_api_server() {
     }
 }
 
-/// What a reboot does to a node: everything in the kernel is gone, files stay.
-fn forget(ns: &raven_tests::Namespace) -> Result<()> {
+/// Simulates a reboot: removes Raven's state from the kernel and keeps its files.
+fn reboot(ns: &raven_tests::Namespace) -> Result<()> {
     ns.sh("rm -f /run/wireguard/raven-wg0.sock; rm -rf /sys/fs/bpf/raven; ip link del raven0; \
            ip rule del pref 100; ip -6 rule del pref 100; nft delete table inet raven; \
            while ip link show raven-wg0 >/dev/null 2>&1; do :; done; ip link set eth0 xdp off")?;
@@ -73,7 +69,7 @@ async fn reached(lab: &Lab, from: &str, to: &str) -> Result<()> {
     Ok(())
 }
 
-/// Everything of ours in a node's kernel that a plan decides, in an order that does not vary.
+/// Returns Raven's planned state in a node's kernel, in a stable order.
 fn state(node: &Node) -> Result<String> {
     let maps = ["REMOTE4", "REMOTE6", "LOCAL4", "LOCAL6", "NODES"];
     let dump = |map: &&str| {
@@ -93,39 +89,37 @@ fn state(node: &Node) -> Result<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_agent_that_was_killed_at_any_point_repairs_what_it_finds() {
-    if !privileged("an_agent_that_was_killed_at_any_point_repairs_what_it_finds") {
-        return;
-    }
-    let mut running = Running::start().await.expect("the lab starts");
+async fn agent_killed_at_any_point_restores_state() {
+    require_root!();
+    let mut running = Running::start().await.expect("start the lab");
     for name in ["x-a", "x-b"] {
         let node = running.lab.node(name).clone();
-        let whole = running.check(state(&node));
+        let expected = running.check(state(&node));
         for round in 0..12u64 {
-            // A node as a reboot leaves it, and an agent that dies a little later each time.
-            running.agent(name).kill().expect("the agent dies");
+            // The node is damaged as by a reboot, and the agent is killed a little later in each round.
+            running.agent(name).kill().expect("kill the agent");
             if name == "x-b" || round % 3 == 0 {
                 running.check(damage(&node, round));
             }
             let start = Instant::now();
-            running.agent(name).restart().expect("the agent starts");
+            running.agent(name).restart().expect("restart the agent");
             while start.elapsed() < Duration::from_millis(40 * round) {
                 std::hint::spin_loop();
             }
-            running.agent(name).kill().expect("the agent dies again");
+            running.agent(name).kill().expect("kill the agent again");
         }
-        running.agent(name).restart().expect("the last agent starts");
-        let repaired = eventually(Duration::from_secs(20), "the state is whole again", || async {
+        running.agent(name).restart().expect("restart the agent for the last time");
+        let restored = eventually(Duration::from_secs(20), "the state is complete", || async {
             let now = state(&node)?;
-            ensure!(now == whole, "it is:\n{now}\nand was:\n{whole}");
+            ensure!(now == expected, "the state is:\n{now}\nexpected:\n{expected}");
             Ok(())
         });
-        running.check(repaired.await);
+        running.check(restored.await);
         running.check(reached(&running.lab, "cloud-b", "x-b").await);
     }
 }
 
-/// Takes one thing or another away.
+/// Removes a part of Raven's state, which depends on the round.
 fn damage(node: &Node, round: u64) -> Result<()> {
     let scripts = [
         "ip link del raven0",
@@ -133,23 +127,22 @@ fn damage(node: &Node, round: u64) -> Result<()> {
         "rm -rf /sys/fs/bpf/raven",
         "nft delete table inet raven; ip rule del pref 100",
     ];
-    // What is gone already, from the round before, need not go again.
+    // The part may be missing already because of the previous round.
     node.ns.sh(&format!("( {} ) 2>/dev/null || true", scripts[usize::try_from(round)? % scripts.len()]))?;
     Ok(())
 }
 
-/// The embedded engine gives a peer up after 90 s without an answer, and waits for a packet; nobody at the site sends one here.
+/// The embedded engine gives up a peer after 90 s without an answer and waits for a packet; the site sends none in this
+/// test.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_site_that_was_cut_off_for_minutes_is_reached_again_though_nobody_there_says_a_word() {
-    if !privileged("a_site_that_was_cut_off_for_minutes_is_reached_again_though_nobody_there_says_a_word") {
-        return;
-    }
-    let running = Running::start().await.expect("the lab starts");
+async fn idle_site_recovers_after_outage() {
+    require_root!();
+    let running = Running::start().await.expect("start the lab");
     let router = running.lab.pool("edge-x").router.clone();
     running.check(router.sh("ip link set wan down"));
-    // How long it lasts is what is tested, nothing that is waited for.
+    // The tested duration of the outage.
     tokio::time::sleep(Duration::from_secs(130)).await;
-    // The site's NAT has forgotten by then: the cloud cannot be the one who knocks.
+    // The site's NAT has lost its mappings by then, so the cloud cannot initiate a handshake.
     running.check(router.sh("conntrack -F 2>/dev/null; ip link set wan up; ip route replace default via 198.51.100.1 dev wan"));
     let begin = Instant::now();
     running.check(reached(&running.lab, "cloud-b", "x-b").await);

@@ -1,34 +1,32 @@
-//! A preshared key for the cluster's tunnels: taken from a file at any time, and no tunnel without it.
+//! Tests of the preshared key: it is read from a file at any time, and a tunnel requires it on both ends.
 
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use raven_tests::{Node, eventually, privileged, proof};
+use raven_tests::{Node, eventually, proof, require_root};
 
 use crate::Running;
 
-/// Beside the key; in a cluster it is where the Secret is mounted.
+/// Path of the file, beside the private key. In a cluster, the Secret is mounted there.
 const FILE: &str = "/var/lib/raven/preshared";
 const SOON: Duration = Duration::from_secs(60);
-const OURS: &str = "3q2+796tvu/erb7v3q2+796tvu/erb7v3q2+796tvu8=";
+const KEY: &str = "3q2+796tvu/erb7v3q2+796tvu/erb7v3q2+796tvu8=";
 
-/// Writes the file and lets the agent look (by itself it does every 30 s), for new sessions.
-fn give(node: &Node, text: &str) -> Result<()> {
+/// Writes the file and triggers a reconcile run (the agent reads the file every 30 s by itself) with new sessions.
+fn write_key(node: &Node, text: &str) -> Result<()> {
     node.ns.sh(&format!("umask 077; printf %s '{text}' > {FILE}"))?;
     proof::end_sessions(node)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_preshared_key_is_taken_at_any_time_and_both_ends_must_have_it() {
-    if !privileged("a_preshared_key_is_taken_at_any_time_and_both_ends_must_have_it") {
-        return;
-    }
-    let mut running = Running::start().await.expect("the lab starts");
+async fn preshared_key_is_applied_at_runtime_and_required_on_both_ends() {
+    require_root!();
+    let mut running = Running::start().await.expect("start the lab");
     let gateways = ["cloud-a", "x-a", "y-a"];
     for name in gateways {
         let agent = running.agent(name);
         agent.arguments.extend(["--preshared-key-file".to_owned(), FILE.to_owned()]);
-        agent.restart().expect("the agent starts");
+        agent.restart().expect("restart the agent");
     }
     let lab = &running.lab;
     for agent in running.agents.iter().filter(|agent| gateways.contains(&agent.node.name.as_str())) {
@@ -36,45 +34,45 @@ async fn a_preshared_key_is_taken_at_any_time_and_both_ends_must_have_it() {
         running.check(proof::preshared(&agent.node, "(none)").await);
     }
     for name in gateways {
-        running.check(give(lab.node(name), OURS));
+        running.check(write_key(lab.node(name), KEY));
     }
     for name in gateways {
-        running.check(proof::preshared(lab.node(name), OURS).await);
+        running.check(proof::preshared(lab.node(name), KEY).await);
     }
     running.check(proof::converged(lab).await);
 
-    // One that has another key is out, and nobody else is.
-    running.check(give(lab.node("x-a"), "what somebody made up"));
-    // sha256sum's, in base64.
+    // A gateway node with a different key has no sessions; all others are unaffected.
+    running.check(write_key(lab.node("x-a"), "what somebody made up"));
+    // The SHA-256 of the text in base64.
     running.check(proof::preshared(lab.node("x-a"), "CJDOWH9Mn6xxK+BAyAuZHH7x70z+/O3D8QXqCrJLkvY=").await);
     let (cloud, y) = (lab.pool("cloud").clone(), lab.pool("edge-y").clone());
-    // Longer than a new session takes: an agent that dials asks again after half a second, one and two.
+    // Longer than a new session takes: a handshake is retried after 0.5, 1 and 2 s.
     let mut ping = lab.pod("x-b").ns.command("ping");
     ping.args(["-c", "8", "-i", "1", "-W", "1", &lab.pod("cloud-b").v4.to_string()]);
-    let pinged = tokio::process::Command::from(ping).output().await.expect("ping starts");
-    let said = String::from_utf8_lossy(&pinged.stdout);
-    assert!(pinged.status.code() == Some(1) && said.contains("8 packets transmitted, 0 received"), "x-b still reaches cloud-b: {said}");
+    let pinged = tokio::process::Command::from(ping).output().await.expect("run ping");
+    let output = String::from_utf8_lossy(&pinged.stdout);
+    assert!(pinged.status.code() == Some(1) && output.contains("8 packets transmitted, 0 received"), "x-b still reaches cloud-b: {output}");
     running.check(proof::reach(lab, &cloud, &y, 0).await);
 
-    running.check(give(lab.node("x-a"), OURS));
-    running.check(proof::preshared(lab.node("x-a"), OURS).await);
+    running.check(write_key(lab.node("x-a"), KEY));
+    running.check(proof::preshared(lab.node("x-a"), KEY).await);
     running.check(proof::converged(lab).await);
 
-    // A key that cannot be read is no reason to go on without one, for a new agent neither.
+    // With an unreadable file, the agent keeps the key, also after a restart.
     running.check(lab.node("x-a").ns.sh(&format!("rm {FILE}; mkdir {FILE}")));
-    running.agent("x-a").restart().expect("the agent starts");
+    running.agent("x-a").restart().expect("restart the agent");
     let lab = &running.lab;
-    let says_so = async || {
-        let said = proof::http(&lab.node("x-a").ns, "127.0.0.1:10275", "/readyz").await?;
-        ensure!(said.contains(FILE), "{said}");
+    let reported = async || {
+        let answer = proof::http(&lab.node("x-a").ns, "127.0.0.1:10275", "/readyz").await?;
+        ensure!(answer.contains(FILE), "{answer}");
         Ok(())
     };
-    running.check(eventually(SOON, "the agent says that it cannot read it", says_so).await);
-    running.check(proof::preshared(lab.node("x-a"), OURS).await);
+    running.check(eventually(SOON, "the agent reports that it cannot read the file", reported).await);
+    running.check(proof::preshared(lab.node("x-a"), KEY).await);
     running.check(proof::converged(lab).await);
     running.check(lab.node("x-a").ns.sh(&format!("rmdir {FILE}; touch {FILE}")));
 
-    // The Secret is gone: as if there had never been one.
+    // The Secret is deleted: the tunnels have no preshared key.
     for name in gateways {
         running.check(lab.node(name).ns.sh(&format!("rm {FILE}")));
         running.check(proof::end_sessions(lab.node(name)));

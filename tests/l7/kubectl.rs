@@ -1,29 +1,27 @@
-//! kubectl reaches a pod at an edge behind NAT: by the node's name and by its address, from an API server on the gateway node and on an
-//! ordinary cloud node, with L3 and without.
+//! Tests of kubectl with a pod at an edge behind NAT: by node name and by node address, from an API server on the
+//! gateway node and on a member of the cloud pool, with and without L3.
 
 use raven_tests::{
     Lab, eventually,
     kubectl::{self, POD, SCRIPT},
     kubelet::{Prefer, SecondApiServer},
-    privileged,
     proof::Check,
+    require_root,
 };
 
 use crate::{Running, SOON};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_without() {
-    if !privileged("kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_without") {
-        return;
-    }
-    let running = Running::of(Lab::builder()).await.expect("the lab starts");
+async fn kubectl_reaches_edge_pod_by_name_and_address_with_and_without_l3() {
+    require_root!();
+    let running = Running::of(Lab::builder()).await.expect("start the lab");
     let lab = &running.lab;
     let _kubelet = running.check(lab.start_kubelet("x-b").await);
     running.check(lab.run_pod("x-b", POD, SCRIPT).await);
 
     let server = running.check(lab.api_server_on("cloud-b", Prefer::Hostname).await);
-    running.all(&server, "by name, from an ordinary node", 100).await;
-    // With the node's DNS and kube-proxy, which the API server brought: `kubectl top`, by way of metrics-server.
+    running.all(&server, "by name, from a member", 100).await;
+    // `kubectl top` through metrics-server, with the DNS server and kube-proxy that were started with the API server.
     running.top(&server, "by name", Prefer::Hostname).await;
     running.check(server.kill());
 
@@ -33,62 +31,63 @@ async fn kubectl_reaches_a_pod_at_an_edge_by_name_and_by_address_with_l3_and_wit
 
     let server = running.check(lab.api_server_on("cloud-a", Prefer::InternalIP).await);
     running.all(&server, "by address, from the gateway node", 10).await;
-    // What is taken is visible, and is the kubelet's ports alone.
+    // Interception is limited to the kubelet's ports and visible in a map.
     let taken = running.check(lab.node("cloud-a").ns.sh("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/KUBELETS | tr -d ' \\n'"));
     assert!(taken.contains("\"address\":[10,1,0,12],\"port\":10250"), "{taken}");
-    let way = |port: u16| lab.node("cloud-a").ns.sh(&format!("ip route get 10.1.0.12 ipproto tcp dport {port}"));
-    assert!(running.check(way(10250)).contains("dev lo"), "the kubelet's port ends here");
-    assert!(running.check(way(22)).contains("dev eth0"), "other ports are untouched");
+    let route = |port: u16| lab.node("cloud-a").ns.sh(&format!("ip route get 10.1.0.12 ipproto tcp dport {port}"));
+    assert!(running.check(route(10250)).contains("dev lo"), "the kubelet's port is intercepted");
+    assert!(running.check(route(22)).contains("dev eth0"), "other ports are not intercepted");
     running.check(server.kill());
 
     let server = running.check(lab.api_server_on("cloud-b", Prefer::InternalIP).await);
-    running.all(&server, "by address, from an ordinary node", 10).await;
+    running.all(&server, "by address, from a member", 10).await;
     running.top(&server, "by address", Prefer::InternalIP).await;
     running.check(server.kill());
 
-    // As Prometheus and metrics-server read them, by address, from a pod of an ordinary node; the kubelet shows its own certificate, and
-    // lets in who shows the API server's.
+    // Prometheus and metrics-server read metrics by address, here from a pod on a member. The kubelet presents its own
+    // certificate and requires the API server's client certificate.
     let file = |name: &str| lab.cluster().file(name).display().to_string();
     let (ca, certificate, key) = (file("ca.crt"), file("kubelet-client.crt"), file("kubelet-client.key"));
     let scrape =
         |more: &str| lab.pod("cloud-b").ns.sh(&format!("curl -sS -m 10 --cacert {ca} {more} https://10.1.0.12:10250/metrics/resource"));
     let metrics = running.check(scrape(&format!("--cert {certificate} --key {key}")));
     assert!(metrics.contains("node_cpu_usage_seconds_total"), "{metrics}");
-    assert_eq!(running.check(scrape("")), "Unauthorized", "who shows none");
+    assert_eq!(running.check(scrape("")), "Unauthorized", "a request without client certificate must be denied");
 
-    // L3 off, everywhere.
+    // L3 is disabled on all nodes.
     running.check(lab.cluster().put_setting("raven-cfg", "enable-l3-tunnel", "false").await);
     for node in ["cloud-a", "x-a"] {
-        let gone = || async {
+        let removed = || async {
             let links = lab.node(node).ns.sh("ip -o link")?;
             anyhow::ensure!(!links.contains("raven-wg0"), "{links}");
             Ok(())
         };
-        running.check(eventually(SOON, &format!("L3 is off on {node}"), gone).await);
+        running.check(eventually(SOON, &format!("L3 is disabled on {node}"), removed).await);
     }
-    for (node, prefer, way) in [
+    for (node, prefer, path) in [
         ("cloud-b", Prefer::Hostname, "by name, L3 off"),
         ("cloud-a", Prefer::InternalIP, "by address, from the gateway node, L3 off"),
-        ("cloud-b", Prefer::InternalIP, "by address, from an ordinary node, L3 off"),
+        ("cloud-b", Prefer::InternalIP, "by address, from a member, L3 off"),
     ] {
         let server = running.check(lab.api_server_on(node, prefer).await);
-        running.all(&server, way, 5).await;
+        running.all(&server, path, 5).await;
         running.check(server.kill());
     }
 }
 
 impl Running {
-    /// All that people do, once the way is there: the agents learn of it by themselves, and CoreDNS and kube-proxy were started a moment ago.
-    async fn all(&self, server: &SecondApiServer, way: &str, megabytes: usize) {
-        self.check(eventually(SOON, &format!("there is a way, {way}"), || async { kubectl::logs(server) }).await);
-        report(self, &kubectl::all(server, way, megabytes));
+    /// Runs all checks once the path works: agents, CoreDNS and kube-proxy may not have processed recent changes yet.
+    async fn all(&self, server: &SecondApiServer, path: &str, megabytes: usize) {
+        self.check(eventually(SOON, &format!("the path works, {path}"), || async { kubectl::logs(server) }).await);
+        report(self, &kubectl::all(server, path, megabytes));
     }
 
-    /// metrics-server on an ordinary cloud node reads the kubelet at the edge, and `kubectl top` tells what it read.
-    async fn top(&self, server: &SecondApiServer, way: &str, prefer: Prefer) {
+    /// metrics-server on a member of the cloud pool reads the kubelet at the edge, and `kubectl top` reports the
+    /// values.
+    async fn top(&self, server: &SecondApiServer, path: &str, prefer: Prefer) {
         let mut metrics = self.check(self.lab.start_metrics_server("cloud-b", prefer).await);
         let seen = self.check(self.lab.top_node(server, "x-b").await);
-        println!("ok kubectl top node, metrics-server {way}: {seen}");
+        println!("ok kubectl top node, metrics-server {path}: {seen}");
         self.check(metrics.kill());
     }
 }

@@ -1,4 +1,4 @@
-//! L7, whole: a real kubelet with containerd at an edge that nobody can dial, real API servers on cloud nodes, kubectl.
+//! L7 tests: a real kubelet with containerd on an edge behind NAT, real API servers on cloud nodes, and kubectl.
 
 #![forbid(unsafe_code)]
 
@@ -12,10 +12,10 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use raven_tests::{Lab, LabBuilder, agent::Agent, process::Process};
 
-/// How long something may take that needs no more than a few messages.
+/// Time limit for operations that need only a few messages.
 const SOON: Duration = Duration::from_secs(40);
 
-/// A lab in which everything runs.
+/// A lab with a running controller and agents.
 struct Running {
     agents: Vec<Agent>,
     _controller: Process,
@@ -32,15 +32,15 @@ impl Running {
     }
 
     fn agent(&mut self, node: &str) -> &mut Agent {
-        self.agents.iter_mut().find(|a| a.node.name == node).expect("every node has an agent")
+        self.agents.iter_mut().find(|a| a.node.name == node).expect("the node has an agent")
     }
 
-    /// Fails the test with what was seen, after saving what there is to look at.
+    /// Returns the value, or saves evidence and fails the test with the error.
     fn check<T>(&self, result: Result<T>) -> T {
         result.unwrap_or_else(|error| {
             let test = std::thread::current().name().unwrap_or("l7").to_owned();
-            match self.lab.save_failure(&test).context("save what there is to look at") {
-                Ok(folder) => eprintln!("saved in {}", folder.display()),
+            match self.lab.save_failure(&test).context("save evidence") {
+                Ok(folder) => eprintln!("evidence: {}", folder.display()),
                 Err(e) => eprintln!("{e:#}"),
             }
             panic!("{error:#}")

@@ -1,4 +1,5 @@
-//! Links that break and agents that die: new requests work again at once. The kubelet is an HTTP server on its read-only port.
+//! Tests of outages of links and agents: new requests work soon afterwards. The kubelet is an HTTP server on its
+//! read-only port.
 
 use std::{
     collections::BTreeSet,
@@ -13,31 +14,33 @@ use raven_api::{
     proxy::INTERNAL_SERVICE,
 };
 use raven_tests::{
-    Lab, Namespace, Nat, PoolSpec, Protocol, eventually, kubernetes::objects::default_gateway, patience, privileged, process::Process,
-    proof,
+    Lab, Namespace, Nat, PoolSpec, Protocol, eventually, kubernetes::objects::default_gateway, patience, process::Process, proof,
+    require_root,
 };
 
 use crate::{Running, SOON};
 
-/// A request by short attempts may take so long each: one that began a moment too early is given up, and the next one is answered.
+/// Time limit of a short attempt. An attempt that starts too early times out, and the next one succeeds.
 const ATTEMPT: Duration = Duration::from_secs(1);
-/// How soon new requests work again: within 2 s of the link's return, as the issue has it. The rest is the looking: a pause of 100 ms
+/// Time until new requests work after a link's return: the required 2 s, plus the measurement: a pause of 100 ms
 /// between two attempts, and a thread, a connection and an answer on a busy machine.
 const LINK_BACK: Duration = Duration::from_millis(2_000 + 300);
-/// The same for what is not told by the link: the edge's next ping (2 s) is answered by a reset, it dials anew (within 1 s), and a request
-/// that waits at the old tunnel goes over to the new one (0.5 s). A killed agent needs as long for its start.
-const TUNNEL_BACK: Duration = Duration::from_secs(4);
-/// How soon a gateway node that died is out of the Service: nothing that an edge sends is acknowledged for 3 s, and it pings every 2 s; two
-/// edges write that down, one after the other, and the controller what follows from it, after up to 1 s in which more might follow.
+/// The same without an event of the link: the edge's next ping (2 s) is answered with a reset, it reconnects (within 1
+/// s), and a request that waits for the old proxy connection moves to the new one (0.5 s). A killed agent needs this
+/// time to start.
+const PROXY_CONNECTION_BACK: Duration = Duration::from_secs(4);
+/// Time until a failed gateway node is removed from the Service: edges ping every 2 s and detect a missing
+/// acknowledgement after 3 s; two edges report it one after the other; the controller delays its reaction to collect
+/// events for up to 1 s.
 const OUT_OF_SERVICE: Duration = Duration::from_secs(10);
 
-/// What was measured may not be longer than its limit, which has the patience that all deadlines have.
+/// Fails if a measured time exceeds its limit, which is scaled by [`patience`].
 fn within(limit: Duration, took: Duration) {
-    assert!(took < limit.mul_f64(patience()), "it took {took:?}");
+    assert!(took < limit.mul_f64(patience()), "it took {took:?}, the limit is {limit:?}");
 }
 
 impl Running {
-    /// An HTTP server on a node's port 10255; gives back when it listens.
+    /// Starts an HTTP server on a node's port 10255 and waits until it is listening.
     pub(crate) async fn serve(&self, node: &str) -> Result<Process> {
         let node = self.lab.node(node);
         std::fs::create_dir_all(node.dir.join("www"))?;
@@ -45,9 +48,9 @@ impl Running {
         let mut command = node.ns.command("busybox");
         command.args(["httpd", "-f", "-p", "10255", "-h"]).arg(node.dir.join("www"));
         let mut process = Process::start(format!("httpd-{}", node.name), &self.lab.logs(), command)?;
-        eventually(SOON, &format!("the server of {} listens", node.name), || {
+        eventually(SOON, &format!("the server of {} is listening", node.name), || {
             let listens = process.ensure_running().and_then(|()| {
-                ensure!(!node.ns.sh("ss -Hltn 'sport = :10255'")?.is_empty(), "not yet");
+                ensure!(!node.ns.sh("ss -Hltn 'sport = :10255'")?.is_empty(), "port 10255 is not open yet");
                 Ok(())
             });
             async { listens }
@@ -56,21 +59,21 @@ impl Running {
         Ok(process)
     }
 
-    /// One request by name, to the gateway node itself.
-    pub(crate) fn ask(&self, from: &str, node: &str, seconds: u32) -> Result<String> {
-        self.ask_at("10.0.0.11", from, node, seconds)
+    /// Sends one request by name to the first gateway node of the cloud.
+    pub(crate) fn request(&self, from: &str, node: &str, seconds: u32) -> Result<String> {
+        self.request_at("10.0.0.11", from, node, seconds)
     }
 
-    /// The same to another gateway node.
-    fn ask_at(&self, gateway: &str, from: &str, node: &str, seconds: u32) -> Result<String> {
+    /// Sends one request by name to the given gateway node.
+    fn request_at(&self, gateway: &str, from: &str, node: &str, seconds: u32) -> Result<String> {
         self.lab.node(from).ns.sh(&format!("curl -sS -m {seconds} -H 'Host: {node}:10255' http://{gateway}:10264/metrics"))
     }
 
-    /// Waits until a request by address is answered by a node: the rules that lead there are not those of names.
+    /// Waits until a request by address is answered by a node. Addresses are intercepted by other rules than names.
     async fn answered_by_address(&self, from: &Namespace, address: &str, node: &str) -> Result<()> {
         eventually(SOON, &format!("a request of {} to {address} is answered by {node}", from.name), || async {
             let text = from.sh(&format!("curl -sS -m 10 http://{address}:10255/metrics"))?;
-            ensure!(text == format!("of {node}\n"), "it says {text:?}");
+            ensure!(text == format!("of {node}\n"), "unexpected answer {text:?}");
             Ok(())
         })
         .await
@@ -80,22 +83,22 @@ impl Running {
         let begin = Instant::now();
         let what = format!("a request for {node} is answered");
         eventually(SOON, &what, || async {
-            let text = self.ask("cloud-b", node, 5)?;
-            ensure!(text == format!("of {node}\n"), "it says {text:?}");
+            let text = self.request("cloud-b", node, 5)?;
+            ensure!(text == format!("of {node}\n"), "unexpected answer {text:?}");
             Ok(())
         })
         .await?;
         Ok(begin.elapsed())
     }
 
-    /// The same by attempts that are short, without a program's start in each: from when on requests are answered, and not how long one
-    /// of them hung.
+    /// Waits until a request by name is answered, with short attempts and without starting a program for each. The time
+    /// thus does not include that of an attempt that hung.
     async fn answered_soonest(&self, node: &str) -> Result<()> {
         let host = format!("{node}:10255");
         eventually(SOON, &format!("a new request for {node} is answered"), || async {
             let answer = proof::http_of(&self.lab.node("cloud-b").ns, "10.0.0.11:10264", &host, "/metrics", ATTEMPT.mul_f64(patience()));
             let answer = answer.await?;
-            ensure!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(&format!("of {node}\n")), "it says {answer:?}");
+            ensure!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(&format!("of {node}\n")), "unexpected answer {answer:?}");
             Ok(())
         })
         .await
@@ -103,86 +106,85 @@ impl Running {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_work_again_when_the_link_and_the_agents_are_back() {
-    if !privileged("requests_work_again_when_the_link_and_the_agents_are_back") {
-        return;
-    }
+async fn requests_recover_after_link_and_agent_outages() {
+    require_root!();
     let mut pools = PoolSpec::three();
     pools[1].nat = Nat::RandomPorts;
-    let mut running = Running::of(Lab::builder().pools(pools)).await.expect("the lab starts");
+    let mut running = Running::of(Lab::builder().pools(pools)).await.expect("start the lab");
     for node in ["x-b", "y-b"] {
         running.check(running.serve(node).await);
         running.check(running.answered(node).await);
     }
-    // Its own pool's nodes are reached directly, and both ways by address, from both kinds of cloud nodes.
+    // Nodes of the own pool are reached directly, and by name and address from a gateway node and a member of the
+    // cloud.
     running.check(running.serve("cloud-b").await);
-    assert_eq!(running.check(running.ask("cloud-a", "cloud-b", 5)), "of cloud-b\n");
+    assert_eq!(running.check(running.request("cloud-a", "cloud-b", 5)), "of cloud-b\n");
     for from in ["cloud-a", "cloud-b"] {
         running.check(running.answered_by_address(&running.lab.node(from).ns, "10.1.0.12", "x-b").await);
     }
     // From a pod of the gateway node.
     running.check(running.answered_by_address(&running.lab.pod("cloud-a").ns, "10.2.0.12", "y-b").await);
 
-    // The link is cut for 30 s; the other site is not touched by it.
+    // The link is cut for 30 s; the other pool is not affected.
     let router = running.lab.pool("edge-x").router.clone();
     running.check(router.sh("ip link set wan down"));
     let end = tokio::time::Instant::now() + Duration::from_secs(30);
     running.check(running.answered("y-b").await);
-    let refused = running.ask("cloud-b", "x-b", 20).expect("an answer, no hang");
-    assert!(refused.contains("no tunnel to Gateway edge-x"), "{refused}");
+    let refused = running.request("cloud-b", "x-b", 20).expect("an error response before the timeout");
+    assert!(refused.contains("no proxy connection to Gateway edge-x"), "{refused}");
     tokio::time::sleep_until(end).await;
     let back = Instant::now();
     running.check(router.sh("ip link set wan up; ip route replace default via 198.51.100.1 dev wan"));
     running.check(running.answered_soonest("x-b").await);
     let after = back.elapsed();
-    println!("new requests work {} ms after the link is back", after.as_millis());
+    println!("new requests work {} ms after the link's return", after.as_millis());
     within(LINK_BACK, after);
 
-    // The site's NAT forgets everything and gives out other ports: the edge is told so by the answer to its next ping.
+    // The site's NAT loses its mappings and uses other ports: the answer to the edge's next ping is a reset.
     running.check(router.sh("conntrack -F 2>/dev/null"));
     let rebound = running.check(running.answered("x-b").await);
-    println!("new requests work {} ms after the NAT has forgotten", rebound.as_millis());
-    within(TUNNEL_BACK, rebound);
+    println!("new requests work {} ms after the NAT lost its mappings", rebound.as_millis());
+    within(PROXY_CONNECTION_BACK, rebound);
 
-    // Agents die, on both sides, without a word.
+    // Agents are killed on both sides.
     for node in ["x-a", "cloud-a"] {
-        running.agent(node).kill().expect("the agent dies");
+        running.agent(node).kill().expect("kill the agent");
         if node == "cloud-a" {
-            // Never by whatever the gateway node itself has on that port.
+            // Without the agent, the request must not reach the gateway node's own server on that port.
             running.check(running.serve("cloud-a").await);
             let unanswered = running.lab.node("cloud-a").ns.sh("curl -sS -m 3 http://10.1.0.12:10255/metrics");
             assert!(unanswered.is_err(), "{unanswered:?}");
         }
-        running.agent(node).restart().expect("the agent starts again");
+        running.agent(node).restart().expect("restart the agent");
         let again = running.check(running.answered("x-b").await);
-        println!("new requests work {} ms after the agent of {node} was started again", again.as_millis());
-        within(TUNNEL_BACK, again);
+        println!("new requests work {} ms after the restart of the agent of {node}", again.as_millis());
+        within(PROXY_CONNECTION_BACK, again);
     }
     running.check(running.answered_by_address(&running.lab.node("cloud-b").ns, "10.1.0.12", "x-b").await);
 
-    // Each stream has one id, in the logs of both gateway nodes.
+    // Each stream has the same ID in the logs of both gateway nodes.
     let ids = |node: &str| -> BTreeSet<String> {
         let log = std::fs::read_to_string(running.lab.logs().join(format!("agent-{node}.log"))).unwrap_or_default();
         let plain = log.replace("\u{1b}[3m", "").replace("\u{1b}[0m", "").replace("\u{1b}[2m", "");
         plain.split("stream=").skip(1).filter_map(|rest| rest.split_whitespace().next()).map(str::to_owned).collect()
     };
     let (cloud, edge) = (ids("cloud-a"), ids("x-a"));
-    // Without those that were open when an agent was killed.
+    // Streams that were open when an agent was killed may be missing.
     assert!(edge.intersection(&cloud).count() > 3, "at the edge {edge:?}, in the cloud {cloud:?}");
 
-    // L7 switched off: nothing of it listens, leads anywhere or goes on.
+    // L7 is disabled: no listener, no rule and no stream is left.
     let client = &mut running.lab.node("cloud-b").ns.command("busybox");
-    let mut open = Killed(client.args(["nc", "10.1.0.12", "10255"]).stdin(std::process::Stdio::piped()).spawn().expect("nc starts"));
-    // Who says nothing at all has no stream.
-    std::io::Write::write_all(open.0.stdin.as_mut().expect("piped"), b"GET /").expect("said");
-    let streams = async || proof::metric(&running.lab.node("x-a").ns, "raven_proxy_open_streams").await?.context("it is told");
+    let mut open = KillOnDrop(client.args(["nc", "10.1.0.12", "10255"]).stdin(std::process::Stdio::piped()).spawn().expect("start nc"));
+    // A connection without data has no stream.
+    std::io::Write::write_all(open.0.stdin.as_mut().expect("standard input is a pipe"), b"GET /").expect("write to nc");
+    let streams = async || proof::metric(&running.lab.node("x-a").ns, "raven_proxy_open_streams").await?.context("there is no such metric");
     let opened = || async {
         ensure!(streams().await? != 0);
         Ok(())
     };
     running.check(eventually(SOON, "a stream is open", opened).await);
     running.check(running.lab.cluster().put_setting("raven-cfg", "enable-l7-proxy", "false").await);
-    let gone = || async {
+    let disabled = || async {
         let left = running.lab.node("cloud-a").ns.sh("ss -Hltn | grep -E ':(1026[234]|20000) ' || true; ip rule | grep 9029 || true")?;
         ensure!(left.is_empty(), "{left}");
         let left = running.lab.node("cloud-b").ns.sh("ip rule | grep 9029 || true")?;
@@ -191,13 +193,13 @@ async fn requests_work_again_when_the_link_and_the_agents_are_back() {
         ensure!(open == 0, "{open} streams are open");
         Ok(())
     };
-    running.check(eventually(SOON, "L7 is off", gone).await);
+    running.check(eventually(SOON, "L7 is disabled", disabled).await);
 }
 
-/// Ends with the value.
-struct Killed(std::process::Child);
+/// A child process that is killed on drop.
+struct KillOnDrop(std::process::Child);
 
-impl Drop for Killed {
+impl Drop for KillOnDrop {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -205,44 +207,50 @@ impl Drop for Killed {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_address_that_two_sites_have_is_refused_and_the_names_work() {
-    if !privileged("an_address_that_two_sites_have_is_refused_and_the_names_work") {
-        return;
-    }
-    // Both sites are clones of one image: the same LAN, the same addresses.
+async fn ambiguous_address_is_rejected_and_names_work() {
+    require_root!();
+    // Two sites installed from one image have the same LAN with the same addresses.
     let mut pools = PoolSpec::three();
     pools[2].lan = Some(1);
-    let running = Running::of(Lab::builder().pools(pools)).await.expect("the lab starts");
+    let running = Running::of(Lab::builder().pools(pools)).await.expect("start the lab");
     for node in ["x-b", "y-b"] {
         running.check(running.serve(node).await);
         running.check(running.answered(node).await);
     }
     let ns = &running.lab.node("cloud-a").ns;
     let refused = || async {
-        let said = ns.sh("curl -sS -m 10 http://10.1.0.12:10255/metrics")?;
-        assert!(!said.starts_with("of "), "it is guessed: {said}");
-        ensure!(said == "raven: the address 10.1.0.12 belongs to several nodes (x-b, y-b): reach them by name\n", "it says {said:?}");
+        let answer = ns.sh("curl -sS -m 10 http://10.1.0.12:10255/metrics")?;
+        assert!(!answer.starts_with("of "), "the request reached an arbitrary node: {answer}");
+        ensure!(
+            answer == "raven: the address 10.1.0.12 belongs to several nodes (x-b, y-b): reach them by name\n",
+            "unexpected answer {answer:?}"
+        );
         Ok(())
     };
-    running.check(eventually(SOON, "the address is refused", refused).await);
+    running.check(eventually(SOON, "a request to the address is rejected", refused).await);
     let counted = running.check(proof::metric(ns, "raven_proxy_refused_total{reason=\"Ambiguous\"}").await);
     assert!(counted.is_some_and(|n| n > 0), "{counted:?}");
     let events: Api<Event> = Api::all(running.lab.cluster().client());
-    let told = || async {
+    let reported = || async {
         let events = events.list(&ListParams::default()).await?.items;
         let of = |gateway: &str| {
             events.iter().find(|e| {
                 e.reason.as_deref() == Some("NodeAddressAmbiguous") && e.regarding.as_ref().and_then(|r| r.name.as_deref()) == Some(gateway)
             })
         };
+<<<<<<< HEAD
         let note = of("edge-y").and_then(|e| e.note.clone()).context("no Event about edge-y")?;
         ensure!(note.contains("y-b (10.1.0.12 is also the address of node x-b of Gateway edge-x)"), "{note}");
+=======
+        let note = of("edge-y").and_then(|e| e.note.clone()).context("there is no Event about edge-y")?;
+        ensure!(note.contains("y-b (10.1.0.12 is also the address of node x-b of Gateway edge-x)"), "{note}");
+>>>>>>> 61b8775 (tests: rewrite lab, control, l3 and l7 tests in plain technical English)
         Ok(())
     };
-    running.check(eventually(SOON, "an Event says so", told).await);
+    running.check(eventually(SOON, "an Event reports the ambiguous address", reported).await);
 }
 
-/// The cloud's Gateway with a proxy on each of its first two nodes, both by the router's address.
+/// Returns the cloud's Gateway with a proxy on each of its first two nodes, both reachable by the router's address.
 fn two_proxies(lab: &Lab) -> Gateway {
     let mut gateway = default_gateway(lab.site(), lab.cloud());
     let proxy = |node: &str, public_port: Option<i32>| Endpoint {
@@ -257,72 +265,72 @@ fn two_proxies(lab: &Lab) -> Gateway {
     gateway
 }
 
-/// Where the router maps the second proxy's port.
+/// Public port that the router maps to the second proxy.
 const SECOND_PORT: u16 = 10272;
 
-/// A request by address.
-struct Asked {
+/// Result of a request by address.
+struct RequestResult {
     began: Instant,
     took: Duration,
     failure: Option<String>,
 }
 
-/// Asks for x-b by its address, five times a second, until it is told to stop. Not one request after the other: one that was under way when
-/// the fault came would hang, and none would be asked meanwhile.
-struct Asking {
+/// Sends five requests per second to x-b's address until it is stopped. Requests are concurrent, because a request in
+/// flight during the fault would block later ones.
+struct RequestLoad {
     stop: std::sync::mpsc::Sender<()>,
-    thread: std::thread::JoinHandle<Vec<std::thread::JoinHandle<Asked>>>,
+    thread: std::thread::JoinHandle<Vec<std::thread::JoinHandle<RequestResult>>>,
 }
 
-impl Asking {
+impl RequestLoad {
     fn start(lab: &Lab, from: &str, address: &str) -> Self {
         let (stop, stopped) = std::sync::mpsc::channel();
         let ns = lab.node(from).ns.clone();
         let command = format!("curl -sS -m 30 http://{address}:10255/metrics");
-        let ask = move || {
+        let send = move || {
             let began = Instant::now();
             let failure = match ns.sh(&command) {
                 Ok(text) if text == "of x-b\n" => None,
-                Ok(text) => Some(format!("it says {text:?}")),
+                Ok(text) => Some(format!("unexpected answer {text:?}")),
                 Err(e) => Some(format!("{e:#}")),
             };
-            Asked { began, took: began.elapsed(), failure }
+            RequestResult { began, took: began.elapsed(), failure }
         };
         let thread = std::thread::spawn(move || {
-            let mut asked = Vec::new();
+            let mut requests = Vec::new();
             while stopped.recv_timeout(Duration::from_millis(200)) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
-                asked.push(std::thread::spawn(ask.clone()));
+                requests.push(std::thread::spawn(send.clone()));
             }
-            asked
+            requests
         });
         Self { stop, thread }
     }
 
-    /// How many were asked after the fault, and the longest of them; fails if one of these failed. Those that began before may have been
-    /// under way when it came, and nobody can answer them.
+    /// Stops and returns the number of requests sent after the fault and the longest duration. Fails if one of them
+    /// failed. Requests sent before the fault are ignored, because they may have been in flight.
     fn stop(self, fault: Instant) -> Result<(usize, Duration)> {
         let _ = self.stop.send(());
         let threads = self.thread.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?;
-        let asked = threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow::anyhow!("a request's thread panicked")));
-        let asked: Vec<Asked> = asked.collect::<Result<_>>()?;
-        let after: Vec<&Asked> = asked.iter().filter(|a| a.began >= fault).collect();
+        let results = threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow::anyhow!("a request's thread panicked")));
+        let results: Vec<RequestResult> = results.collect::<Result<_>>()?;
+        let after: Vec<&RequestResult> = results.iter().filter(|a| a.began >= fault).collect();
         let failures: Vec<&str> = after.iter().filter_map(|a| a.failure.as_deref()).collect();
         ensure!(failures.is_empty(), "{} of {} requests failed: {}", failures.len(), after.len(), failures.join("; "));
-        let longest = after.iter().map(|a| a.took).max().context("nothing was asked after the fault: this proves nothing")?;
+        let longest = after.iter().map(|a| a.took).max().context("no request was sent after the fault, so the test proves nothing")?;
         Ok((after.len(), longest))
     }
 }
 
-/// Waits until exactly these addresses are behind the Service.
-async fn behind_the_service(lab: &Lab, wanted: &[&str]) -> Result<Duration> {
+/// Waits until the Service has exactly these addresses and returns the time it took.
+async fn service_has(lab: &Lab, wanted: &[&str]) -> Result<Duration> {
     let begin = Instant::now();
     let slices: Api<EndpointSlice> = Api::namespaced(lab.cluster().client(), raven_api::DEFAULT_NAMESPACE);
     let of_service = ListParams::default().labels(&format!("kubernetes.io/service-name={INTERNAL_SERVICE}"));
-    eventually(SOON, &format!("{} behind the Service", wanted.join(" and ")), || async {
+    eventually(SOON, &format!("the Service has the addresses {}", wanted.join(" and ")), || async {
         let list = slices.list(&of_service).await?;
         let mut addresses: Vec<String> = list.items.into_iter().flat_map(|s| s.endpoints).flat_map(|e| e.addresses).collect();
         addresses.sort();
-        ensure!(addresses == wanted, "it has {addresses:?}");
+        ensure!(addresses == wanted, "the addresses are {addresses:?}");
         Ok(())
     })
     .await?;
@@ -330,77 +338,74 @@ async fn behind_the_service(lab: &Lab, wanted: &[&str]) -> Result<Duration> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_two_cloud_gateways_new_requests_keep_working_when_one_dies() {
-    if !privileged("with_two_cloud_gateways_new_requests_keep_working_when_one_dies") {
-        return;
-    }
+async fn new_requests_survive_failure_of_one_of_two_gateway_nodes() {
+    require_root!();
     let mut pools = PoolSpec::three();
     pools[0].nodes.push("cloud-c".to_owned());
     let mut second = pools[0].forward(Protocol::Tcp, 10262, 1);
     second.public_port = SECOND_PORT;
     pools[0].forwards.push(second);
-    let mut running = Running::of(Lab::builder().pools(pools)).await.expect("the lab starts");
+    let mut running = Running::of(Lab::builder().pools(pools)).await.expect("start the lab");
     running.check(running.lab.cluster().apply_gateway(&two_proxies(&running.lab)).await);
     running.check(running.serve("x-b").await);
     let both = ["10.0.0.11", "10.0.0.12"];
-    running.check(behind_the_service(&running.lab, &both).await);
+    running.check(service_has(&running.lab, &both).await);
 
-    // The one with its whole node, the other's agent alone: whichever of the two the client's requests went to, it is met once.
+    // The first fails as a node, the second by its agent alone. Whichever of the two handles the client's requests
+    // fails once.
     for (victim, left) in [("cloud-a", both[1]), ("cloud-b", both[0])] {
-        // That a gateway node is ready does not say that this site has a tunnel to it already.
+        // A ready gateway node may not have a proxy connection to this pool yet.
         for gateway in both {
             let answers = || async {
-                let text = running.ask_at(gateway, "cloud-c", "x-b", 5)?;
-                ensure!(text == "of x-b\n", "it says {text:?}");
+                let text = running.request_at(gateway, "cloud-c", "x-b", 5)?;
+                ensure!(text == "of x-b\n", "unexpected answer {text:?}");
                 Ok(())
             };
-            running.check(eventually(SOON, &format!("x-b is reached by {gateway}"), answers).await);
+            running.check(eventually(SOON, &format!("x-b is reached through {gateway}"), answers).await);
         }
         running.check(running.answered_by_address(&running.lab.node("cloud-c").ns, "10.1.0.12", "x-b").await);
-        let asking = Asking::start(&running.lab, "cloud-c", "10.1.0.12");
+        let load = RequestLoad::start(&running.lab, "cloud-c", "10.1.0.12");
         if victim == "cloud-a" {
-            // Its cable is pulled: its own end would lose its routes.
+            // The router's end of the link is set down, because the node itself must keep its routes.
             running.check(running.lab.cloud().router.sh("ip link set cloud-a down"));
         } else {
-            running.agent(victim).kill().expect("the agent dies");
+            running.agent(victim).kill().expect("kill the agent");
         }
         let fault = Instant::now();
-        let noticed = running.check(behind_the_service(&running.lab, &[left]).await);
-        // New ones go to the other by now; those from before are still waited for.
-        let (asked, longest) = running.check(asking.stop(fault));
+        let noticed = running.check(service_has(&running.lab, &[left]).await);
+        // New requests use the other gateway node; stop() waits for those sent before.
+        let (requests, longest) = running.check(load.stop(fault));
         println!(
-            "{victim} dies: out of the Service after {} ms; {asked} requests by address since, none failed, the longest took {} ms",
+            "{victim} fails: removed from the Service after {} ms; {requests} requests by address since then, none failed, the longest took {} ms",
             noticed.as_millis(),
             longest.as_millis()
         );
         within(OUT_OF_SERVICE, noticed);
-        assert_eq!(running.check(running.ask_at(left, "cloud-c", "x-b", 5)), "of x-b\n");
+        assert_eq!(running.check(running.request_at(left, "cloud-c", "x-b", 5)), "of x-b\n");
         if victim == "cloud-a" {
             running.check(running.lab.cloud().router.sh("ip link set cloud-a up"));
         }
-        running.agent(victim).restart().expect("the agent starts again");
-        running.check(behind_the_service(&running.lab, &both).await);
+        running.agent(victim).restart().expect("restart the agent");
+        running.check(service_has(&running.lab, &both).await);
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_thin_link_carries_more_than_fits_into_it_and_small_requests_beside_it() {
-    if !privileged("a_thin_link_carries_more_than_fits_into_it_and_small_requests_beside_it") {
-        return;
-    }
+async fn narrow_link_carries_large_and_small_requests_concurrently() {
+    require_root!();
     const BYTES: usize = 3_000_000;
-    let running = Running::of(Lab::builder()).await.expect("the lab starts");
+    let running = Running::of(Lab::builder()).await.expect("start the lab");
     running.check(running.serve("x-b").await);
-    std::fs::write(running.lab.node("x-b").dir.join("www/large"), vec![b'x'; BYTES]).expect("a file");
+    std::fs::write(running.lab.node("x-b").dir.join("www/large"), vec![b'x'; BYTES]).expect("write the file");
     running.check(running.answered("x-b").await);
-    let tunnels = || running.lab.node("cloud-a").ns.sh("curl -sS http://[::1]:10265/tunnels | grep edge-x | sed 's/,.*//' | sort");
+    let connections = || running.lab.node("cloud-a").ns.sh("curl -sS http://[::1]:10265/connections | grep edge-x | sed 's/,.*//' | sort");
     let both = || async {
-        let shown = tunnels()?;
-        ensure!(shown.lines().count() == 2, "{shown}");
-        Ok(shown)
+        let listed = connections()?;
+        ensure!(listed.lines().count() == 2, "{listed}");
+        Ok(listed)
     };
-    let before = running.check(eventually(SOON, "both tunnels are up", both).await);
-    // 1 Mbit/s out of the site, and a router that keeps up to two seconds of it in its queue.
+    let before = running.check(eventually(SOON, "both proxy connections exist", both).await);
+    // The link from the site has 1 Mbit/s, and the router queues up to two seconds of data.
     let router = running.lab.pool("edge-x").router.clone();
     running.check(router.sh("tc qdisc add dev wan root tbf rate 1mbit burst 16kb latency 2s"));
     let ns = running.lab.node("cloud-b").ns.clone();
@@ -408,11 +413,11 @@ async fn a_thin_link_carries_more_than_fits_into_it_and_small_requests_beside_it
     let mut slowest = Duration::ZERO;
     while !large.is_finished() {
         let begin = Instant::now();
-        assert_eq!(running.check(running.ask("cloud-b", "x-b", 20)), "of x-b\n");
+        assert_eq!(running.check(running.request("cloud-b", "x-b", 20)), "of x-b\n");
         slowest = slowest.max(begin.elapsed());
     }
-    let arrived = running.check(large.join().expect("no panic"));
+    let arrived = running.check(large.join().expect("join the thread"));
     assert_eq!(arrived.trim(), BYTES.to_string());
-    println!("{BYTES} bytes by a link of 1 Mbit/s; the slowest small request beside it took {} ms", slowest.as_millis());
-    assert_eq!(running.check(tunnels()), before, "the same tunnels as before");
+    println!("{BYTES} bytes by a link of 1 Mbit/s; the slowest concurrent small request took {} ms", slowest.as_millis());
+    assert_eq!(running.check(connections()), before, "the proxy connections are the same as before");
 }

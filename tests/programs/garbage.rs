@@ -8,7 +8,7 @@ use raven_common::{
     OVERLAY_MAC, OVERLAY_PORT,
     tables::{CONFIG_TC_GUARD, Config, Count},
 };
-use raven_tests::{kernel_log, privileged};
+use raven_tests::{kernel_log, require_root};
 
 use crate::{
     dataplane::{Context, Dataplane, Ran, TC_REDIRECT, TC_SHOT, TC_UNSPEC, XDP_DROP, XDP_PASS},
@@ -48,9 +48,7 @@ struct Target {
 
 #[test]
 fn no_mutated_packet_is_forwarded_to_an_address_in_no_table() {
-    if !privileged("no_mutated_packet_is_forwarded_to_an_address_in_no_table") {
-        return;
-    }
+    require_root!();
     let before = kernel_log::complaints().expect("the kernel's log");
     for target in targets() {
         let dataplane = Dataplane::load(target.config);
@@ -117,16 +115,14 @@ fn targets() -> Vec<Target> {
 
 #[test]
 fn no_mutated_packet_is_redirected_by_the_other_programs() {
-    if !privileged("no_mutated_packet_is_redirected_by_the_other_programs") {
-        return;
-    }
+    require_root!();
     let frames: Vec<Vec<u8>> = Family::BOTH.iter().map(|family| udp(*family, MEMBERS, EDGES).frame()).collect();
     let packets = Family::BOTH.iter().map(|family| tcp(*family, MINE, EDGES, SYN, &[1, 2, 4, 5, 180, 1, 1, 0]).bytes()).collect();
     // For the guard, as on a node without native XDP: of a member, and for the tunnel's port.
     let lan = |ports| Overlay { ports, ..overlay(MEMBER, ME, frames[0].clone()) }.frame();
     let lan = vec![lan([50_000, OVERLAY_PORT]), lan([50_000, TUNNEL_PORT])];
-    // The first two without metadata, as everything in a test run: of the second no more than its first check is met here, the rest
-    // comes by wire (`overlay_ingress`). The third has no redirect at all.
+    // The first two without metadata, as everything in a test run: of the second no more than its first check is met
+    // here, the rest comes by wire (`overlay_ingress`). The third has no redirect at all.
     for (hook, seeds) in [(Hook::UplinkIngress, lan), (Hook::OverlayIngress, frames), (Hook::TunnelEgress, packets)] {
         let gateway = world::gateway();
         let dataplane = Dataplane::load(Config { flags: gateway.flags | CONFIG_TC_GUARD, ..gateway });
@@ -156,9 +152,7 @@ const BATCH: u64 = 128;
 
 #[test]
 fn no_mutated_overlay_packet_enters_the_tunnel_but_from_and_to_where_it_may() {
-    if !privileged("no_mutated_overlay_packet_enters_the_tunnel_but_from_and_to_where_it_may") {
-        return;
-    }
+    require_root!();
     let before = kernel_log::complaints().expect("the kernel's log");
     let wire = Wire::new(world::gateway(), &[Hook::OverlayIngress], 1700);
     let (lan, tunnel) = (wire.lan_sender(), wire.on_node("raven-wg0"));

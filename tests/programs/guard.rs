@@ -1,5 +1,5 @@
-//! The guard: what it refuses at the tunnel's port, in XDP and, where there is none, at TC ingress; and the samples that tell
-//! which packets were dropped.
+//! The guard: what it refuses at the tunnel's port, in XDP and, where there is none, at TC ingress; and the samples
+//! that tell which packets were dropped.
 
 use raven_agent::bpf::Hook;
 use raven_common::{
@@ -7,7 +7,7 @@ use raven_common::{
     header::{ETH_P_IP, IPPROTO_UDP},
     tables::{CONFIG_TC_GUARD, Config, MAX_HANDSHAKES},
 };
-use raven_tests::privileged;
+use raven_tests::require_root;
 
 use crate::{
     case::{Case, check},
@@ -85,9 +85,7 @@ fn tc_guard() -> Config {
 
 #[test]
 fn what_cannot_be_wireguard_is_dropped_in_xdp() {
-    if !privileged("what_cannot_be_wireguard_is_dropped_in_xdp") {
-        return;
-    }
+    require_root!();
     let (passes, refused) = messages();
     let mut cases: Vec<Case> = passes.into_iter().map(|(name, packet)| Case::new(name, packet).xdp_passes()).collect();
     cases.extend(refused.into_iter().map(|(name, packet)| Case::new(name, packet).xdp_dropped(NONE, Verdict::DropNotWireguard)));
@@ -96,9 +94,7 @@ fn what_cannot_be_wireguard_is_dropped_in_xdp() {
 
 #[test]
 fn without_xdp_the_same_is_dropped_in_tc() {
-    if !privileged("without_xdp_the_same_is_dropped_in_tc") {
-        return;
-    }
+    require_root!();
     let (passes, refused) = messages();
     let mut cases: Vec<Case> = passes.into_iter().map(|(name, packet)| Case::new(name, packet)).collect();
     cases.extend(refused.into_iter().map(|(name, packet)| Case::new(name, packet).dropped(NONE, Verdict::DropNotWireguard)));
@@ -117,9 +113,7 @@ fn without_xdp_the_same_is_dropped_in_tc() {
 
 #[test]
 fn a_flood_of_handshakes_is_stopped_and_a_roaming_peer_still_gets_in() {
-    if !privileged("a_flood_of_handshakes_is_stopped_and_a_roaming_peer_still_gets_in") {
-        return;
-    }
+    require_root!();
     for (hook, config, pass) in [(Hook::UplinkXdp, world::gateway(), 2), (Hook::UplinkIngress, tc_guard(), u32::MAX)] {
         let dataplane = Dataplane::load(config);
         let initiation = |source| datagram(source, ME, TUNNEL_PORT, &message(1, 148));
@@ -136,9 +130,7 @@ fn a_flood_of_handshakes_is_stopped_and_a_roaming_peer_still_gets_in() {
 
 #[test]
 fn a_dropped_packet_can_be_looked_at() {
-    if !privileged("a_dropped_packet_can_be_looked_at") {
-        return;
-    }
+    require_root!();
     let mut dataplane = Dataplane::load(world::gateway());
     let stranger = Overlay { from: STRANGER, ..overlay(MEMBER, ME, udp(Family::V4, MEMBERS, EDGES).overlay_frame()) }.frame();
     dataplane.run(Hook::UplinkXdp, &stranger, Context::default());
@@ -160,9 +152,7 @@ fn a_dropped_packet_can_be_looked_at() {
 
 #[test]
 fn a_drop_in_tc_is_sampled_by_its_inner_packet() {
-    if !privileged("a_drop_in_tc_is_sampled_by_its_inner_packet") {
-        return;
-    }
+    require_root!();
     let mut dataplane = Dataplane::load(world::ordinary());
     let packet = udp(Family::V6, MEMBERS, EDGES);
     dataplane.run(Hook::OverlayEgress, &packet.frame(), Context::default());

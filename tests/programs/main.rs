@@ -1,4 +1,5 @@
-//! Each eBPF program by itself: crafted packets in, and the action, every byte of what comes out and every counter compared.
+//! Each eBPF program by itself: crafted packets in, and the action, every byte of what comes out and every counter
+//! compared.
 //!
 //! [`world`] says who lives where, [`packet`] builds packets (and, from scratch, what they must become), [`dataplane`]
 //! loads the object that the agent embeds and runs a program by `BPF_PROG_TEST_RUN`, [`case`] compares. What a test run

@@ -2,7 +2,7 @@
 
 use raven_agent::bpf::Hook;
 use raven_common::{Verdict, header::ETH_LEN, tables::Count};
-use raven_tests::privileged;
+use raven_tests::require_root;
 
 use crate::{
     case::{Case, check},
@@ -22,9 +22,7 @@ fn encapsulated(name: &str, before: &Packet, after: &Packet) -> Case {
 
 #[test]
 fn packets_for_another_pool_leave_with_the_overlays_source() {
-    if !privileged("packets_for_another_pool_leave_with_the_overlays_source") {
-        return;
-    }
+    require_root!();
     let dataplane = Dataplane::load(world::ordinary());
     for family in Family::BOTH {
         let datagram = udp(family, MINE, EDGES);
@@ -60,18 +58,14 @@ pub fn neither_tcp_nor_udp(from: Net, to: Net) -> Vec<(&'static str, Packet)> {
 
 #[test]
 fn icmp_errors_extension_headers_and_fragments_leave_as_they_are() {
-    if !privileged("icmp_errors_extension_headers_and_fragments_leave_as_they_are") {
-        return;
-    }
+    require_root!();
     let cases = neither_tcp_nor_udp(MINE, EDGES).iter().map(|(name, packet)| encapsulated(name, packet, packet)).collect::<Vec<_>>();
     check(&Dataplane::load(world::ordinary()), Hook::OverlayEgress, &cases);
 }
 
 #[test]
 fn what_may_not_leave_is_dropped_unchanged_and_counted() {
-    if !privileged("what_may_not_leave_is_dropped_unchanged_and_counted") {
-        return;
-    }
+    require_root!();
     let dataplane = Dataplane::load(world::ordinary());
     let mut cases = vec![Case::new("ARP", ethernet([0xff; 6], [2; 6], [0x08, 0x06], &[0; 46])).dropped(NONE, Verdict::DropNotIp)];
     for family in Family::BOTH {
@@ -94,9 +88,7 @@ fn what_may_not_leave_is_dropped_unchanged_and_counted() {
 
 #[test]
 fn a_node_by_its_own_address_reaches_the_proxy_and_nobody_else() {
-    if !privileged("a_node_by_its_own_address_reaches_the_proxy_and_nobody_else") {
-        return;
-    }
+    require_root!();
     let mut dataplane = Dataplane::load(world::ordinary());
     dataplane.detour(EDGE, GATEWAY);
     let frame = |packet: &Packet, source: [u8; 4]| sent_by(packet.frame(), source);
@@ -116,7 +108,8 @@ fn a_node_by_its_own_address_reaches_the_proxy_and_nobody_else() {
     );
 }
 
-/// Packets whose headers contradict themselves or the packet's length: dropped, for no Gateway. `l3`: where the IP header is.
+/// Packets whose headers contradict themselves or the packet's length: dropped, for no Gateway. `l3`: where the IP
+/// header is.
 ///
 /// Not here: headers cut short. Linux 6.18 refuses test runs with them, so they come by wire.
 pub fn malformed(family: Family, good: &[u8], l3: usize) -> Vec<Case> {
@@ -218,9 +211,7 @@ pub fn odd_syns(family: Family) -> Vec<(&'static str, Packet)> {
 
 #[test]
 fn the_mss_of_syns_is_lowered_to_what_fits_and_checksums_are_right() {
-    if !privileged("the_mss_of_syns_is_lowered_to_what_fits_and_checksums_are_right") {
-        return;
-    }
+    require_root!();
     let dataplane = Dataplane::load(world::ordinary());
     let mut cases = Vec::new();
     for family in Family::BOTH {
@@ -241,9 +232,7 @@ fn the_mss_of_syns_is_lowered_to_what_fits_and_checksums_are_right() {
 
 #[test]
 fn what_a_gateway_nodes_fallback_redirected_here_goes_on() {
-    if !privileged("what_a_gateway_nodes_fallback_redirected_here_goes_on") {
-        return;
-    }
+    require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
         let syn = tcp(family, EDGES, MEMBERS, SYN, &[2, 4, 5, 180]);
@@ -260,9 +249,7 @@ fn what_a_gateway_nodes_fallback_redirected_here_goes_on() {
 
 #[test]
 fn on_the_wire_the_tunnel_key_brings_packets_to_the_gateway_node() {
-    if !privileged("on_the_wire_the_tunnel_key_brings_packets_to_the_gateway_node") {
-        return;
-    }
+    require_root!();
     let wire = Wire::new(world::ordinary(), &[Hook::OverlayEgress], 1500);
     let (overlay, lan) = (wire.overlay_sender(), wire.on_lan());
     for family in Family::BOTH {
@@ -299,9 +286,7 @@ fn on_the_wire_the_tunnel_key_brings_packets_to_the_gateway_node() {
 
 #[test]
 fn what_the_kernel_says_to_neighbours_is_no_drop() {
-    if !privileged("what_the_kernel_says_to_neighbours_is_no_drop") {
-        return;
-    }
+    require_root!();
     // The kernel reports its IPv6 groups on every new device, a random moment after it came up. As a drop it would be a
     // false alarm on every node.
     let with = |family: Family, destination: &[u8]| {

@@ -6,7 +6,7 @@ use raven_common::{
     Verdict,
     tables::{CONFIG_TUNNEL_REDIRECT, Config, Count, GatewayId},
 };
-use raven_tests::privileged;
+use raven_tests::require_root;
 
 use crate::{
     case::{Case, check},
@@ -18,9 +18,7 @@ use crate::{
 
 #[test]
 fn packets_without_tunnel_metadata_are_dropped() {
-    if !privileged("packets_without_tunnel_metadata_are_dropped") {
-        return;
-    }
+    require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
         let packet = udp(family, MEMBERS, EDGES).overlay_frame();
@@ -62,9 +60,7 @@ fn from_member(inner: &Packet) -> Overlay {
 
 #[test]
 fn on_a_gateway_node_members_packets_go_into_the_tunnel() {
-    if !privileged("on_a_gateway_node_members_packets_go_into_the_tunnel") {
-        return;
-    }
+    require_root!();
     let node = Node::new(world::gateway());
     let tunnel = node.wire.on_node("raven-wg0");
     for family in Family::BOTH {
@@ -98,9 +94,7 @@ fn on_a_gateway_node_members_packets_go_into_the_tunnel() {
 
 #[test]
 fn on_a_gateway_node_all_else_goes_to_the_stack_or_is_dropped() {
-    if !privileged("on_a_gateway_node_all_else_goes_to_the_stack_or_is_dropped") {
-        return;
-    }
+    require_root!();
     let node = Node::new(world::gateway());
     let tunnel = node.wire.on_node("raven-wg0");
     let arp = ethernet([0xff; 6], [2; 6], [0x08, 0x06], &[0; 28]);
@@ -157,9 +151,7 @@ fn malformed(good: &Overlay, family: Family) -> Vec<(&'static str, Overlay)> {
 
 #[test]
 fn a_kernel_that_cannot_take_the_redirect_gets_it_in_the_stack() {
-    if !privileged("a_kernel_that_cannot_take_the_redirect_gets_it_in_the_stack") {
-        return;
-    }
+    require_root!();
     let node = Node::new(Config { flags: world::gateway().flags & !CONFIG_TUNNEL_REDIRECT, ..world::gateway() });
     for family in Family::BOTH {
         let inner = udp(family, MEMBERS, EDGES);
@@ -171,9 +163,7 @@ fn a_kernel_that_cannot_take_the_redirect_gets_it_in_the_stack() {
 
 #[test]
 fn an_ordinary_node_takes_packets_for_its_pods_from_gateway_nodes_alone() {
-    if !privileged("an_ordinary_node_takes_packets_for_its_pods_from_gateway_nodes_alone") {
-        return;
-    }
+    require_root!();
     let node = Node::new(world::ordinary());
     for family in Family::BOTH {
         let check = |name: &str, outer: [u8; 4], inner: Packet, gateway: GatewayId, verdict: Verdict| {
@@ -194,9 +184,7 @@ fn an_ordinary_node_takes_packets_for_its_pods_from_gateway_nodes_alone() {
 
 #[test]
 fn connections_to_kubelets_of_other_pools_are_handed_to_the_proxy_with_a_tunnel_and_without() {
-    if !privileged("connections_to_kubelets_of_other_pools_are_handed_to_the_proxy_with_a_tunnel_and_without") {
-        return;
-    }
+    require_root!();
     for (config, otherwise) in [(world::gateway(), Verdict::StackNotRemote), (world::ordinary(), Verdict::DropNotFromGateway)] {
         let node = Node::new(config);
         let inner = |packet: Packet| packet.overlay_frame();

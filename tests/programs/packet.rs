@@ -89,7 +89,8 @@ pub fn tcp(family: Family, from: Net, to: Net, flags: u8, options: &[u8]) -> Pac
     Packet { body, ..udp(family, from, to) }
 }
 
-/// What a router on the way says of a packet that it could not send on: to its sender, with the beginning of the packet.
+/// What a router on the way says of a packet that it could not send on: to its sender, with the beginning of the
+/// packet.
 pub fn icmp_error(family: Family, from: Net, to: Net) -> Packet {
     let about = &udp(family, to, from).bytes()[..family.header_len() + 8];
     // "Fragmentation needed" and "packet too big", 1,400 bytes (RFC 792, RFC 4443); nobody looks at the checksum.
@@ -247,7 +248,8 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     !(sum as u16)
 }
 
-/// The frame of an IPv4 packet, from another address: the header's checksum is right again, that of the transport is nobody's business.
+/// The frame of an IPv4 packet, from another address: the header's checksum is right again, that of the transport is
+/// nobody's business.
 pub fn sent_by(mut frame: Vec<u8>, source: [u8; 4]) -> Vec<u8> {
     let header = &mut frame[14..34];
     header[10..12].fill(0);
@@ -363,8 +365,8 @@ pub fn assert_sound(packet: &[u8], what: &str) {
     }
 }
 
-/// Fails unless this is the overlay frame of `inner` as the VXLAN device of the node under test makes it: with a source port
-/// and an identification of its own, all else as ours.
+/// Fails unless this is the overlay frame of `inner` as the VXLAN device of the node under test makes it: with a source
+/// port and an identification of its own, all else as ours.
 pub fn assert_from_vxlan_device(frame: &[u8], what: &str, from: [u8; 4], to: [u8; 4], inner: &Packet) {
     let mut expected = Overlay { class: inner.class, ..overlay(from, to, inner.overlay_frame()).leaving() }.frame();
     assert!(frame.len() >= 36, "{what}: {} bytes", frame.len());

@@ -3,7 +3,7 @@
 
 use raven_agent::bpf::Hook;
 use raven_common::{Verdict, tables::Count};
-use raven_tests::privileged;
+use raven_tests::require_root;
 
 use crate::{
     case::{Case, check},
@@ -21,9 +21,7 @@ fn from_stack(name: &str, before: &Packet, after: &Packet) -> Case {
 
 #[test]
 fn own_packets_are_counted_and_redirected_ones_left_alone() {
-    if !privileged("own_packets_are_counted_and_redirected_ones_left_alone") {
-        return;
-    }
+    require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
         let datagram = udp(family, MINE, EDGES);
@@ -46,9 +44,7 @@ fn own_packets_are_counted_and_redirected_ones_left_alone() {
 
 #[test]
 fn the_mss_of_own_syns_is_lowered_and_nonsense_dropped() {
-    if !privileged("the_mss_of_own_syns_is_lowered_and_nonsense_dropped") {
-        return;
-    }
+    require_root!();
     let mut cases = vec![not_ip()];
     for family in Family::BOTH {
         cases.extend(syns(family).iter().map(|(name, before, after)| from_stack(name, before, after)));
@@ -67,9 +63,7 @@ pub fn not_ip() -> Case {
 
 #[test]
 fn on_the_wire_syns_enter_the_tunnel_with_an_mss_that_fits() {
-    if !privileged("on_the_wire_syns_enter_the_tunnel_with_an_mss_that_fits") {
-        return;
-    }
+    require_root!();
     let wire = Wire::new(world::gateway(), &[Hook::TunnelEgress], 1500);
     let tunnel = wire.on_node("raven-wg0");
     for family in Family::BOTH {

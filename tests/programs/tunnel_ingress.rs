@@ -1,13 +1,13 @@
 //! `tunnel_ingress`: what comes out of the tunnel. Packets start at their IP header; [`crate::world::Net`] says how a test
-//! run takes them nevertheless. The outer header is compared on real devices: the kernel puts it where the link header ends,
-//! and that is 14 bytes too far behind in a test run.
+//! run takes them nevertheless. The outer header is compared on real devices: the kernel puts it where the link header
+//! ends, and that is 14 bytes too far behind in a test run.
 
 use raven_agent::bpf::Hook;
 use raven_common::{
     Verdict,
     tables::{CONFIG_RELAY, Config, Count},
 };
-use raven_tests::privileged;
+use raven_tests::require_root;
 
 use crate::{
     case::{Case, check},
@@ -21,9 +21,7 @@ use crate::{
 
 #[test]
 fn packets_go_to_the_node_that_has_the_destination_or_to_the_stack() {
-    if !privileged("packets_go_to_the_node_that_has_the_destination_or_to_the_stack") {
-        return;
-    }
+    require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
         let case = |name: &str, packet: Vec<u8>| Case::new(format!("{family:?}: {name}"), packet);
@@ -74,9 +72,7 @@ fn packets_go_to_the_node_that_has_the_destination_or_to_the_stack() {
 
 #[test]
 fn what_a_peer_may_not_send_is_dropped() {
-    if !privileged("what_a_peer_may_not_send_is_dropped") {
-        return;
-    }
+    require_root!();
     let mut cases = vec![not_ip()];
     for family in Family::BOTH {
         let case = |name: &str, packet: Vec<u8>| Case::new(format!("{family:?}: {name}"), packet);
@@ -94,9 +90,7 @@ fn what_a_peer_may_not_send_is_dropped() {
 
 #[test]
 fn relayed_packets_lose_one_hop_and_nothing_else() {
-    if !privileged("relayed_packets_lose_one_hop_and_nothing_else") {
-        return;
-    }
+    require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
         let case = |name: &str, packet: Vec<u8>| Case::new(format!("{family:?}: {name}"), packet);
@@ -121,9 +115,7 @@ fn relayed_packets_lose_one_hop_and_nothing_else() {
 
 #[test]
 fn a_node_that_may_not_relay_does_not() {
-    if !privileged("a_node_that_may_not_relay_does_not") {
-        return;
-    }
+    require_root!();
     let config = Config { flags: world::gateway().flags & !CONFIG_RELAY, ..world::gateway() };
     let mut cases = Vec::new();
     for family in Family::BOTH {
@@ -139,9 +131,7 @@ fn a_node_that_may_not_relay_does_not() {
 
 #[test]
 fn on_the_wire_the_outer_header_is_right_to_the_last_byte() {
-    if !privileged("on_the_wire_the_outer_header_is_right_to_the_last_byte") {
-        return;
-    }
+    require_root!();
     let wire = Wire::new(world::gateway(), &[Hook::TunnelIngress], 1500);
     let lan = wire.on_lan();
     for family in Family::BOTH {
@@ -173,9 +163,7 @@ fn on_the_wire_the_outer_header_is_right_to_the_last_byte() {
 
 #[test]
 fn on_the_wire_headers_cut_short_end_here() {
-    if !privileged("on_the_wire_headers_cut_short_end_here") {
-        return;
-    }
+    require_root!();
     let wire = Wire::new(world::gateway(), &[Hook::TunnelIngress], 1500);
     let lan = wire.on_lan();
     for family in Family::BOTH {
@@ -192,9 +180,7 @@ fn on_the_wire_headers_cut_short_end_here() {
 
 #[test]
 fn on_the_wire_relayed_packets_go_back_into_the_tunnel() {
-    if !privileged("on_the_wire_relayed_packets_go_back_into_the_tunnel") {
-        return;
-    }
+    require_root!();
     let wire = Wire::new(world::gateway(), &[Hook::TunnelIngress, Hook::TunnelEgress], 1500);
     let tunnel = wire.on_node("raven-wg0");
     for family in Family::BOTH {
@@ -210,11 +196,10 @@ fn on_the_wire_relayed_packets_go_back_into_the_tunnel() {
 
 #[test]
 fn on_the_wire_what_cannot_be_wrapped_in_place_goes_by_tunnel_key() {
-    if !privileged("on_the_wire_what_cannot_be_wrapped_in_place_goes_by_tunnel_key") {
-        return;
-    }
-    // A packet (no aggregate) near the kernel's limit for what helpers make may still get its Ethernet header, but not the
-    // outer one. Where that limit is depends on the machine; lengths 40 apart cannot all miss the 50 bytes before it.
+    require_root!();
+    // A packet (no aggregate) near the kernel's limit for what helpers make may still get its Ethernet header, but not
+    // the outer one. Where that limit is depends on the machine; lengths 40 apart cannot all miss the 50 bytes before
+    // it.
     let config = Config { tunnel_mtu: 19_000, ..world::gateway() };
     let wire = Wire::new(config, &[Hook::TunnelIngress, Hook::OverlayEgress], 20_000);
     let lan = wire.on_lan();

@@ -3,7 +3,7 @@
 
 use raven_agent::bpf::Hook;
 use raven_common::{Verdict, tables::Count};
-use raven_tests::privileged;
+use raven_tests::require_root;
 
 use crate::{
     case::{Case, check},
@@ -15,9 +15,7 @@ use crate::{
 
 #[test]
 fn packets_without_a_note_pass_unseen() {
-    if !privileged("packets_without_a_note_pass_unseen") {
-        return;
-    }
+    require_root!();
     let mut cases = vec![Case::new("ARP", ethernet([0xff; 6], [2; 6], [0x08, 0x06], &[0; 46]))];
     for family in Family::BOTH {
         let inner = udp(family, MEMBERS, EDGES);
@@ -33,12 +31,10 @@ fn packets_without_a_note_pass_unseen() {
 
 #[test]
 fn on_the_wire_what_xdp_unwrapped_goes_into_the_tunnel_with_one_hop_less() {
-    if !privileged("on_the_wire_what_xdp_unwrapped_goes_into_the_tunnel_with_one_hop_less") {
-        return;
-    }
+    require_root!();
     let wire = Wire::new(world::gateway(), &[Hook::UplinkXdp, Hook::UplinkIngress], 1500);
-    // The port hears all devices: whoever else looks at the uplink (tcpdump, a DHCP client, lldpd) is no reason to leave the
-    // fast way either. (The kernel shares the packet with them, and takes XDP's note off what it must copy.)
+    // The port hears all devices: whoever else looks at the uplink (tcpdump, a DHCP client, lldpd) is no reason to
+    // leave the fast way either. (The kernel shares the packet with them, and takes XDP's note off what it must copy.)
     let (lan, tunnel) = (wire.lan_sender(), wire.on_node("raven-wg0"));
     for family in Family::BOTH {
         let inner = udp(family, MEMBERS, EDGES);
@@ -68,9 +64,7 @@ fn on_the_wire_what_xdp_unwrapped_goes_into_the_tunnel_with_one_hop_less() {
 
 #[test]
 fn on_the_wire_what_xdp_left_alone_takes_the_other_way() {
-    if !privileged("on_the_wire_what_xdp_left_alone_takes_the_other_way") {
-        return;
-    }
+    require_root!();
     let wire = Wire::new(world::gateway(), &[Hook::UplinkXdp, Hook::UplinkIngress, Hook::OverlayIngress], 1500);
     let (lan, tunnel) = (wire.lan_sender(), wire.on_node("raven-wg0"));
     for family in Family::BOTH {

@@ -5,7 +5,7 @@ use raven_common::{
     Verdict,
     tables::{Config, GatewayId, UNWRAPPED_MAGIC},
 };
-use raven_tests::privileged;
+use raven_tests::require_root;
 
 use crate::{
     case::{Case, check},
@@ -30,9 +30,7 @@ fn unwrapped(name: &str, outer: &Overlay, inner: &Packet, gateway: GatewayId) ->
 
 #[test]
 fn packets_for_another_pool_are_unwrapped() {
-    if !privileged("packets_for_another_pool_are_unwrapped") {
-        return;
-    }
+    require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
         let case = |name: &str, inner: &Packet, gateway| unwrapped(name, &from_member(inner), inner, gateway);
@@ -59,9 +57,7 @@ fn packets_for_another_pool_are_unwrapped() {
 
 #[test]
 fn padding_behind_the_inner_packet_is_no_reason_to_drop() {
-    if !privileged("padding_behind_the_inner_packet_is_no_reason_to_drop") {
-        return;
-    }
+    require_root!();
     let inner = udp(Family::V4, MEMBERS, EDGES);
     let outer = from_member(&inner);
     let padded = |mut frame: Vec<u8>| {
@@ -76,9 +72,7 @@ fn padding_behind_the_inner_packet_is_no_reason_to_drop() {
 
 #[test]
 fn everything_else_passes_untouched_and_uncounted() {
-    if !privileged("everything_else_passes_untouched_and_uncounted") {
-        return;
-    }
+    require_root!();
     let mut cases = vec![
         Case::new("ARP", ethernet([0xff; 6], [2; 6], [0x08, 0x06], &[0; 46])).xdp_passes(),
         Case::new("an Ethernet header and nothing else", ethernet([2; 6], [2; 6], [0x08, 0x00], &[])).xdp_passes(),
@@ -130,9 +124,7 @@ fn everything_else_passes_untouched_and_uncounted() {
 
 #[test]
 fn strangers_and_liars_are_dropped_and_counted() {
-    if !privileged("strangers_and_liars_are_dropped_and_counted") {
-        return;
-    }
+    require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
         let case = |name: &str, frame: Vec<u8>, verdict| Case::new(format!("{family:?}: {name}"), frame).xdp_dropped(NONE, verdict);
@@ -203,9 +195,7 @@ fn strangers_and_liars_are_dropped_and_counted() {
 
 #[test]
 fn a_node_without_a_tunnel_leaves_everything_alone() {
-    if !privileged("a_node_without_a_tunnel_leaves_everything_alone") {
-        return;
-    }
+    require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
         let inner = udp(family, MEMBERS, EDGES);
@@ -219,9 +209,7 @@ fn a_node_without_a_tunnel_leaves_everything_alone() {
 
 #[test]
 fn what_is_remembered_is_remembered_of_one_sender_and_until_the_tables_change() {
-    if !privileged("what_is_remembered_is_remembered_of_one_sender_and_until_the_tables_change") {
-        return;
-    }
+    require_root!();
     for family in Family::BOTH {
         let mut dataplane = Dataplane::load(world::gateway());
         let inner = udp(family, MEMBERS, EDGES);

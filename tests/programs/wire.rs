@@ -1,5 +1,6 @@
-//! Real devices, for what a test run cannot show: the node under test in one namespace (uplink, `raven0`, `raven-wg0` as a
-//! TUN device, programs attached), its pool's LAN in another, where the test itself sends and receives frames byte by byte.
+//! Real devices, for what a test run cannot show: the node under test in one namespace (uplink, `raven0`, `raven-wg0`
+//! as a TUN device, programs attached), its pool's LAN in another, where the test itself sends and receives frames byte
+//! by byte.
 
 use std::{
     array,
@@ -111,8 +112,8 @@ impl Wire {
         self.node.within(|| Sender::open("raven0")).expect("in the namespace")
     }
 
-    /// Does something and gives what was counted because of it. Waits until anything is counted, and two looks see the same:
-    /// packets and bytes are not added at once.
+    /// Does something and gives what was counted because of it. Waits until anything is counted, and two looks see the
+    /// same: packets and bytes are not added at once.
     pub fn counted(&self, what: &str, act: impl FnOnce()) -> Counters {
         let before = self.dataplane.counters();
         act();
@@ -158,8 +159,8 @@ fn attached(config: Config, hooks: &[Hook]) -> Dataplane {
     dataplane
 }
 
-/// The addresses of a device without Ethernet, as only the kernel can write them without `unsafe`: read from two packets
-/// that came in by it. They name a family, too.
+/// The addresses of a device without Ethernet, as only the kernel can write them without `unsafe`: read from two
+/// packets that came in by it. They name a family, too.
 fn link_addresses(tun: &TunSocket, port: &Port) -> [LinkAddr; 2] {
     let packets = [[0x45; 60], [0x60; 60]];
     array::from_fn(|family| {

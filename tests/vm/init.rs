@@ -1,5 +1,5 @@
-//! The first process of the machine: mounts what every program expects, starts this program anew for the tests, takes in
-//! orphans, and powers off.
+//! The first process of the machine: mounts what every program expects, starts this program anew for the tests, takes
+//! in orphans, and powers off.
 
 use std::fs;
 use std::os::unix::fs::symlink;

@@ -82,7 +82,7 @@ async fn tell(story: &mut Story, lab: &Lab, gateways: &[String], agents: &mut [A
     story.note("host processes reach pods of other pools, and back", hosts(lab).await);
     story.note("traceroute shows every gateway node", proof::traceroute(lab));
     story.note("nothing is fragmented on the wire", proof::unfragmented(lab, BULK / 4).await);
-    story.note("a WireGuard peer that sends another pool's addresses", proof::lying_peer(lab, true).await);
+    story.note("a WireGuard peer that sends another pool's addresses", proof::rejects_foreign_sources(lab, true).await);
     story.note("connections to kubelets of other pools are taken by address", intercepted(lab));
     story.note("MTU: cloud-b, y-b", proof::mtu(lab, "cloud-b", "y-b").await);
     story.note("MTU: x-a, cloud-a", proof::mtu(lab, "x-a", "cloud-a").await);
@@ -140,8 +140,8 @@ async fn restarted(lab: &Lab, agents: &mut [Agent], family: usize) -> Result<Str
     twice(async || proof::restart_under(lab, agents, "x-b", "y-b", family, RATE).await).await
 }
 
-/// An emulated processor may stand still for longer than queues last (seen once in some thirty runs), so what was lost must be lost again;
-/// both attempts are told.
+/// An emulated processor may stand still for longer than queues last (seen once in some thirty runs), so what was lost
+/// must be lost again; both attempts are told.
 async fn twice(mut attempt: impl AsyncFnMut() -> Result<String>) -> Result<String> {
     let first = match attempt().await {
         Ok(seen) => return Ok(seen),
@@ -151,8 +151,8 @@ async fn twice(mut attempt: impl AsyncFnMut() -> Result<String>) -> Result<Strin
     second.map(|seen| format!("{seen} (a second attempt; the first: {first:#})")).with_context(|| format!("twice; first: {first:#}"))
 }
 
-/// Somebody's filter (not even a program) lets every packet pass before ours may see it; then it goes away again. `tests/l3/neighbours.rs`
-/// has more of the kind.
+/// Somebody's filter (not even a program) lets every packet pass before ours may see it; then it goes away again.
+/// `tests/l3/neighbours.rs` has more of the kind.
 async fn overtaken(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     let agent = agents.iter_mut().find(|a| a.node.name == "x-a").context("every node has an agent")?;
     let node = agent.node.clone();
@@ -172,7 +172,7 @@ async fn overtaken(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     for family in 0..2 {
         proof::reach(lab, &cloud, &edge, family).await?;
     }
-    let carried = proof::grown(&before, &proof::counters(&node)?, Verdict::ToTunnel);
+    let carried = proof::increase(&before, &proof::counters(&node)?, Verdict::ToTunnel);
     ensure!(carried > 0, "the fallback tier carried nothing");
     let said = agent.process.output()?;
     ensure!(said.contains("is asked before uplink_ingress"), "the agent says why");
@@ -186,7 +186,8 @@ async fn overtaken(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     Ok(format!("{carried} packets by overlay_ingress meanwhile"))
 }
 
-/// All nodes have one file system here, so one file is everybody's Secret. Sessions go on with the keys they have: they are ended.
+/// All nodes have one file system here, so one file is everybody's Secret. Sessions go on with the keys they have: they
+/// are ended.
 async fn preshared(lab: &Lab, gateways: &[String]) -> Result<String> {
     const FOLDER: &str = "/etc/raven/secret";
     const KEY: &str = "3q2+796tvu/erb7v3q2+796tvu/erb7v3q2+796tvu8=";
@@ -210,8 +211,9 @@ async fn preshared(lab: &Lab, gateways: &[String]) -> Result<String> {
     Ok(format!("{peers} peers with it"))
 }
 
-/// Four hundred prefixes join edge-y and leave it again; what x-b and cloud-b say to each other does not suffer: the kernel's WireGuard
-/// changes what a peer may send while its session goes on. It takes, and tells, a peer with so many in several parts only.
+/// Four hundred prefixes join edge-y and leave it again; what x-b and cloud-b say to each other does not suffer: the
+/// kernel's WireGuard changes what a peer may send while its session goes on. It takes, and tells, a peer with so many
+/// in several parts only.
 async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     const MANY: u32 = 400;
     let (from, to) = (lab.pod("x-b"), lab.pod("cloud-b"));
@@ -244,7 +246,7 @@ async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
 
 /// A run that has nothing to do does nothing: of what it finds, it puts back the one rule that is taken away.
 async fn settled(agent: &Agent) -> Result<()> {
-    const PUT_BACK: &str = "raven_put_back_total";
+    const PUT_BACK: &str = "raven_restored_total";
     let ns = &agent.node.ns;
     // What comes back in the first run is put down to the news.
     proof::ready(agent).await?;
@@ -321,8 +323,9 @@ async fn hosts(lab: &Lab) -> Result<String> {
     Ok(format!("by {}", seen.join(", ")))
 }
 
-/// A connection to an edge node's kubelet port is accepted by the proxy of the cloud's gateway node: from that node itself, from a pod on
-/// it and from an ordinary node. (There is no tunnel here: it is closed again.) Without the program nobody could answer at all.
+/// A connection to an edge node's kubelet port is accepted by the proxy of the cloud's gateway node: from that node
+/// itself, from a pod on it and from an ordinary node. (There is no tunnel here: it is closed again.) Without the
+/// program nobody could answer at all.
 fn intercepted(lab: &Lab) -> Result<String> {
     let kubelet = std::net::SocketAddr::from((lab.node("x-b").lan_v4, 10250));
     for ns in [&lab.node("cloud-a").ns, &lab.pod("cloud-a").ns, &lab.node("cloud-b").ns] {

@@ -46,7 +46,7 @@ enum Command {
     Crds(crds::Crds),
     /// A lab to work in by hand.
     #[command(subcommand)]
-    Lab(raven_tests::console::LabCommand),
+    Lab(raven_tests::cli::LabCommand),
 }
 
 /// The project's root.

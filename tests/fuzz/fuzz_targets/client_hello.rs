@@ -2,10 +2,10 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use raven_agent::proxy::hello;
+use raven_agent::proxy::client_hello;
 
 fuzz_target!(|bytes: &[u8]| {
-    let whole = hello::is_hello(&[bytes]);
+    let whole = client_hello::is_client_hello(&[bytes]);
     let (a, b) = bytes.split_at(bytes.len() / 2);
-    assert_eq!(whole, hello::is_hello(&[a, b]));
+    assert_eq!(whole, client_hello::is_client_hello(&[a, b]));
 });

@@ -1,5 +1,5 @@
-//! What the API server, or the snapshot on disk, tells an agent: whatever it is, a plan comes of it, the same each time, and no
-//! prefix belongs to two pools.
+//! What the API server, or the snapshot on disk, tells an agent: whatever it is, a plan comes of it, the same each
+//! time, and no prefix belongs to two pools.
 #![no_main]
 
 use std::collections::BTreeSet;

@@ -1,4 +1,4 @@
-//! The Raven binaries, run where they belong: an agent in its node's namespaces, the controller beside the API server.
+//! Runs the Raven binaries: agents in their nodes' namespaces, the controller in that of the API server.
 
 use std::path::{Path, PathBuf};
 
@@ -8,14 +8,14 @@ use crate::Lab;
 use crate::process::Process;
 use crate::site::Node;
 
-/// A running agent and what it needs to be started again.
+/// A running agent, with the data to restart it.
 #[derive(Debug)]
 pub struct Agent {
-    /// Its node.
+    /// Node of the agent.
     pub node: Node,
-    /// The program.
+    /// Process of the agent.
     pub process: Process,
-    /// Its arguments besides the node's name.
+    /// Command-line arguments, without the node's name.
     pub arguments: Vec<String>,
     logs: PathBuf,
 }
@@ -27,12 +27,12 @@ impl Agent {
         Process::start(format!("agent-{}", node.name), logs, command)
     }
 
-    /// SIGKILL: no chance to tidy up.
+    /// Kills the agent with SIGKILL.
     pub fn kill(&mut self) -> Result<()> {
         self.process.kill()
     }
 
-    /// Starts it anew, after [`Agent::kill`] or instead of the running one.
+    /// Starts the agent again; kills it first if it runs.
     pub fn restart(&mut self) -> Result<()> {
         if self.process.ended()?.is_none() {
             self.process.kill()?;
@@ -43,13 +43,13 @@ impl Agent {
 }
 
 impl Lab {
-    /// Starts the agent of a node, with the node's own bound token.
+    /// Starts the agent of a node with a token bound to the node.
     pub async fn start_agent(&self, node: &str) -> Result<Agent> {
         let kubeconfig = self.cluster().agent_kubeconfig(self, self.node(node)).await?;
         self.start_agent_with(node, vec!["--kubeconfig".to_owned(), kubeconfig.to_string_lossy().into_owned()])
     }
 
-    /// Starts the agent of a node with other arguments (`--offline`, …), which a restart uses again.
+    /// Starts the agent of a node with the given arguments (such as `--offline`), which a restart reuses.
     pub fn start_agent_with(&self, node: &str, arguments: Vec<String>) -> Result<Agent> {
         let (node, logs) = (self.node(node).clone(), self.logs());
         let process = Agent::spawn(&node, &arguments, &logs)?;
@@ -65,7 +65,7 @@ impl Lab {
         Ok(agents)
     }
 
-    /// Starts the controller in the control plane's namespace, with the token of its service account.
+    /// Starts the controller in the control plane's namespace with the token of its service account.
     pub async fn start_controller(&self) -> Result<Process> {
         let kubeconfig = self.cluster().controller_kubeconfig(self).await?;
         let mut command = self.control_plane.command(binary("raven-controller")?);
@@ -73,7 +73,7 @@ impl Lab {
         Process::start("controller", &self.logs(), command)
     }
 
-    /// Runs `raven-agent` with other arguments (`cleanup`, …) in a node and gives its output.
+    /// Runs `raven-agent` with `args` (such as `cleanup`) in a node and returns its standard output.
     pub fn agent_command(&self, node: &str, args: &[&str]) -> Result<String> {
         let program = binary("raven-agent")?;
         self.node(node).ns.run(&program.to_string_lossy(), args)
@@ -84,24 +84,26 @@ fn log_filter() -> String {
     std::env::var("RAVEN_LAB_LOG").unwrap_or_else(|_| "info".to_owned())
 }
 
-/// Finds one of our binaries: `RAVEN_BIN_DIR`, else where cargo put the running program (tests sit in `deps/` below it).
+/// Returns the path of a Raven binary: in `RAVEN_BIN_DIR`, or beside the running program or its parent folder, where
+/// cargo builds it.
 pub fn binary(name: &str) -> Result<PathBuf> {
     if let Some(dir) = std::env::var_os("RAVEN_BIN_DIR") {
         let path = PathBuf::from(dir).join(name);
-        return path.is_file().then_some(path).with_context(|| format!("RAVEN_BIN_DIR has no {name}"));
+        return path.is_file().then_some(path).with_context(|| format!("RAVEN_BIN_DIR contains no {name}"));
     }
     let here = std::env::current_exe()?;
     let found = here.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.is_file());
     match found {
         Some(path) => Ok(path),
-        None => bail!("{name} is not built: it is not beside {} (`cargo build`, or set RAVEN_BIN_DIR)", here.display()),
+        None => bail!("{name} not found beside {}: run `cargo build`, or set RAVEN_BIN_DIR", here.display()),
     }
 }
 
-/// Finds an eBPF object that `cargo xtask` built: `ebpf` or `ebpf-trace`, and the object's name. Beside it lies what cargo built.
+/// Returns the path of the object `name` that `cargo xtask` built into `folder` (`ebpf` or `ebpf-trace`) of the target
+/// folder.
 pub fn ebpf_object(folder: &str, name: &str) -> Result<PathBuf> {
     let place = format!("{folder}/bpfel-unknown-none/release/{name}");
     let here = std::env::current_exe()?;
     let found = here.ancestors().skip(1).map(|dir| dir.join(&place)).find(|path| path.is_file());
-    found.with_context(|| format!("there is no {place} above {}: `cargo xtask test lab` builds it", here.display()))
+    found.with_context(|| format!("{place} not found in any folder above {}: run `cargo xtask test lab`, which builds it", here.display()))
 }

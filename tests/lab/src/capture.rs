@@ -1,4 +1,4 @@
-//! Records what passes a device of the lab, by tcpdump, and answers questions about it.
+//! Records the packets of a device with tcpdump and searches the recording.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,21 +21,21 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Records a device; gives back when tcpdump listens. `filter` may be empty.
+    /// Starts to record a device; returns when tcpdump is listening. `filter` may be empty.
     pub async fn start(site: &Site, ns: &Namespace, device: &str, filter: &str) -> Result<Self> {
         let dir = site.dir.join("captures");
         fs::create_dir_all(&dir)?;
         let (name, file) = free_name(&dir, &format!("{}-{device}", ns.name))?;
         let mut command = ns.command("tcpdump");
-        // As root: the lab's folder is not for the user that tcpdump would else become.
+        // tcpdump must stay root, because other users cannot access the lab's folder.
         command.args(["-Z", "root", "-n", "-U", "--immediate-mode", "-B", "16384", "-i", device, "-w"]).arg(&file);
         if !filter.is_empty() {
             command.arg(filter);
         }
         let mut process = Process::start(format!("tcpdump-{name}"), &site.logs(), command)?;
-        eventually(Duration::from_secs(10), &format!("tcpdump on {device} listens"), || {
+        eventually(Duration::from_secs(10), &format!("tcpdump is listening on {device}"), || {
             let listens = process.ensure_running().and_then(|()| {
-                ensure!(process.output()?.contains("listening on"), "it does not say so");
+                ensure!(process.output()?.contains("listening on"), "tcpdump has not reported that it is listening");
                 Ok(())
             });
             async { listens }
@@ -44,12 +44,13 @@ impl Capture {
         Ok(Self { process, file })
     }
 
-    /// Records what crosses the internet.
+    /// Starts to record the internet.
     pub async fn internet(site: &Site) -> Result<Self> {
         Self::start(site, &site.inet, "wire", "").await
     }
 
-    /// Stops and gives what was recorded. Fails if the kernel had to leave packets out: an empty record must mean an empty wire.
+    /// Stops and returns the recording. Fails if the kernel dropped packets, so that an empty recording means no
+    /// packets.
     pub async fn stop(mut self) -> Result<Recording> {
         self.catch_up().await?;
         self.process.signal(Signal::SIGINT)?;
@@ -61,34 +62,34 @@ impl Capture {
         Ok(Recording { file: self.file })
     }
 
-    /// Waits until tcpdump has written all that the kernel has given it by now: at SIGINT it lets the rest lie.
+    /// Waits until tcpdump has written all packets received so far: at SIGINT it discards the rest.
     async fn catch_up(&mut self) -> Result<()> {
         let mut wanted = None;
-        let mut told = 0;
+        let mut reports = 0;
         eventually(Duration::from_secs(10), "tcpdump catches up", || {
-            let looked = self.look(&mut told, &mut wanted);
-            async { looked }
+            let result = self.check_written(&mut reports, &mut wanted);
+            async { result }
         })
         .await
     }
 
-    /// SIGUSR1 makes tcpdump tell its counts; the first answer says how many packets it must have written.
-    fn look(&mut self, told: &mut usize, wanted: &mut Option<u64>) -> Result<()> {
+    /// Requests tcpdump's counts by SIGUSR1. The first report sets the number of packets to wait for.
+    fn check_written(&mut self, reports: &mut usize, wanted: &mut Option<u64>) -> Result<()> {
         self.process.ensure_running()?;
         let log = self.process.output()?;
         let counts: Vec<&str> = log.lines().filter(|line| line.contains("received by filter")).collect();
-        let fresh = counts.len() > *told;
-        *told = counts.len();
-        let answer = counts.last().filter(|_| fresh).and_then(|line| parse_counts(line));
-        if answer.is_some_and(|(captured, received)| captured >= *wanted.get_or_insert(received)) {
+        let fresh = counts.len() > *reports;
+        *reports = counts.len();
+        let latest = counts.last().filter(|_| fresh).and_then(|line| parse_counts(line));
+        if latest.is_some_and(|(captured, received)| captured >= *wanted.get_or_insert(received)) {
             return Ok(());
         }
         self.process.signal(Signal::SIGUSR1)?;
-        bail!("its last counts: {:?}, to be written: {wanted:?}", counts.last())
+        bail!("last counts of tcpdump: {:?}; packets to be written: {wanted:?}", counts.last())
     }
 }
 
-/// `tcpdump: 3 packets captured, 4 packets received by filter, 0 packets dropped by kernel`.
+/// Parses `tcpdump: 3 packets captured, 4 packets received by filter, 0 packets dropped by kernel`.
 fn parse_counts(line: &str) -> Option<(u64, u64)> {
     let mut parts = line.split(',');
     Some((first_number(parts.next()?)?, first_number(parts.next()?)?))
@@ -105,26 +106,26 @@ fn free_name(dir: &Path, base: &str) -> Result<(String, PathBuf)> {
         match fs::File::create_new(&file) {
             Ok(_) => return Ok((name, file)),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(error).with_context(|| format!("make {}", file.display())),
+            Err(error) => return Err(error).with_context(|| format!("create {}", file.display())),
         }
     }
-    bail!("a thousand captures of {base}")
+    bail!("there are already 1000 captures named {base}")
 }
 
 /// A finished capture.
 #[derive(Clone, Debug)]
 pub struct Recording {
-    /// The pcap file.
+    /// Path of the pcap file.
     pub file: PathBuf,
 }
 
 impl Recording {
-    /// How many packets match a filter of tcpdump's (all when it is empty).
+    /// Counts the packets that match a tcpdump filter; an empty filter matches all.
     pub fn count(&self, filter: &str) -> Result<usize> {
         Ok(self.lines(filter)?.len())
     }
 
-    /// The packets that match a filter, as tcpdump prints them.
+    /// Returns the packets that match a filter, as printed by tcpdump.
     pub fn lines(&self, filter: &str) -> Result<Vec<String>> {
         let mut command = Command::new("tcpdump");
         command.args(["-Z", "root", "-n", "-r"]).arg(&self.file);
@@ -134,24 +135,24 @@ impl Recording {
         Ok(output(&mut command)?.lines().map(str::to_owned).collect())
     }
 
-    /// True if these bytes stand anywhere in it: an address, or a marker that a test sent.
+    /// Reports whether the recording contains these bytes, such as an address or a marker.
     pub fn contains(&self, bytes: &[u8]) -> Result<bool> {
-        ensure!(!bytes.is_empty(), "nothing is in everything");
+        ensure!(!bytes.is_empty(), "the bytes to search for are empty");
         let content = fs::read(&self.file).with_context(|| format!("read {}", self.file.display()))?;
         Ok(content.windows(bytes.len()).any(|window| window == bytes))
     }
 
-    /// Fails if a marker or any pod's address is to be seen: as sender, receiver, or inside another packet.
+    /// Fails if the recording contains the marker or the address of any pod, in a header or in a payload.
     pub fn ensure_nothing_in_clear(&self, site: &Site, marker: &[u8]) -> Result<()> {
-        ensure!(self.count("")? > 0, "nothing at all was recorded: this proves nothing");
-        ensure!(!self.contains(marker)?, "the marker crossed in clear: {}", self.file.display());
+        ensure!(self.count("")? > 0, "no packet was recorded, so the capture proves nothing");
+        ensure!(!self.contains(marker)?, "the marker crossed unencrypted: {}", self.file.display());
         let clear = self.lines("net 10.244.0.0/16 or net fd00:244::/32")?;
-        ensure!(clear.is_empty(), "{} packets of pods crossed in clear, the first: {}", clear.len(), clear[0]);
+        ensure!(clear.is_empty(), "{} packets of pods crossed unencrypted, the first: {}", clear.len(), clear[0]);
         let content = fs::read(&self.file)?;
         for pod in site.nodes.iter().flat_map(|n| &n.pods) {
-            // Four bytes may meet by chance in megabytes of ciphertext; the IPv6 address may not.
+            // Four bytes of an IPv4 address may occur in megabytes of ciphertext by chance; 16 bytes do not.
             let v6 = pod.v6.octets();
-            ensure!(!content.windows(16).any(|w| w == v6), "the address {} crossed in clear", pod.v6);
+            ensure!(!content.windows(16).any(|w| w == v6), "the address {} crossed unencrypted", pod.v6);
         }
         Ok(())
     }

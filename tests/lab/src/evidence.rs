@@ -1,4 +1,4 @@
-//! What a failed test leaves: the state of every node, the logs, and how to look around.
+//! Saves the evidence of a failed test: the state of every node, the logs, and the commands to enter the lab.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use crate::Lab;
 use crate::site::Site;
 
-/// What is asked of each node; what fails says so in the file.
+/// Commands to run on each node. The output file contains their errors too.
 const NODE_COMMANDS: [(&str, &str); 7] = [
     ("ip", "ip -s -d link; ip addr; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; ip neigh; bridge fdb"),
     ("wg", "timeout 10 wg show all dump; timeout 10 wg show"),
@@ -20,7 +20,8 @@ const NODE_COMMANDS: [(&str, &str); 7] = [
 ];
 
 impl Lab {
-    /// Saves the state of all nodes and all logs to `target/lab-failures/<test>-<id>/`, and prints where, and how to enter the lab.
+    /// Saves the state of all nodes and all logs to `target/lab-failures/<test>-<id>/`. Prints the path and how to
+    /// enter the lab.
     pub fn save_failure(&self, test: &str) -> Result<PathBuf> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target");
         let dir = root.join("lab-failures").join(format!("{test}-{}", self.id));
@@ -30,18 +31,18 @@ impl Lab {
         Ok(dir)
     }
 
-    /// Saves the state of all nodes and routers, the API objects and all logs.
+    /// Saves the state of all nodes and routers, the API objects and all logs to `dir`.
     pub fn save_evidence(&self, dir: &Path) -> Result<()> {
-        fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+        fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
         for node in &self.nodes {
             let dir = dir.join(&node.name);
             fs::create_dir_all(&dir)?;
             for (name, script) in NODE_COMMANDS {
-                fs::write(dir.join(format!("{name}.txt")), said(&node.ns, script))?;
+                fs::write(dir.join(format!("{name}.txt")), output_of(&node.ns, script))?;
             }
         }
         for pool in &self.pools {
-            let text = said(&pool.router, "ip addr; ip route; nft list ruleset; conntrack -L; conntrack -L -f ipv6");
+            let text = output_of(&pool.router, "ip addr; ip route; nft list ruleset; conntrack -L; conntrack -L -f ipv6");
             fs::write(dir.join(format!("router-{}.txt", pool.spec.name)), text)?;
         }
         if self.has_cluster() {
@@ -55,7 +56,7 @@ impl Lab {
 }
 
 impl Site {
-    /// The commands to enter the lab's nodes and first pods.
+    /// Returns the commands to enter the lab's nodes and pods.
     pub fn how_to_enter(&self) -> String {
         let mut lines = vec![format!("lab {} ({}):", self.id, self.dir.display())];
         for node in &self.nodes {
@@ -70,8 +71,8 @@ impl Site {
     }
 }
 
-/// Standard output and error of a script, whatever its end.
-fn said(ns: &crate::Namespace, script: &str) -> String {
+/// Returns standard output and standard error of a script, whether it succeeds or not.
+fn output_of(ns: &crate::Namespace, script: &str) -> String {
     match ns.command("sh").arg("-xc").arg(format!("exec 2>&1; {script}")).output() {
         Ok(done) => String::from_utf8_lossy(&done.stdout).into_owned(),
         Err(error) => error.to_string(),

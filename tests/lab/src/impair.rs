@@ -1,7 +1,9 @@
-//! A bad link: a site's line to the internet with delay and loss, made by a forwarder of the lab's own (this kernel has no netem).
+//! Impairs a link: adds delay and loss to a site's connection to the internet with a userspace forwarder, because the
+//! development kernel has no netem.
 //!
-//! The port of the site on the internet's bridge is replaced by a pair of devices, and two threads carry frames between them, each frame
-//! a while later, or never. Its ends do not aggregate: what a forwarder sees is what a wire would.
+//! The site's port on the internet's bridge is replaced by a pair of devices. Two threads per direction carry frames
+//! between them, each after a delay, or drop them. The devices do not aggregate packets, so frames have the size they
+//! have on a wire.
 
 use std::io::IoSlice;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -21,13 +23,13 @@ use nix::sys::time::TimeVal;
 
 use crate::{Lab, Namespace};
 
-/// How long a reader waits before it looks whether it should stop.
-const LOOK: TimeVal = TimeVal::new(0, 200_000);
+/// Receive timeout, after which a reader checks whether it should stop.
+const STOP_CHECK_INTERVAL: TimeVal = TimeVal::new(0, 200_000);
 
 /// `PACKET_OUTGOING` of linux/if_packet.h.
 const OUTGOING: u8 = 4;
 
-/// The forwarder; the link is cut when it is dropped.
+/// A running forwarder. Dropping it cuts the link.
 #[derive(Debug)]
 pub struct Impairment {
     stop: Arc<AtomicBool>,
@@ -35,7 +37,7 @@ pub struct Impairment {
 }
 
 impl Lab {
-    /// Gives the line of a pool's site `delay` in each direction, and loses every n-th frame or so (`one_in`; 0: none).
+    /// Adds `delay` in each direction to the link of a pool's site, and drops about one in `one_in` frames (0: none).
     pub fn impair(&self, pool: &str, delay: Duration, one_in: u64) -> Result<Impairment> {
         let pool = self.pool(pool);
         let (port, inet) = (&pool.spec.name, &self.site().inet);
@@ -61,7 +63,7 @@ impl Drop for Impairment {
     }
 }
 
-/// A device, frame by frame (packet(7)).
+/// A device that is read and written frame by frame (packet(7)).
 #[derive(Clone)]
 struct Line(Arc<OwnedFd>);
 
@@ -70,13 +72,13 @@ impl Line {
         let name = device.to_owned();
         let open = move || -> Result<OwnedFd> {
             let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::empty(), SockProtocol::EthAll)?;
-            // The kernel's own list of devices has their addresses in the form that a packet socket wants.
+            // getifaddrs returns the address in the form that a packet socket requires.
             let address = getifaddrs()?
                 .filter(|found| found.interface_name == name)
                 .find_map(|found| found.address.filter(|a| a.family() == Some(AddressFamily::Packet)))
                 .and_then(|address| address.as_link_addr().copied());
-            bind(socket.as_raw_fd(), &address.context("the device is not there")?)?;
-            setsockopt(&socket, ReceiveTimeout, &LOOK)?;
+            bind(socket.as_raw_fd(), &address.context("the device does not exist")?)?;
+            setsockopt(&socket, ReceiveTimeout, &STOP_CHECK_INTERVAL)?;
             Ok(socket)
         };
         let socket = ns.within(open)?.with_context(|| format!("open {device} of {}", ns.name))?;
@@ -84,7 +86,7 @@ impl Line {
     }
 }
 
-/// Every n-th frame or so: by a hash of its number, the same in every run.
+/// Selects about one in `one_in` frames by a hash of the frame's number, so that every run drops the same frames.
 struct Loss {
     one_in: u64,
     number: u64,
@@ -111,14 +113,14 @@ fn carry(from: Line, to: Line, delay: Duration, mut loss: Loss, stop: &Arc<Atomi
         let mut frame = vec![0; 1 << 16];
         while !stop.load(Ordering::Relaxed) {
             let Ok((length, Some(about))) = recvfrom::<LinkAddr>(from.0.as_raw_fd(), &mut frame) else { continue };
-            // What this forwarder itself sends here is seen here, too.
+            // Frames that this forwarder sends to the device are received here too.
             if about.pkttype() != OUTGOING && !loss.loses() && queue.send((Instant::now() + delay, frame[..length].to_vec())).is_err() {
                 return;
             }
         }
     });
     let write = std::thread::spawn(move || {
-        // What a line delays is time itself: nothing is waited for here.
+        // The sleep is the delay of the link.
         while let Ok((due, frame)) = queued.recv() {
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
             let _ = sendmsg::<()>(to.0.as_raw_fd(), &[IoSlice::new(&frame)], &[], MsgFlags::empty(), None);

@@ -1,10 +1,10 @@
-//! What the kernel says of itself: a warning there is a failure, whatever else passed.
+//! Checks the kernel log: a warning in it is a failure.
 
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-/// What no kernel should say.
+/// Patterns of warnings that fail a test.
 const COMPLAINTS: [&str; 9] = [
     "WARNING:",
     "BUG:",
@@ -17,23 +17,23 @@ const COMPLAINTS: [&str; 9] = [
     "scheduling while atomic",
 ];
 
-/// Its complaints since boot, as far as its log reaches back.
+/// Returns all warnings since boot that the log still contains.
 pub fn complaints() -> Result<Vec<String>> {
     let log = read()?;
     Ok(log.lines().filter(|line| COMPLAINTS.iter().any(|word| line.contains(word))).map(str::to_owned).collect())
 }
 
-/// Fails if it has complained of anything.
+/// Fails if the log contains a warning; otherwise returns a summary.
 pub fn quiet() -> Result<String> {
     let lines = read()?.lines().count();
     let complaints = complaints()?;
     ensure!(complaints.is_empty(), "{}", complaints.join("\n"));
-    Ok(format!("{lines} lines, no warning among them"))
+    Ok(format!("{lines} lines without a warning"))
 }
 
 fn read() -> Result<String> {
     let log = Command::new("dmesg").output().context("start dmesg")?;
     let log = String::from_utf8_lossy(&log.stdout).into_owned();
-    ensure!(!log.is_empty(), "dmesg says nothing");
+    ensure!(!log.is_empty(), "dmesg printed nothing");
     Ok(log)
 }

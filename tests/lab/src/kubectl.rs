@@ -1,4 +1,5 @@
-//! What people do with kubectl to a pod at an edge, each a promise with what was seen.
+//! Runs kubectl commands against a pod at an edge. Each function checks one command and returns a summary of the
+//! result.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
@@ -11,23 +12,32 @@ use crate::kubelet::SecondApiServer;
 use crate::patience;
 use crate::proof::Check;
 
-/// What the pod of [`POD`] does: a line every fifth of a second, and an HTTP server.
+/// Script of the pod [`POD`]: prints a line every 0.2 s and runs an HTTP server.
 pub const SCRIPT: &str = "mkdir -p /www; echo served > /www/index.html; httpd -p 127.0.0.1:8088 -h /www; i=0; while true; do echo line $i; i=$((i+1)); sleep 0.2; done";
-/// The pod that all of them use.
+/// Name of the pod that all checks use.
 pub const POD: &str = "probe";
 
-/// How long an output may keep its reader waiting.
-const WORD: Duration = Duration::from_secs(30);
-/// How long one kubectl may take: for 100 MB by `cp`, a tar at either end and everything on one busy machine.
-const WHOLE: Duration = Duration::from_secs(180);
+/// Time limit for expected output to appear.
+const OUTPUT_WITHIN: Duration = Duration::from_secs(30);
+/// Time limit for one kubectl command, such as `cp` of 100 MB with a tar at either end on a busy machine.
+const COMMAND_WITHIN: Duration = Duration::from_secs(180);
 
-/// Both ways in which kubectl streams.
+/// Streaming protocol of kubectl.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocol {
-    /// Since Kubernetes 1.31.
+    /// Default since Kubernetes 1.31.
     WebSocket,
-    /// Before.
+    /// Default before Kubernetes 1.31.
     Spdy,
+}
+
+impl std::fmt::Display for Protocol {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::WebSocket => "WebSocket",
+            Self::Spdy => "SPDY",
+        })
+    }
 }
 
 impl Protocol {
@@ -38,34 +48,35 @@ impl Protocol {
     }
 }
 
-/// All of it by one API server. `megabytes`: of `kubectl cp`.
-pub fn all(server: &SecondApiServer, way: &str, megabytes: usize) -> Vec<Check> {
+/// Runs all checks against one API server. `path` describes it in the checks' names; `megabytes` is the size for
+/// `kubectl cp`.
+pub fn all(server: &SecondApiServer, path: &str, megabytes: usize) -> Vec<Check> {
     let mut checks = vec![
-        Check::new(format!("kubectl logs, {way}"), logs(server)),
-        Check::new(format!("kubectl logs -f, {way}"), follow(server)),
-        Check::new(format!("kubectl get --raw …/proxy/metrics, {way}"), metrics(server)),
-        Check::new(format!("kubectl cp of {megabytes} MB, {way}"), cp(server, megabytes)),
+        Check::new(format!("kubectl logs, {path}"), logs(server)),
+        Check::new(format!("kubectl logs -f, {path}"), follow(server)),
+        Check::new(format!("kubectl get --raw …/proxy/metrics, {path}"), metrics(server)),
+        Check::new(format!("kubectl cp of {megabytes} MB, {path}"), cp(server, megabytes)),
     ];
     for protocol in [Protocol::WebSocket, Protocol::Spdy] {
-        checks.push(Check::new(format!("kubectl exec with stdin, {protocol:?}, {way}"), exec(server, protocol)));
-        checks.push(Check::new(format!("kubectl exec -it, resized, {protocol:?}, {way}"), terminal(server, protocol)));
-        checks.push(Check::new(format!("kubectl attach, {protocol:?}, {way}"), attach(server, protocol)));
-        checks.push(Check::new(format!("kubectl port-forward, {protocol:?}, {way}"), port_forward(server, protocol)));
+        checks.push(Check::new(format!("kubectl exec with stdin, {protocol}, {path}"), exec(server, protocol)));
+        checks.push(Check::new(format!("kubectl exec -it, resized, {protocol}, {path}"), terminal(server, protocol)));
+        checks.push(Check::new(format!("kubectl attach, {protocol}, {path}"), attach(server, protocol)));
+        checks.push(Check::new(format!("kubectl port-forward, {protocol}, {path}"), port_forward(server, protocol)));
     }
     checks
 }
 
-/// The last lines.
+/// Checks `kubectl logs --tail`.
 pub fn logs(server: &SecondApiServer) -> Result<String> {
     let text = run(&mut server.kubectl(&["logs", POD, "--tail=3"]), "")?;
-    ensure!(text.lines().count() == 3 && text.lines().all(|l| l.starts_with("line ")), "it says {text:?}");
+    ensure!(text.lines().count() == 3 && text.lines().all(|l| l.starts_with("line ")), "unexpected output {text:?}");
     Ok(format!("{:?}", text.lines().last().unwrap_or_default()))
 }
 
-/// Lines as they come.
+/// Checks that `kubectl logs -f` streams lines without a gap.
 pub fn follow(server: &SecondApiServer) -> Result<String> {
     let mut child = server.kubectl(&["logs", "-f", POD, "--tail=1"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let lines = BufReader::new(child.stdout.take().context("its output")?).lines();
+    let lines = BufReader::new(child.stdout.take().context("kubectl has no standard output")?).lines();
     let (begin, mut seen) = (Instant::now(), Vec::new());
     let guard = Guard::new(&child)?;
     for line in lines.take(8) {
@@ -75,30 +86,30 @@ pub fn follow(server: &SecondApiServer) -> Result<String> {
     let _ = child.wait();
     drop(guard);
     let numbers: Vec<u64> = seen.iter().filter_map(|l| l.strip_prefix("line ")?.parse().ok()).collect();
-    ensure!(numbers.len() == 8 && numbers.windows(2).all(|w| w[1] == w[0] + 1), "it says {seen:?}");
-    ensure!(begin.elapsed() > Duration::from_millis(900), "eight lines at once are no stream");
+    ensure!(numbers.len() == 8 && numbers.windows(2).all(|w| w[1] == w[0] + 1), "unexpected output {seen:?}");
+    ensure!(begin.elapsed() > Duration::from_millis(900), "eight lines arrived at once, not as a stream");
     Ok(format!("8 lines in {:.1} s, none missing", begin.elapsed().as_secs_f64()))
 }
 
-/// Both directions, half-close, and the exit status.
+/// Checks `kubectl exec -i`: both directions, half-close and the exit status.
 pub fn exec(server: &SecondApiServer, protocol: Protocol) -> Result<String> {
     let mut command = server.kubectl(&["exec", "-i", POD, "--", "/bin/sh", "-c", "sha256sum; exit 7"]);
     protocol.set(&mut command);
     let sent: Vec<u8> = (0..3_000_000u32).map(|n| (n % 251) as u8).collect();
     let (text, status) = run_with(&mut command, &sent)?;
     let sum: String = Sha256::digest(&sent).iter().map(|b| format!("{b:02x}")).collect();
-    ensure!(text.contains(&sum), "3 MB by standard input arrive as {text:?}, not {sum}");
+    ensure!(text.contains(&sum), "the output for 3 MB of standard input is {text:?}, without the checksum {sum}");
     ensure!(status == Some(7), "the exit status is {status:?}, not 7");
-    Ok("3 MB by standard input, checksum right, exit status 7".to_owned())
+    Ok("3 MB by standard input, checksum correct, exit status 7".to_owned())
 }
 
-/// Waits for one size of its terminal and then for another (the first may come a moment after the start), then for a line.
+/// Waits for two terminal sizes in turn (the first one may be set shortly after the start), then reads a line.
 const SIZES: &str = "until stty size | grep -q '^30 100'; do sleep 0.1; done; echo first size; \
                      until stty size | grep -q '^40 120'; do sleep 0.1; done; echo second size; read line; echo got $line";
 
-/// A terminal, and a change of its size.
+/// Checks `kubectl exec -it` and a change of the terminal's size.
 pub fn terminal(server: &SecondApiServer, protocol: Protocol) -> Result<String> {
-    // `script` gives kubectl a terminal; the size is changed on it, and kubectl tells the kubelet.
+    // `script` provides a terminal to kubectl; kubectl forwards the change of its size to the kubelet.
     let mut exec = server.kubectl(&["exec", "-it", POD, "--", "/bin/sh", "-c", SIZES]);
     protocol.set(&mut exec);
     let line = std::iter::once(exec.get_program())
@@ -115,8 +126,8 @@ pub fn terminal(server: &SecondApiServer, protocol: Protocol) -> Result<String> 
         }
     }
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("start script")?;
-    let mut stdin = child.stdin.take().context("its input")?;
-    let mut stdout = child.stdout.take().context("its output")?;
+    let mut stdin = child.stdin.take().context("kubectl has no standard input")?;
+    let mut stdout = child.stdout.take().context("kubectl has no standard output")?;
     let mut seen = String::new();
     let _guard = Guard::new(&child)?;
     read_until(&mut stdout, &mut seen, "first size")?;
@@ -132,12 +143,12 @@ pub fn terminal(server: &SecondApiServer, protocol: Protocol) -> Result<String> 
     Ok("30×100, then 40×120".to_owned())
 }
 
-/// Output of the running container.
+/// Checks that `kubectl attach` receives output of the running container.
 pub fn attach(server: &SecondApiServer, protocol: Protocol) -> Result<String> {
     let mut command = server.kubectl(&["attach", POD]);
     protocol.set(&mut command);
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn()?;
-    let mut stdout = child.stdout.take().context("its output")?;
+    let mut stdout = child.stdout.take().context("kubectl has no standard output")?;
     let mut seen = String::new();
     let _guard = Guard::new(&child)?;
     let result = read_until(&mut stdout, &mut seen, "line ");
@@ -147,17 +158,17 @@ pub fn attach(server: &SecondApiServer, protocol: Protocol) -> Result<String> {
     Ok(format!("{:?}", seen.lines().last().unwrap_or_default()))
 }
 
-/// A port of the pod, by HTTP.
+/// Checks `kubectl port-forward` with an HTTP request.
 pub fn port_forward(server: &SecondApiServer, protocol: Protocol) -> Result<String> {
     let mut command = server.kubectl(&["port-forward", "--address=127.0.0.1", POD, "0:8088"]);
     protocol.set(&mut command);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let mut stdout = child.stdout.take().context("its output")?;
+    let mut stdout = child.stdout.take().context("kubectl has no standard output")?;
     let mut seen = String::new();
     let _guard = Guard::new(&child)?;
     let result = read_until(&mut stdout, &mut seen, "-> 8088").and_then(|()| {
-        let port = seen.split("127.0.0.1:").nth(1).and_then(|rest| rest.split_whitespace().next()).context("it names no port")?;
-        // Inside the namespace where kubectl listens.
+        let port = seen.split("127.0.0.1:").nth(1).and_then(|rest| rest.split_whitespace().next()).context("kubectl printed no port")?;
+        // curl must run in the namespace in which kubectl listens.
         let mut curl = Command::new("sh");
         let words: Vec<String> = std::fs::read_to_string(server.kubectl(&[]).get_program())?
             .lines()
@@ -174,7 +185,7 @@ pub fn port_forward(server: &SecondApiServer, protocol: Protocol) -> Result<Stri
     result
 }
 
-/// A file to the pod and back.
+/// Checks that a file is unchanged after `kubectl cp` to the pod and back.
 pub fn cp(server: &SecondApiServer, megabytes: usize) -> Result<String> {
     let (there, back) = (tempfile_path("there"), tempfile_path("back"));
     let mut random = vec![0; megabytes * 1_000_000];
@@ -184,19 +195,19 @@ pub fn cp(server: &SecondApiServer, megabytes: usize) -> Result<String> {
     let result = (|| {
         run(&mut server.kubectl(&["cp", &there, &format!("{POD}:/tmp/file")]), "")?;
         run(&mut server.kubectl(&["cp", &format!("{POD}:/tmp/file"), &back]), "")?;
-        ensure!(std::fs::read(&back)? == random, "it comes back changed");
-        Ok(format!("there and back, bit for bit, in {:.1} s", begin.elapsed().as_secs_f64()))
+        ensure!(std::fs::read(&back)? == random, "the file came back changed");
+        Ok(format!("to the pod and back, bit for bit, in {:.1} s", begin.elapsed().as_secs_f64()))
     })();
     let _ = std::fs::remove_file(&there);
     let _ = std::fs::remove_file(&back);
     result
 }
 
-/// Metrics of the kubelet, as Prometheus and metrics-server read them.
+/// Checks the kubelet's metrics, which Prometheus and metrics-server read by the same path.
 pub fn metrics(server: &SecondApiServer) -> Result<String> {
     let text = run(&mut server.kubectl(&["get", "--raw", "/api/v1/nodes/x-b/proxy/metrics"]), "")?;
-    ensure!(text.contains("kubelet_node_name{node=\"x-b\"} 1"), "no metrics of x-b: {}", &text[..text.len().min(300)]);
-    Ok(format!("{} lines of x-b's own", text.lines().count()))
+    ensure!(text.contains("kubelet_node_name{node=\"x-b\"} 1"), "the metrics are not those of x-b: {}", &text[..text.len().min(300)]);
+    Ok(format!("{} lines of x-b's metrics", text.lines().count()))
 }
 
 fn tempfile_path(what: &str) -> String {
@@ -210,7 +221,7 @@ fn run(command: &mut Command, input: &str) -> Result<String> {
     Ok(text)
 }
 
-/// Output of both kinds, and the exit status; killed after [`WHOLE`].
+/// Returns the output (with standard error on failure) and the exit status. Kills the command after [`COMMAND_WITHIN`].
 fn run_with(command: &mut Command, input: &[u8]) -> Result<(String, Option<i32>)> {
     let mut child = command
         .stdin(Stdio::piped())
@@ -218,7 +229,7 @@ fn run_with(command: &mut Command, input: &[u8]) -> Result<(String, Option<i32>)
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("start {command:?}"))?;
-    let mut stdin = child.stdin.take().context("its input")?;
+    let mut stdin = child.stdin.take().context("the command has no standard input")?;
     let input = input.to_vec();
     std::thread::spawn(move || stdin.write_all(&input));
     let guard = Guard::new(&child)?;
@@ -232,7 +243,8 @@ fn run_with(command: &mut Command, input: &[u8]) -> Result<(String, Option<i32>)
     Ok((text, output.status.code()))
 }
 
-/// Kills a program that takes too long, so that who reads from it does not wait for ever; not any more when it is dropped.
+/// Kills a process after a time limit, so that a reader of its output does not block forever. Dropping it cancels the
+/// limit.
 struct Guard {
     _release: std::sync::mpsc::Sender<()>,
 }
@@ -242,7 +254,7 @@ impl Guard {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
         let (release, released) = std::sync::mpsc::channel::<()>();
         std::thread::spawn(move || {
-            if released.recv_timeout(WHOLE.mul_f64(patience())) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            if released.recv_timeout(COMMAND_WITHIN.mul_f64(patience())) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                 let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
             }
         });
@@ -250,14 +262,14 @@ impl Guard {
     }
 }
 
-/// Reads until a word shows. A source that says nothing more ends with its process, which a [`Guard`] ends.
+/// Reads until `word` appears. A [`Guard`] bounds the time if the source prints nothing more.
 fn read_until(source: &mut impl Read, seen: &mut String, word: &str) -> Result<()> {
-    let end = Instant::now() + WORD.mul_f64(patience());
+    let end = Instant::now() + OUTPUT_WITHIN.mul_f64(patience());
     let mut bytes = [0; 1024];
     while !seen.contains(word) {
         let n = source.read(&mut bytes)?;
         if n == 0 || Instant::now() > end {
-            bail!("{word:?} does not show: {seen:?}");
+            bail!("{word:?} does not appear in the output: {seen:?}");
         }
         seen.push_str(&String::from_utf8_lossy(&bytes[..n]));
     }

@@ -1,5 +1,5 @@
-//! Nodes of the lab with a real kubelet on containerd, and further real API servers on cloud nodes, with kube-proxy and CoreDNS beside
-//! them: what the L7 path has to do with.
+//! Runs real kubelets with containerd on nodes of the lab, and further API servers on cloud nodes, with kube-proxy and
+//! CoreDNS: the components on the L7 path.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,33 +18,33 @@ use crate::process::Process;
 use crate::site::Node;
 use crate::{Lab, eventually};
 
-/// The image of all pods: busybox and nothing else, made on the spot.
+/// Image of all pods: busybox only, built by the lab.
 pub const IMAGE: &str = "raven.test/busybox:1";
 /// Port of further API servers.
 pub const SECOND_API_PORT: u16 = 7443;
 
 const SOON: Duration = Duration::from_secs(60);
 
-/// A node's kubelet and containerd.
+/// The kubelet and containerd of a node.
 #[derive(Debug)]
 pub struct Kubelet {
-    /// The node.
+    /// Name of the node.
     pub node: String,
     _containerd: Process,
     _kubelet: Process,
 }
 
-/// An API server on a cloud node, and what it needs to find kubelets by name.
+/// An API server on a cloud node, with the programs it needs to resolve kubelets' names.
 #[derive(Debug)]
 pub struct SecondApiServer {
-    /// The administrator's kubeconfig for it.
+    /// Path of the administrator's kubeconfig for this server.
     pub kubeconfig: PathBuf,
     kubectl: PathBuf,
     process: Process,
-    _others: Vec<Process>,
+    _helpers: Vec<Process>,
 }
 
-/// How an API server addresses kubelets: `--kubelet-preferred-address-types`.
+/// Address type by which an API server connects to kubelets (`--kubelet-preferred-address-types`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Prefer {
     /// By node name.
@@ -54,7 +54,7 @@ pub enum Prefer {
 }
 
 impl SecondApiServer {
-    /// A kubectl command against it.
+    /// Returns a kubectl command that uses this server.
     pub fn kubectl(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.kubectl);
         command.arg("--kubeconfig").arg(&self.kubeconfig).args(args);
@@ -62,14 +62,14 @@ impl SecondApiServer {
         command
     }
 
-    /// Ends it; what is beside it goes with it.
+    /// Kills the server and its helper programs.
     pub fn kill(mut self) -> Result<()> {
         self.process.kill()
     }
 }
 
 impl Lab {
-    /// Starts containerd and kubelet on a node and waits until the kubelet has registered it.
+    /// Starts containerd and kubelet on a node and waits until the kubelet has updated the Node object.
     pub async fn start_kubelet(&self, name: &str) -> Result<Kubelet> {
         let binaries = tokio::task::spawn_blocking(NodeBinaries::find_or_build).await??;
         let node = self.node(name);
@@ -85,13 +85,13 @@ impl Lab {
             command.arg("--address").arg(&socket).args(args);
             output(&mut command)
         };
-        eventually(SOON, "containerd answers", || async { ctr(&["version"]) }).await?;
+        eventually(SOON, "containerd responds", || async { ctr(&["version"]) }).await?;
         let image = image(&dir)?;
         ctr(&["-n", "k8s.io", "images", "import", "--local", &image.to_string_lossy()]).context("import the image")?;
         let kubelet = self.kubelet(node, &dir, &socket, &binaries)?;
         let api: Api<NodeObject> = Api::all(self.cluster().client());
         eventually(SOON, &format!("the kubelet of {name} has registered"), || async {
-            let status = api.get(name).await?.status.context("a status")?;
+            let status = api.get(name).await?.status.context("the Node has no status")?;
             let port = status.daemon_endpoints.and_then(|d| d.kubelet_endpoint).map(|e| e.port);
             ensure!(port == Some(10250), "the kubelet's port is {port:?}");
             Ok(())
@@ -141,12 +141,15 @@ impl Lab {
         Process::start(format!("kubelet-{}", node.name), &self.logs(), command)
     }
 
-    /// Runs a pod of one busybox container on a node's own network, and waits until it runs.
+    /// Creates a pod with one busybox container on a node's host network, and waits until it runs.
     pub async fn run_pod(&self, node: &str, name: &str, script: &str) -> Result<()> {
         let client = self.cluster().client();
         let accounts: Api<ServiceAccount> = Api::namespaced(client.clone(), "default");
         let account = json!({ "apiVersion": "v1", "kind": "ServiceAccount", "metadata": { "name": "default" } });
-        accounts.patch("default", &PatchParams::apply("raven-lab"), &Patch::Apply(&account)).await.context("make the default account")?;
+        accounts
+            .patch("default", &PatchParams::apply("raven-lab"), &Patch::Apply(&account))
+            .await
+            .context("create the default service account")?;
         let pods: Api<Pod> = Api::namespaced(client, "default");
         let pod = json!({
             "apiVersion": "v1", "kind": "Pod", "metadata": { "name": name },
@@ -159,28 +162,28 @@ impl Lab {
         });
         pods.patch(name, &PatchParams::apply("raven-lab").force(), &Patch::Apply(&pod))
             .await
-            .with_context(|| format!("make Pod {name}"))?;
+            .with_context(|| format!("create Pod {name}"))?;
         eventually(SOON, &format!("Pod {name} runs on {node}"), || async {
-            let status = pods.get(name).await?.status.context("a status")?;
+            let status = pods.get(name).await?.status.context("the Pod has no status")?;
             ensure!(status.phase.as_deref() == Some("Running"), "{:?}: {:?}", status.phase, status.container_statuses);
             Ok(())
         })
         .await
     }
 
-    /// A further API server, on a cloud node. With [`Prefer::Hostname`] it has what such a cluster has: CoreDNS with the hosts file that
-    /// the controller keeps, and kube-proxy for the proxy's Service.
+    /// Starts a further API server on a cloud node. With [`Prefer::Hostname`] it has the setup of such a cluster:
+    /// CoreDNS with the hosts file that the controller maintains, and kube-proxy for the proxy's Service.
     pub async fn api_server_on(&self, name: &str, prefer: Prefer) -> Result<SecondApiServer> {
         let binaries = tokio::task::spawn_blocking(NodeBinaries::find_or_build).await??;
         let node = self.node(name);
         let dir = node.dir.join("api-server");
         fs::create_dir_all(&dir)?;
-        let mut others = Vec::new();
+        let mut helpers = Vec::new();
         if prefer == Prefer::Hostname {
-            others = self.names_and_services(node, &dir, &binaries).await?;
+            helpers = self.names_and_services(node, &dir, &binaries).await?;
         }
         let mut command = self.cluster().api_server_at(&node.ns, node.lan_v4, SECOND_API_PORT, &dir);
-        // metrics-server is asked at its endpoints themselves: not every one of these nodes has kube-proxy.
+        // Not every node with an API server has kube-proxy, so metrics-server is called by its endpoint address.
         command.arg(format!("--kubelet-preferred-address-types={prefer:?}")).arg("--enable-aggregator-routing=true");
         let mut process = Process::start(format!("kube-apiserver-{name}"), &self.logs(), command)?;
         let kubeconfig = dir.join("kubeconfig");
@@ -196,10 +199,10 @@ impl Lab {
             }
         };
         eventually(SOON, &format!("the API server on {name} is ready"), ready).await?;
-        Ok(SecondApiServer { kubeconfig, kubectl: self.wrapped_kubectl(node, &dir)?, process, _others: others })
+        Ok(SecondApiServer { kubeconfig, kubectl: self.wrapped_kubectl(node, &dir)?, process, _helpers: helpers })
     }
 
-    /// kubectl inside a node's namespace, as one program.
+    /// Writes a script that runs kubectl in a node's namespace.
     fn wrapped_kubectl(&self, node: &Node, dir: &Path) -> Result<PathBuf> {
         use std::os::unix::fs::PermissionsExt;
         let path = dir.join("kubectl");
@@ -212,12 +215,13 @@ impl Lab {
     async fn names_and_services(&self, node: &Node, dir: &Path, binaries: &NodeBinaries) -> Result<Vec<Process>> {
         let api: Api<ConfigMap> = Api::namespaced(self.cluster().client(), raven_api::DEFAULT_NAMESPACE);
         let hosts = eventually(SOON, "the controller has written the hosts file", || async {
-            let hosts = api.get(DNS_CONFIG_MAP).await?.data.and_then(|mut data| data.remove(DNS_KEY)).context("no data")?;
-            ensure!(hosts.lines().any(|line| line.starts_with("10.96.")), "no name leads to the Service yet: {hosts}");
+            let hosts =
+                api.get(DNS_CONFIG_MAP).await?.data.and_then(|mut data| data.remove(DNS_KEY)).context("the ConfigMap has no data")?;
+            ensure!(hosts.lines().any(|line| line.starts_with("10.96.")), "no name resolves to the Service yet: {hosts}");
             Ok(hosts)
         })
         .await?;
-        // As the kubelet mounts it into CoreDNS.
+        // The same file that the kubelet would mount into CoreDNS.
         fs::write(dir.join("tunnel-nodes"), hosts)?;
         let corefile = format!(
             ".:53 {{\n  bind {}\n  errors\n  hosts {} {{\n    reload 300ms\n  }}\n}}\n",
@@ -229,7 +233,7 @@ impl Lab {
         coredns.arg("-conf").arg(dir.join("Corefile"));
         let coredns = Process::start(format!("coredns-{}", node.name), &self.logs(), coredns)?;
         fs::write(dir.join("resolv.conf"), format!("nameserver {}\n", node.lan_v4))?;
-        node.ns.sh(&format!("mount --bind {} /etc/resolv.conf", dir.join("resolv.conf").display())).context("give the node its own DNS")?;
+        node.ns.sh(&format!("mount --bind {} /etc/resolv.conf", dir.join("resolv.conf").display())).context("set the node's DNS server")?;
         let kubeconfig = dir.join("kube-proxy.kubeconfig");
         fs::write(&kubeconfig, self.cluster().admin_kubeconfig(&self.cluster().server_for(self, false)))?;
         let mut kube_proxy = node.ns.command(binaries.program("kube-proxy"));
@@ -241,7 +245,7 @@ impl Lab {
             "--conntrack-tcp-timeout-close-wait=0s",
         ]);
         let kube_proxy = Process::start(format!("kube-proxy-{}", node.name), &self.logs(), kube_proxy)?;
-        // The Service range has to be routable at all for its DNAT to be reached: the default route does that.
+        // DNAT applies only to routable Service addresses; the node's default route covers them.
         Ok(vec![coredns, kube_proxy])
     }
 }
@@ -273,7 +277,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
     )
 }
 
-/// An image archive (docker's form) with a static busybox, made on the spot.
+/// Builds an image archive (docker format) with a static busybox and returns its path.
 fn image(dir: &Path) -> Result<PathBuf> {
     let script = format!(
         r#"cd {dir}; rm -rf image; mkdir -p image/layer/bin image/layer/tmp image/layer/etc image/layer/proc image/layer/sys image/layer/dev; cd image
@@ -290,6 +294,6 @@ tar -cf ../image.tar manifest.json config.json layer.tar
 "#,
         dir = dir.display()
     );
-    output(Command::new("sh").args(["-ec", &script])).context("make the image")?;
+    output(Command::new("sh").args(["-ec", &script])).context("build the image")?;
     Ok(dir.join("image.tar"))
 }

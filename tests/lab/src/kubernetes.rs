@@ -1,7 +1,7 @@
-//! The lab's Kubernetes: a real etcd and kube-apiserver in the control plane's namespace, and the objects that Raven reads.
+//! The lab's Kubernetes: etcd and kube-apiserver in the control plane's namespace, and the objects that Raven reads.
 //!
-//! [`binaries`] finds or builds the programs, [`certificates`] makes the trust, [`objects`] writes Nodes and Gateways as kubelets
-//! and people would, [`identity`] gives agents and controller the tokens that they have in a cluster.
+//! [`binaries`] finds or builds the programs, `certificates` creates CA and certificates, [`objects`] writes Nodes and
+//! Gateways as kubelets and users would, [`identity`] creates the tokens of agents and controller.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,13 +25,13 @@ mod certificates;
 pub mod identity;
 pub mod objects;
 
-/// Range of Service addresses.
+/// IPv4 and IPv6 range of Service addresses.
 pub const SERVICES: &str = "10.96.0.0/16,fd00:96::/112";
-/// The first of them, the API server's own.
+/// Address of the Service `kubernetes`, the first one of the range.
 const FIRST_SERVICE: &str = "10.96.0.1";
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
-/// A running API server.
+/// A running API server with its etcd.
 pub struct Cluster {
     binaries: Binaries,
     certificates: Certificates,
@@ -48,7 +48,8 @@ impl std::fmt::Debug for Cluster {
 }
 
 impl Cluster {
-    /// Starts etcd and the API server, waits until it is ready, applies CRDs and manifests (if told to), writes the Node objects.
+    /// Starts etcd and the API server, waits until it is ready, applies CRDs and manifests if `crds` is set, and writes
+    /// the Nodes.
     pub(crate) async fn start(site: &Site, crds: bool) -> Result<Self> {
         let binaries = tokio::task::spawn_blocking(Binaries::find_or_build).await??;
         let dir = site.dir.join("kubernetes");
@@ -83,54 +84,55 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// A serving certificate and its key (PEM), of the CA that API servers know kubelets by.
+    /// Signs a serving certificate by the CA that API servers use for kubelets. Returns certificate and key (PEM).
     pub fn sign_server(&self, name: &str, names: Vec<String>) -> Result<(String, String)> {
         self.certificates.sign_server(name, names)
     }
 
-    /// A file of the control plane's certificates.
+    /// Returns the path of a file of the control plane's certificates.
     pub fn file(&self, name: &str) -> PathBuf {
         self.kubeconfig.with_file_name("kubernetes").join(name)
     }
 
-    /// The administrator's kubeconfig for a server.
+    /// Returns the administrator's kubeconfig for a server's URL.
     pub fn admin_kubeconfig(&self, server: &str) -> String {
         self.certificates.admin_kubeconfig(server)
     }
 
-    /// Where a node reaches the API server.
+    /// Returns the URL by which a node reaches the API server.
     pub fn server_for(&self, site: &Site, edge: bool) -> String {
         let address = if edge { site.cloud().public_v4 } else { CONTROL_PLANE };
         format!("https://{address}:{API_PORT}")
     }
 
-    /// kubectl itself.
+    /// Returns the path of kubectl.
     pub fn kubectl_program(&self) -> PathBuf {
         self.binaries.kubectl.clone()
     }
 
-    /// A further API server on the same etcd.
+    /// Returns the command of a further API server on the same etcd.
     pub fn api_server_at(&self, ns: &Namespace, address: std::net::Ipv4Addr, port: u16, run: &Path) -> Command {
         let etcd = format!("http://{CONTROL_PLANE}:2379");
         api_server_command(ns.command(&self.binaries.api_server), &etcd, address, port, &self.kubeconfig.with_file_name("kubernetes"), run)
     }
 
-    /// A client with all rights.
+    /// Returns a client with all permissions.
     pub fn client(&self) -> Client {
         self.client.clone()
     }
 
-    /// The administrator's kubeconfig; works on this machine and in the control plane's namespace.
+    /// Returns the path of the administrator's kubeconfig, which works on this machine and in the control plane's
+    /// namespace.
     pub fn kubeconfig(&self) -> &Path {
         &self.kubeconfig
     }
 
-    /// Where the programs came from, in words.
+    /// Describes where the programs come from.
     pub fn origin(&self) -> &str {
         &self.binaries.origin
     }
 
-    /// kubectl as the administrator.
+    /// Runs kubectl as the administrator and returns its standard output.
     pub fn kubectl(&self, args: &[&str]) -> Result<String> {
         let mut command = Command::new(&self.binaries.kubectl);
         command.arg("--kubeconfig").arg(&self.kubeconfig).args(args);
@@ -138,12 +140,12 @@ impl Cluster {
         output(&mut command)
     }
 
-    /// SIGKILLs the API server; [`Cluster::start_api_server`] brings it back. For tests of what works without it.
+    /// Kills the API server with SIGKILL. [`Cluster::start_api_server`] starts it again.
     pub fn kill_api_server(&mut self) -> Result<()> {
         self.api_server.kill()
     }
 
-    /// Starts the API server anew and waits until it is ready.
+    /// Starts the API server again and waits until it is ready.
     pub async fn start_api_server(&mut self, site: &Site) -> Result<()> {
         let command = api_server(site, &self.binaries, &site.dir.join("kubernetes"));
         self.api_server = Process::start("kube-apiserver", &site.logs(), command)?;
@@ -153,10 +155,10 @@ impl Cluster {
     async fn ready(&mut self) -> Result<()> {
         let client = self.client.clone();
         let (etcd, api_server) = (&mut self.etcd, &mut self.api_server);
-        // A server that died at its start says so at once, not after the deadline.
-        let mut died = || etcd.ensure_running().and_then(|()| api_server.ensure_running());
+        // If a server exits at its start, fail immediately instead of at the deadline.
+        let mut running = || etcd.ensure_running().and_then(|()| api_server.ensure_running());
         eventually(READY_WITHIN, "the API server is ready", || {
-            let (client, alive) = (client.clone(), died());
+            let (client, alive) = (client.clone(), running());
             async move {
                 if let Err(error) = alive {
                     return Ok(Err(error));
@@ -173,9 +175,9 @@ impl Cluster {
 fn etcd(site: &Site, binaries: &Binaries, dir: &Path) -> Command {
     let mut command = site.control_plane.command(&binaries.etcd);
     command.arg("--data-dir").arg(dir.join("etcd"));
-    // A lab does not outlive a power cut; without fsync the API server is ready in a second.
+    // Lab data need not survive a power cut; without fsync the API server is ready in a second.
     command.args(["--unsafe-no-fsync", "--log-level=warn"]);
-    // Also for API servers on other nodes of the cloud.
+    // The second URL is for API servers on other nodes of the cloud.
     command.arg(format!("--listen-client-urls=http://127.0.0.1:2379,http://{CONTROL_PLANE}:2379"));
     command.arg("--advertise-client-urls=http://127.0.0.1:2379");
     command.args(["--listen-peer-urls=http://127.0.0.1:2380", "--initial-advertise-peer-urls=http://127.0.0.1:2380"]);
@@ -205,7 +207,7 @@ fn api_server_command(mut command: Command, etcd: &str, address: std::net::Ipv4A
         file("kubelet-certificate-authority", "ca.crt"),
         file("kubelet-client-certificate", "kubelet-client.crt"),
         file("kubelet-client-key", "kubelet-client.key"),
-        // For metrics-server, which is asked by who shows this certificate.
+        // Client certificate towards aggregated API servers, which is metrics-server.
         file("proxy-client-cert-file", "kubelet-client.crt"),
         file("proxy-client-key-file", "kubelet-client.key"),
         file("requestheader-client-ca-file", "ca.crt"),
@@ -219,7 +221,7 @@ fn api_server_command(mut command: Command, etcd: &str, address: std::net::Ipv4A
     command
 }
 
-/// A client from a kubeconfig file.
+/// Returns a client for a kubeconfig file.
 pub async fn client(kubeconfig: &Path) -> Result<Client> {
     Ok(Client::try_from(config(kubeconfig).await?)?)
 }

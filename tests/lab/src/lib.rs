@@ -1,14 +1,15 @@
-//! The lab: pools of nodes as network namespaces on one machine, with a real API server, real NAT and the real Raven binaries.
+//! The lab: pools of nodes as network namespaces on one machine, with a real API server, NAT and the Raven binaries.
 //! Tests, benchmarks and the demo share it.
 //!
-//! In the order a lab comes to life: [`site`] says what it consists of; [`wire`] builds namespaces, links, routes and NAT;
-//! [`kubernetes`] starts etcd and the API server and writes the objects; [`agent`] starts the Raven binaries ([`process`]); [`kubelet`] real kubelets and further API
-//! servers, where a test needs them;
-//! [`probe`] and [`capture`] find out what works, [`eventually`] waits for it; [`evidence`] saves what a failed test leaves;
-//! [`teardown`] takes everything away, also when the lab's own process was killed. [`console`] is `raven-lab` and `cargo xtask lab`.
-//! [`qemu`] boots another kernel, for a lab inside it; [`offline`] feeds agents where there is no API server.
+//! - [`site`] describes a lab; `network` creates its namespaces, links, routes and NAT.
+//! - [`kubernetes`] starts etcd and the API server and writes the objects; [`kubelet`] starts real kubelets and further API
+//!   servers; [`agent`] starts the Raven binaries, each as a [`process`].
+//! - [`probe`] and [`capture`] measure, [`eventually`] retries until a deadline, [`proof`] combines them into checks.
+//! - [`evidence`] saves the state of a failed test; [`teardown`] removes a lab, also after its process was killed.
+//! - [`cli`] implements `raven-lab` and `cargo xtask lab`.
+//! - [`qemu`] boots another kernel for a lab inside it; [`offline`] provides agents with a topology without an API server.
 //!
-//! Needs root. Several labs may run side by side.
+//! Needs root. Several labs can run side by side.
 
 #![forbid(unsafe_code)]
 
@@ -20,7 +21,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub mod agent;
 pub mod capture;
-pub mod console;
+pub mod cli;
 pub mod eventually;
 pub mod evidence;
 pub mod impair;
@@ -30,6 +31,7 @@ pub mod kubelet;
 pub mod kubernetes;
 pub mod metrics_server;
 pub mod namespace;
+mod network;
 pub mod offline;
 pub mod probe;
 pub mod process;
@@ -37,7 +39,6 @@ pub mod proof;
 pub mod qemu;
 pub mod site;
 pub mod teardown;
-mod wire;
 
 pub use eventually::{eventually, patience};
 pub use namespace::Namespace;
@@ -48,7 +49,7 @@ use kubernetes::Cluster;
 use site::HostLink;
 use teardown::{Guardian, LABS};
 
-/// A running lab; dereferences to its [`Site`]. Taken away when dropped, unless [`Lab::keep`] was called.
+/// A running lab; dereferences to its [`Site`]. Dropping it removes the lab, unless [`Lab::keep`] was called.
 #[derive(Debug)]
 pub struct Lab {
     site: Site,
@@ -57,7 +58,7 @@ pub struct Lab {
     kept: bool,
 }
 
-/// What lab to build.
+/// Configuration of a lab to build.
 #[derive(Clone, Debug)]
 pub struct LabBuilder {
     pools: Vec<PoolSpec>,
@@ -82,41 +83,41 @@ impl Default for LabBuilder {
 }
 
 impl LabBuilder {
-    /// The pools, the cloud first. Left out: [`PoolSpec::three`].
+    /// Sets the pools, the cloud first. Default: [`PoolSpec::three`].
     pub fn pools(mut self, pools: Vec<PoolSpec>) -> Self {
         self.pools = pools;
         self
     }
 
-    /// How many pods each node has; 1 when left out.
+    /// Sets the number of pods per node. Default: 1.
     pub fn pods_per_node(mut self, pods: u8) -> Self {
         self.pods_per_node = pods;
         self
     }
 
-    /// What the nodes' CNI masquerades.
+    /// Sets which traffic the nodes' CNI masquerades, and by which tool.
     pub fn masquerade(mut self, masquerade: Masquerade, by: MasqueradeBy) -> Self {
         self.masquerade = masquerade;
         self.masquerade_by = by;
         self
     }
 
-    /// Leaves the API server out: network only.
+    /// Builds the network only, without an API server.
     pub fn without_kubernetes(mut self) -> Self {
         self.kubernetes = false;
         self
     }
 
-    /// Leaves the CRDs and the manifests of `deploy/` out: for tests that install them themselves.
+    /// Omits the CRDs and the manifests of `deploy/`, for tests that install them.
     pub fn without_crds(mut self) -> Self {
         self.crds = false;
         self
     }
 
-    /// Builds it: network first, then the API server with CRDs, RBAC and the Node objects.
+    /// Builds the lab: the network first, then the API server with CRDs, RBAC and the Node objects.
     pub async fn up(self) -> Result<Lab> {
-        ensure!(nix::unistd::geteuid().is_root(), "the lab needs root: it makes network namespaces");
-        ensure!(!self.pools.is_empty(), "a lab needs a pool");
+        ensure!(nix::unistd::geteuid().is_root(), "the lab needs root to create network namespaces");
+        ensure!(!self.pools.is_empty(), "a lab needs at least one pool");
         let (id, dir, link) = claim()?;
         teardown::own(&dir)?;
         teardown::write_script(&id, &dir, &link.device)?;
@@ -124,25 +125,25 @@ impl LabBuilder {
         let mut site = Site::plan(&id, dir, link, &self.pools, self.pods_per_node)?;
         site.masquerade = self.masquerade;
         site.masquerade_by = self.masquerade_by;
-        // From here on dropping the lab takes away whatever is there.
+        // From here on, dropping the lab removes everything created so far.
         let mut lab = Lab { site, cluster: None, guardian, kept: false };
-        wire::make_private(&lab.site.dir)?;
+        network::make_private(&lab.site.dir)?;
         fs::create_dir_all(lab.logs())?;
         fs::write(lab.site.dir.join("site.json"), serde_json::to_vec_pretty(&lab.site)?)?;
-        wire::build(&lab.site).context("build the lab's network")?;
+        network::build(&lab.site).context("build the lab's network")?;
         if self.kubernetes {
-            // While links come up, the API server does, too.
+            // The API server starts while links come up.
             lab.cluster = Some(Cluster::start(&lab.site, self.crds).await.context("start the lab's Kubernetes")?);
         }
-        wire::carrying(&lab.site).await?;
+        network::carrying(&lab.site).await?;
         Ok(lab)
     }
 }
 
-/// Takes an id that nobody has: making the folder decides. The id also picks the link to the host.
+/// Claims an unused ID by creating its folder, which is atomic. The ID also selects the link to the host.
 fn claim() -> Result<(String, PathBuf, HostLink)> {
     for _ in 0..1000 {
-        // Again each time: the last lab that goes takes the folder with it.
+        // In each iteration, because removing the last lab removes the folder.
         fs::create_dir_all(LABS)?;
         let number = random_u16()? & 0x3fff;
         // 169.254.0.0/24 and .255.0/24 are reserved, and clouds answer metadata requests at 169.254.169.254.
@@ -152,12 +153,12 @@ fn claim() -> Result<(String, PathBuf, HostLink)> {
         let id = format!("rv{number:04x}");
         let dir = Path::new(LABS).join(&id);
         let link = HostLink::new(&id, number);
-        if wire::is_taken(link.host)? || fs::create_dir(&dir).is_err() {
+        if network::is_taken(link.host)? || fs::create_dir(&dir).is_err() {
             continue;
         }
         return Ok((id, dir, link));
     }
-    bail!("no free lab id: see `cargo xtask lab list`")
+    bail!("no free lab ID: run `cargo xtask lab list`")
 }
 
 fn random_u16() -> Result<u16> {
@@ -167,13 +168,57 @@ fn random_u16() -> Result<u16> {
     Ok(u16::from_ne_bytes(bytes))
 }
 
-/// True if this process may build labs. Else says that `test` was left out and why; under `CI=true` that is a failure.
-pub fn privileged(test: &str) -> bool {
+/// Return type of a test that may be skipped; see [`require_root!`].
+pub trait SkippableTest {
+    /// Returns the result of a skipped test.
+    fn skipped() -> Self;
+}
+
+impl SkippableTest for () {
+    fn skipped() -> Self {}
+}
+
+impl<E> SkippableTest for Result<(), E> {
+    fn skipped() -> Self {
+        Ok(())
+    }
+}
+
+/// Skips the rest of the calling test function unless it runs as root. The message contains the test's name.
+#[macro_export]
+macro_rules! require_root {
+    () => {
+        if !$crate::is_privileged($crate::test_name!()) {
+            return $crate::SkippableTest::skipped();
+        }
+    };
+}
+
+/// Returns the name of the calling function.
+#[macro_export]
+macro_rules! test_name {
+    () => {{
+        fn here() {}
+        $crate::enclosing_function(&here)
+    }};
+}
+
+/// Returns the name of the function that contains the nested function `here`; see [`test_name!`].
+#[doc(hidden)]
+pub fn enclosing_function<T>(_here: &T) -> &'static str {
+    let path = std::any::type_name::<T>().trim_end_matches("::here").trim_end_matches("::{{closure}}");
+    path.rsplit("::").next().unwrap_or(path)
+}
+
+/// Reports whether this process may build labs. If not, prints that `test` is skipped; with `CI=true` that is a
+/// failure.
+#[doc(hidden)]
+pub fn is_privileged(test: &str) -> bool {
     let root = nix::unistd::geteuid().is_root();
     if !root {
         let ci = std::env::var_os("CI").is_some_and(|value| value == "true");
-        assert!(!ci, "{test} needs root, and CI must leave nothing out");
-        eprintln!("{test} LEFT OUT: it needs root (it makes network namespaces)");
+        assert!(!ci, "{test} needs root, and CI must not skip tests");
+        eprintln!("{test} SKIPPED: it needs root to create network namespaces");
     }
     root
 }
@@ -181,37 +226,37 @@ pub fn privileged(test: &str) -> bool {
 // === impl Lab ===
 
 impl Lab {
-    /// The three pools with an API server; change what you need.
+    /// Returns a builder of the default lab: three pools and an API server.
     pub fn builder() -> LabBuilder {
         LabBuilder::default()
     }
 
-    /// What the lab consists of.
+    /// Returns the description of the lab.
     pub fn site(&self) -> &Site {
         &self.site
     }
 
-    /// The lab's Kubernetes. Panics in a lab built without.
+    /// Returns the lab's Kubernetes cluster. Panics in a lab built [`LabBuilder::without_kubernetes`].
     pub fn cluster(&self) -> &Cluster {
         self.cluster.as_ref().expect("this lab was built without Kubernetes")
     }
 
-    /// Kills the API server; etcd and what is in it stay.
+    /// Kills the API server. etcd keeps running with its data.
     pub fn kill_api_server(&mut self) -> Result<()> {
         self.cluster.as_mut().context("this lab was built without Kubernetes")?.kill_api_server()
     }
 
-    /// Starts it again, and waits until it is ready.
+    /// Starts the API server again and waits until it is ready.
     pub async fn start_api_server(&mut self) -> Result<()> {
         self.cluster.as_mut().context("this lab was built without Kubernetes")?.start_api_server(&self.site).await
     }
 
-    /// True unless built [`LabBuilder::without_kubernetes`].
+    /// Reports whether the lab has a Kubernetes cluster.
     pub fn has_cluster(&self) -> bool {
         self.cluster.is_some()
     }
 
-    /// The lab stays when this value is dropped, and when this process ends; `raven-lab down` takes it away.
+    /// Keeps the lab when this value is dropped or this process ends. `raven-lab down` removes it.
     pub fn keep(&mut self) -> Result<()> {
         fs::write(self.site.dir.join("keep"), "").context("mark the lab as kept")?;
         self.kept = true;
@@ -232,7 +277,7 @@ impl Drop for Lab {
         if !self.kept {
             drop(self.cluster.take());
             if let Err(error) = teardown::run_script(&self.site.dir) {
-                eprintln!("lab {} was not taken away whole: {error:#}", self.site.id);
+                eprintln!("lab {} was not removed completely: {error:#}", self.site.id);
             }
         }
         self.guardian.release();
@@ -240,7 +285,7 @@ impl Drop for Lab {
 }
 
 impl Site {
-    /// Where logs of the lab's processes lie.
+    /// Returns the folder with the logs of the lab's processes.
     pub fn logs(&self) -> PathBuf {
         self.dir.join("logs")
     }

@@ -1,4 +1,4 @@
-//! metrics-server on a cloud node: what `kubectl top` asks, and what asks every kubelet for its numbers.
+//! Runs metrics-server on a cloud node: `kubectl top` queries it, and it queries every kubelet.
 
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
@@ -13,11 +13,11 @@ use crate::{
 };
 
 const PORT: u16 = 4443;
-/// The shortest that it can be told, seconds; it knows a node's usage after two of them.
+/// Shortest resolution that metrics-server accepts, in seconds. It reports a node's usage after two intervals.
 const RESOLUTION: u64 = 10;
 
 impl Lab {
-    /// Starts it on a node and registers it with the API server, in the place of another one.
+    /// Starts metrics-server on a node and registers it with the API server; replaces an earlier registration.
     pub async fn start_metrics_server(&self, node: &str, prefer: Prefer) -> Result<Process> {
         let binaries = tokio::task::spawn_blocking(NodeBinaries::find_or_build).await??;
         let node = self.node(node);
@@ -36,7 +36,7 @@ impl Lab {
             format!("--metric-resolution={RESOLUTION}s"),
             format!("--kubelet-request-timeout={}s", RESOLUTION / 2),
             format!("--kubelet-preferred-address-types={prefer:?}"),
-            // As the API server itself speaks to kubelets: they know nobody else.
+            // The same credentials as those of the API server, the only ones that kubelets accept.
             file("kubelet-certificate-authority", "ca.crt"),
             file("kubelet-client-certificate", "kubelet-client.crt"),
             file("kubelet-client-key", "kubelet-client.key"),
@@ -62,18 +62,18 @@ impl Lab {
         Ok(process)
     }
 
-    /// Waits until `kubectl top node` tells a node's usage, and gives the line.
+    /// Waits until `kubectl top node` reports a node's usage, and returns the line.
     pub async fn top_node(&self, server: &SecondApiServer, node: &str) -> Result<String> {
-        let what = format!("kubectl top knows node {node}");
+        let what = format!("kubectl top reports node {node}");
         eventually(2 * CONVERGENCE, &what, || async {
-            let said = output(&mut server.kubectl(&["top", "node", node, "--no-headers"]))?;
-            let mut words = said.split_whitespace();
-            ensure!(words.next() == Some(node), "it says {said:?}");
+            let text = output(&mut server.kubectl(&["top", "node", node, "--no-headers"]))?;
+            let mut words = text.split_whitespace();
+            ensure!(words.next() == Some(node), "unexpected output {text:?}");
             // `81m  4%  950Mi  4%`
             let cpu = words.next().and_then(|word| word.strip_suffix('m')?.parse::<u64>().ok());
-            let memory = words.nth(1).and_then(|word| word.strip_suffix("Mi")?.parse::<u64>().ok()).context("memory in Mi")?;
-            ensure!(cpu.is_some() && memory > 0, "it says {said:?}");
-            Ok(said.trim().to_owned())
+            let memory = words.nth(1).and_then(|word| word.strip_suffix("Mi")?.parse::<u64>().ok()).context("no memory in Mi")?;
+            ensure!(cpu.is_some() && memory > 0, "unexpected output {text:?}");
+            Ok(text.trim().to_owned())
         })
         .await
     }

@@ -1,5 +1,5 @@
-//! Labs without an API server: what it and the controller would have told the agents, written where an agent keeps the last it
-//! heard. Agents run `--offline`.
+//! Runs labs without an API server: writes the topology to the file in which an agent caches it. Agents run with
+//! `--offline`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::kubernetes::objects::default_gateway;
 use crate::{Lab, Node, Pool};
 
-/// Gives each pool's first node a key and every node the snapshot; gives the names of the gateway nodes.
+/// Writes a key for each pool's first node and the snapshot for every node. Returns the names of the gateway nodes.
 pub fn write(lab: &Lab) -> Result<Vec<String>> {
     let mut keys = BTreeMap::new();
     for pool in &lab.pools {
@@ -31,7 +31,7 @@ pub fn write(lab: &Lab) -> Result<Vec<String>> {
     Ok(keys.into_keys().collect())
 }
 
-/// Writes a snapshot to where a node's agent finds it at its start.
+/// Writes a snapshot to the path from which a node's agent loads it at its start.
 pub fn put(node: &Node, snapshot: &Value) -> Result<()> {
     let path = node.dir.join("lib/topology.json");
     fs::write(&path, serde_json::to_vec_pretty(snapshot)?).with_context(|| format!("write {}", path.display()))
@@ -41,19 +41,22 @@ pub fn put(node: &Node, snapshot: &Value) -> Result<()> {
 pub fn get(node: &Node) -> Result<Value> {
     let path = node.dir.join("lib/topology.json");
     let text = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{} is JSON", path.display()))
+    serde_json::from_slice(&text).with_context(|| format!("parse {} as JSON", path.display()))
 }
 
-/// The same with more prefixes of a pool's first node.
+/// Returns the snapshot with additional prefixes on a pool's first node.
 pub fn with_prefixes(snapshot: &Value, gateway: &str, prefixes: impl IntoIterator<Item = String>) -> Result<Value> {
     let mut changed = snapshot.clone();
-    let gateways = changed["gateways"].as_array_mut().context("a list of Gateways")?;
-    let one = gateways.iter_mut().find(|g| g["metadata"]["name"] == gateway).with_context(|| format!("Gateway {gateway}"))?;
-    one["status"]["nodes"][0]["subnets"].as_array_mut().context("a list of prefixes")?.extend(prefixes.into_iter().map(Value::from));
+    let gateways = changed["gateways"].as_array_mut().context("the snapshot has no list of Gateways")?;
+    let one = gateways.iter_mut().find(|g| g["metadata"]["name"] == gateway).with_context(|| format!("no Gateway {gateway}"))?;
+    one["status"]["nodes"][0]["subnets"]
+        .as_array_mut()
+        .context("the node has no list of prefixes")?
+        .extend(prefixes.into_iter().map(Value::from));
     Ok(changed)
 }
 
-/// A cluster in which no Gateway has any node.
+/// Returns the snapshot of a cluster without Gateways.
 pub fn empty() -> Value {
     json!({ "gateways": [], "gatewayNodes": [] })
 }
@@ -62,7 +65,8 @@ fn gateway_of<'a>(lab: &'a Lab, pool: &Pool) -> Result<&'a Node> {
     lab.nodes.iter().find(|n| n.pool == pool.spec.name).with_context(|| format!("pool {} has no node", pool.spec.name))
 }
 
-/// The Gateways with the status that the controller would have published, and what their nodes would have announced.
+/// Builds Gateways with the status that the controller would publish, and the GatewayNodes that the agents would
+/// announce.
 fn snapshot(lab: &Lab, keys: &BTreeMap<String, String>) -> Result<Value> {
     let mut gateways = Vec::new();
     let mut announced = Vec::new();
@@ -95,7 +99,7 @@ fn info(node: &Node) -> NodeInfo {
 
 fn wg(what: &str, input: &str) -> Result<String> {
     let mut child = Command::new("wg").arg(what).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("start wg")?;
-    child.stdin.take().context("standard input was asked for")?.write_all(input.as_bytes())?;
+    child.stdin.take().context("wg has no standard input")?.write_all(input.as_bytes())?;
     let done = child.wait_with_output()?;
     ensure!(done.status.success(), "wg {what}: {}", done.status);
     Ok(String::from_utf8(done.stdout)?.trim().to_owned())

@@ -1,6 +1,7 @@
-//! Finds out who reaches whom: ping, TCP and UDP echo, bulk transfer, a counted flow. Both families; everything has a deadline.
+//! Measures connectivity: ping, TCP and UDP echo, bulk transfer, a flow of numbered packets. Both families; every
+//! operation has a deadline.
 //!
-//! Servers tell each client the source address that they saw, so that a test can say whether it crossed unchanged.
+//! Servers return to each client the source address that they observed, so that tests can check that it is unchanged.
 
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
@@ -16,20 +17,20 @@ use sha2::{Digest, Sha256};
 
 use crate::namespace::Namespace;
 
-/// How long servers wait before they look whether they are still wanted.
+/// Receive timeout of servers, after which they check whether to stop.
 const TICK: Duration = Duration::from_millis(100);
-/// What a flow's receiver may have waiting, bytes. The default holds some two hundred packets: a stall of the test's own thread would
-/// be taken for packets that were lost on the way. This is ten seconds of the fastest flow.
+/// Receive buffer of a flow in bytes, for ten seconds of the fastest flow. The default holds about two hundred packets;
+/// a stall of the receiving thread would be counted as packet loss.
 const RECEIVE_BUFFER: usize = 8 << 20;
-/// How many packets a flow's sender that woke up late sends at once, at most: more might fill a queue on the way, by our own fault.
+/// Limit of packets that a flow's sender sends at once after a late wake-up. More might overflow a queue on the path.
 const BURST: u32 = 100;
 
-/// One ICMP echo. `None`: no answer within a second. Else the TTL or hop limit of the answer.
+/// Sends one ICMP echo. Returns TTL or hop limit of the answer, or `None` without an answer within a second.
 pub async fn ping(from: &Namespace, to: IpAddr) -> Result<Option<u8>> {
     ping_with(from, to, &[]).await
 }
 
-/// One ICMP echo with options of `ping`, such as `-M do -s 1392`.
+/// Sends one ICMP echo with options of `ping`, such as `-M do -s 1392`.
 pub async fn ping_with(from: &Namespace, to: IpAddr, options: &[&str]) -> Result<Option<u8>> {
     let mut command = from.command("ping");
     command.args(["-n", "-c1", "-W1"]).args(options).arg(to.to_string()).env("LC_ALL", "C");
@@ -38,30 +39,30 @@ pub async fn ping_with(from: &Namespace, to: IpAddr, options: &[&str]) -> Result
     match done.status.code() {
         Some(0) => {
             let ttl = text.split("ttl=").nth(1).and_then(|rest| rest.split_whitespace().next()?.parse().ok());
-            Ok(Some(ttl.with_context(|| format!("ping gave no ttl: {text}"))?))
+            Ok(Some(ttl.with_context(|| format!("the output of ping has no ttl: {text}"))?))
         }
-        // No answer, an ICMP error, or no route: all say 'not reached'.
+        // No answer, an ICMP error, or no route: unreachable.
         Some(1 | 2) => Ok(None),
         _ => bail!("ping {to}: {}: {}", done.status, String::from_utf8_lossy(&done.stderr)),
     }
 }
 
-/// An echo server for TCP and UDP on one port, in a namespace, until it is dropped.
+/// An echo server for TCP and UDP on one port of a namespace. Dropping it stops the server.
 #[derive(Debug)]
 pub struct Echo {
-    /// Where it listens.
+    /// Address and port of the server.
     pub address: SocketAddr,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Echo {
-    /// Listens on `address` and a free port.
+    /// Starts a server on `address` and a free port.
     pub fn start(at: &Namespace, address: IpAddr) -> Result<Self> {
         Self::on(at, SocketAddr::new(address, 0))
     }
 
-    /// Listens on a certain port (0: any).
+    /// Starts a server on a given port (0: a free one).
     pub fn on(at: &Namespace, address: SocketAddr) -> Result<Self> {
         let bind = move || -> std::io::Result<_> {
             let tcp = TcpListener::bind(address)?;
@@ -92,10 +93,10 @@ fn serve_tcp(listener: &TcpListener, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         match listener.accept() {
             Ok((stream, source)) => {
-                // A thread each, so that one stalled client stalls nobody else; its timeouts end it.
+                // One thread per client, so that a stalled client does not block others; its timeouts end it.
                 std::thread::spawn(move || echo_stream(stream, source));
             }
-            // Nobody is waiting: accept has no timeout of its own, so this is its poll interval.
+            // accept has no timeout; this is the poll interval.
             Err(_) => std::thread::sleep(Duration::from_millis(5)),
         }
     }
@@ -121,7 +122,8 @@ fn serve_udp(socket: &UdpSocket, stop: &AtomicBool) {
     }
 }
 
-/// Sends `payload` over a new TCP connection to an [`Echo`], checks that it comes back, and gives the source that the server saw.
+/// Sends `payload` to an [`Echo`] over a new TCP connection and checks the answer. Returns the source that the server
+/// observed.
 pub async fn tcp_echo(from: &Namespace, to: SocketAddr, payload: &[u8], within: Duration) -> Result<SocketAddr> {
     let payload = payload.to_vec();
     let exchange = move || -> Result<SocketAddr> {
@@ -135,13 +137,13 @@ pub async fn tcp_echo(from: &Namespace, to: SocketAddr, payload: &[u8], within: 
         stream.shutdown(Shutdown::Write)?;
         let mut back = Vec::new();
         reader.read_to_end(&mut back)?;
-        ensure!(back == payload, "{} bytes sent, {} other bytes came back", payload.len(), back.len());
+        ensure!(back == payload, "{} bytes sent, {} different bytes came back", payload.len(), back.len());
         Ok(seen.trim().parse()?)
     };
     from.within_async(exchange).await?.with_context(|| format!("TCP from {} to {to}", from.name))
 }
 
-/// Sends one datagram to an [`Echo`], checks that it comes back, and gives the source that the server saw.
+/// Sends one datagram to an [`Echo`] and checks the answer. Returns the source that the server observed.
 pub async fn udp_echo(from: &Namespace, to: SocketAddr, payload: &[u8], within: Duration) -> Result<SocketAddr> {
     let payload = payload.to_vec();
     let exchange = move || -> Result<SocketAddr> {
@@ -151,8 +153,8 @@ pub async fn udp_echo(from: &Namespace, to: SocketAddr, payload: &[u8], within: 
         socket.send(&payload)?;
         let mut buffer = [0; 65536];
         let length = socket.recv(&mut buffer)?;
-        let end = buffer[..length].iter().position(|byte| *byte == b'\n').context("an answer without source")?;
-        ensure!(buffer[end + 1..length] == payload, "another payload came back");
+        let end = buffer[..length].iter().position(|byte| *byte == b'\n').context("the answer contains no source address")?;
+        ensure!(buffer[end + 1..length] == payload, "a different payload came back");
         Ok(std::str::from_utf8(&buffer[..end])?.parse()?)
     };
     from.within_async(exchange).await?.with_context(|| format!("UDP from {} to {to}", from.name))
@@ -163,25 +165,25 @@ fn any(like: SocketAddr) -> SocketAddr {
     SocketAddr::new(address, 0)
 }
 
-/// What a bulk transfer did.
+/// Result of a bulk transfer.
 #[derive(Clone, Debug)]
 pub struct Bulk {
-    /// Bytes that arrived; their hash was that of the bytes sent.
+    /// Number of bytes received; their hash equals that of the bytes sent.
     pub bytes: u64,
-    /// From connect to the last byte.
+    /// Time from connect to the last byte.
     pub elapsed: Duration,
-    /// The source that the receiver saw.
+    /// Source address that the receiver observed.
     pub source: SocketAddr,
 }
 
 impl Bulk {
-    /// Million bits per second.
+    /// Returns the throughput in Mbit/s.
     pub fn mbit_per_second(&self) -> f64 {
         self.bytes as f64 * 8.0 / 1e6 / self.elapsed.as_secs_f64()
     }
 }
 
-/// Sends `bytes` of pseudo-random data over one TCP connection; fails unless they arrive bit for bit within the deadline.
+/// Sends `bytes` of pseudo-random data over one TCP connection. Fails unless they arrive unchanged within the deadline.
 pub async fn bulk(from: &Namespace, to: &Namespace, address: IpAddr, bytes: u64, within: Duration) -> Result<Bulk> {
     let end = Instant::now() + within;
     let listener = to.within(move || TcpListener::bind((address, 0)))??;
@@ -191,11 +193,11 @@ pub async fn bulk(from: &Namespace, to: &Namespace, address: IpAddr, bytes: u64,
     let sender = from.within_async(move || send(target, bytes, end)).await;
     let sent = sender?.with_context(|| format!("send {bytes} bytes from {} to {target}", from.name));
     let received = receiver.await?.with_context(|| format!("receive at {target} from {}", from.name));
-    // The sender's error is the cause, the receiver's its echo.
+    // If both fail, the sender's error is the cause.
     let (started, sent) = sent?;
     let received = received?;
     ensure!(received.bytes == bytes, "{} of {bytes} bytes arrived", received.bytes);
-    ensure!(received.hash == sent, "the {bytes} bytes that arrived are not those that were sent");
+    ensure!(received.hash == sent, "the {bytes} bytes received differ from those sent");
     Ok(Bulk { bytes, elapsed: received.ended - started, source: received.source })
 }
 
@@ -255,10 +257,10 @@ fn receive(listener: &TcpListener, end: Instant) -> Result<Received> {
 
 fn left(end: Instant) -> Result<Duration> {
     let left = end.saturating_duration_since(Instant::now());
-    if left.is_zero() { Err(anyhow!("the deadline passed")) } else { Ok(left) }
+    if left.is_zero() { Err(anyhow!("the deadline has passed")) } else { Ok(left) }
 }
 
-/// xorshift64*: incompressible enough, and reproducible.
+/// A xorshift64* generator: incompressible data that is the same in every run.
 struct Random(u64);
 
 impl Random {
@@ -273,7 +275,7 @@ impl Random {
     }
 }
 
-/// A running flow of numbered datagrams at a steady rate.
+/// A running flow of numbered datagrams at a constant rate.
 #[derive(Debug)]
 pub struct Flow {
     stop: Arc<AtomicBool>,
@@ -282,20 +284,20 @@ pub struct Flow {
     done: Arc<AtomicBool>,
 }
 
-/// What became of a [`Flow`].
+/// Result of a [`Flow`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FlowReport {
-    /// Datagrams sent.
+    /// Number of datagrams sent.
     pub sent: u64,
-    /// Different datagrams that arrived.
+    /// Number of distinct datagrams received.
     pub received: u64,
-    /// Sent, but never seen.
+    /// Number of datagrams sent but not received.
     pub lost: u64,
-    /// Copies beyond the first.
+    /// Number of copies beyond the first.
     pub duplicated: u64,
-    /// Arrived after one with a higher number.
+    /// Number of datagrams that arrived after one with a higher number.
     pub reordered: u64,
-    /// Longest time without an arrival.
+    /// Longest time between two arrivals.
     pub longest_gap: Duration,
 }
 
@@ -312,7 +314,7 @@ impl Flow {
     pub fn start(from: &Namespace, to: &Namespace, address: IpAddr, per_second: u32) -> Result<Self> {
         ensure!(per_second > 0, "a flow needs a rate");
         let socket = to.within(move || UdpSocket::bind((address, 0)))??;
-        setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER).context("give the flow's receiver a large buffer")?;
+        setsockopt(&socket, RcvBufForce, &RECEIVE_BUFFER).context("enlarge the flow's receive buffer")?;
         let target = socket.local_addr()?;
         socket.set_read_timeout(Some(TICK))?;
         let out = from.within(move || -> std::io::Result<_> {
@@ -328,7 +330,7 @@ impl Flow {
         Ok(Self { stop, sender, receiver, done })
     }
 
-    /// Stops sending, waits until nothing has arrived for a moment, and counts.
+    /// Stops the sender, waits until no more datagrams arrive, and returns the counts.
     pub async fn stop(self) -> Result<FlowReport> {
         tokio::task::spawn_blocking(move || {
             self.stop.store(true, Ordering::Relaxed);
@@ -349,12 +351,12 @@ fn pace(socket: &UdpSocket, per_second: u32, stop: &AtomicBool) -> Result<u64> {
     let mut sent = 0_u64;
     let arrears = Duration::from_secs_f64(f64::from(BURST) / f64::from(per_second));
     while !stop.load(Ordering::Relaxed) {
-        // By the clock and not by the pause: a late wake-up is caught up with, as far as one burst goes. The rest is never sent.
+        // Paced by the clock: after a late wake-up, at most one burst is sent to catch up. The rest is skipped.
         let due = start + Duration::from_secs_f64(sent as f64 / f64::from(per_second));
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
         start += due.elapsed().saturating_sub(arrears);
         payload[..8].copy_from_slice(&sent.to_be_bytes());
-        // What the stack refuses (no route, an ICMP error of an earlier one) is lost like what the wire loses.
+        // A send error (no route, an ICMP error of an earlier datagram) counts as loss, like a drop on the path.
         let _ = socket.send(&payload);
         sent += 1;
     }
@@ -362,7 +364,7 @@ fn pace(socket: &UdpSocket, per_second: u32, stop: &AtomicBool) -> Result<u64> {
 }
 
 fn collect(socket: &UdpSocket, done: &AtomicBool) -> Arrived {
-    // Longer than a busy machine keeps the last packets somewhere on the way.
+    // Longer than a busy machine may delay the last packets.
     const QUIET: Duration = Duration::from_secs(2);
     let mut arrived = Arrived::default();
     let (mut highest, mut last) = (0, None::<Instant>);

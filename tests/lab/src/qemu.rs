@@ -1,7 +1,7 @@
-//! Boots another kernel in QEMU, with a root file system made of this machine's own programs.
+//! Boots another kernel in QEMU, with a root file system built from this machine's own programs.
 //!
-//! [`Image`] packs an initramfs: programs with the libraries that they load, kernel modules, and a first process. [`boot`] runs
-//! it and gives what the console said. No disk, no network and no share with the host: the machine gets nothing but that archive.
+//! [`Image`] packs an initramfs: programs with their libraries, kernel modules, and a first process. [`Machine::run`]
+//! boots it and returns the console's lines. The machine has no disk, no network and no share with the host.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -19,16 +19,16 @@ use crate::namespace::output;
 /// A kernel on disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kernel {
-    /// What `uname -r` will say.
+    /// Release of the kernel, as in `uname -r`.
     pub release: String,
-    /// The image that QEMU boots.
+    /// Path of the image that QEMU boots.
     pub image: PathBuf,
-    /// The folder that holds `lib/modules/RELEASE`.
+    /// Folder that contains `lib/modules/RELEASE`.
     pub root: PathBuf,
 }
 
 impl Kernel {
-    /// Where its modules lie.
+    /// Returns the folder of the kernel's modules.
     pub fn modules(&self) -> PathBuf {
         self.root.join("lib/modules").join(&self.release)
     }
@@ -36,7 +36,7 @@ impl Kernel {
 
 // === The root file system ===
 
-/// Parts of a kernel's modules that a lab may want: folders, and modules without the end of their names.
+/// Module folders and modules that a lab may need, as paths without file name extension.
 const MODULES: [&str; 10] = [
     "kernel/net",
     "kernel/crypto",
@@ -50,13 +50,13 @@ const MODULES: [&str; 10] = [
     "kernel/drivers/net/dummy",
 ];
 
-/// A module is packed or not, as its kernel was built.
+/// File name extensions of modules, which are compressed depending on the kernel's build.
 const ENDS: [&str; 4] = ["", ".ko", ".ko.xz", ".ko.zst"];
 
-/// An initramfs in the making.
+/// An initramfs under construction.
 #[derive(Debug, Default)]
 pub struct Image {
-    /// By absolute path, without the leading slash.
+    /// Entries by absolute path, without the leading slash.
     entries: BTreeMap<PathBuf, Entry>,
 }
 
@@ -69,7 +69,7 @@ enum Entry {
 }
 
 impl Image {
-    /// Folders that every system has, and `/bin`, `/lib`, … as links into `/usr`.
+    /// Creates an image with the usual folders, and with `/bin`, `/lib`, … as links into `/usr`.
     pub fn new() -> Self {
         let mut image = Self::default();
         for folder in ["dev", "proc", "sys", "run", "tmp", "etc", "root", "var/lib", "usr/bin", "usr/sbin", "usr/lib", "usr/lib64"] {
@@ -83,19 +83,19 @@ impl Image {
         image
     }
 
-    /// A file with this content.
+    /// Adds a file with the given content.
     pub fn text(&mut self, path: &str, content: &str) {
         self.put(Path::new(path), Entry::Text(content.to_owned()));
     }
 
-    /// A copy of a file.
+    /// Adds a copy of a file.
     pub fn file(&mut self, path: impl AsRef<Path>, from: impl Into<PathBuf>) {
         self.put(path.as_ref(), Entry::Copy(from.into()));
     }
 
-    /// A program, and the libraries that it loads.
+    /// Adds a program and the libraries that it loads.
     pub fn program(&mut self, path: impl AsRef<Path>, from: &Path) -> Result<()> {
-        // A static one has none, and ldd says so by its status.
+        // For a static program ldd prints no library and exits with an error.
         let listed = Command::new("ldd").arg(from).env("LC_ALL", "C").output().context("start ldd")?;
         for library in libraries(&String::from_utf8_lossy(&listed.stdout)) {
             self.file(inside_usr(&library), library);
@@ -104,12 +104,12 @@ impl Image {
         Ok(())
     }
 
-    /// The modules of a kernel that a lab may want, and the index by which `modprobe` finds them.
+    /// Adds the modules of a kernel that a lab may need, with the index for `modprobe`.
     pub fn modules(&mut self, kernel: &Kernel, scratch: &Path) -> Result<()> {
         let (from, to) = (kernel.modules(), scratch.join("lib/modules").join(&kernel.release));
         for part in MODULES.iter().flat_map(|part| ENDS.map(|end| format!("{part}{end}"))) {
             if from.join(&part).exists() {
-                fs::create_dir_all(to.join(&part).parent().context("a part has a parent")?)?;
+                fs::create_dir_all(to.join(&part).parent().context("a module's path has no parent folder")?)?;
                 output(Command::new("cp").arg("-r").arg(from.join(&part)).arg(to.join(&part)))?;
             }
         }
@@ -141,12 +141,12 @@ impl Image {
         self.entries.insert(path.to_owned(), entry);
     }
 
-    /// Writes the archive: cpio in the form `newc` (Documentation/driver-api/early-userspace/buffer-format.rst).
+    /// Writes the archive in cpio's `newc` format (Documentation/driver-api/early-userspace/buffer-format.rst).
     pub fn write(&self, to: &Path) -> Result<()> {
         let mut archive = Archive { file: BufWriter::new(File::create(to)?), inode: 0 };
-        // A folder sorts before what is in it.
+        // The map is sorted, so a folder comes before its contents.
         for (path, entry) in &self.entries {
-            let name = path.to_str().with_context(|| format!("{} is no text", path.display()))?;
+            let name = path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?;
             match entry {
                 Entry::Folder => archive.put(name, 0o040_755, b"")?,
                 Entry::Link(target) => archive.put(name, 0o120_777, target.as_os_str().as_encoded_bytes())?,
@@ -177,7 +177,7 @@ impl<W: Write> Archive<W> {
         let fields = [self.inode, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0];
         write!(self.file, "070701")?;
         fields.iter().try_for_each(|field| write!(self.file, "{field:08x}"))?;
-        // The header has 110 bytes; name and content each end at a multiple of four.
+        // The header has 110 bytes; name and content are padded to a multiple of four.
         self.file.write_all(name.as_bytes())?;
         self.file.write_all(&[0; 4][..1 + padding(110 + name.len() + 1)])?;
         self.file.write_all(content)?;
@@ -190,7 +190,7 @@ fn padding(length: usize) -> usize {
     length.next_multiple_of(4) - length
 }
 
-/// The files in what `ldd` prints: `libc.so.6 => /lib/… (0x…)`, and the loader as a path alone.
+/// Returns the files in the output of `ldd`: `libc.so.6 => /lib/… (0x…)`, and the loader as a path alone.
 fn libraries(ldd: &str) -> BTreeSet<PathBuf> {
     let path = |line: &str| {
         let path = line.split_once("=>").map_or(line, |(_, path)| path).split_whitespace().next()?;
@@ -199,7 +199,7 @@ fn libraries(ldd: &str) -> BTreeSet<PathBuf> {
     ldd.lines().filter_map(path).collect()
 }
 
-/// Where a file of `/lib` or `/usr/lib` lies in the image, in which all of it is below `/usr`.
+/// Returns the path in the image of a file in `/lib` or `/usr/lib`; the image has all of them below `/usr`.
 fn inside_usr(path: &Path) -> PathBuf {
     let inside = path.strip_prefix("/").unwrap_or(path);
     if inside.starts_with("usr") || !inside.starts_with("lib") && !inside.starts_with("lib64") {
@@ -215,55 +215,56 @@ fn with_sbin() -> String {
 
 // === The machine ===
 
-/// A virtual machine to be.
+/// Configuration of a virtual machine.
 #[derive(Clone, Debug)]
 pub struct Machine {
-    /// Its kernel.
+    /// Kernel to boot.
     pub kernel: Kernel,
-    /// Its root file system, from [`Image::write`]; `/init` is its first process.
+    /// Root file system from [`Image::write`]; `/init` is the first process.
     pub initramfs: PathBuf,
-    /// Words for the kernel's command line, which the first process gets as environment (`NAME=value`).
+    /// Words for the kernel's command line. `NAME=value` becomes an environment variable of the first process.
     pub words: Vec<String>,
-    /// How long it may run.
+    /// Time limit for the whole run.
     pub deadline: Duration,
-    /// Where the whole console is kept.
+    /// Path of the file that receives the console's output.
     pub console: PathBuf,
 }
 
-/// What became of a machine.
+/// Result of a machine that powered itself off.
 #[derive(Clone, Debug)]
 pub struct Ended {
-    /// From power-on to power-off.
+    /// Time from power-on to power-off.
     pub elapsed: Duration,
     /// `KVM` or `emulation`.
     pub accelerator: &'static str,
 }
 
-/// With KVM a kernel says something within a second; where nothing comes, KVM does not work here.
-const SILENCE: Duration = Duration::from_secs(10);
+/// Time without console output after which KVM is considered broken; with KVM a kernel prints within a second.
+const KVM_SILENCE: Duration = Duration::from_secs(10);
 
-/// One thread for all processors: with one each, QEMU 7.2 may run a breakpoint that the other processor has just taken out of
-/// the kernel's code, and the kernel dies of it (`Oops: int3`; seen when tcpdump's start switched a static key).
+/// One thread for all processors. With one thread each, QEMU 7.2 may execute a breakpoint that the other processor has
+/// just removed from the kernel's code, and the kernel crashes (`Oops: int3`; observed when tcpdump switched a static
+/// key).
 const EMULATION: &str = "tcg,thread=single";
 
 impl Machine {
-    /// Boots it and runs it to its end; gives each line of the console to `line`. An error if it does not power itself off
-    /// before the deadline.
+    /// Boots the machine, passes each line of the console to `line`, and waits for the power-off. Fails if the machine
+    /// does not power itself off before the deadline. Falls back to emulation if KVM does not work.
     pub fn run(&self, mut line: impl FnMut(&str)) -> Result<Ended> {
         if File::options().read(true).write(true).open("/dev/kvm").is_ok()
-            && let Some(ended) = self.attempt("kvm", SILENCE, &mut line)?
+            && let Some(ended) = self.attempt("kvm", KVM_SILENCE, &mut line)?
         {
             return Ok(ended);
         }
-        self.attempt(EMULATION, self.deadline, &mut line)?.context("QEMU ended before the kernel said a word")
+        self.attempt(EMULATION, self.deadline, &mut line)?.context("QEMU ended before the first process printed a line")
     }
 
-    /// `None`: no sign of life.
+    /// Runs the machine with an accelerator. Returns `None` if the first process prints nothing within `silence`.
     fn attempt(&self, accelerator: &str, silence: Duration, line: &mut impl FnMut(&str)) -> Result<Option<Ended>> {
         let start = Instant::now();
         let mut qemu = self.start(accelerator)?;
         let mut console = File::create(&self.console).with_context(|| format!("create {}", self.console.display()))?;
-        let lines = follow(qemu.0.stdout.take().context("standard output was asked for")?);
+        let lines = follow(qemu.0.stdout.take().context("QEMU has no standard output")?);
         let end = start + self.deadline;
         let mut wait = silence;
         let mut alive = false;
@@ -272,11 +273,13 @@ impl Machine {
                 Ok(text) => {
                     writeln!(console, "{text}")?;
                     line(&text);
-                    // The firmware speaks, too, whatever becomes of the kernel.
+                    // The firmware's output does not count, because the kernel may still fail to start.
                     alive |= text.contains(FIRST_WORDS);
                 }
                 Err(RecvTimeoutError::Timeout) if !alive => return Ok(None),
-                Err(RecvTimeoutError::Timeout) => bail!("not off within {:?}: killed (console: {})", self.deadline, self.console.display()),
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!("no power-off within {:?}: killed (console: {})", self.deadline, self.console.display())
+                }
                 Err(RecvTimeoutError::Disconnected) => break,
             }
             if alive {
@@ -293,7 +296,7 @@ impl Machine {
     }
 
     fn start(&self, accelerator: &str) -> Result<Running> {
-        // A panic is the end. Emulation on a busy machine stalls for seconds: that is no fault of the kernel's.
+        // A panic ends the machine. Stall warnings are off, because emulation on a busy machine stalls for seconds.
         let base = "console=ttyS0 panic=-1 oops=panic loglevel=5 random.trust_cpu=on nowatchdog rcupdate.rcu_cpu_stall_suppress=1";
         let command_line = format!("{base} {}", self.words.join(" "));
         let mut command = Command::new("qemu-system-x86_64");
@@ -305,10 +308,10 @@ impl Machine {
     }
 }
 
-/// The first process's, not the kernel's: with KVM that does not work some of the kernel may still run.
+/// Marker in the first process's output. The kernel's output does not count: with a broken KVM it may start partially.
 const FIRST_WORDS: &str = "raven-vm:";
 
-/// QEMU; ends with its owner.
+/// A running QEMU process; killed on drop.
 struct Running(Child);
 
 impl Drop for Running {
@@ -318,7 +321,7 @@ impl Drop for Running {
     }
 }
 
-/// The lines of a stream, as they come; carriage returns of the terminal are left out.
+/// Returns the lines of a stream as they arrive, without trailing carriage returns.
 fn follow(stream: impl Read + Send + 'static) -> Receiver<String> {
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
@@ -340,16 +343,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn libraries_are_read_from_what_ldd_says() {
-        let said = "\tlinux-vdso.so.1 (0x00007f)\n\tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\t/lib64/ld-linux-x86-64.so.2 (0x0)\n\
+    fn libraries_are_parsed_from_the_output_of_ldd() {
+        let output = "\tlinux-vdso.so.1 (0x00007f)\n\tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007f)\n\t/lib64/ld-linux-x86-64.so.2 (0x0)\n\
                     \tlibnone.so => not found\n";
         let expected = ["/lib/x86_64-linux-gnu/libc.so.6", "/lib64/ld-linux-x86-64.so.2"].map(PathBuf::from);
-        assert_eq!(libraries(said), BTreeSet::from(expected));
+        assert_eq!(libraries(output), BTreeSet::from(expected));
         assert_eq!(libraries("\tnot a dynamic executable\n"), BTreeSet::new());
     }
 
     #[test]
-    fn what_lies_in_lib_lies_in_usr_lib_of_the_image() {
+    fn files_of_lib_are_placed_in_usr_lib_of_the_image() {
         for (outside, inside) in [
             ("/lib/x86_64-linux-gnu/libc.so.6", "usr/lib/x86_64-linux-gnu/libc.so.6"),
             ("/lib64/ld-linux-x86-64.so.2", "usr/lib64/ld-linux-x86-64.so.2"),
@@ -361,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn an_archive_has_headers_of_110_bytes_and_parts_at_multiples_of_four() {
+    fn archive_entries_have_110_byte_headers_and_four_byte_padding() {
         let mut archive = Archive { file: Vec::new(), inode: 0 };
         archive.put("ab", 0o100_644, b"12345").expect("written");
         archive.put("TRAILER!!!", 0, b"").expect("written");

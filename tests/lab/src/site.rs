@@ -1,4 +1,4 @@
-//! What a lab consists of: pools, nodes and pods with their addresses. Pure data; [`crate::wire`] builds it.
+//! Describes a lab: pools, nodes and pods with their addresses. Pure data; the module `network` builds it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
@@ -8,22 +8,22 @@ use serde::{Deserialize, Serialize};
 
 use crate::namespace::Namespace;
 
-/// The control plane's address on the LAN of the cloud pool.
+/// Address of the control plane on the LAN of the cloud pool.
 pub const CONTROL_PLANE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 5);
-/// The API server's port, there and on the cloud's public address.
+/// Port of the API server, on its own address and on the cloud's public address.
 pub const API_PORT: u16 = 6443;
-/// Every pod of the cluster, IPv4.
+/// IPv4 range of all pods of the cluster.
 pub const CLUSTER_V4: &str = "10.244.0.0/16";
-/// Every pod of the cluster, IPv6.
+/// IPv6 range of all pods of the cluster.
 pub const CLUSTER_V6: &str = "fd00:244::/32";
 
-/// A transport protocol, as nftables writes it.
+/// A transport protocol of a port mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
-    /// TCP.
+    /// The TCP protocol.
     Tcp,
-    /// UDP.
+    /// The UDP protocol.
     Udp,
 }
 
@@ -36,79 +36,80 @@ impl Protocol {
     }
 }
 
-/// A port that a pool's router maps from its public address to a host of its LAN.
+/// A port mapping of a pool's router, from its public address to a host of its LAN.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Forward {
-    /// Which protocol.
+    /// Transport protocol of the mapping.
     pub protocol: Protocol,
-    /// The port on the router's public addresses.
+    /// Port on the router's public addresses.
     pub public_port: u16,
-    /// The host on the LAN, IPv4.
+    /// IPv4 address of the host on the LAN.
     pub to: Ipv4Addr,
-    /// The host on the LAN, IPv6, where it has one.
+    /// IPv6 address of the host on the LAN, if it has one.
     pub to_v6: Option<Ipv6Addr>,
-    /// The port there.
+    /// Port on the host.
     pub port: u16,
 }
 
-/// How a pool's router translates source addresses.
+/// Source address translation of a pool's router.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Nat {
-    /// The port is kept where it is free, as most home and office routers do.
+    /// Keeps the source port if it is free, as most home and office routers do.
     #[default]
     PortPreserving,
-    /// Another port for each connection, as carrier-grade NAT does.
+    /// Uses a random source port for each connection, as carrier-grade NAT does.
     RandomPorts,
 }
 
-/// Which traffic of its own pods a node's CNI masquerades.
+/// Traffic of its pods that a node's CNI masquerades.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Masquerade {
-    /// All that leaves the pod prefixes of the pool, like the bridge plugin's `ipMasq`: pods of other pools, too.
+    /// Traffic that leaves the pod prefixes of the pool, including traffic to other pools; as the bridge plugin with
+    /// `ipMasq`.
     #[default]
     BeyondPool,
-    /// All that leaves the cluster's pod range, like flannel.
+    /// Traffic that leaves the cluster's pod range; as flannel.
     BeyondCluster,
-    /// Nothing.
+    /// No traffic.
     Never,
 }
 
-/// Who writes the masquerade rules of a node's CNI.
+/// Tool that writes the masquerade rules of a node's CNI.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MasqueradeBy {
-    /// A table of its own in nftables.
+    /// A separate nftables table.
     #[default]
     Nftables,
-    /// The `nat` table of `iptables` and `ip6tables` (whatever backend that command has).
+    /// The `nat` table of `iptables` and `ip6tables`, with the backend of the installed command.
     Iptables,
-    /// The same by the tables that the kernel had before nftables.
+    /// The `nat` table of `iptables-legacy` and `ip6tables-legacy`.
     IptablesLegacy,
 }
 
-/// What to build: give it to [`crate::LabBuilder`].
+/// Configuration of a pool for [`crate::LabBuilder`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PoolSpec {
     /// Name of the pool, its namespaces and its Gateway.
     pub name: String,
-    /// Its number: the LAN is 10.0.N.0/24 for 0 (the cloud), else 10.N.0.0/24, and fd10:N::/64.
+    /// Number of the pool. The LAN is 10.0.N.0/24 for 0 (the cloud), else 10.N.0.0/24, and fd10:N::/64.
     pub number: u8,
     /// Last byte of the router's public addresses, 198.51.100.X and 2001:db8:ffff::X.
     pub public: u8,
     /// Names of the nodes.
     pub nodes: Vec<String>,
-    /// What the router maps from outside to the inside.
+    /// Port mappings of the router.
     pub forwards: Vec<Forward>,
-    /// How it translates what goes out.
+    /// Source address translation of the router.
     pub nat: Nat,
-    /// Number of its LAN, where that is not its own: two sites made of one image have the same addresses.
+    /// Number of the LAN if it differs from `number`. Two sites installed from one image have the same addresses.
     pub lan: Option<u8>,
 }
 
 impl PoolSpec {
-    /// A pool with two nodes, `<short>-a` and `<short>-b`, and nothing mapped to the inside.
+    /// Creates a pool with two nodes, `<short>-a` and `<short>-b`, and no port mappings.
     pub fn new(name: &str, short: &str, number: u8, public: u8) -> Self {
         Self {
             name: name.to_owned(),
@@ -121,7 +122,7 @@ impl PoolSpec {
         }
     }
 
-    /// The three pools that the demo and most tests use: `cloud`, `edge-x` and `edge-y`, two nodes each.
+    /// Returns the three pools of the demo and most tests: `cloud`, `edge-x` and `edge-y`, two nodes each.
     pub fn three() -> Vec<Self> {
         let mut cloud = Self::new("cloud", "cloud", 0, 10);
         cloud.forwards = vec![
@@ -132,7 +133,7 @@ impl PoolSpec {
         vec![cloud, Self::new("edge-x", "x", 1, 20), Self::new("edge-y", "y", 2, 30)]
     }
 
-    /// Maps a public port to the same port of the pool's n-th node.
+    /// Returns a mapping of a public port to the same port of the pool's n-th node.
     pub fn forward(&self, protocol: Protocol, port: u16, node: usize) -> Forward {
         let (to, to_v6) = (self.lan_v4(host_of(node)), Some(self.lan_v6(host_of(node))));
         Forward { protocol, public_port: port, to, to_v6, port }
@@ -147,12 +148,12 @@ impl PoolSpec {
     }
 }
 
-/// Last byte of the LAN address of a pool's n-th node: 11, 12, …
+/// Returns the last byte of the LAN address of a pool's n-th node: 11, 12, …
 fn host_of(index: usize) -> u8 {
     u8::try_from(index + 11).unwrap_or(u8::MAX)
 }
 
-/// The hexadecimal group that reads like the decimal byte: .10 and ::10 are the same host.
+/// Returns the hexadecimal group that reads like the decimal byte, so that .10 and ::10 are the same host.
 fn alike(byte: u8) -> u16 {
     let (hundreds, tens, ones) = (byte / 100, byte / 10 % 10, byte % 10);
     u16::from(hundreds) << 8 | u16::from(tens) << 4 | u16::from(ones)
@@ -161,49 +162,49 @@ fn alike(byte: u8) -> u16 {
 /// A pool of a running lab.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pool {
-    /// What was asked for.
+    /// Configuration of the pool.
     pub spec: PoolSpec,
-    /// The router; its bridge `lan` is the pool's LAN, its `wan` is on the internet.
+    /// Namespace of the router. Its bridge `lan` is the pool's LAN; its device `wan` is on the internet.
     pub router: Namespace,
-    /// The router's public address.
+    /// Public IPv4 address of the router.
     pub public_v4: Ipv4Addr,
-    /// The router's public address.
+    /// Public IPv6 address of the router.
     pub public_v6: Ipv6Addr,
 }
 
 /// A node of a running lab.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Node {
-    /// Name of its Node object.
+    /// Name of the Node object.
     pub name: String,
-    /// Name of its pool.
+    /// Name of the pool.
     pub pool: String,
-    /// Its network and mount namespace.
+    /// Network and mount namespace of the node.
     pub ns: Namespace,
-    /// Where its /var/lib/raven, /run/raven, kubeconfig are seen from outside.
+    /// Folder on the host with the node's /var/lib/raven (`lib`), /run/raven (`run`) and kubeconfig.
     pub dir: PathBuf,
-    /// Its number, unique in the lab: the pod prefixes are 10.244.N.0/24 and fd00:244:N::/64.
+    /// Number of the node, unique in the lab. The pod prefixes are 10.244.N.0/24 and fd00:244:N::/64.
     pub number: u8,
-    /// Address on the LAN (device `eth0`): the InternalIP.
+    /// IPv4 address on the LAN (device `eth0`): the InternalIP.
     pub lan_v4: Ipv4Addr,
-    /// Address on the LAN.
+    /// IPv6 address on the LAN.
     pub lan_v6: Ipv6Addr,
-    /// Its pods.
+    /// Pods of the node.
     pub pods: Vec<Pod>,
 }
 
 impl Node {
-    /// Its pod prefix, IPv4.
+    /// Returns the IPv4 pod prefix.
     pub fn pod_cidr_v4(&self) -> String {
         format!("10.244.{}.0/24", self.number)
     }
 
-    /// Its pod prefix, IPv6.
+    /// Returns the IPv6 pod prefix.
     pub fn pod_cidr_v6(&self) -> String {
         format!("fd00:244:{}::/64", self.number)
     }
 
-    /// The address of its bridge of pods: in its pod prefix, and its own.
+    /// Returns the IPv4 address of the pods' bridge, which is inside the pod prefix and belongs to the node.
     pub fn bridge_v4(&self) -> Ipv4Addr {
         self.pod_v4(1)
     }
@@ -220,61 +221,62 @@ impl Node {
 /// A pod of a running lab: a namespace with one device, `eth0`, on its node's bridge `cni0`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Pod {
-    /// `<node>-pod<n>`.
+    /// Name of the pod, `<node>-pod<n>`.
     pub name: String,
-    /// Its node.
+    /// Name of the node.
     pub node: String,
-    /// Its network namespace.
+    /// Network namespace of the pod.
     pub ns: Namespace,
-    /// Its address.
+    /// IPv4 address of the pod.
     pub v4: Ipv4Addr,
-    /// Its address.
+    /// IPv6 address of the pod.
     pub v6: Ipv6Addr,
 }
 
 impl Pod {
-    /// Both addresses.
+    /// Returns the IPv4 and the IPv6 address.
     pub fn addresses(&self) -> [IpAddr; 2] {
         [self.v4.into(), self.v6.into()]
     }
 }
 
-/// All namespaces of a lab.
+/// Description of a lab with all its namespaces.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Site {
-    /// The lab's id, the prefix of all its names.
+    /// ID of the lab, the prefix of all its names.
     pub id: String,
-    /// The lab's folder.
+    /// Folder of the lab.
     pub dir: PathBuf,
-    /// The internet: bridge `wire`, 198.51.100.1 and 2001:db8:ffff::1.
+    /// Namespace of the internet: bridge `wire`, 198.51.100.1 and 2001:db8:ffff::1.
     pub inet: Namespace,
-    /// etcd, the API server and the controller, on the cloud's LAN.
+    /// Namespace of etcd, API server and controller, on the cloud's LAN.
     pub control_plane: Namespace,
-    /// This machine's end of the line to the control plane.
+    /// Link between this machine and the control plane.
     pub host_link: HostLink,
-    /// The pools; the first is the cloud.
+    /// Pools; the first is the cloud.
     pub pools: Vec<Pool>,
-    /// The nodes of all pools.
+    /// Nodes of all pools.
     pub nodes: Vec<Node>,
-    /// Which pod traffic the nodes masquerade.
+    /// Pod traffic that the nodes masquerade.
     pub masquerade: Masquerade,
-    /// By which command.
+    /// Tool that writes the masquerade rules.
     pub masquerade_by: MasqueradeBy,
 }
 
-/// The line between the root namespace and the control plane, so that kubectl works on the host.
+/// The link between the root namespace and the control plane, so that kubectl works on the host.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct HostLink {
-    /// Device in the root namespace.
+    /// Name of the device in the root namespace.
     pub device: String,
-    /// Its address, /30.
+    /// Address of the host on the link; /30.
     pub host: Ipv4Addr,
-    /// The control plane's address, /30.
+    /// Address of the control plane on the link; /30.
     pub control_plane: Ipv4Addr,
 }
 
 impl HostLink {
-    /// The link of a lab: the lab's number picks one of 169.254.0.0/16's /30 networks, so no two labs share one.
+    /// Returns the link of a lab. The lab's number selects one of the /30 networks of 169.254.0.0/16, so labs do not
+    /// share one.
     pub(crate) fn new(id: &str, number: u16) -> Self {
         let base = u32::from(Ipv4Addr::new(169, 254, 0, 0)) + (u32::from(number) << 2);
         Self { device: format!("{id}h"), host: (base + 1).into(), control_plane: (base + 2).into() }
@@ -297,7 +299,7 @@ impl Site {
         for spec in pools {
             for (index, name) in spec.nodes.iter().enumerate() {
                 let number = u8::try_from(site.nodes.len() + 1).context("more than 255 nodes")?;
-                ensure!(site.nodes.iter().all(|n| n.name != *name), "two nodes are called {name}");
+                ensure!(site.nodes.iter().all(|n| n.name != *name), "two nodes are named {name}");
                 let node = site.plan_node(spec, name, index, number, pods_per_node);
                 site.nodes.push(node);
             }
@@ -336,32 +338,32 @@ impl Site {
         node
     }
 
-    /// The cloud pool: the first.
+    /// Returns the cloud pool, which is the first one.
     pub fn cloud(&self) -> &Pool {
         &self.pools[0]
     }
 
-    /// A pool by name. Panics when there is none: a test that names it wrongly is wrong itself.
+    /// Returns a pool by name. Panics if it does not exist, which is an error in the test.
     pub fn pool(&self, name: &str) -> &Pool {
         self.pools.iter().find(|p| p.spec.name == name).unwrap_or_else(|| panic!("the lab has no pool {name}"))
     }
 
-    /// A node by name. Panics when there is none.
+    /// Returns a node by name. Panics if it does not exist.
     pub fn node(&self, name: &str) -> &Node {
         self.nodes.iter().find(|n| n.name == name).unwrap_or_else(|| panic!("the lab has no node {name}"))
     }
 
-    /// The first pod of a node, by the node's name. Panics when there is none.
+    /// Returns the first pod of a node, by the node's name. Panics if it does not exist.
     pub fn pod(&self, node: &str) -> &Pod {
         self.node(node).pods.first().unwrap_or_else(|| panic!("node {node} has no pod"))
     }
 
-    /// The nodes of a pool.
+    /// Returns the nodes of a pool.
     pub fn nodes_of(&self, pool: &str) -> impl Iterator<Item = &Node> {
         self.nodes.iter().filter(move |n| n.pool == pool)
     }
 
-    /// All namespaces, the innermost first.
+    /// Returns all namespaces, ordered from pods to the internet.
     pub fn namespaces(&self) -> Vec<&Namespace> {
         let pods = self.nodes.iter().flat_map(|n| n.pods.iter().map(|p| &p.ns));
         let nodes = self.nodes.iter().map(|n| &n.ns);

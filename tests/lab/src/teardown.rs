@@ -1,5 +1,5 @@
-//! Takes a lab away: by one shell script that is written before anything else is made, so that a guardian process or a person can
-//! run it when the lab's own process is gone.
+//! Removes a lab with a shell script. The script is written before anything else is created, so that a guardian process
+//! or a person can run it after the lab's own process has ended.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,14 +9,14 @@ use anyhow::{Context, Result};
 
 use crate::namespace::output;
 
-/// Where all labs of this machine keep their folders.
+/// Folder that contains the folders of all labs of this machine.
 pub const LABS: &str = "/run/raven-lab";
 
-/// Writes `down.sh`. It may run twice, at once or after half of the lab was made.
+/// Writes `down.sh`. The script is idempotent: it may run twice, concurrently, or on a partly built lab.
 pub(crate) fn write_script(id: &str, dir: &Path, device: &str) -> Result<()> {
     let script = format!(
         r#"#!/bin/sh
-# Takes the lab {id} away: its processes, namespaces, mounts and files.
+# Removes the lab {id}: its processes, namespaces, mounts and files.
 id={id} dir={dir} device={device}
 cd /
 pids() {{
@@ -24,7 +24,7 @@ pids() {{
     [ -e "$ns" ] && ip netns pids "${{ns##*/}}" 2>/dev/null
   done
 }}
-# A killed process takes a moment to be gone; a new one may have been born meanwhile.
+# A killed process takes a moment to exit, and new ones may have been started meanwhile.
 tries=0
 while all=$(pids); [ -n "$all" ] && [ $tries -lt 100 ]; do
   kill -9 $all 2>/dev/null
@@ -39,7 +39,7 @@ for ns in /run/netns/$id-*; do
   [ -e "$ns" ] && ip netns del "${{ns##*/}}"
 done
 while umount -l "$dir" 2>/dev/null; do :; done
-# What containerd made for pods; one that somebody uses stays.
+# Cgroups that containerd created for pods; rmdir fails for those in use.
 find /sys/fs/cgroup -depth -type d -path '*/k8s.io*' -exec rmdir {{}} \; 2>/dev/null
 rm -rf "$dir"
 rmdir {LABS} 2>/dev/null
@@ -51,14 +51,14 @@ exit 0
     fs::write(&path, script).with_context(|| format!("write {}", path.display()))
 }
 
-/// A process that outlives the lab's own and cleans up when that one is gone, however it went.
+/// A process that outlives the lab's own process and removes the lab when that process has ended, for any reason.
 #[derive(Debug)]
 pub(crate) struct Guardian {
     child: Child,
 }
 
 impl Guardian {
-    /// Starts it. It notices the end of this process by the end of its standard input.
+    /// Starts the guardian. It detects the end of this process by end-of-file on its standard input.
     pub(crate) fn start(dir: &Path) -> Result<Self> {
         let script = r#"cat >/dev/null; [ -e "$0/keep" ] || [ ! -e "$0/down.sh" ] || exec sh "$0/down.sh""#;
         let child = Command::new("setsid")
@@ -73,14 +73,14 @@ impl Guardian {
         Ok(Self { child })
     }
 
-    /// Lets it go: it acts on what it finds (`keep`, or a lab to take away).
+    /// Ends the guardian: it removes the lab, unless the lab is kept or already removed.
     pub(crate) fn release(&mut self) {
         drop(self.child.stdin.take());
         let _ = self.child.wait();
     }
 }
 
-/// Runs a lab's `down.sh`, if it is there.
+/// Runs a lab's `down.sh`, if it exists.
 pub(crate) fn run_script(dir: &Path) -> Result<()> {
     let script = dir.join("down.sh");
     if !script.exists() {
@@ -92,15 +92,15 @@ pub(crate) fn run_script(dir: &Path) -> Result<()> {
 /// A lab found on this machine.
 #[derive(Debug)]
 pub struct Found {
-    /// Its id.
+    /// ID of the lab.
     pub id: String,
-    /// Its folder.
+    /// Folder of the lab.
     pub dir: PathBuf,
-    /// The living process that owns it, if there is one.
+    /// Process ID of the running owner, if there is one.
     pub owner: Option<u32>,
 }
 
-/// All labs of this machine.
+/// Returns all labs of this machine, sorted by ID.
 pub fn labs() -> Vec<Found> {
     let Ok(entries) = fs::read_dir(LABS) else {
         return Vec::new();
@@ -113,23 +113,23 @@ pub fn labs() -> Vec<Found> {
     found
 }
 
-/// Takes one lab away, whoever owns it.
+/// Removes one lab, regardless of its owner.
 pub fn down(id: &str) -> Result<()> {
     let dir = Path::new(LABS).join(id);
-    anyhow::ensure!(!id.contains('/') && dir.is_dir(), "there is no lab {id} (see `cargo xtask lab list`)");
+    anyhow::ensure!(!id.contains('/') && dir.is_dir(), "lab {id} does not exist (see `cargo xtask lab list`)");
     run_script(&dir)?;
-    // A lab whose process died before it wrote the script has nothing but its folder.
+    // If its process ended before it wrote the script, the lab consists of its folder only.
     if dir.exists() { fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display())) } else { Ok(()) }
 }
 
-/// Takes all labs away that no living process owns: kept ones and leftovers. Gives their ids.
+/// Removes all labs without a running owner, both kept ones and leftovers. Returns their IDs.
 pub fn down_all() -> Result<Vec<String>> {
     let ownerless: Vec<String> = labs().into_iter().filter(|lab| lab.owner.is_none()).map(|lab| lab.id).collect();
     ownerless.iter().try_for_each(|id| down(id))?;
     Ok(ownerless)
 }
 
-/// Marks this process as the owner: by id and start time, so that a later process with the same id is not taken for it.
+/// Records this process as the owner: process ID and start time, because process IDs are reused.
 pub(crate) fn own(dir: &Path) -> Result<()> {
     let pid = std::process::id();
     let started = start_time(pid).context("read this process's start time")?;
@@ -143,7 +143,7 @@ fn living_owner(dir: &Path) -> Option<u32> {
     (start_time(pid)? == started).then_some(pid)
 }
 
-/// Field 22 of /proc/PID/stat, counted after the command's name, which may hold anything.
+/// Returns field 22 of /proc/PID/stat, counted from behind the command's name, which may contain spaces.
 fn start_time(pid: u32) -> Option<String> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     stat.rsplit_once(')')?.1.split_whitespace().nth(19).map(str::to_owned)

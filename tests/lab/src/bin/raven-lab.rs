@@ -1,11 +1,11 @@
-//! A lab to work in by hand: `raven-lab up`, `raven-lab list`, `raven-lab enter ID NODE`, `raven-lab down ID`.
+//! Manages labs for manual work: `raven-lab up`, `raven-lab list`, `raven-lab enter ID NODE`, `raven-lab down ID`.
 
 #![forbid(unsafe_code)]
 
 use clap::Parser;
-use raven_tests::console::{LabCommand, run};
+use raven_tests::cli::{LabCommand, run};
 
-/// Pools of nodes as network namespaces, with a real API server.
+/// Run pools of nodes as network namespaces, with a real API server.
 #[derive(Parser)]
 #[command(name = "raven-lab")]
 struct Arguments {

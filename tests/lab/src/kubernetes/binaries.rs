@@ -1,6 +1,7 @@
-//! Finds etcd, kube-apiserver and kubectl: `KUBEBUILDER_ASSETS` (the envtest convention), then the cache, else built from Go modules
-//! (tests/kubernetes/go.mod); and what runs on nodes that have a kubelet, from the cache or built (tests/kubernetes/{node,metrics}/go.mod). The official release archives are not tried: nothing but package registries is reached from where
-//! this is developed, and a download that nobody could test is worse than none.
+//! Finds etcd, kube-apiserver and kubectl: `KUBEBUILDER_ASSETS` (the envtest convention), then the cache, else built
+//! from Go modules (tests/kubernetes/go.mod); and what runs on nodes that have a kubelet, from the cache or built
+//! (tests/kubernetes/{node,metrics}/go.mod). The official release archives are not tried: nothing but package
+//! registries is reached from where this is developed, and a download that nobody could test is worse than none.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IsTerminal, Write};

@@ -1,4 +1,5 @@
-//! The lab's trust: one CA, the API server's certificate, an administrator's, and the key that signs service-account tokens.
+//! The lab's certificates: one CA, the API server's and an administrator's certificate, and the key for service-account
+//! tokens.
 
 use std::fs;
 use std::path::Path;
@@ -8,10 +9,10 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 
-/// Who the API server is to kubelets.
+/// Common name of the API server's client certificate for kubelets.
 pub const KUBELET_CLIENT: &str = "kube-apiserver-kubelet-client";
 
-/// What kubeconfigs are made of; the API server reads the rest from files.
+/// Contents of kubeconfigs. The API server reads the other certificates from files.
 pub(crate) struct Certificates {
     issuer: Issuer<'static, KeyPair>,
     ca: String,
@@ -20,7 +21,7 @@ pub(crate) struct Certificates {
 }
 
 impl Certificates {
-    /// Makes everything, and writes what the API server reads into `dir`.
+    /// Creates all certificates and writes those that the API server reads into `dir`.
     pub(crate) fn make(dir: &Path, server_names: Vec<String>) -> Result<Self> {
         let ca_key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
@@ -35,7 +36,7 @@ impl Certificates {
         let mut admin = CertificateParams::default();
         admin.distinguished_name.push(DnType::OrganizationName, "system:masters");
         let (admin, admin_key) = sign(admin, "raven-lab-admin", ExtendedKeyUsagePurpose::ClientAuth, &issuer)?;
-        // The API server's own, towards kubelets.
+        // Client certificate of the API server for kubelets.
         let mut kubelets = CertificateParams::default();
         kubelets.distinguished_name.push(DnType::OrganizationName, "system:masters");
         let (kubelets, kubelets_key) = sign(kubelets, KUBELET_CLIENT, ExtendedKeyUsagePurpose::ClientAuth, &issuer)?;
@@ -55,19 +56,19 @@ impl Certificates {
         Ok(Self { issuer, ca, admin, admin_key })
     }
 
-    /// A serving certificate and its key, PEM.
+    /// Signs a serving certificate. Returns certificate and key (PEM).
     pub(crate) fn sign_server(&self, name: &str, names: Vec<String>) -> Result<(String, String)> {
         sign(CertificateParams::new(names)?, name, ExtendedKeyUsagePurpose::ServerAuth, &self.issuer)
     }
 
-    /// A kubeconfig with the administrator's certificate.
+    /// Returns a kubeconfig with the administrator's certificate.
     pub(crate) fn admin_kubeconfig(&self, server: &str) -> String {
         let user =
             format!("client-certificate-data: {}, client-key-data: {}", STANDARD.encode(&self.admin), STANDARD.encode(&self.admin_key));
         self.kubeconfig(server, &user)
     }
 
-    /// A kubeconfig with a bearer token.
+    /// Returns a kubeconfig with a bearer token.
     pub(crate) fn token_kubeconfig(&self, server: &str, token: &str) -> String {
         self.kubeconfig(server, &format!("token: {token}"))
     }

@@ -1,5 +1,5 @@
-//! Who agents and controller are: service accounts with tokens from the TokenRequest API, an agent's bound to a Pod on its node,
-//! so RBAC and the admission policy are the real ones in every test.
+//! Identities of agents and controller: service accounts with tokens from the TokenRequest API, an agent's bound to a
+//! Pod on its node. Every test thus runs with the real RBAC rules and admission policy.
 
 use std::fs;
 use std::path::PathBuf;
@@ -19,18 +19,19 @@ use super::Cluster;
 use crate::eventually;
 use crate::site::{API_PORT, CONTROL_PLANE, Node, Site};
 
-/// Service account of the controller.
+/// Name of the controller's service account.
 pub const CONTROLLER_SERVICE_ACCOUNT: &str = "raven-controller";
 const SOON: Duration = Duration::from_secs(30);
-/// Longer than any lab lives.
+/// Lifetime of tokens, longer than that of any lab.
 const TOKEN_SECONDS: i64 = 7 * 24 * 3600;
 
-/// Makes the service accounts that no manifest made. Such an account gets all rights, and that is said: then RBAC is not tested.
+/// Creates the service accounts that no manifest contains. They get all permissions and a warning, as RBAC is then not
+/// tested.
 pub(super) async fn ensure_accounts(cluster: &Cluster) -> Result<()> {
     let api: Api<ServiceAccount> = Api::namespaced(cluster.client(), DEFAULT_NAMESPACE);
     for name in [AGENT_SERVICE_ACCOUNT, CONTROLLER_SERVICE_ACCOUNT] {
-        // The API server makes kube-system itself, a moment after it is ready.
-        let made = eventually(SOON, &format!("service account {name}"), async || {
+        // The API server creates kube-system shortly after it is ready.
+        let created = eventually(SOON, &format!("service account {name}"), async || {
             if api.get_opt(name).await?.is_some() {
                 return Ok(false);
             }
@@ -39,15 +40,15 @@ pub(super) async fn ensure_accounts(cluster: &Cluster) -> Result<()> {
             Ok(true)
         })
         .await?;
-        if made {
-            eprintln!("lab: deploy/ has no service account {name}: it gets all rights");
-            give_all_rights(cluster, name).await?;
+        if created {
+            eprintln!("lab: deploy/ contains no service account {name}; it gets all permissions");
+            grant_all_permissions(cluster, name).await?;
         }
     }
     Ok(())
 }
 
-async fn give_all_rights(cluster: &Cluster, account: &str) -> Result<()> {
+async fn grant_all_permissions(cluster: &Cluster, account: &str) -> Result<()> {
     let name = format!("raven-lab-{account}");
     let binding = json!({
         "apiVersion": "rbac.authorization.k8s.io/v1",
@@ -61,8 +62,8 @@ async fn give_all_rights(cluster: &Cluster, account: &str) -> Result<()> {
     Ok(())
 }
 
-/// Waits until the API server applies the admission policy, if one was installed: it learns of it a moment after it stored it.
-/// Found out as a test would: by a dry run of what the policy forbids, an agent that writes without a node's token.
+/// Waits until the API server enforces the admission policy, if one is installed: there is a delay after it is stored.
+/// Tests this with a dry run of a forbidden write, by an agent without a node's token.
 pub(super) async fn policy_in_force(cluster: &Cluster) -> Result<()> {
     let bindings: Api<ValidatingAdmissionPolicyBinding> = Api::all(cluster.client());
     if bindings.list(&ListParams::default()).await?.items.is_empty() {
@@ -81,7 +82,7 @@ pub(super) async fn policy_in_force(cluster: &Cluster) -> Result<()> {
     eventually(SOON, "the admission policy is in force", async || {
         let parameters = PatchParams::apply("raven-lab").dry_run();
         match api.patch("raven-lab-dry-run", &parameters, &Patch::Apply(&object)).await {
-            Ok(_) => bail!("an agent without a node may write a GatewayNode"),
+            Ok(_) => bail!("an agent without a node was allowed to write a GatewayNode"),
             Err(error) if error.to_string().contains("ValidatingAdmissionPolicy") => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -94,7 +95,8 @@ fn meta(name: &str) -> ObjectMeta {
 }
 
 impl Cluster {
-    /// Writes the kubeconfig of a node's agent: a token bound to its Pod, and the API server's address as that node reaches it.
+    /// Writes the kubeconfig of a node's agent: a token bound to its Pod, and the API server's address as seen from the
+    /// node.
     pub async fn agent_kubeconfig(&self, site: &Site, node: &Node) -> Result<PathBuf> {
         let pod = self.agent_pod(node).await?;
         let token = self.token(AGENT_SERVICE_ACCOUNT, Some(&pod)).await?;
@@ -105,7 +107,7 @@ impl Cluster {
         Ok(path)
     }
 
-    /// Writes the controller's kubeconfig.
+    /// Writes the controller's kubeconfig and returns its path.
     pub async fn controller_kubeconfig(&self, site: &Site) -> Result<PathBuf> {
         let token = self.token(CONTROLLER_SERVICE_ACCOUNT, None).await?;
         let path = site.dir.join("controller.kubeconfig");
@@ -114,7 +116,7 @@ impl Cluster {
         Ok(path)
     }
 
-    /// The Pod of a node's agent, as the DaemonSet would make it.
+    /// Returns the Pod of a node's agent; creates it as the DaemonSet would.
     async fn agent_pod(&self, node: &Node) -> Result<Pod> {
         let name = format!("raven-agent-{}", node.name);
         let api: Api<Pod> = Api::namespaced(self.client(), DEFAULT_NAMESPACE);
@@ -136,7 +138,7 @@ impl Cluster {
         api.create(&PostParams::default(), &pod).await.with_context(|| format!("create Pod {name}"))
     }
 
-    /// Deletes the Pod of a node's agent: its token is void from then on.
+    /// Deletes the Pod of a node's agent, which revokes the agent's token.
     pub async fn delete_agent_pod(&self, node: &str) -> Result<()> {
         let api: Api<Pod> = Api::namespaced(self.client(), DEFAULT_NAMESPACE);
         let now = DeleteParams::default().grace_period(0);
@@ -158,6 +160,6 @@ impl Cluster {
         let api: Api<ServiceAccount> = Api::namespaced(self.client(), DEFAULT_NAMESPACE);
         let answer = api.create_token_request(account, &PostParams::default(), &request).await;
         let answer = answer.with_context(|| format!("request a token for {account}"))?;
-        Ok(answer.status.context("the API server gave no token")?.token)
+        Ok(answer.status.context("the API server returned no token")?.token)
     }
 }

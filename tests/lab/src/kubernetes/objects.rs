@@ -1,4 +1,4 @@
-//! The objects that Raven reads, written as a kubelet (Nodes) or a person (Gateways) would.
+//! Writes the objects that Raven reads: Nodes as a kubelet would, Gateways as a user would.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,12 +16,12 @@ use super::{Cluster, identity};
 use crate::eventually;
 use crate::site::{Node, Pool, Site};
 
-/// Field manager of what the lab writes.
+/// Field manager of the lab's writes.
 const MANAGER: &str = "raven-lab";
 const SOON: Duration = Duration::from_secs(30);
 
 impl Cluster {
-    /// The Node objects, and the accounts of what runs on the nodes.
+    /// Writes the Node objects and the service accounts.
     pub(super) async fn apply_nodes(&self, site: &Site) -> Result<()> {
         identity::ensure_accounts(self).await?;
         for node in &site.nodes {
@@ -49,7 +49,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Applies what `deploy/` holds besides workloads: RBAC, the admission policy. The lab's nodes have no kubelet to run pods.
+    /// Applies the manifests of `deploy/` except workloads, which need kubelets: RBAC and the admission policy.
     pub fn apply_manifests(&self) -> Result<()> {
         for file in manifests()? {
             let path = file.to_string_lossy();
@@ -58,7 +58,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Writes the Node object of a node, Ready, labelled as a member of its pool.
+    /// Writes the Node object of a node: ready, and labelled as a node of its pool.
     pub async fn apply_node(&self, site: &Site, node: &Node) -> Result<()> {
         let edge = node.pool != site.cloud().spec.name;
         let object = json!({
@@ -86,7 +86,7 @@ impl Cluster {
         self.set_ready(&node.name, true).await
     }
 
-    /// Sets a Node's Ready condition: `True`, or `Unknown` as when its kubelet fell silent.
+    /// Sets a Node's Ready condition to `True`, or to `Unknown` as for a kubelet that stopped reporting.
     pub async fn set_ready(&self, node: &str, ready: bool) -> Result<()> {
         let (status, reason) = if ready { ("True", "KubeletReady") } else { ("Unknown", "NodeStatusUnknown") };
         let conditions = json!({"conditions": [{"type": "Ready", "status": status, "reason": reason}]});
@@ -101,7 +101,7 @@ impl Cluster {
         patched.map(drop).with_context(|| format!("set the status of Node {node}"))
     }
 
-    /// Sets a key of one of the ConfigMaps that a person writes (`raven-cfg`, `raven-agent-config`).
+    /// Sets a key of a ConfigMap that a user writes (`raven-cfg`, `raven-agent-config`).
     pub async fn put_setting(&self, map: &str, key: &str, value: &str) -> Result<()> {
         let api: Api<ConfigMap> = Api::namespaced(self.client(), raven_api::DEFAULT_NAMESPACE);
         let object = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": map}, "data": {key: value}});
@@ -115,7 +115,7 @@ impl Cluster {
         api.delete(node, &DeleteParams::default()).await.map(drop).with_context(|| format!("delete Node {node}"))
     }
 
-    /// Writes a Gateway.
+    /// Writes a Gateway and returns it as stored.
     pub async fn apply_gateway(&self, gateway: &Gateway) -> Result<Gateway> {
         let api: Api<Gateway> = Api::all(self.client());
         let name = gateway.metadata.name.clone().context("a Gateway needs a name")?;
@@ -129,7 +129,7 @@ impl Cluster {
         api.patch(&name, &parameters, &Patch::Apply(&object)).await.with_context(|| format!("apply Gateway {name}"))
     }
 
-    /// Writes the Gateways of all pools, see [`default_gateway`].
+    /// Writes the Gateways of all pools; see [`default_gateway`].
     pub async fn apply_gateways(&self, site: &Site) -> Result<()> {
         for pool in &site.pools {
             self.apply_gateway(&default_gateway(site, pool)).await?;
@@ -138,8 +138,8 @@ impl Cluster {
     }
 }
 
-/// The Gateway that a person would write for a pool: exposed with the nodes that the router maps UDP 4500 to; where it maps none,
-/// an edge behind NAT with all its nodes as candidates.
+/// Returns the Gateway that a user would write for a pool: exposed, with the nodes to which the router maps UDP 4500.
+/// Without such a mapping: an edge behind NAT with all its nodes as candidates.
 pub fn default_gateway(site: &Site, pool: &Pool) -> Gateway {
     let nodes = || site.nodes_of(&pool.spec.name);
     let exposed: Vec<Endpoint> = pool
@@ -165,7 +165,7 @@ pub fn default_gateway(site: &Site, pool: &Pool) -> Gateway {
     Gateway::new(&pool.spec.name, spec)
 }
 
-/// The files of `deploy/` that the lab applies, by name. CRDs lie in a folder of their own and come from the types.
+/// Returns the files of `deploy/` that the lab applies, sorted. CRDs are not among them; they come from the Rust types.
 fn manifests() -> Result<Vec<PathBuf>> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("deploy");
     let mut files = Vec::new();

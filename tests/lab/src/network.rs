@@ -1,7 +1,7 @@
-//! Builds the namespaces of a [`Site`], their devices, addresses, routes and NAT.
+//! Creates the namespaces of a [`Site`], their devices, addresses, routes and NAT.
 //!
-//! From the inside out: a pod makes the veth to its node, a node the one to its router, a router the one to the internet.
-//! So each namespace is configured by one `ip -batch`, when everything that points into it is there already.
+//! Built from pods outwards: a pod creates the veth to its node, a node the one to its router, a router the one to the
+//! internet. When a namespace is configured, by one `ip -batch`, all devices that others create in it already exist.
 
 use std::fmt::Write;
 use std::fs;
@@ -17,7 +17,8 @@ use crate::eventually;
 use crate::namespace::{Namespace, feed, output};
 use crate::site::{CLUSTER_V4, CLUSTER_V6, CONTROL_PLANE, Masquerade, MasqueradeBy, Nat, Node, Pod, Pool, Site};
 
-/// Set before any device is made, so that the devices inherit it. Without duplicate address detection a v6 address works at once.
+/// Settings that devices inherit at their creation. Without duplicate address detection, an IPv6 address works
+/// immediately.
 const BEFORE: [(&str, &str); 4] = [
     ("net/ipv6/conf/all/accept_dad", "0"),
     ("net/ipv6/conf/default/accept_dad", "0"),
@@ -26,10 +27,11 @@ const BEFORE: [(&str, &str); 4] = [
 ];
 const FORWARDING: [(&str, &str); 3] =
     [("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1"), ("net/ipv6/conf/default/forwarding", "1")];
-/// Bridges of nodes: kube-proxy must see what pods of one bridge send to each other. LAN bridges are dumb switches.
+/// Bridge settings of nodes, where kube-proxy must see packets between pods of one bridge. LAN bridges are plain
+/// switches.
 const BRIDGE_CALLS: [&str; 2] = ["?net/bridge/bridge-nf-call-iptables", "?net/bridge/bridge-nf-call-ip6tables"];
 
-/// Builds everything.
+/// Builds the network of a lab.
 pub(crate) fn build(site: &Site) -> Result<()> {
     create_namespaces(site)?;
     for node in &site.nodes {
@@ -50,7 +52,7 @@ fn create_namespaces(site: &Site) -> Result<()> {
     for ns in site.namespaces() {
         writeln!(batch, "netns add {}", ns.name)?;
     }
-    feed(Command::new("ip").args(["-batch", "-"]), &batch).context("make the network namespaces")?;
+    feed(Command::new("ip").args(["-batch", "-"]), &batch).context("create the network namespaces")?;
     site.namespaces().into_iter().try_for_each(|ns| ns.sysctls(&BEFORE))
 }
 
@@ -73,7 +75,7 @@ route add default via {gw6} dev eth0
     ))
 }
 
-/// Name of a pod's device on its node.
+/// Returns the name of a pod's device on its node.
 fn pod_device(node: &Node, pod: &Pod) -> String {
     let index = node.pods.iter().position(|p| p.name == pod.name).unwrap_or_default();
     format!("pod{index}")
@@ -115,25 +117,25 @@ addr add {pod6}/64 dev cni0 nodad
         writeln!(batch, "route add {} via {} dev eth0", other.pod_cidr_v6(), other.lan_v6)?;
     }
     node.ns.ip(&batch)?;
-    // Native XDP_REDIRECT and aggregation on a veth need it; real cards have it on.
+    // Required for native XDP_REDIRECT and aggregation on a veth; real network cards have it enabled.
     node.ns.run("ethtool", &["-K", "eth0", "gro", "on"])?;
     masquerade(site, node)
 }
 
 impl MasqueradeBy {
-    /// All that work here; what does not is printed as skipped, with the reason.
+    /// Returns all tools that work on this machine. Prints the others as skipped, with the reason.
     pub fn all() -> Vec<Self> {
         let mut all = vec![Self::Nftables, Self::Iptables];
         match output(Command::new("unshare").args(["-n", "sh", "-ec", "iptables-legacy -t nat -L -n; ip6tables-legacy -t nat -L -n"])) {
             Ok(_) => all.push(Self::IptablesLegacy),
-            // Not by eprintln!, which a test that passes keeps to itself.
+            // Written directly, because the test harness hides the output of eprintln! in a passing test.
             Err(why) => drop(writeln!(std::io::stderr(), "SKIPPED: legacy iptables: {why:#}")),
         }
         all
     }
 }
 
-/// The CNI's masquerade. Multicast stays alone, as the bridge plugin has it.
+/// Writes the CNI's masquerade rules. Multicast is excluded, as in the bridge plugin.
 fn masquerade(site: &Site, node: &Node) -> Result<()> {
     let (own_v4, own_v6) = match site.masquerade {
         Masquerade::Never => return Ok(()),
@@ -176,18 +178,19 @@ fn masquerade(site: &Site, node: &Node) -> Result<()> {
     }
 }
 
-/// The node's own view of the file system: what an agent pins and keeps is where a machine of its own would have it.
+/// Creates the node's own view of the file system, so that an agent uses the same paths as on a separate machine.
 fn build_mounts(node: &Node) -> Result<()> {
     for sub in ["lib", "run", "wireguard", "sys"] {
         fs::create_dir_all(node.dir.join(sub))?;
     }
-    // The places must exist on the host, or there is nothing to mount over.
+    // Mount points must exist on the host.
     for place in ["/var/lib/raven", "/run/raven", "/run/wireguard"] {
-        fs::create_dir_all(place).with_context(|| format!("make {place} to mount over"))?;
+        fs::create_dir_all(place).with_context(|| format!("create the mount point {place}"))?;
     }
-    let file = node.ns.mount.as_deref().context("nodes have a mount namespace")?;
+    let file = node.ns.mount.as_deref().context("the node has no mount namespace")?;
     fs::write(file, "")?;
-    // sysfs shows the devices of the network namespace that mounted it; only its `net` parts are laid over the host's, so that cgroups stay visible.
+    // sysfs shows the devices of the network namespace that mounted it. Only its `net` parts are mounted over the
+    // host's, so that cgroups stay visible.
     let script = format!(
         "cd {dir}
 mount -t bpf bpf /sys/fs/bpf
@@ -204,7 +207,7 @@ mount --bind wireguard /run/wireguard
     let mount = format!("--mount={}", file.display());
     let network_only = Namespace { mount: None, ..node.ns.clone() };
     output(network_only.command("unshare").args([&mount, "--propagation", "private", "sh", "-ec", &script]))
-        .context("make the mount namespace")?;
+        .context("create the mount namespace")?;
     Ok(())
 }
 
@@ -224,7 +227,7 @@ addr add {here}/30 dev host
         router = site.cloud().router.name,
         gw = cloud.lan_v4(1),
         device = link.device,
-        // The namespace of this process, which need not be that of process 1.
+        // The namespace of this process, which may differ from that of process 1.
         pid = std::process::id(),
         here = link.control_plane,
     ))?;
@@ -307,7 +310,7 @@ fn router_rules(pool: &Pool) -> Result<String> {
 }
 
 fn build_internet(site: &Site) -> Result<()> {
-    // It forwards, but has no route to anything private: what leaks is seen on the wire and goes nowhere.
+    // The internet has no route to private addresses: a leaked packet appears on the wire and is then dropped.
     site.inet.sysctls(&FORWARDING)?;
     site.inet.sysctls(&BRIDGE_CALLS.map(|name| (name, "0")))?;
     let mut batch = String::from(
@@ -324,10 +327,11 @@ addr add 2001:db8:ffff::1/64 dev wire nodad
     site.inet.ip(&batch).context("build the internet")
 }
 
-/// Waits until every device carries. The kernel tells bridges of a new link up to a second late (linkwatch), and until then they drop.
+/// Waits until every device has a carrier. The kernel reports a new link to bridges up to a second late (linkwatch),
+/// and until then they drop packets.
 pub(crate) async fn carrying(site: &Site) -> Result<()> {
     for ns in site.namespaces() {
-        eventually(Duration::from_secs(20), &format!("all devices of {} carry", ns.name), async || {
+        eventually(Duration::from_secs(20), &format!("all devices of {} have a carrier", ns.name), async || {
             let links = output(Command::new("ip").args(["-n", &ns.name, "-br", "link"]))?;
             let waiting = links.lines().find(|line| !line.starts_with("lo ") && !line.contains(" UP "));
             waiting.map_or(Ok(()), |line| Err(anyhow!("{line}")))
@@ -337,7 +341,7 @@ pub(crate) async fn carrying(site: &Site) -> Result<()> {
     Ok(())
 }
 
-/// True if this machine has an address inside the /30 already.
+/// Reports whether this machine already has an address in the /30 network.
 pub(crate) fn is_taken(network: Ipv4Addr) -> Result<bool> {
     let addresses = output(Command::new("ip").args(["-4", "-o", "addr"]))?;
     let ours = u32::from(network) & !3;
@@ -347,7 +351,7 @@ pub(crate) fn is_taken(network: Ipv4Addr) -> Result<bool> {
         .any(|address| u32::from(address) & !3 == ours))
 }
 
-/// Makes the lab's folder and mounts it on itself, private: else namespaces could not be kept as files in it.
+/// Bind-mounts the lab's folder on itself and makes it private, which persisted mount namespaces require.
 pub(crate) fn make_private(dir: &Path) -> Result<()> {
     output(Command::new("mount").arg("--bind").arg(dir).arg(dir))?;
     output(Command::new("mount").arg("--make-private").arg(dir))?;

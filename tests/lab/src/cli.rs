@@ -1,4 +1,4 @@
-//! `raven-lab` and `cargo xtask lab`: a lab to work in by hand.
+//! Implements `raven-lab` and `cargo xtask lab`: labs for manual work.
 
 use std::fs;
 use std::os::unix::process::CommandExt;
@@ -13,71 +13,71 @@ use crate::namespace::Namespace;
 use crate::site::{Masquerade, MasqueradeBy, Site};
 use crate::teardown::{self, LABS, down, down_all};
 
-/// What to do with labs.
+/// Manage labs.
 #[derive(Subcommand, Debug)]
 pub enum LabCommand {
-    /// Build the three-pool lab with an API server, and leave it up.
+    /// Build the three-pool lab with an API server, and keep it.
     Up(Up),
-    /// Take labs away.
+    /// Remove labs.
     Down {
-        /// Which lab; see `list`.
+        /// ID of the lab; see `list`.
         #[arg(required_unless_present = "all")]
         id: Option<String>,
-        /// All labs that no living process owns: kept ones and leftovers.
+        /// Remove all labs without a running owner: kept ones and leftovers.
         #[arg(long, conflicts_with = "id")]
         all: bool,
     },
-    /// Show the labs of this machine.
+    /// List the labs of this machine.
     List,
     /// Run a command (or a shell) on a node, pod or router of a lab.
     Enter {
-        /// Which lab.
+        /// ID of the lab.
         id: String,
         /// Node, pod, `<pool>-router`, `inet` or `cp`.
         place: String,
-        /// The command; a shell when left out.
+        /// Command to run; a shell if omitted.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
 }
 
-/// What kind of lab.
+/// Build a lab.
 #[derive(Args, Debug)]
 pub struct Up {
-    /// Pods on each node.
+    /// Create this number of pods on each node.
     #[arg(long, default_value_t = 1)]
     pods: u8,
-    /// Network only, no API server.
+    /// Build the network only, without an API server.
     #[arg(long)]
     no_kubernetes: bool,
-    /// Neither CRDs nor the manifests of deploy/, and no Gateways.
+    /// Install no CRDs, no manifests of deploy/ and no Gateways.
     #[arg(long)]
     no_crds: bool,
-    /// Write no Gateways.
+    /// Create no Gateways.
     #[arg(long)]
     no_gateways: bool,
-    /// Stay, and take the lab away at the end: on Ctrl-C, or however this process ends.
+    /// Keep running, and remove the lab on Ctrl-C or when this process ends for any reason.
     #[arg(long)]
     hold: bool,
-    /// Start the controller and all agents, too (they must be built).
+    /// Also start the controller and all agents, which must be built.
     #[arg(long)]
     agents: bool,
-    /// The CNI's masquerade spares all pods of the cluster, like flannel's.
+    /// Exclude all pods of the cluster from the CNI's masquerade, as flannel does.
     #[arg(long)]
     flannel_masquerade: bool,
-    /// The CNI's masquerade is written by iptables and not as an nftables table.
+    /// Write the CNI's masquerade with iptables instead of an nftables table.
     #[arg(long)]
     iptables_masquerade: bool,
 }
 
-/// Does it.
+/// Runs a command.
 pub async fn run(command: LabCommand) -> Result<()> {
     match command {
         LabCommand::Up(up) => self::up(up).await,
         LabCommand::Down { id: Some(id), .. } => down(&id),
         LabCommand::Down { .. } => {
             for id in down_all()? {
-                println!("{id} is down");
+                println!("{id} removed");
             }
             Ok(())
         }
@@ -98,23 +98,23 @@ async fn up(up: Up) -> Result<()> {
     }
     let mut lab = builder.up().await?;
     if lab.has_cluster() {
-        equip(&lab, &up).await?;
+        prepare(&lab, &up).await?;
     }
     if !up.hold {
         lab.keep()?;
     }
     println!("{}", lab.how_to_enter());
     let kubeconfig = lab.dir.join("nodes/NODE/kubeconfig");
-    println!("  in a node: raven-agent --node-name NODE --kubeconfig {}", kubeconfig.display());
+    println!("  run an agent in a node: raven-agent --node-name NODE --kubeconfig {}", kubeconfig.display());
     println!("  enter: cargo xtask lab enter {id} NODE|POD|POOL-router|inet|cp [COMMAND]", id = lab.id);
-    println!("  take it away: cargo xtask lab down {}", lab.id);
+    println!("  remove: cargo xtask lab down {}", lab.id);
     if up.hold {
         tokio::signal::ctrl_c().await?;
     }
     Ok(())
 }
 
-async fn equip(lab: &Lab, up: &Up) -> Result<()> {
+async fn prepare(lab: &Lab, up: &Up) -> Result<()> {
     eprintln!("Kubernetes: {}", lab.cluster().origin());
     if !up.no_gateways && !up.no_crds {
         lab.cluster().apply_gateways(lab).await?;
@@ -135,14 +135,14 @@ fn list() -> Result<()> {
         let state = match lab.owner {
             Some(pid) => format!("owned by process {pid}"),
             None if lab.dir.join("keep").exists() => "kept".to_owned(),
-            None => "left over".to_owned(),
+            None => "leftover".to_owned(),
         };
         println!("{}  {state}  {}", lab.id, lab.dir.display());
     }
     Ok(())
 }
 
-/// Becomes the command: what it prints and how it ends are its own.
+/// Replaces this process by the command, so that its output and exit status are the command's.
 fn enter(id: &str, place: &str, command: &[String]) -> Result<()> {
     let site = load(id)?;
     let ns = find(&site, place).with_context(|| format!("lab {id} has no {place}"))?;
@@ -152,10 +152,10 @@ fn enter(id: &str, place: &str, command: &[String]) -> Result<()> {
     bail!(Command::new(&words[0]).args(&words[1..]).args(command).exec());
 }
 
-/// Reads what a lab consists of.
+/// Reads the description of a lab.
 pub fn load(id: &str) -> Result<Site> {
     let file = Path::new(LABS).join(id).join("site.json");
-    let text = fs::read(&file).with_context(|| format!("read {} (is there a lab {id}?)", file.display()))?;
+    let text = fs::read(&file).with_context(|| format!("read {} (does lab {id} exist? see `cargo xtask lab list`)", file.display()))?;
     Ok(serde_json::from_slice(&text)?)
 }
 

@@ -1,0 +1,106 @@
+//! Tests of the agent's environment: each obstacle is reported once, with its remedy, in the GatewayNode.
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use kube::Api;
+use raven_api::GatewayNode;
+use raven_tests::{Lab, agent::binary, eventually, probe::Echo, proof, require_root};
+
+use crate::Running;
+
+/// Time limit for a report. Without events, the agent checks its environment every 25 s and then writes its status.
+const SOON: Duration = Duration::from_secs(90);
+
+impl Running {
+    /// Waits until `wanted` accepts status and message of the Ready condition of GatewayNode x-a.
+    pub(crate) async fn until_ready(&self, what: &str, wanted: impl Fn(&str, &str) -> bool) {
+        let api: Api<GatewayNode> = Api::all(self.lab.cluster().client());
+        let seen = eventually(SOON, what, || async {
+            let status = api.get("x-a").await?.status.context("the GatewayNode has no status")?;
+            let ready = status.conditions.iter().find(|c| c.type_ == "Ready").context("there is no Ready condition")?;
+            ensure!(wanted(&ready.status, &ready.message), "Ready is {} {}: {}", ready.status, ready.reason, ready.message);
+            Ok(())
+        });
+        self.check(seen.await);
+    }
+
+    fn run_on(&self, node: &str, script: &str) -> String {
+        self.check(self.lab.node(node).ns.sh(script))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn obstacles_are_reported_with_remedy_until_removed() {
+    require_root!();
+    let running = Running::start().await.expect("start the lab");
+    running.until_ready("no obstacle", |status, _| status == "True").await;
+
+    running.run_on("x-a", "iptables -P FORWARD DROP");
+    running
+        .until_ready("the FORWARD policy", |s, m| s == "False" && m.contains("FORWARD") && m.contains("iptables -I FORWARD -i raven0"))
+        .await;
+    running.run_on("x-a", "iptables -P FORWARD ACCEPT");
+    running.until_ready("no obstacle", |status, _| status == "True").await;
+
+    running.run_on("x-a", "ip route add 10.244.1.0/24 dev cni0 table 77; ip rule add pref 50 lookup 77");
+    running.until_ready("the conflicting route", |s, m| s == "False" && m.contains("cni0") && m.contains("10.244.1.0/24")).await;
+    running.run_on("x-a", "ip rule del pref 50");
+    running.until_ready("no obstacle", |status, _| status == "True").await;
+
+    running.run_on("x-a", "sysctl -qw net.ipv4.ip_forward=0");
+    running.until_ready("disabled forwarding", |s, m| s == "False" && m.contains("net.ipv4.ip_forward=1")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strict_rp_filter_does_not_drop_packets() {
+    require_root!();
+    let running = Running::start().await.expect("start the lab");
+    for node in ["x-a", "x-b", "cloud-a", "cloud-b"] {
+        // As on hardened systems: `all`, and `default`, which new devices inherit.
+        running.run_on(node, "for name in all default eth0 cni0; do sysctl -qw net.ipv4.conf.$name.rp_filter=1; done");
+    }
+    let (cloud, edge) = (running.lab.pool("cloud").clone(), running.lab.pool("edge-x").clone());
+    running.check(proof::reach(&running.lab, &cloud, &edge, 0).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn port_in_use_is_reported_and_used_when_free() {
+    require_root!();
+    let mut running = Running::start().await.expect("start the lab");
+    let node = running.lab.node("x-a").clone();
+    for (port, word) in [(4472, "raven0"), (4500, "raven-wg0")] {
+        running.agent("x-a").kill().expect("kill the agent");
+        running.check(running.lab.agent_command("x-a", &["cleanup", "--keep-state"]));
+        // A process that cleanup ended may hold the port for another moment.
+        let free = async || Echo::on(&node.ns, ([0, 0, 0, 0], port).into());
+        let taken = running.check(eventually(Duration::from_secs(10), "the test can occupy the port", free).await);
+        running.agent("x-a").restart().expect("restart the agent");
+        let what = format!("UDP port {port} is reported");
+        running
+            .until_ready(&what, |status, message| status == "False" && message.contains(&port.to_string()) && message.contains(word))
+            .await;
+        drop(taken);
+        running.until_ready("no obstacle", |status, _| status == "True").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn agent_exits_and_names_missing_requirement() {
+    require_root!();
+    let lab = Lab::builder().without_kubernetes().up().await.expect("start the lab");
+    let agent = binary("raven-agent").expect("raven-agent is built");
+    let agent = agent.to_string_lossy();
+    let failure = |script: &str| {
+        let done = lab.node("x-a").ns.command("sh").args(["-c", script]).output().expect("run sh");
+        assert!(!done.status.success(), "{script} must fail");
+        String::from_utf8_lossy(&done.stderr).into_owned()
+    };
+    // Root without all capabilities, as in a container whose manifest lacks one.
+    let without = failure(&format!("exec setpriv --bounding-set=-sys_admin,-bpf --inh-caps=-all {agent} --node-name x-a --offline"));
+    assert!(without.contains("CAP_BPF"), "{without}");
+    let no_bpffs = failure(&format!("mount -t tmpfs none /sys/fs/bpf; exec {agent} --node-name x-a --offline"));
+    assert!(no_bpffs.contains("is no BPF file system") && no_bpffs.contains("mount -t bpf"), "{no_bpffs}");
+    let nameless = failure(&format!("exec env -u NODE_NAME {agent} --offline"));
+    assert!(nameless.contains("--node-name"), "{nameless}");
+}
