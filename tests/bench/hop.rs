@@ -1,4 +1,4 @@
-//! A gateway node by itself, between a generator and a sink, so that its hop is the bottleneck and nothing else.
+//! A gateway node in isolation between a generator and a sink, so that its hop is the only bottleneck.
 //!
 //! ```text
 //!   lan (generator, CPU 0)          gateway (its NAPI thread, CPU 1)
@@ -6,14 +6,14 @@
 //!     feed0 ────────────────────────► feed1 → tun0          eth0      ┤
 //! ```
 //!
-//! Frames are made by XDP live frames of `BPF_PROG_TEST_RUN`. The hop ends where WireGuard, or the network card, would
-//! take the packet: at the egress of `raven-wg0` or `eth0` a TC program counts and drops it. (A veth that carries it on
-//! to a sink wakes a thread on the other core, which in a virtual machine costs more than the whole hop and hides it.)
-//! The veth that receives has threaded NAPI, and packets are divided by the CPU time of that thread and its core's
-//! softirqs: what the generator and everybody else on the machine do is not in it.
+//! Frames are created by XDP live frames of `BPF_PROG_TEST_RUN`. The hop ends where WireGuard or the network card would take
+//! the packet: a TC program at the egress of `raven-wg0` or `eth0` counts and drops it. (A veth to a sink would wake a thread
+//! on the other core, which in a virtual machine costs more than the whole hop.) The receiving veth has threaded NAPI, and
+//! packets are divided by the CPU time of that thread and of its core's softirqs, which excludes the generator and other
+//! processes of the machine.
 //!
-//! WireGuard itself is left out. Towards the tunnel `raven-wg0` is a veth; on the way back packets come from an L3
-//! device without Ethernet header as WireGuard's is: VXLAN-GPE, whose own cost is measured by itself and taken off.
+//! WireGuard itself is excluded. Towards the tunnel, `raven-wg0` is a veth. In the other direction, packets come from an L3
+//! device without Ethernet header, as from WireGuard: VXLAN-GPE, whose own cost is measured separately and subtracted.
 
 use std::{
     fs,
@@ -44,26 +44,26 @@ use raven_common::{
     tables::{CONFIG_RELAY, CONFIG_TUNNEL_REDIRECT, Config, Local, NODE_IS_GATEWAY, Node, Remote},
 };
 
-/// The gateway node's address, and that of the pool's other node, which sends and receives.
+/// Address of the gateway node.
 pub const GATEWAY: [u8; 4] = [10, 9, 0, 1];
-/// See [`GATEWAY`].
+/// Address of the pool's other node, which sends and receives.
 pub const MEMBER: [u8; 4] = [10, 9, 0, 2];
-/// The other node's pod.
+/// Address of the other node's pod.
 pub const POD: [u8; 4] = [10, 244, 2, 10];
-/// The first remote prefix; they follow each other, a /28 each.
+/// First remote prefix, a /28; the others follow consecutively.
 pub const REMOTE: [u8; 4] = [10, 128, 0, 0];
 const REMOTE_LEN: u32 = 28;
 const REMOTE_STEP: u32 = 16;
-/// How many of them take turns: flows of a busy site, and few enough for conntrack's table.
+/// Number of prefixes that the generator cycles through: as many flows as a busy site has, but within conntrack's limit.
 const TURNS: u32 = 1024;
-/// UDP port of the L3 device's feed.
+/// UDP port of the L3 device.
 const FEED_PORT: u16 = 4790;
 
 const LAN_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const UPLINK_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const FEED_MAC: [u8; 6] = [2, 0, 0, 0, 0, 3];
 
-/// Which way packets go.
+/// Direction of the packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// From a node of the pool into the tunnel.
@@ -72,24 +72,24 @@ pub enum Direction {
     ToOverlay,
 }
 
-/// The set-up. Dropping it takes it away.
+/// A gateway node with generator and sink. Dropping it removes the namespaces.
 pub struct Hop {
     names: [String; 3],
     generator: Ebpf,
     prefixes: u32,
 }
 
-/// What one measurement gave.
+/// Result of one measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct Sample {
-    /// Packets that arrived.
+    /// Number of packets that arrived.
     pub packets: u64,
     /// CPU time of the hop.
     pub cpu: Duration,
 }
 
 impl Sample {
-    /// CPU time per packet, nanoseconds.
+    /// Returns the CPU time per packet in nanoseconds.
     pub fn nanoseconds(&self) -> f64 {
         self.cpu.as_nanos() as f64 / self.packets.max(1) as f64
     }
@@ -102,13 +102,13 @@ fn sh(script: &str) -> Result<String> {
 }
 
 impl Hop {
-    /// Builds namespaces and links; `prefixes` remote prefixes are spoken of.
+    /// Creates namespaces and links, for `prefixes` remote prefixes.
     pub fn new(object: &Path, prefixes: u32) -> Result<Self> {
         let tag = format!("rvb{:x}", std::process::id() & 0xffff);
         let names = ["lan", "gw", "far"].map(|n| format!("{tag}-{n}"));
         let generator = EbpfLoader::new().load_file(object).with_context(|| format!("load {}", object.display()))?;
         let mut hop = Self { names, generator, prefixes };
-        hop.wire()?;
+        hop.connect()?;
         for device in ["lan0", "feed0"] {
             hop.xdp_of_bench("pass", "lan", device)?;
         }
@@ -119,19 +119,19 @@ impl Hop {
         Ok(hop)
     }
 
-    /// Name of a namespace by its short name.
+    /// Returns the name of a namespace by its short name.
     fn ns(&self, short: &str) -> &str {
         let index = ["lan", "gw", "far"].iter().position(|n| *n == short).unwrap_or(0);
         &self.names[index]
     }
 
-    /// Runs a script inside a namespace, with its own view of /sys.
+    /// Runs a script inside a namespace, with a separate mount of /sys.
     pub fn inside(&self, ns: &str, script: &str) -> Result<String> {
         let path = format!("/run/netns/{}", self.ns(ns));
         sh(&format!("nsenter --net={path} unshare -m --propagation private sh -ec 'mount -t sysfs sysfs /sys; {script}'"))
     }
 
-    fn wire(&self) -> Result<()> {
+    fn connect(&self) -> Result<()> {
         let [lan, gw, far] = &self.names;
         for ns in &self.names {
             sh(&format!("ip netns add {ns}; ip -n {ns} link set lo up"))?;
@@ -167,7 +167,7 @@ impl Hop {
         Ok(())
     }
 
-    /// `raven0` as the agent makes it (collect metadata), or as upstream has it (a plain VXLAN device).
+    /// Creates `raven0` as the agent does (collect metadata) or as upstream does (a plain VXLAN device).
     pub fn overlay_device(&self, metadata: bool) -> Result<()> {
         let kind = if metadata { "external" } else { "id 200 remote 10.9.0.2 local 10.9.0.1" };
         self.inside(
@@ -187,7 +187,8 @@ impl Hop {
 
     fn xdp_of_bench(&mut self, program: &str, ns: &str, device: &str) -> Result<()> {
         let ns = self.ns(ns).to_owned();
-        let xdp: &mut Xdp = self.generator.program_mut(program).context("the bench object has it")?.try_into()?;
+        let xdp: &mut Xdp =
+            self.generator.program_mut(program).with_context(|| format!("the object has no program {program}"))?.try_into()?;
         if xdp.fd().is_err() {
             xdp.load()?;
         }
@@ -195,11 +196,11 @@ impl Hop {
     }
 
     fn load_generator(&mut self) -> Result<()> {
-        let xdp: &mut Xdp = self.generator.program_mut("generate").context("the bench object has it")?.try_into()?;
+        let xdp: &mut Xdp = self.generator.program_mut("generate").context("the object has no program generate")?.try_into()?;
         Ok(xdp.load()?)
     }
 
-    /// Frames in one direction.
+    /// Configures the generator for a direction.
     fn aim(&mut self, direction: Direction) -> Result<()> {
         let (device, frame, ip, address_at) = match direction {
             Direction::ToTunnel => {
@@ -227,18 +228,18 @@ impl Hop {
         Ok(map.set(0, generator, 0)?)
     }
 
-    /// Frames of an earlier measurement that were on their way when its set-up went do not arrive any more.
-    fn forget(&mut self) -> Result<()> {
+    /// Resets the counters. Frames in flight of an earlier measurement are lost when its setup is removed.
+    fn reset(&mut self) -> Result<()> {
         let mut sender: PerCpuArray<_, Sender> = self.generator.map_mut("SENDER").context("SENDER")?.try_into()?;
         sender.set(0, PerCpuValues::try_from(vec![Sender::default(); nr_cpus().map_err(|(_, error)| error)?])?, 0)?;
         let mut arrived: Array<_, u64> = self.generator.map_mut("ARRIVED").context("ARRIVED")?.try_into()?;
         Ok(arrived.set(0, 0, 0)?)
     }
 
-    /// Sends for `time` and gives what was counted and what the hop's thread worked meanwhile.
+    /// Sends for `time` and returns the packets counted and the CPU time of the hop's thread.
     pub fn measure(&mut self, direction: Direction, time: Duration) -> Result<Sample> {
         self.aim(direction)?;
-        self.forget()?;
+        self.reset()?;
         let receiver = match direction {
             Direction::ToTunnel => "eth0",
             Direction::ToOverlay => "feed1",
@@ -273,22 +274,22 @@ impl Hop {
         })
     }
 
-    /// What arrives and what is worked while the generator runs, after a moment to settle.
+    /// Measures arrived packets and CPU time while the generator runs, after a warm-up.
     fn observe(&self, hop: i32, time: Duration) -> Result<Sample> {
         thread::sleep(Duration::from_millis(150));
-        // Work that the hop leaves to softirqs is done in its thread, or, when that is behind, in this core's
-        // ksoftirqd.
-        let softirqs = threads_called("ksoftirqd/1")?.into_iter().next().context("CPU 1 has a ksoftirqd")?;
+        // Softirq work of the hop runs in its thread or, under load, in this core's ksoftirqd.
+        let softirqs = threads_named("ksoftirqd/1")?.into_iter().next().context("CPU 1 has no ksoftirqd")?;
         let cpu = || Ok::<_, anyhow::Error>(cpu_time(hop)? + cpu_time(softirqs)?);
         let (packets, before) = (self.arrived()?, cpu()?);
         thread::sleep(time);
         Ok(Sample { packets: self.arrived()? - packets, cpu: cpu()? - before })
     }
 
-    /// Counts and drops everything that passes a device of the gateway node, from now on.
+    /// Attaches a program to a device of the gateway node that counts and drops all packets.
     fn swallow(&mut self, device: &str, direction: TcAttachType) -> Result<()> {
         let ns = self.ns("gw").to_owned();
-        let program: &mut SchedClassifier = self.generator.program_mut("swallow").context("the bench object has it")?.try_into()?;
+        let program: &mut SchedClassifier =
+            self.generator.program_mut("swallow").context("the object has no program swallow")?.try_into()?;
         if program.fd().is_err() {
             program.load()?;
         }
@@ -298,7 +299,7 @@ impl Hop {
         })
     }
 
-    /// Ends the way of packets at the L3 device, for good: to measure what comes before.
+    /// Drops all packets at the L3 device from now on, to measure the cost of what comes before it.
     pub fn end_at_feed(&mut self) -> Result<()> {
         self.swallow("tun0", TcAttachType::Ingress)
     }
@@ -308,13 +309,13 @@ impl Hop {
         Ok(map.get(&0, 0)?)
     }
 
-    /// The NAPI thread of a device of the gateway node: others of the same name are other namespaces'.
+    /// Returns the NAPI thread of a device of the gateway node.
     fn napi_of_gateway(&self, device: &str) -> Result<i32> {
-        // Threads are named napi/DEVICE-ID; the newest is ours, as the name is made with the device.
+        // Threads are named napi/DEVICE-ID. Devices of other namespaces may have the same name; the newest thread is the right one.
         napi_threads(device)?.into_iter().max().with_context(|| format!("{device} has no NAPI thread"))
     }
 
-    /// Our programs on the gateway node, with their tables filled.
+    /// Attaches Raven's programs to the gateway node and fills their tables.
     pub fn programs(&self, hooks: &[(Hook, &str)], flags: u32) -> Result<Programs> {
         let mut ebpf = EbpfLoader::new().load(raven_agent::bpf::object())?;
         let config = Config {
@@ -343,13 +344,13 @@ impl Hop {
         Ok(Programs { _ebpf: ebpf })
     }
 
-    /// The remote prefixes, network order.
+    /// Returns the remote prefixes in network order.
     pub fn remote_prefixes(&self) -> impl Iterator<Item = [u8; 4]> {
         let base = u32::from_be_bytes(REMOTE);
         (0..self.prefixes).map(move |n| (base + n * REMOTE_STEP).to_be_bytes())
     }
 
-    /// Routes to the remote prefixes by `raven-wg0` in a table, and back to the pod by `raven0`.
+    /// Adds routes to the remote prefixes by `raven-wg0` in a table, and back to the pod by `raven0`.
     pub fn routes(&self, table: &str) -> Result<()> {
         let mut batch = String::new();
         for prefix in self.remote_prefixes() {
@@ -372,13 +373,13 @@ impl Drop for Hop {
     }
 }
 
-/// Attached while it lives.
+/// Attached programs; dropping the value detaches them.
 pub struct Programs {
     _ebpf: Ebpf,
 }
 
 fn attach(ebpf: &mut Ebpf, hook: Hook, device: &str) -> Result<()> {
-    let program = ebpf.program_mut(hook.program()).context("the object has it")?;
+    let program = ebpf.program_mut(hook.program()).context("the object lacks a program")?;
     if hook == Hook::UplinkXdp {
         let xdp: &mut Xdp = program.try_into()?;
         xdp.load()?;
@@ -406,11 +407,11 @@ fn within<T: Send>(ns: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<
 }
 
 fn napi_threads(device: &str) -> Result<Vec<i32>> {
-    threads_called(&format!("napi/{device}-"))
+    threads_named(&format!("napi/{device}-"))
 }
 
-/// Kernel threads by the beginning of their name.
-fn threads_called(prefix: &str) -> Result<Vec<i32>> {
+/// Returns the threads whose name starts with `prefix`.
+fn threads_named(prefix: &str) -> Result<Vec<i32>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
@@ -429,12 +430,11 @@ fn pin(pid: i32, core: usize) -> Result<()> {
 
 fn cpu_time(pid: i32) -> Result<Duration> {
     let text = fs::read_to_string(format!("/proc/{pid}/schedstat"))?;
-    let nanoseconds = text.split(' ').next().context("schedstat has a first number")?.parse()?;
+    let nanoseconds = text.split(' ').next().context("schedstat is empty")?.parse()?;
     Ok(Duration::from_nanos(nanoseconds))
 }
 
-/// An IPv4/UDP packet of 46 bytes, the smallest that Ethernet carries without padding. `from` and `to` count from their
-/// `.1`.
+/// Returns an IPv4/UDP packet of 46 bytes, the smallest that Ethernet carries without padding. [`REMOTE`] stands for its `.1`.
 fn inner_packet(from: [u8; 4], to: [u8; 4]) -> Vec<u8> {
     let first = |a: [u8; 4]| if a == REMOTE { (u32::from_be_bytes(a) + 1).to_be_bytes() } else { a };
     let mut packet = ipv4(first(from), first(to), 17, 26);
@@ -465,9 +465,9 @@ fn framed(packet: Vec<u8>) -> [u8; FRAME_LEN] {
     frame
 }
 
-/// As the pool's other node sends it. Its address is the outer source, ours the destination.
+/// Returns the frame that the pool's other node sends to the gateway node.
 fn overlay_frame(inner: &[u8]) -> [u8; FRAME_LEN] {
-    // What the frame is longer than the packet, the outer header counts as payload.
+    // The outer header counts the padding of the frame as payload.
     let payload = FRAME_LEN - 14 - 20;
     let mut outer = ipv4(MEMBER, GATEWAY, 17, payload);
     outer.extend([0xc0, 0x01]);
@@ -478,7 +478,7 @@ fn overlay_frame(inner: &[u8]) -> [u8; FRAME_LEN] {
     framed(ethernet(UPLINK_MAC, LAN_MAC, &outer))
 }
 
-/// For the L3 device: VXLAN-GPE (draft-ietf-nvo3-vxlan-gpe), next protocol 1, IPv4.
+/// Returns the frame for the L3 device: VXLAN-GPE (draft-ietf-nvo3-vxlan-gpe) with next protocol 1, IPv4.
 fn gpe_frame(inner: &[u8]) -> [u8; FRAME_LEN] {
     let payload = FRAME_LEN - 14 - 20;
     let mut outer = ipv4([10, 9, 1, 2], [10, 9, 1, 1], 17, payload);

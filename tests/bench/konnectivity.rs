@@ -1,6 +1,5 @@
-//! Konnectivity beside the tunnel: its server on a cloud node, its agent at a site, certificates of its own. Only where
-//! `proxy-server` and
-//! `proxy-agent` are on PATH; nothing of the lab needs it.
+//! Runs Konnectivity for comparison: its server on a cloud node and its agent at a site, with separate certificates. Optional:
+//! requires `proxy-server` and `proxy-agent` on PATH.
 
 use std::{
     fs,
@@ -15,25 +14,25 @@ use anyhow::{Context, Result, ensure};
 use raven_tests::{Lab, process::Process};
 use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 
-/// Where its agents dial the server.
+/// Port of the server for agents.
 pub const AGENT_PORT: u16 = 8132;
 
-/// Both programs, running.
+/// A running server with its agent.
 pub struct Konnectivity {
     server: Process,
     agent: Process,
     socket: PathBuf,
 }
 
-/// A way to an address at the site.
+/// Opens connections to an address at the site.
 #[derive(Clone, Debug)]
-pub struct Way {
+pub struct Connector {
     socket: PathBuf,
     target: SocketAddr,
 }
 
 impl Konnectivity {
-    /// Starts both; `None` where one of them is not on PATH.
+    /// Starts both programs. Returns `None` if one of them is not on PATH.
     pub fn start(lab: &Lab, cloud: &str, edge: &str) -> Result<Option<Self>> {
         let (Some(server), Some(agent)) = (on_path("proxy-server"), on_path("proxy-agent")) else { return Ok(None) };
         let dir = lab.site().dir.join("konnectivity");
@@ -55,27 +54,27 @@ impl Konnectivity {
         Ok(Some(Self { server, agent, socket }))
     }
 
-    /// The way to `target`.
-    pub fn way(&self, target: SocketAddr) -> Way {
-        Way { socket: self.socket.clone(), target }
+    /// Returns a connector to `target`.
+    pub fn connector(&self, target: SocketAddr) -> Connector {
+        Connector { socket: self.socket.clone(), target }
     }
 
-    /// Both processes.
+    /// Returns the process IDs of server and agent.
     pub fn pids(&self) -> Vec<u32> {
         vec![self.server.pid(), self.agent.pid()]
     }
 }
 
-impl Way {
-    /// Opens a connection.
-    pub fn connect(&self, patience: Duration) -> Result<UnixStream> {
+impl Connector {
+    /// Opens a connection; `timeout` applies to each read.
+    pub fn connect(&self, timeout: Duration) -> Result<UnixStream> {
         let mut stream = UnixStream::connect(&self.socket)?;
-        stream.set_read_timeout(Some(patience))?;
+        stream.set_read_timeout(Some(timeout))?;
         write!(stream, "CONNECT {0} HTTP/1.1\r\nHost: {0}\r\n\r\n", self.target)?;
-        // Its answer ends with an empty line, and nothing follows before we ask.
+        // The response ends with an empty line, and the server sends nothing more before a request.
         let mut answer = BufReader::new(&stream).lines();
-        let status = answer.next().context("an answer")??;
-        ensure!(status.contains(" 200 "), "it says {status:?}");
+        let status = answer.next().context("the server closed the connection without a response")??;
+        ensure!(status.contains(" 200 "), "the server responds {status:?}");
         for line in answer {
             if line?.is_empty() {
                 break;

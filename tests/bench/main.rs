@@ -1,8 +1,8 @@
 //! The benchmarks behind `cargo xtask bench`: ratios against a baseline that is measured in the same run.
 //!
-//! [`transit`] measures a gateway node's hop by itself ([`hop`] is its set-up), [`tunnel`] two gateway nodes end to
-//! end, [`proxy`] the L7 tunnel ([`konnectivity`] is what it is compared with), [`planning`] what `plan()` costs,
-//! [`memory`] what the programs keep resident.
+//! [`transit`] measures a gateway node's hop in isolation ([`hop`] is its setup), [`tunnel`] two gateway nodes end to end,
+//! [`proxy`] the L7 proxy ([`konnectivity`] for comparison), [`planning`] the cost of `plan()`, [`memory`] the resident memory
+//! of the programs.
 
 #![forbid(unsafe_code)]
 
@@ -19,45 +19,45 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-/// Measures; a table on standard output, or JSON.
+/// Run a benchmark and print a table or JSON.
 #[derive(Parser)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
-    /// What `cargo bench` says to every bench.
+    /// Ignored; `cargo bench` passes it to every benchmark.
     #[arg(long, global = true, hide = true)]
     bench: bool,
-    /// JSON on standard output, and nothing else.
+    /// Print only JSON on standard output.
     #[arg(long, global = true)]
     json: bool,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// A gateway node's hop: packets per CPU-second, against the kernel's ways.
+    /// Measure packets per CPU-second of a gateway node's hop, against the kernel's forwarding.
     Transit {
-        /// The generator's object (`raven-bench` beside the eBPF object).
+        /// Path of the generator's object (`raven-bench` beside the eBPF object).
         #[arg(long)]
         object: PathBuf,
-        /// How often each variant is measured; the median counts.
+        /// Number of measurements of each variant; the median counts.
         #[arg(long, default_value_t = 5)]
         runs: usize,
     },
-    /// Throughput between two gateway nodes, against bare WireGuard between the same two.
+    /// Measure throughput between two gateway nodes, against bare WireGuard between the same two.
     Tunnel {
-        /// How often each way is measured, in turn; the median counts.
+        /// Number of measurements of each variant, alternating; the median counts.
         #[arg(long, default_value_t = 5)]
         runs: usize,
     },
-    /// The L7 tunnel, against a direct TCP connection.
+    /// Measure proxy streams against a direct TCP connection.
     Proxy {
-        /// How often each way is measured, in turn; the median counts.
+        /// Number of measurements of each variant, alternating; the median counts.
         #[arg(long, default_value_t = 3)]
         runs: usize,
     },
-    /// What `plan()` costs, at 100, 1,000 and 10,000 nodes.
+    /// Measure the cost of `plan()` at 100, 1,000 and 10,000 nodes.
     Plan,
-    /// What agent and controller keep resident.
+    /// Measure the resident memory of agent and controller.
     Memory,
 }
 
@@ -73,7 +73,7 @@ fn main() -> Result<()> {
     }
 }
 
-/// The middle one, or the mean of the two in the middle.
+/// Returns the median; for an even number of values, the mean of the two in the middle.
 fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);

@@ -1,4 +1,4 @@
-//! `bench memory`: what agent, engine and controller keep resident in the three-pool lab, beside the API server of the same lab.
+//! `bench memory`: resident memory of agent, engine and controller in the three-pool lab, compared with its API server.
 
 use std::time::Duration;
 
@@ -6,11 +6,11 @@ use anyhow::{Context, Result};
 use comfy_table::{Table, presets::ASCII_MARKDOWN};
 use raven_tests::{Lab, process::memory_mb, proof};
 
-/// Runs it.
+/// Runs the benchmark.
 pub fn run(json: bool) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let rows = runtime.block_on(measure())?;
-    let server = rows.iter().find(|(name, _)| name == "kube-apiserver").map(|(_, mb)| *mb).context("the API server was measured")?;
+    let server = rows.iter().find(|(name, _)| name == "kube-apiserver").map(|(_, mb)| *mb).context("the API server was not measured")?;
     if json {
         let rows: serde_json::Map<_, _> =
             rows.into_iter().map(|(name, mb)| (name, serde_json::json!((mb * 10.0).round() / 10.0))).collect();
@@ -32,9 +32,9 @@ async fn measure() -> Result<Vec<(String, f64)>> {
     let controller = lab.start_controller().await?;
     let agents = lab.start_agents().await?;
     proof::converged(&lab).await?;
-    // What starting took is given back by then.
+    // Memory used only at the start is released after some seconds.
     tokio::time::sleep(Duration::from_secs(5)).await;
-    let agent = |node: &str| agents.iter().find(|a| a.node.name == node).map(|a| a.process.pid()).context("an agent");
+    let agent = |node: &str| agents.iter().find(|a| a.node.name == node).map(|a| a.process.pid()).context("the node has no agent");
     let mut rows = vec![
         ("raven-controller".to_owned(), resident(controller.pid())?),
         ("raven-agent, gateway node".to_owned(), resident(agent("cloud-a")?)?),
@@ -50,7 +50,7 @@ fn resident(pid: u32) -> Result<f64> {
     memory_mb(pid, "VmRSS")
 }
 
-/// A process of this lab by a word of its command line.
+/// Finds a process of this lab by a word of its command line.
 fn find(word: &str, lab: &str) -> Result<u32> {
     for entry in std::fs::read_dir("/proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
@@ -60,5 +60,5 @@ fn find(word: &str, lab: &str) -> Result<u32> {
             return Ok(pid);
         }
     }
-    anyhow::bail!("no process of lab {lab} is called {word}")
+    anyhow::bail!("lab {lab} has no process {word}")
 }

@@ -1,7 +1,7 @@
-//! `bench plan`: time and memory of `plan()`, for a gateway node of the cloud and for an ordinary node.
+//! `bench plan`: time and memory of `plan()`, for a gateway node of the cloud and for a member.
 //!
-//! Each size runs in a process of its own, whose peak of resident memory is then that size's. The baseline is the same
-//! plan at 100 nodes: what is shown is how cost grows with the cluster.
+//! Each size runs in a separate process, so that its peak of resident memory can be measured. The baseline is the plan at 100
+//! nodes: the results show how the cost grows with the cluster.
 
 use std::{collections::BTreeSet, hint::black_box, process::Command, time::Instant};
 
@@ -19,14 +19,14 @@ use raven_api::{
 use raven_tests::process::memory_mb;
 use serde::{Deserialize, Serialize};
 
-/// Sizes of clusters.
+/// Numbers of nodes to measure.
 const NODES: [usize; 3] = [100, 1_000, 10_000];
-/// Nodes of one pool.
+/// Number of nodes per pool.
 const POOL: usize = 10;
-/// Environment variable by which a child is told its size.
+/// Environment variable that passes the number of nodes to a child process.
 const SIZE: &str = "RAVEN_BENCH_PLAN_NODES";
 
-/// What one size costs.
+/// Cost at one size.
 #[derive(Serialize, Deserialize)]
 struct Cost {
     nodes: usize,
@@ -37,7 +37,7 @@ struct Cost {
     resident_mb: f64,
 }
 
-/// Runs all sizes, or, in a child, one.
+/// Runs all sizes; in a child process, one.
 pub fn run(json: bool) -> Result<()> {
     if let Ok(nodes) = std::env::var(SIZE) {
         println!("{}", serde_json::to_string(&measure(nodes.parse()?)?)?);
@@ -46,7 +46,7 @@ pub fn run(json: bool) -> Result<()> {
     let mut costs: Vec<Cost> = Vec::new();
     for nodes in NODES {
         let output = Command::new(std::env::current_exe()?).arg("plan").env(SIZE, nodes.to_string()).output().context("run a child")?;
-        costs.push(serde_json::from_slice(&output.stdout).context("a child's answer")?);
+        costs.push(serde_json::from_slice(&output.stdout).context("parse the child's output")?);
     }
     if json {
         println!("{}", serde_json::json!({ "sizes": costs }));
@@ -57,8 +57,8 @@ pub fn run(json: bool) -> Result<()> {
         "nodes",
         "topology",
         "plan, gateway node",
-        "plan, ordinary node",
-        "diff, nothing changed",
+        "plan, member",
+        "diff without changes",
         "plan per node",
         "peak resident",
     ]);
@@ -96,7 +96,7 @@ fn measure(nodes: usize) -> Result<Cost> {
     Ok(Cost { nodes, build_ms, plan_gateway_ms, plan_ordinary_ms, diff_unchanged_ms, resident_mb: memory_mb("self", "VmHWM")? })
 }
 
-/// The last result, and the fastest of five: what is slower is somebody else's work.
+/// Returns the last result and the shortest of five times in ms; longer times include other processes' work.
 fn timed<T>(work: impl Fn() -> T) -> (T, f64) {
     let once = || {
         let start = Instant::now();
@@ -111,7 +111,7 @@ fn timed<T>(work: impl Fn() -> T) -> (T, f64) {
     best
 }
 
-/// A cloud pool and edge pools, ten nodes each, a gateway node each.
+/// Returns a cloud pool and edge pools of ten nodes with one gateway node each.
 fn cluster(nodes: usize) -> Inputs {
     let pools = nodes / POOL;
     let pool = |p: usize| {

@@ -1,13 +1,14 @@
-//! `bench proxy`: streams through the L7 tunnel against a direct TCP connection between the same two nodes (the site's router maps a
-//! port for it, which real sites do not), and against konnectivity where its programs are on PATH; on a link that is as
-//! fast as this machine copies, on one of 1 Gbit/s, and on a bad one. The ways alternate within a run; medians count.
+//! `bench proxy`: proxy streams against a direct TCP connection between the same two nodes (the site's router maps a port for
+//! it, which real sites do not), and against konnectivity if its programs are on PATH. Links: as fast as this machine copies,
+//! 1 Gbit/s, and a bad one. Variants alternate within a run; the median counts.
 //!
-//! The tunnel's way: by address, from the cloud gateway node itself: program, proxy, HTTP/2 over TLS, the site's NAT,
-//! its gateway node, the node. Konnectivity's: an HTTP CONNECT by a local socket to its server on the same node, its
-//! agent on the same gateway node of the site. Both ends of everything share this machine's cores, so what is compared
-//! is what a byte costs. Direct is one TCP connection; any tunnel is three in a row. What that alone costs is measured,
-//! too: two relays in the places of the gateway nodes that do nothing but move bytes within the kernel (splice), with
-//! no TLS, no multiplexing and nobody asked who he is. Nothing can be better.
+//! A proxy stream is opened by address on the cloud gateway node: eBPF program, proxy, HTTP/2 over TLS, the site's NAT, its
+//! gateway node, the node. Konnectivity: an HTTP CONNECT by a local socket to its server on the same node, its agent on the
+//! same gateway node of the site. All ends share this machine's cores, so the comparison shows the cost per byte.
+//!
+//! Direct is one TCP connection, whereas any proxy uses three in a row. The cost of that alone is measured too: two relays in
+//! place of the gateway nodes that only move bytes within the kernel (splice), without TLS, multiplexing and authentication.
+//! That is the upper bound for any proxy.
 
 use std::{
     collections::BTreeMap,
@@ -27,52 +28,54 @@ use crate::{
     median,
 };
 
-/// The node's port, and the port of its router that leads there directly.
+/// Port of the node's server.
 const PORT: u16 = 10255;
+/// Port of the site's router that is mapped directly to the node.
 const DIRECT: u16 = 20255;
-/// Where the relays listen.
+/// Port of the relays.
 const RELAYED: u16 = 20256;
-/// Idle streams.
+/// Number of idle streams.
 const IDLE: usize = 1000;
 const ANSWER: Duration = Duration::from_secs(60);
 
-/// A link, and how much is sent over it.
+/// A link, and the amount of data to send over it.
 struct Link {
     name: &'static str,
-    /// Each way, and one frame of so many lost.
+    /// Delay per direction, and the number of frames of which one is lost.
     bad: Option<(Duration, u64)>,
-    /// What one measurement of throughput moves, bytes; and of how many streams at once.
+    /// Bytes per measurement of throughput.
     bulk: u64,
+    /// Number of concurrent streams of that measurement.
     streams: u64,
-    /// Small requests of one measurement of latency.
+    /// Number of small requests per measurement of latency.
     requests: usize,
 }
 
 const GOOD: Link = Link { name: "good", bad: None, bulk: 400_000_000, streams: 100, requests: 300 };
-/// The line of a site that has a good one.
+/// The link of a site with a fast internet connection.
 const GIGABIT: Link = Link { name: "1 Gbit/s", ..GOOD };
 const BAD: Link = Link { name: "50 ms, 1 % lost", bad: Some((Duration::from_millis(25), 100)), bulk: 3_000_000, streams: 20, requests: 60 };
 
-/// Runs it.
+/// Runs the benchmark.
 pub fn run(runs: usize, json: bool) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let seen = runtime.block_on(measure(runs))?;
     let konnectivity = seen.good.contains_key(KONNECTIVITY);
     if !konnectivity {
-        eprintln!("konnectivity is left out: proxy-server and proxy-agent are not both on PATH");
+        eprintln!("konnectivity is skipped: proxy-server and proxy-agent are not both on PATH");
     }
     if json {
         println!("{}", seen.json());
         return Ok(());
     }
     let mut table = Table::new();
-    let ways: Vec<&str> = [TUNNEL, KONNECTIVITY, RELAYS].into_iter().filter(|way| seen.good.contains_key(way)).collect();
-    table.load_style(ASCII_MARKDOWN).set_header(["link", "what"].into_iter().chain(ways.iter().copied()));
+    let variants: Vec<&str> = [RAVEN, KONNECTIVITY, RELAYS].into_iter().filter(|name| seen.good.contains_key(name)).collect();
+    table.load_style(ASCII_MARKDOWN).set_header(["link", "value"].into_iter().chain(variants.iter().copied()));
     let ratio = |value: f64| format!("{value:.2}");
     let ms = |value: f64| format!("{value:.2} ms");
     for (link, seen) in [(&GOOD, &seen.good), (&GIGABIT, &seen.gigabit), (&BAD, &seen.bad)] {
         let mut row = |what: String, cell: &dyn Fn(&Seen) -> String| {
-            let cells = ways.iter().filter_map(|way| seen.get(way)).map(cell);
+            let cells = variants.iter().filter_map(|name| seen.get(name)).map(cell);
             table.add_row([link.name.to_owned(), what].into_iter().chain(cells));
         };
         row("one stream, throughput × direct".to_owned(), &|s| ratio(s.one));
@@ -81,7 +84,7 @@ pub fn run(runs: usize, json: bool) -> Result<()> {
         row("small request, added, p50".to_owned(), &|s| ms(s.added[0]));
         row("small request, added, p99".to_owned(), &|s| ms(s.added[1]));
         if seen.values().any(|s| s.idle > 0.0) {
-            row("memory of an idle stream, both ends".to_owned(), &|s| {
+            row("memory of an idle stream on both ends".to_owned(), &|s| {
                 if s.idle > 0.0 { format!("{:.0} bytes", s.idle) } else { String::new() }
             });
         }
@@ -90,19 +93,19 @@ pub fn run(runs: usize, json: bool) -> Result<()> {
     Ok(())
 }
 
-const TUNNEL: &str = "tunnel";
+const RAVEN: &str = "Raven";
 const KONNECTIVITY: &str = "konnectivity";
 const RELAYS: &str = "two bare relays";
 
-/// One way, compared with a direct connection on the same link.
+/// Results of one variant, relative to a direct connection on the same link.
 #[derive(Clone, Default)]
 struct Seen {
     one: f64,
     per_cpu: f64,
     many: f64,
-    /// p50 and p99, ms.
+    /// Added latency in ms: p50 and p99.
     added: [f64; 2],
-    /// Bytes; measured on one link.
+    /// Memory of an idle stream in bytes; measured on one link only.
     idle: f64,
 }
 
@@ -114,15 +117,15 @@ struct Measured {
 
 impl Measured {
     fn json(&self) -> Value {
-        let of = |way: &str| -> Value {
-            let Some(good) = self.good.get(way) else { return Value::Null };
+        let of = |name: &str| -> Value {
+            let Some(good) = self.good.get(name) else { return Value::Null };
             let mut object = fields(good);
             object["bytes_per_idle_stream"] = json!(good.idle.round());
-            object["gigabit_link"] = self.gigabit.get(way).map_or(Value::Null, fields);
-            object["bad_link"] = self.bad.get(way).map_or(Value::Null, fields);
+            object["gigabit_link"] = self.gigabit.get(name).map_or(Value::Null, fields);
+            object["bad_link"] = self.bad.get(name).map_or(Value::Null, fields);
             object
         };
-        let mut object = of(TUNNEL);
+        let mut object = of(RAVEN);
         object["konnectivity"] = of(KONNECTIVITY);
         object["bare_relays"] = of(RELAYS);
         object
@@ -137,15 +140,15 @@ fn fields(seen: &Seen) -> Value {
     })
 }
 
-/// How the node is reached.
+/// How connections to the node are opened.
 #[derive(Clone, Debug)]
-enum Way {
+enum Transport {
     Tcp(SocketAddr),
-    Konnectivity(konnectivity::Way),
+    Konnectivity(konnectivity::Connector),
 }
 
 async fn measure(runs: usize) -> Result<Measured> {
-    ensure!(runs > 0, "--runs 0 measures nothing");
+    ensure!(runs > 0, "--runs must be at least 1");
     let mut pools = PoolSpec::three();
     let mut direct = pools[1].forward(Protocol::Tcp, PORT, 1);
     direct.public_port = DIRECT;
@@ -155,8 +158,7 @@ async fn measure(runs: usize) -> Result<Measured> {
     let server = pools[0].forward(Protocol::Tcp, konnectivity::AGENT_PORT, 0);
     pools[0].forwards.push(server);
     let lab = Lab::builder().pools(pools).up().await?;
-    // What every distribution's kernel does unless told otherwise; this machine's may have another default, which
-    // namespaces inherit.
+    // Cubic is the default of distributions' kernels. This machine may have another default, which namespaces inherit.
     fs::write("/proc/sys/net/ipv4/tcp_allowed_congestion_control", "reno cubic bbr")?;
     for ns in lab.site().namespaces() {
         ns.sh("echo cubic > /proc/sys/net/ipv4/tcp_congestion_control")?;
@@ -165,62 +167,62 @@ async fn measure(runs: usize) -> Result<Measured> {
     let _controller = lab.start_controller().await?;
     let mut agents = lab.start_agents().await?;
     for agent in &mut agents {
-        // Without XDP at the uplinks: it costs a network card nothing, but a veth copies every packet for it and joins
-        // none, which all ways would be measured by.
+        // Without XDP on the uplinks. It is free on a network card, but with it a veth copies every packet and aggregates none,
+        // which would affect all variants.
         agent.arguments.extend(["--tier".to_owned(), "tc".to_owned()]);
         agent.restart()?;
     }
     serve(&lab.node("x-b").ns)?;
     let target = SocketAddr::from((lab.node("x-b").lan_v4, PORT));
     let konnectivity = Konnectivity::start(&lab, "cloud-a", "x-a")?;
-    let pid = |node: &str| agents.iter().find(|a| a.node.name == node).map(|a| a.process.pid()).context("an agent");
-    let mut ways = vec![(TUNNEL, Way::Tcp(target), vec![pid("cloud-a")?, pid("x-a")?])];
-    ways.extend(konnectivity.as_ref().map(|k| (KONNECTIVITY, Way::Konnectivity(k.way(target)), k.pids())));
+    let pid = |node: &str| agents.iter().find(|a| a.node.name == node).map(|a| a.process.pid()).context("the node has no agent");
+    let mut variants = vec![(RAVEN, Transport::Tcp(target), vec![pid("cloud-a")?, pid("x-a")?])];
+    variants.extend(konnectivity.as_ref().map(|k| (KONNECTIVITY, Transport::Konnectivity(k.connector(target)), k.pids())));
     let site = lab.pool("edge-x").public_v4;
     relay(&lab.node("x-a").ns, target)?;
     relay(&lab.node("cloud-a").ns, (site, RELAYED).into())?;
-    ways.push((RELAYS, Way::Tcp(([127, 0, 0, 1], RELAYED).into()), Vec::new()));
-    let direct = Way::Tcp((site, DIRECT).into());
+    variants.push((RELAYS, Transport::Tcp(([127, 0, 0, 1], RELAYED).into()), Vec::new()));
+    let direct = Transport::Tcp((site, DIRECT).into());
     let client = lab.node("cloud-a").ns.clone();
-    for way in ways.iter().map(|(_, way, _)| way).chain([&direct]) {
-        let answers = || async { within(&client, way, |way| ask(&way).map(drop)).await };
-        eventually(ANSWER, &format!("{way:?} answers"), answers).await?;
+    for transport in variants.iter().map(|(_, transport, _)| transport).chain([&direct]) {
+        let answers = || async { within(&client, transport, |transport| request(&transport).map(drop)).await };
+        eventually(ANSWER, &format!("{transport:?} responds"), answers).await?;
     }
-    let mut good = compare(&client, &ways, &direct, &GOOD, runs).await?;
-    for (name, way, pids) in ways.iter().filter(|(_, _, pids)| !pids.is_empty()) {
-        let idle = idle(&client, way, pids).await?;
+    let mut good = compare(&client, &variants, &direct, &GOOD, runs).await?;
+    for (name, transport, pids) in variants.iter().filter(|(_, _, pids)| !pids.is_empty()) {
+        let idle = idle(&client, transport, pids).await?;
         good.entry(name).or_default().idle = idle;
     }
-    let line = &lab.pool("edge-x").router;
-    line.sh("tc qdisc add dev wan root tbf rate 1gbit burst 256kb latency 10ms")?;
-    let gigabit = compare(&client, &ways, &direct, &GIGABIT, runs).await?;
-    line.sh("tc qdisc del dev wan root")?;
-    let (delay, one_in) = BAD.bad.context("a bad link is bad")?;
+    let router = &lab.pool("edge-x").router;
+    router.sh("tc qdisc add dev wan root tbf rate 1gbit burst 256kb latency 10ms")?;
+    let gigabit = compare(&client, &variants, &direct, &GIGABIT, runs).await?;
+    router.sh("tc qdisc del dev wan root")?;
+    let (delay, one_in) = BAD.bad.context("the bad link has no delay")?;
     let _impaired = lab.impair("edge-x", delay, one_in)?;
-    let bad = compare(&client, &ways, &direct, &BAD, runs).await?;
+    let bad = compare(&client, &variants, &direct, &BAD, runs).await?;
     Ok(Measured { good, gigabit, bad })
 }
 
-/// Every way against the direct one, in turn.
+/// Measures all variants and the direct connection alternately.
 async fn compare(
     client: &Namespace,
-    ways: &[(&'static str, Way, Vec<u32>)],
-    direct: &Way,
+    variants: &[(&'static str, Transport, Vec<u32>)],
+    direct: &Transport,
     link: &'static Link,
     runs: usize,
 ) -> Result<BTreeMap<&'static str, Seen>> {
     let mut raw: BTreeMap<&str, Raw> = BTreeMap::new();
     for _ in 0..runs {
-        for (name, way) in ways.iter().map(|(name, way, _)| (*name, way)).chain([("direct", direct)]) {
+        for (name, transport) in variants.iter().map(|(name, transport, _)| (*name, transport)).chain([("direct", direct)]) {
             let raw = raw.entry(name).or_default();
             let busy = busy_seconds()?;
-            raw.one.push(within(client, way, |way| download(&way, link.bulk, 1)).await?);
+            raw.one.push(within(client, transport, |transport| download(&transport, link.bulk, 1)).await?);
             raw.per_cpu.push(link.bulk as f64 / (busy_seconds()? - busy).max(0.01));
-            raw.many.push(within(client, way, |way| download(&way, link.bulk, link.streams)).await?);
-            raw.latency.push(within(client, way, |way| percentiles(&way, link.requests)).await?);
+            raw.many.push(within(client, transport, |transport| download(&transport, link.bulk, link.streams)).await?);
+            raw.latency.push(within(client, transport, |transport| percentiles(&transport, link.requests)).await?);
         }
     }
-    let direct = raw.remove("direct").context("it was measured")?;
+    let direct = raw.remove("direct").context("the direct connection was not measured")?;
     let against = |raw: &Raw| Seen {
         one: median(&raw.one) / median(&direct.one),
         per_cpu: median(&raw.per_cpu) / median(&direct.per_cpu),
@@ -228,10 +230,10 @@ async fn compare(
         added: [0, 1].map(|n| percentile(&raw.latency, n) - percentile(&direct.latency, n)),
         idle: 0.0,
     };
-    Ok(ways.iter().map(|(name, _, _)| (*name, against(&raw[name]))).collect())
+    Ok(variants.iter().map(|(name, _, _)| (*name, against(&raw[name]))).collect())
 }
 
-/// What was measured, run by run.
+/// Measured values, one per run.
 #[derive(Default)]
 struct Raw {
     one: Vec<f64>,
@@ -244,22 +246,27 @@ fn percentile(latency: &[[f64; 2]], n: usize) -> f64 {
     median(&latency.iter().map(|p| p[n]).collect::<Vec<_>>())
 }
 
-/// Bytes that both ends keep for a stream on which nothing happens.
-async fn idle(client: &Namespace, way: &Way, pids: &[u32]) -> Result<f64> {
+/// Returns the memory in bytes that both ends use for an idle stream.
+async fn idle(client: &Namespace, transport: &Transport, pids: &[u32]) -> Result<f64> {
     let resident = || pids.iter().map(|pid| memory_mb(*pid, "VmRSS")).sum::<Result<f64>>();
     let before = resident()?;
-    let held = within(client, way, |way| (0..IDLE).map(|_| ask(&way)).collect::<Result<Vec<_>>>()).await?;
+    let held = within(client, transport, |transport| (0..IDLE).map(|_| request(&transport)).collect::<Result<Vec<_>>>()).await?;
     let after = resident()?;
     drop(held);
     Ok((after - before) * 1024.0 * 1024.0 / IDLE as f64)
 }
 
-async fn within<T: Send + 'static>(ns: &Namespace, way: &Way, work: impl FnOnce(Way) -> Result<T> + Send + 'static) -> Result<T> {
-    let way = way.clone();
-    ns.within_async(move || work(way)).await?
+async fn within<T: Send + 'static>(
+    ns: &Namespace,
+    transport: &Transport,
+    work: impl FnOnce(Transport) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let transport = transport.clone();
+    ns.within_async(move || work(transport)).await?
 }
 
-/// On the node: a number of bytes (8, big-endian) is answered with as many; 0 with one byte, and the connection stays.
+/// Starts the node's server: it answers a number (8 bytes, big-endian) with as many bytes, and 0 with one byte. The connection
+/// stays open.
 fn serve(ns: &Namespace) -> Result<()> {
     let listener = ns.within(|| TcpListener::bind(("0.0.0.0", PORT)))??;
     std::thread::spawn(move || {
@@ -288,8 +295,7 @@ fn answer(mut client: TcpStream) -> std::io::Result<()> {
     }
 }
 
-/// Connects whoever comes to its port with `to`, both ways, by threads: the standard library moves bytes between
-/// sockets by splice(2).
+/// Starts a relay between its port and `to`. The standard library moves bytes between sockets by splice(2).
 fn relay(ns: &Namespace, to: SocketAddr) -> Result<()> {
     let listener = ns.within(|| TcpListener::bind(("0.0.0.0", RELAYED)))??;
     let connect = move |client: TcpStream| -> std::io::Result<()> {
@@ -304,7 +310,7 @@ fn relay(ns: &Namespace, to: SocketAddr) -> Result<()> {
     ns.within(move || {
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                // A thread stays in the network namespace of the one that made it.
+                // A thread inherits the network namespace of the thread that created it.
                 std::thread::spawn(move || connect(client));
             }
         });
@@ -315,37 +321,37 @@ fn relay(ns: &Namespace, to: SocketAddr) -> Result<()> {
 trait Stream: Read + Write + Send {}
 impl<T: Read + Write + Send> Stream for T {}
 
-fn connect(way: &Way) -> Result<Box<dyn Stream>> {
-    match way {
-        Way::Tcp(to) => {
+fn connect(transport: &Transport) -> Result<Box<dyn Stream>> {
+    match transport {
+        Transport::Tcp(to) => {
             let stream = TcpStream::connect_timeout(to, ANSWER)?;
             stream.set_nodelay(true)?;
             stream.set_read_timeout(Some(ANSWER))?;
             Ok(Box::new(stream))
         }
-        Way::Konnectivity(way) => Ok(Box::new(way.connect(ANSWER)?)),
+        Transport::Konnectivity(connector) => Ok(Box::new(connector.connect(ANSWER)?)),
     }
 }
 
-/// A small request by a connection of its own, which is given back open.
-fn ask(way: &Way) -> Result<Box<dyn Stream>> {
-    let mut stream = connect(way)?;
+/// Sends a small request on a new connection and returns the connection, still open.
+fn request(transport: &Transport) -> Result<Box<dyn Stream>> {
+    let mut stream = connect(transport)?;
     stream.write_all(&0u64.to_be_bytes())?;
     let mut byte = [0];
-    stream.read_exact(&mut byte).with_context(|| format!("an answer by {way:?}"))?;
+    stream.read_exact(&mut byte).with_context(|| format!("read the answer by {transport:?}"))?;
     Ok(stream)
 }
 
-/// Bytes per second of so many streams at once.
-fn download(way: &Way, bulk: u64, streams: u64) -> Result<f64> {
+/// Returns the throughput of concurrent streams in bytes per second.
+fn download(transport: &Transport, bulk: u64, streams: u64) -> Result<f64> {
     let begin = Instant::now();
     let each = bulk / streams;
     std::thread::scope(|scope| {
         let readers: Vec<_> = (0..streams)
             .map(|_| {
-                // A thread of a scope stays in the network namespace of the one that made it.
+                // A thread inherits the network namespace of the thread that created it.
                 scope.spawn(move || -> Result<()> {
-                    let mut stream = connect(way)?;
+                    let mut stream = connect(transport)?;
                     stream.write_all(&each.to_be_bytes())?;
                     let copied = std::io::copy(&mut (&mut stream).take(each), &mut std::io::sink())?;
                     ensure!(copied == each, "{copied} of {each} bytes");
@@ -358,23 +364,24 @@ fn download(way: &Way, bulk: u64, streams: u64) -> Result<f64> {
     Ok(bulk as f64 / begin.elapsed().as_secs_f64())
 }
 
-/// p50 and p99 of small requests, ms.
-fn percentiles(way: &Way, requests: usize) -> Result<[f64; 2]> {
+/// Returns p50 and p99 of small requests in ms.
+fn percentiles(transport: &Transport, requests: usize) -> Result<[f64; 2]> {
     let mut times = Vec::with_capacity(requests);
     for _ in 0..requests {
         let begin = Instant::now();
-        ask(way)?;
+        request(transport)?;
         times.push(begin.elapsed().as_secs_f64() * 1000.0);
     }
     times.sort_by(f64::total_cmp);
     Ok([times[requests / 2], times[requests * 99 / 100]])
 }
 
-/// Seconds that this machine's CPUs were not idle, all together.
+/// Returns the CPU time of this machine that was not idle in seconds, summed over all CPUs.
 fn busy_seconds() -> Result<f64> {
     let text = fs::read_to_string("/proc/stat")?;
-    let numbers: Vec<f64> = text.lines().next().context("a line")?.split_whitespace().skip(1).filter_map(|n| n.parse().ok()).collect();
-    // user nice system idle iowait irq softirq …, in hundredths.
+    let numbers: Vec<f64> =
+        text.lines().next().context("/proc/stat is empty")?.split_whitespace().skip(1).filter_map(|n| n.parse().ok()).collect();
+    // The fields are user nice system idle iowait irq softirq …, in hundredths of a second.
     let idle = numbers.get(3).unwrap_or(&0.0) + numbers.get(4).unwrap_or(&0.0);
     Ok((numbers.iter().take(8).sum::<f64>() - idle) / 100.0)
 }

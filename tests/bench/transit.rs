@@ -1,8 +1,7 @@
-//! `bench transit`: packets per CPU-second of a gateway node's hop, by four ways, in both directions.
+//! `bench transit`: packets per CPU-second of a gateway node's hop, by four variants, in both directions.
 //!
-//! (a) our fast tier, (b) our fallback tier, (c) the kernel's forwarding with conntrack and the rules that upstream's
-//! agent installs (API.md), (d) the kernel's forwarding and nothing else. Variants alternate within a run; medians
-//! count.
+//! (a) the fast tier, (b) the fallback tier, (c) the kernel's forwarding with conntrack and the rules that upstream's agent
+//! installs, (d) the kernel's forwarding only. Variants alternate within a run; the median counts.
 
 use std::{path::Path, time::Duration};
 
@@ -16,14 +15,14 @@ use crate::{
     median,
 };
 
-/// How long one measurement lasts.
+/// Duration of one measurement.
 const TIME: Duration = Duration::from_millis(700);
-/// How many remote prefixes there are.
+/// Numbers of remote prefixes to measure.
 const PREFIXES: [u32; 3] = [10, 1_000, 100_000];
-/// The number of prefixes for which the two ratios are given.
+/// Number of prefixes for which the two ratios are printed.
 const RATIO_AT: u32 = 1_000;
 
-/// A way through the gateway node.
+/// A variant of forwarding through the gateway node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Variant {
     Fast,
@@ -42,19 +41,19 @@ impl Variant {
         }
     }
 
-    fn words(self, direction: Direction) -> &'static str {
+    fn description(self, direction: Direction) -> &'static str {
         match (self, direction) {
             (Self::Fast, Direction::ToTunnel) => "(a) XDP + TC redirect",
             (Self::Fast, Direction::ToOverlay) => "(a) wrapped in place, redirect by neighbour",
             (Self::Fallback, Direction::ToTunnel) => "(b) TC on raven0",
             (Self::Fallback, Direction::ToOverlay) => "(b) tunnel key and raven0",
             (Self::Netfilter, _) => "(c) kernel, conntrack and upstream's rules",
-            (Self::Forwarding, _) => "(d) kernel forwarding alone",
+            (Self::Forwarding, _) => "(d) kernel forwarding only",
         }
     }
 }
 
-/// One line of the result.
+/// One row of the result.
 struct Line {
     variant: Variant,
     direction: Direction,
@@ -62,7 +61,7 @@ struct Line {
     kpps: f64,
 }
 
-/// Runs all of it.
+/// Runs the benchmark.
 pub fn run(object: &Path, runs: usize, json: bool) -> Result<()> {
     let mut lines = Vec::new();
     for prefixes in PREFIXES {
@@ -100,26 +99,26 @@ fn direction_name(direction: Direction) -> &'static str {
     }
 }
 
-/// Packets per millisecond of CPU from nanoseconds per packet.
+/// Converts nanoseconds per packet to packets per millisecond of CPU time.
 fn kpps(nanoseconds: f64) -> f64 {
     1_000_000.0 / nanoseconds
 }
 
-/// Alternates the variants; the median of nanoseconds per packet, per variant.
+/// Measures the variants alternately. Returns the median of nanoseconds per packet for each variant.
 fn alternate(hop: &mut Hop, direction: Direction, variants: &[Variant], runs: usize) -> Result<Vec<(Variant, f64)>> {
     let mut samples: Vec<Vec<f64>> = vec![Vec::new(); variants.len()];
     for _ in 0..runs {
         for (n, variant) in variants.iter().enumerate() {
-            let set_up = SetUp::new(hop, *variant, direction)?;
+            let setup = Setup::new(hop, *variant, direction)?;
             let sample = hop.measure(direction, TIME)?;
             anyhow::ensure!(
                 sample.packets > 1_000,
-                "{}: only {} packets arrived in {TIME:?}: this measures nothing",
-                variant.words(direction),
+                "{}: only {} packets arrived in {TIME:?}, too few for a measurement",
+                variant.description(direction),
                 sample.packets
             );
             samples[n].push(sample.nanoseconds());
-            set_up.remove(hop)?;
+            setup.remove(hop)?;
         }
     }
     Ok(variants.iter().copied().zip(samples.iter().map(|samples| median(samples))).collect())
@@ -132,7 +131,7 @@ fn to_tunnel(hop: &mut Hop, prefixes: u32, runs: usize) -> Result<Vec<Line>> {
     Ok(measured.into_iter().map(line).collect())
 }
 
-/// The feed's own cost is measured in the same run and taken off every way.
+/// The cost of the feed is measured in the same run and subtracted from every variant.
 fn to_overlay(hop: &mut Hop, prefixes: u32, runs: usize) -> Result<Vec<Line>> {
     let variants = [Variant::Fast, Variant::Fallback, Variant::Netfilter, Variant::Forwarding];
     let measured = alternate(hop, Direction::ToOverlay, &variants, runs)?;
@@ -142,21 +141,21 @@ fn to_overlay(hop: &mut Hop, prefixes: u32, runs: usize) -> Result<Vec<Line>> {
     Ok(measured.into_iter().map(line).collect())
 }
 
-/// Nanoseconds of a packet from the wire to where a program on the L3 device would see it, dropped there. Comes last:
-/// the set-up carries nothing any more afterwards.
+/// Measures the nanoseconds per packet up to the L3 device, where packets are dropped. Must be the last measurement, because
+/// the setup forwards no packets afterwards.
 fn feed(hop: &mut Hop, runs: usize) -> Result<f64> {
     hop.end_at_feed()?;
     let samples: Result<Vec<f64>> = (0..runs).map(|_| Ok(hop.measure(Direction::ToOverlay, TIME)?.nanoseconds())).collect();
     Ok(median(&samples?))
 }
 
-/// A variant in place.
-struct SetUp {
+/// An installed variant.
+struct Setup {
     variant: Variant,
     _programs: Option<Programs>,
 }
 
-impl SetUp {
+impl Setup {
     fn new(hop: &Hop, variant: Variant, direction: Direction) -> Result<Self> {
         hop.overlay_device(matches!(variant, Variant::Fast | Variant::Fallback))?;
         let programs = match (variant, direction) {
@@ -191,10 +190,10 @@ impl SetUp {
     }
 }
 
-/// What upstream's agent installs on a gateway node (API.md, 'On the node'): marks by ipset in PREROUTING and OUTPUT,
-/// the exemption from source NAT by ipset in POSTROUTING, a rule for the mark; and conntrack, which comes with NAT.
+/// Installs the rules of upstream's agent on a gateway node: marks by ipset in PREROUTING and OUTPUT, the exemption from source
+/// NAT by ipset in POSTROUTING, a rule for the mark, and conntrack, which NAT implies.
 ///
-/// Upstream's second set is of type hash:net,net. Where the kernel lacks it, two sets of hash:net stand in.
+/// Upstream's second set has the type hash:net,net. Two sets of type hash:net replace it, because some kernels lack the type.
 fn upstream_rules(hop: &Hop) -> Result<()> {
     let mut sets = "create raven-mark-set hash:net maxelem 262144\ncreate raven-skip-nat-set hash:net maxelem 262144\n".to_owned();
     for prefix in hop.remote_prefixes() {
@@ -227,14 +226,14 @@ fn upstream_rules(hop: &Hop) -> Result<()> {
 fn ratio(lines: &[Line], direction: Direction, prefixes: u32, other: Variant) -> Result<f64> {
     let of = |variant| {
         let line = lines.iter().find(|l| l.variant == variant && l.direction == direction && l.prefixes == prefixes);
-        line.map(|l| l.kpps).context("the variant was measured")
+        line.map(|l| l.kpps).context("the variant was not measured")
     };
     Ok(of(Variant::Fast)? / of(other)?)
 }
 
 fn table(lines: &[Line]) -> Result<Table> {
     let mut table = Table::new();
-    table.load_style(ASCII_MARKDOWN).set_header(["direction", "way", "prefixes", "kpps per CPU-second", "× (c)", "× (d)"]);
+    table.load_style(ASCII_MARKDOWN).set_header(["direction", "variant", "prefixes", "kpps per CPU-second", "× (c)", "× (d)"]);
     for line in lines {
         let of = |variant| {
             let other = lines.iter().find(|l| l.variant == variant && l.direction == line.direction && l.prefixes == line.prefixes);
@@ -242,7 +241,7 @@ fn table(lines: &[Line]) -> Result<Table> {
         };
         table.add_row([
             direction_name(line.direction).replace("->", " → "),
-            line.variant.words(line.direction).to_owned(),
+            line.variant.description(line.direction).to_owned(),
             line.prefixes.to_string(),
             format!("{:.0}", line.kpps),
             format!("{:.2}", of(Variant::Netfilter)),

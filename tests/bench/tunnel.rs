@@ -1,7 +1,8 @@
-//! `bench tunnel`: throughput of one TCP connection between two gateway nodes through Raven, and through bare WireGuard of the same
-//! kind between the same two hosts. The two ways alternate within a run, each host has a core of its own, and the
-//! median of the runs' ratios counts: what the scheduler makes of four engines on two cores differs by more than the
-//! two ways do.
+//! `bench tunnel`: throughput of one TCP connection between two gateway nodes through Raven, and through bare WireGuard of the
+//! same kind between the same two hosts.
+//!
+//! The two variants alternate within a run, each host is pinned to one core, and the median of the runs' ratios counts:
+//! scheduling of four engines on two cores would vary more than the difference between the variants.
 
 use std::{process::Command, time::Duration};
 
@@ -11,16 +12,16 @@ use raven_tests::{Lab, Node, PoolSpec, Protocol, agent, eventually, namespace::N
 
 use crate::median;
 
-/// How long one measurement lasts, seconds.
+/// Duration of one measurement in seconds.
 const SECONDS: &str = "3";
-/// The bare device, its port, and its two ends.
+/// Name of the bare WireGuard device; below its port and the addresses of both ends.
 const BARE: &str = "bare0";
 const BARE_PORT: u16 = 4501;
 const BARE_ENDS: [&str; 2] = ["172.31.255.1", "172.31.255.2"];
-/// What Raven gives its own, bytes.
+/// MTU of Raven's device in bytes.
 const MTU: &str = "1420";
 
-/// Runs it.
+/// Runs the benchmark.
 pub fn run(runs: usize, json: bool) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let measured = runtime.block_on(measure(runs))?;
@@ -33,7 +34,7 @@ pub fn run(runs: usize, json: bool) -> Result<()> {
         return Ok(());
     }
     let mut table = Table::new();
-    table.load_style(ASCII_MARKDOWN).set_header(["way", "WireGuard", "Mbit/s", "× bare"]);
+    table.load_style(ASCII_MARKDOWN).set_header(["variant", "WireGuard", "Mbit/s", "× bare"]);
     table.add_row(["Raven".to_owned(), (*backend).to_owned(), format!("{raven:.0}"), format!("{ratio:.2}")]);
     table.add_row(["bare WireGuard".to_owned(), (*backend).to_owned(), format!("{bare:.0}"), "1.00".to_owned()]);
     println!("{table}");
@@ -42,14 +43,14 @@ pub fn run(runs: usize, json: bool) -> Result<()> {
 
 struct Measured {
     backend: &'static str,
-    /// Mbit/s.
+    /// Throughput in Mbit/s.
     raven: f64,
     bare: f64,
     ratio: f64,
 }
 
 async fn measure(runs: usize) -> Result<Measured> {
-    ensure!(runs > 0, "--runs 0 measures nothing");
+    ensure!(runs > 0, "--runs must be at least 1");
     let mut pools = PoolSpec::three();
     pools.truncate(2);
     let forward = pools[0].forward(Protocol::Udp, BARE_PORT, 0);
@@ -61,14 +62,14 @@ async fn measure(runs: usize) -> Result<Measured> {
     let (server, client) = (lab.node("cloud-a"), lab.node("x-a"));
     let target = server.bridge_v4();
     let answers = || async { probe::ping(&client.ns, target.into()).await?.context("no answer") };
-    eventually(proof::CONVERGENCE, "the two hosts meet through Raven", answers).await?;
+    eventually(proof::CONVERGENCE, "the two hosts are connected through Raven", answers).await?;
     let (backend, _engines) = bare(&lab, server, client).await?;
     for (node, core) in [(client, 0), (server, 1)] {
         let pinned = node.ns.sh(&format!("for pid in $(ip netns pids {}); do taskset -a -c -p {core} $pid; done", node.ns.name));
-        let pinned = pinned.with_context(|| format!("give {} a core", node.name))?;
+        let pinned = pinned.with_context(|| format!("pin {} to a core", node.name))?;
         ensure!(
             pinned.lines().any(|line| line.ends_with(&format!("new affinity list: {core}"))),
-            "{} has no core of its own: {pinned}",
+            "{} is not pinned to its core: {pinned}",
             node.name
         );
     }
@@ -78,10 +79,10 @@ async fn measure(runs: usize) -> Result<Measured> {
     let (mut raven, mut bare) = (Vec::new(), Vec::new());
     let target = target.to_string();
     for run in 0..runs {
-        let mut ways = [(&mut raven, target.as_str()), (&mut bare, BARE_ENDS[0])];
-        // Neither way is always the first.
-        ways.rotate_left(run % 2);
-        for (seen, to) in ways {
+        let mut variants = [(&mut raven, target.as_str()), (&mut bare, BARE_ENDS[0])];
+        // The order alternates, so that no variant is always first.
+        variants.rotate_left(run % 2);
+        for (seen, to) in variants {
             seen.push(mbit(&client.ns, to).await?);
         }
     }
@@ -90,7 +91,7 @@ async fn measure(runs: usize) -> Result<Measured> {
     Ok(Measured { backend, ratio: median(&ratios), raven: median(&raven), bare: median(&bare) })
 }
 
-/// Bare WireGuard between the two hosts, of the kind that this kernel has.
+/// Creates bare WireGuard between the two hosts: the kernel's or, if it has none, the embedded engine.
 async fn bare(lab: &Lab, server: &Node, client: &Node) -> Result<(&'static str, Vec<Process>)> {
     let mut engines = Vec::new();
     let mut backend = "kernel";
@@ -101,7 +102,7 @@ async fn bare(lab: &Lab, server: &Node, client: &Node) -> Result<(&'static str, 
             engine.args(["wireguard-engine", BARE]);
             engines.push(Process::start(format!("bare-{}", node.name), &lab.logs(), engine)?);
             let up = || async { node.ns.run("wg", &["show", BARE]) };
-            eventually(Duration::from_secs(10), "the bare engine answers", up).await?;
+            eventually(Duration::from_secs(10), "the bare engine responds", up).await?;
         }
         node.ns.sh(&format!("umask 077; wg genkey > /run/raven/{BARE}.key; wg pubkey < /run/raven/{BARE}.key > /run/raven/{BARE}.pub"))?;
     }
@@ -115,7 +116,7 @@ async fn bare(lab: &Lab, server: &Node, client: &Node) -> Result<(&'static str, 
         ))?;
     }
     let answers = || async { probe::ping(&client.ns, BARE_ENDS[0].parse()?).await?.context("no answer") };
-    eventually(Duration::from_secs(20), "the two hosts meet through bare WireGuard", answers).await?;
+    eventually(Duration::from_secs(20), "the two hosts are connected through bare WireGuard", answers).await?;
     Ok((backend, engines))
 }
 
@@ -123,7 +124,7 @@ async fn mbit(from: &Namespace, to: &str) -> Result<f64> {
     let mut command: Command = from.command("iperf3");
     command.args(["-J", "-A", "0,1", "-t", SECONDS, "-c", to]);
     let done = tokio::process::Command::from(command).output().await.context("start iperf3")?;
-    let said: serde_json::Value = serde_json::from_slice(&done.stdout).context("iperf3 prints JSON")?;
-    let bits = said["end"]["sum_received"]["bits_per_second"].as_f64();
-    Ok(bits.with_context(|| format!("iperf3 to {to}: {}", said["error"]))? / 1e6)
+    let report: serde_json::Value = serde_json::from_slice(&done.stdout).context("parse iperf3's output as JSON")?;
+    let bits = report["end"]["sum_received"]["bits_per_second"].as_f64();
+    Ok(bits.with_context(|| format!("iperf3 to {to}: {}", report["error"]))? / 1e6)
 }

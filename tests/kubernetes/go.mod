@@ -2,7 +2,7 @@ module raven.openyurt.io/tests/kubernetes
 
 go 1.26.0
 
-// The Kubernetes of the lab, built from its Go modules with no code of ours (DESIGN.md, 'Test lab'):
+// Builds the lab's etcd, kube-apiserver and kubectl from their Go modules:
 //   go build -o DIR tool
 
 tool (

@@ -1,4 +1,4 @@
-//! One packet, and all that must come of it.
+//! A test case: one packet with its expected result.
 
 use std::fmt::Write as _;
 
@@ -10,7 +10,7 @@ use raven_common::{
 
 use crate::dataplane::{Context, Counters, Dataplane, TC_REDIRECT, TC_SHOT, TC_UNSPEC, XDP_DROP, XDP_PASS};
 
-/// A row of a table.
+/// A test case.
 #[derive(Clone, Debug)]
 pub struct Case {
     name: String,
@@ -22,77 +22,77 @@ pub struct Case {
     out: Out,
 }
 
-/// What the packet must be afterwards.
+/// Expected packet after the program.
 #[derive(Clone, Debug)]
 enum Out {
     Unchanged,
     Exactly(Vec<u8>),
-    /// Compared on real devices.
+    /// Not compared here, but with real devices.
     Elsewhere,
 }
 
 impl Case {
-    /// Until told otherwise: passes, unchanged, uncounted.
+    /// Creates a case. Default expectation: the packet passes, unchanged and uncounted.
     pub fn new(name: impl Into<String>, packet: Vec<u8>) -> Self {
         let context = Context::default();
         Self { name: name.into(), packet, context, action: TC_UNSPEC, counted: None, meta: Vec::new(), out: Out::Unchanged }
     }
 
-    /// It is an aggregate.
+    /// Makes the packet an aggregate.
     pub fn aggregate(mut self, gso_segs: u32, gso_size: u32) -> Self {
         self.context = Context { gso_segs, gso_size };
         self
     }
 
-    /// Passes on to whoever is next, counted.
+    /// Expects that the packet passes to the next program and is counted.
     pub fn passes(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
         (self.action, self.counted) = (TC_UNSPEC, Some((gateway, verdict)));
         self
     }
 
-    /// Is redirected.
+    /// Expects a redirect.
     pub fn redirected(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
         (self.action, self.counted) = (TC_REDIRECT, Some((gateway, verdict)));
         self
     }
 
-    /// Ends here.
+    /// Expects a drop.
     pub fn dropped(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
         (self.action, self.counted) = (TC_SHOT, Some((gateway, verdict)));
         self
     }
 
-    /// XDP: passes, uncounted.
+    /// XDP: expects that the packet passes uncounted.
     pub fn xdp_passes(mut self) -> Self {
         self.action = XDP_PASS;
         self
     }
 
-    /// XDP: dropped.
+    /// XDP: expects a drop.
     pub fn xdp_dropped(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
         (self.action, self.counted) = (XDP_DROP, Some((gateway, verdict)));
         self
     }
 
-    /// The bytes afterwards.
+    /// Expects these bytes.
     pub fn becomes(mut self, packet: Vec<u8>) -> Self {
         self.out = Out::Exactly(packet);
         self
     }
 
-    /// The bytes afterwards are no matter of a test run: the caller says where they are compared.
+    /// Does not compare the bytes, which another test compares with real devices.
     pub fn becomes_elsewhere(mut self) -> Self {
         self.out = Out::Elsewhere;
         self
     }
 
-    /// XDP metadata afterwards.
+    /// Expects this XDP metadata.
     pub fn with_meta(mut self, meta: Vec<u8>) -> Self {
         self.meta = meta;
         self
     }
 
-    /// What is wrong, or nothing.
+    /// Runs the case. Returns all deviations, or `None`.
     fn failure(&self, dataplane: &Dataplane, hook: Hook) -> Option<String> {
         let before = dataplane.counters();
         let ran = dataplane.run(hook, &self.packet, self.context);
@@ -116,23 +116,23 @@ impl Case {
     }
 }
 
-/// Runs all cases and fails with all that do not hold.
+/// Runs all cases and fails with the deviations of all of them.
 pub fn check(dataplane: &Dataplane, hook: Hook, cases: &[Case]) {
     let failures: Vec<String> = cases.iter().filter_map(|case| case.failure(dataplane, hook)).collect();
     assert!(failures.is_empty(), "{} of {} cases of {}:\n{}", failures.len(), cases.len(), hook.program(), failures.join("\n"));
 }
 
-/// What was counted between two looks.
+/// Returns the increase of counters.
 pub fn difference(before: &Counters, after: &Counters) -> Counters {
-    let grown = after.iter().filter_map(|(key, count)| {
+    let increased = after.iter().filter_map(|(key, count)| {
         let old = before.get(key).copied().unwrap_or_default();
-        let grown = Count { packets: count.packets - old.packets, bytes: count.bytes - old.bytes };
-        (grown != Count::default()).then_some((*key, grown))
+        let increase = Count { packets: count.packets - old.packets, bytes: count.bytes - old.bytes };
+        (increase != Count::default()).then_some((*key, increase))
     });
-    grown.collect()
+    increased.collect()
 }
 
-/// The lines of 16 bytes in which two packets differ; empty if they are the same.
+/// Returns the lines of 16 bytes in which two packets differ; empty if they are equal.
 pub fn hex_difference(what: &str, expected: &[u8], seen: &[u8]) -> String {
     if expected == seen {
         return String::new();

@@ -1,4 +1,4 @@
-//! The object, loaded for one test: nothing pinned, tables of [`crate::world`] in its maps.
+//! The object, loaded for one test, with the tables of [`crate::topology`] in its maps. Nothing is pinned.
 
 use std::collections::BTreeMap;
 
@@ -13,29 +13,29 @@ use raven_common::{
     tables::{Config, Count, CounterKey, DropSample, GatewayId, KubeletAddress, KubeletNode, Local, NODE_IS_GATEWAY, Node, Remote},
 };
 
-use crate::world::{GATEWAY, KUBELET, KUBELET_PORT, LOCAL, LOST, ME, MEMBER, Net, REMOTE};
+use crate::topology::{GATEWAY, KUBELET, KUBELET_PORT, LOCAL, LOST, ME, MEMBER, Net, REMOTE};
 
-/// Counters, summed over CPUs; without those that are zero.
+/// Counters, summed over CPUs, without those that are zero.
 pub type Counters = BTreeMap<(GatewayId, Verdict), Count>;
 
-/// The kernel's numbers (linux/pkt_cls.h, linux/bpf.h), written down a second time on purpose.
+/// Constants of linux/pkt_cls.h and linux/bpf.h, defined here again on purpose, independently of the programs.
 pub const TC_UNSPEC: u32 = u32::MAX;
 pub const TC_SHOT: u32 = 2;
 pub const TC_REDIRECT: u32 = 7;
 pub const XDP_DROP: u32 = 1;
 pub const XDP_PASS: u32 = 2;
 
-/// What a packet brings along besides its bytes.
+/// Metadata of a packet.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Context {
-    /// Payload bytes per segment, if it is an aggregate.
+    /// Payload bytes per segment of an aggregate; 0 otherwise.
     pub gso_size: u32,
-    /// How many packets the aggregate stands for.
+    /// Number of packets in an aggregate; 0 otherwise.
     pub gso_segs: u32,
 }
 
 impl Context {
-    /// `struct __sk_buff` of linux/bpf.h. All that we set: `gso_segs` at byte 164, `gso_size` at byte 176.
+    /// Encodes `struct __sk_buff` of linux/bpf.h, with `gso_segs` at byte 164 and `gso_size` at byte 176.
     fn to_sk_buff(self) -> [u8; 192] {
         let mut bytes = [0; 192];
         bytes[164..168].copy_from_slice(&self.gso_segs.to_ne_bytes());
@@ -44,7 +44,7 @@ impl Context {
     }
 }
 
-/// `struct xdp_md` of linux/bpf.h for a frame of this length: `data` at byte 0, `data_end` at 4, `data_meta` at 8, then
+/// Encodes `struct xdp_md` of linux/bpf.h for a frame of this length: `data` at byte 0, `data_end` at 4, `data_meta` at 8, then
 /// three fields that stay zero. Offsets count from the start of the buffer.
 fn xdp_md(frame: usize) -> [u8; 24] {
     let mut bytes = [0; 24];
@@ -52,11 +52,11 @@ fn xdp_md(frame: usize) -> [u8; 24] {
     bytes
 }
 
-/// What a program did.
+/// Result of a program's run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ran {
     pub action: u32,
-    /// XDP metadata: what lies in front of the packet.
+    /// XDP metadata in front of the packet.
     pub meta: Vec<u8>,
     pub packet: Vec<u8>,
 }
@@ -69,12 +69,12 @@ pub struct Dataplane {
 impl Dataplane {
     /// Loads every program and fills the maps.
     pub fn load(config: Config) -> Self {
-        let ebpf = EbpfLoader::new().load(object()).expect("the object loads");
+        let ebpf = EbpfLoader::new().load(object()).expect("load the object");
         let mut dataplane = Self { ebpf };
         for hook in Hook::ALL {
             match hook {
-                Hook::UplinkXdp => dataplane.xdp_mut().load().expect("uplink_xdp loads"),
-                _ => dataplane.tc_mut(hook).load().unwrap_or_else(|e| panic!("{} loads: {e:?}", hook.program())),
+                Hook::UplinkXdp => dataplane.xdp_mut().load().expect("load uplink_xdp"),
+                _ => dataplane.tc_mut(hook).load().unwrap_or_else(|e| panic!("load {}: {e:?}", hook.program())),
             }
         }
         dataplane.configure(config);
@@ -82,10 +82,10 @@ impl Dataplane {
         dataplane
     }
 
-    /// Changes what the programs know of their node.
+    /// Changes the configuration of the node.
     pub fn configure(&mut self, config: Config) {
         let mut map: Array<_, Config> = self.ebpf.map_mut("CONFIG").expect("CONFIG").try_into().expect("an array");
-        map.set(0, config, 0).expect("CONFIG takes the configuration");
+        map.set(0, config, 0).expect("write CONFIG");
     }
 
     fn fill(&mut self, config: Config) {
@@ -93,41 +93,41 @@ impl Dataplane {
             self.put("LOCAL4", "LOCAL6", net, Local { node });
         }
         for (net, gateway) in REMOTE {
-            // A gateway node is itself the way.
+            // A gateway node carries the prefixes itself.
             let via = if gateway == LOST || config.tunnel_ifindex != 0 { [0; 4] } else { GATEWAY };
             self.put("REMOTE4", "REMOTE6", net, Remote { gateway, via });
         }
         let mut nodes: HashMap<_, [u8; 4], Node> = self.ebpf.map_mut("NODES").expect("NODES").try_into().expect("a hash");
         for (node, flags) in [(ME, 0), (MEMBER, 0), (GATEWAY, NODE_IS_GATEWAY)] {
-            nodes.insert(node, Node { flags }, 0).expect("NODES takes a node");
+            nodes.insert(node, Node { flags }, 0).expect("write NODES");
         }
         let mut kubelets: HashMap<_, KubeletAddress, KubeletNode> =
             self.ebpf.map_mut("KUBELETS").expect("KUBELETS").try_into().expect("a hash");
         let address = KubeletAddress { address: KUBELET.pod4(), port: KUBELET_PORT, _pad: 0 };
-        kubelets.insert(address, KubeletNode { node: [b'x'; 64] }, 0).expect("KUBELETS takes a node");
+        kubelets.insert(address, KubeletNode { node: [b'x'; 64] }, 0).expect("write KUBELETS");
     }
 
-    /// Sends connections to kubelets by the overlay, as on an ordinary node.
-    pub fn detour(&mut self, gateway: GatewayId, via: [u8; 4]) {
+    /// Routes connections to kubelets into the overlay, as on a member.
+    pub fn intercept_kubelet(&mut self, gateway: GatewayId, via: [u8; 4]) {
         self.put("REMOTE4", "REMOTE6", KUBELET, Remote { gateway, via });
     }
 
-    /// Gives a remote net to another Gateway, or takes it away.
+    /// Assigns a remote prefix to another Gateway, or removes it.
     pub fn remote(&mut self, net: Net, gateway: Option<GatewayId>) {
         if let Some(gateway) = gateway {
             return self.put("REMOTE4", "REMOTE6", net, Remote { gateway, via: [0; 4] });
         }
         let mut trie: LpmTrie<_, [u8; 4], Remote> = self.ebpf.map_mut("REMOTE4").expect("REMOTE4").try_into().expect("a trie");
-        trie.remove(&Key::new(24, net.prefix4())).expect("it was there");
+        trie.remove(&Key::new(24, net.prefix4())).expect("remove the IPv4 prefix");
         let mut trie: LpmTrie<_, [u8; 16], Remote> = self.ebpf.map_mut("REMOTE6").expect("REMOTE6").try_into().expect("a trie");
-        trie.remove(&Key::new(64, net.prefix6())).expect("it was there");
+        trie.remove(&Key::new(64, net.prefix6())).expect("remove the IPv6 prefix");
     }
 
     fn put<V: aya::Pod>(&mut self, v4: &str, v6: &str, net: Net, value: V) {
         let mut trie: LpmTrie<_, [u8; 4], V> = self.ebpf.map_mut(v4).expect(v4).try_into().expect("a trie");
-        trie.insert(&Key::new(24, net.prefix4()), value, 0).expect("it takes a prefix");
+        trie.insert(&Key::new(24, net.prefix4()), value, 0).expect("add the IPv4 prefix");
         let mut trie: LpmTrie<_, [u8; 16], V> = self.ebpf.map_mut(v6).expect(v6).try_into().expect("a trie");
-        trie.insert(&Key::new(64, net.prefix6()), value, 0).expect("it takes a prefix");
+        trie.insert(&Key::new(64, net.prefix6()), value, 0).expect("add the IPv6 prefix");
     }
 
     /// Runs a program once, without a device.
@@ -168,22 +168,22 @@ impl Dataplane {
         Ran { action: result.return_value, meta: out, packet }
     }
 
-    /// Samples of dropped packets that nobody has taken yet.
+    /// Returns the samples of dropped packets that are in the ring buffer.
     pub fn samples(&mut self) -> Vec<DropSample> {
         let mut ring = RingBuf::try_from(self.ebpf.map_mut("EVENTS").expect("EVENTS")).expect("a ring buffer");
         let mut samples = Vec::new();
         while let Some(bytes) = ring.next() {
-            samples.push(DropSample::parse(&bytes).expect("a sample has a sample's length"));
+            samples.push(DropSample::parse(&bytes).expect("the record has the length of a sample"));
         }
         samples
     }
 
-    /// What was counted since the object was loaded.
+    /// Returns the counters since the object was loaded.
     pub fn counters(&self) -> Counters {
         let map: PerCpuHashMap<&MapData, CounterKey, Count> =
             self.ebpf.map("COUNTERS").expect("COUNTERS").try_into().expect("a per-CPU hash");
         let entries = map.iter().map(|entry| {
-            let (key, values) = entry.expect("COUNTERS can be read");
+            let (key, values) = entry.expect("read COUNTERS");
             let verdict = Verdict::from_number(key.verdict).unwrap_or_else(|| panic!("no verdict has the number {}", key.verdict));
             let sum = values.iter().fold(Count::default(), |a, b| Count { packets: a.packets + b.packets, bytes: a.bytes + b.bytes });
             ((key.gateway, verdict), sum)
@@ -191,34 +191,34 @@ impl Dataplane {
         entries.collect()
     }
 
-    /// Attaches a program to a device of the thread's namespace, until the value is dropped.
+    /// Attaches a program to a device of the current thread's namespace, until the value is dropped.
     pub fn attach(&mut self, hook: Hook, device: &str) {
         if hook == Hook::UplinkXdp {
-            self.xdp_mut().attach(device, XdpMode::Driver).expect("uplink_xdp attaches");
+            self.xdp_mut().attach(device, XdpMode::Driver).expect("attach uplink_xdp");
             return;
         }
-        // Below Linux 6.6 filters need it; above it does no harm.
+        // Filters require a qdisc before Linux 6.6; on newer kernels it has no effect.
         let _ = tc::qdisc_add_clsact(device);
         let direction = match hook {
             Hook::OverlayEgress | Hook::TunnelEgress => TcAttachType::Egress,
             _ => TcAttachType::Ingress,
         };
-        self.tc_mut(hook).attach(device, direction).unwrap_or_else(|e| panic!("{} attaches to {device}: {e:?}", hook.program()));
+        self.tc_mut(hook).attach(device, direction).unwrap_or_else(|e| panic!("attach {} to {device}: {e:?}", hook.program()));
     }
 
     fn tc(&self, hook: Hook) -> &SchedClassifier {
-        self.ebpf.program(hook.program()).expect("the object has it").try_into().expect("a classifier")
+        self.ebpf.program(hook.program()).expect("the object has the program").try_into().expect("a classifier")
     }
 
     fn tc_mut(&mut self, hook: Hook) -> &mut SchedClassifier {
-        self.ebpf.program_mut(hook.program()).expect("the object has it").try_into().expect("a classifier")
+        self.ebpf.program_mut(hook.program()).expect("the object has the program").try_into().expect("a classifier")
     }
 
     fn xdp(&self) -> &Xdp {
-        self.ebpf.program("uplink_xdp").expect("the object has it").try_into().expect("an XDP program")
+        self.ebpf.program("uplink_xdp").expect("the object has the program").try_into().expect("an XDP program")
     }
 
     fn xdp_mut(&mut self) -> &mut Xdp {
-        self.ebpf.program_mut("uplink_xdp").expect("the object has it").try_into().expect("an XDP program")
+        self.ebpf.program_mut("uplink_xdp").expect("the object has the program").try_into().expect("an XDP program")
     }
 }

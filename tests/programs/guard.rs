@@ -1,5 +1,4 @@
-//! The guard: what it refuses at the tunnel's port, in XDP and, where there is none, at TC ingress; and the samples
-//! that tell which packets were dropped.
+//! Tests of the guard, in XDP and at TC ingress, and of the samples of dropped packets.
 
 use raven_agent::bpf::Hook;
 use raven_common::{
@@ -13,14 +12,14 @@ use crate::{
     case::{Case, check},
     dataplane::{Context, Dataplane},
     packet::{Family, Overlay, ethernet, overlay, udp},
-    world::{self, EDGES, GATEWAY, ME, MEMBER, MEMBERS, NONE, STRANGER, TUNNEL_PORT},
+    topology::{self, EDGES, GATEWAY, ME, MEMBER, MEMBERS, NONE, OUTSIDER, TUNNEL_PORT},
 };
 
-/// A UDP packet for a port of a node.
+/// Returns a UDP packet to a port of a node.
 fn datagram(from: [u8; 4], to: [u8; 4], port: u16, payload: &[u8]) -> Vec<u8> {
     let mut ip = vec![0x45, 0];
     ip.extend(((28 + payload.len()) as u16).to_be_bytes());
-    // The sum of the header is not looked at before the stack.
+    // The header's checksum is verified only in the stack, so it stays zero.
     ip.extend([0, 0, 0, 0, 64, IPPROTO_UDP, 0, 0]);
     ip.extend(from);
     ip.extend(to);
@@ -32,7 +31,7 @@ fn datagram(from: [u8; 4], to: [u8; 4], port: u16, payload: &[u8]) -> Vec<u8> {
     ethernet([2; 6], [4; 6], [0x08, 0x00], &ip)
 }
 
-/// A message of WireGuard, as far as anybody can see who has no key.
+/// Returns a message with a valid WireGuard header and arbitrary content.
 fn message(kind: u8, len: usize) -> Vec<u8> {
     let mut message = vec![0x5a; len];
     message[..4].copy_from_slice(&[kind, 0, 0, 0]);
@@ -40,13 +39,13 @@ fn message(kind: u8, len: usize) -> Vec<u8> {
 }
 
 fn to_tunnel(payload: &[u8]) -> Vec<u8> {
-    datagram(STRANGER, ME, TUNNEL_PORT, payload)
+    datagram(OUTSIDER, ME, TUNNEL_PORT, payload)
 }
 
-/// Frames by what they are.
+/// Frames with their descriptions.
 type Named = Vec<(&'static str, Vec<u8>)>;
 
-/// What must pass, and what must not, whoever runs the guard.
+/// Returns the frames that the guard must pass and those that it must drop.
 fn messages() -> (Named, Named) {
     let reserved = {
         let mut m = message(4, 64);
@@ -60,8 +59,8 @@ fn messages() -> (Named, Named) {
         ("a keepalive", to_tunnel(&message(4, 32))),
         ("data", to_tunnel(&message(4, 32 + 1280))),
         ("data without padding, as boringtun sends it", to_tunnel(&message(4, 92 + 5))),
-        ("garbage for another port", datagram(STRANGER, ME, TUNNEL_PORT + 1, b"garbage")),
-        ("garbage for another node", datagram(STRANGER, GATEWAY, TUNNEL_PORT, b"garbage")),
+        ("an invalid message to another port", datagram(OUTSIDER, ME, TUNNEL_PORT + 1, b"garbage")),
+        ("an invalid message to another node", datagram(OUTSIDER, GATEWAY, TUNNEL_PORT, b"garbage")),
     ];
     let refused = vec![
         ("an initiation too short", to_tunnel(&message(1, 147))),
@@ -74,26 +73,26 @@ fn messages() -> (Named, Named) {
         ("reserved bytes", to_tunnel(&reserved)),
         ("IKE's four zeros", to_tunnel(&[0; 32])),
         ("a NAT keepalive of IPsec", to_tunnel(&[0xff])),
-        ("nothing", to_tunnel(&[])),
+        ("an empty payload", to_tunnel(&[])),
     ];
     (passes, refused)
 }
 
 fn tc_guard() -> Config {
-    Config { flags: world::gateway().flags | CONFIG_TC_GUARD, ..world::gateway() }
+    Config { flags: topology::gateway().flags | CONFIG_TC_GUARD, ..topology::gateway() }
 }
 
 #[test]
-fn what_cannot_be_wireguard_is_dropped_in_xdp() {
+fn xdp_drops_packets_that_are_not_wireguard() {
     require_root!();
     let (passes, refused) = messages();
     let mut cases: Vec<Case> = passes.into_iter().map(|(name, packet)| Case::new(name, packet).xdp_passes()).collect();
     cases.extend(refused.into_iter().map(|(name, packet)| Case::new(name, packet).xdp_dropped(NONE, Verdict::DropNotWireguard)));
-    check(&Dataplane::load(world::gateway()), Hook::UplinkXdp, &cases);
+    check(&Dataplane::load(topology::gateway()), Hook::UplinkXdp, &cases);
 }
 
 #[test]
-fn without_xdp_the_same_is_dropped_in_tc() {
+fn tc_drops_packets_that_are_not_wireguard_without_xdp() {
     require_root!();
     let (passes, refused) = messages();
     let mut cases: Vec<Case> = passes.into_iter().map(|(name, packet)| Case::new(name, packet)).collect();
@@ -102,47 +101,47 @@ fn without_xdp_the_same_is_dropped_in_tc() {
         let inner = udp(family, MEMBERS, EDGES);
         let good = overlay(MEMBER, ME, inner.overlay_frame());
         cases.push(Case::new(format!("{family:?}: overlay from a node of the pool"), good.frame()));
-        let stranger = Overlay { from: STRANGER, ..good.clone() };
-        cases.push(Case::new(format!("{family:?}: from a stranger"), stranger.frame()).dropped(NONE, Verdict::DropOuterNotInPool));
+        let stranger = Overlay { from: OUTSIDER, ..good.clone() };
+        cases.push(Case::new(format!("{family:?}: from outside the pool"), stranger.frame()).dropped(NONE, Verdict::DropOuterNotInPool));
         let elsewhere = Overlay { to: GATEWAY, ..stranger };
-        cases.push(Case::new(format!("{family:?}: from a stranger to another node"), elsewhere.frame()));
+        cases.push(Case::new(format!("{family:?}: from outside the pool to another node"), elsewhere.frame()));
     }
     cases.push(Case::new("an aggregate of data", to_tunnel(&message(4, 2 * 1312))).aggregate(2, 1312));
     check(&Dataplane::load(tc_guard()), Hook::UplinkIngress, &cases);
 }
 
 #[test]
-fn a_flood_of_handshakes_is_stopped_and_a_roaming_peer_still_gets_in() {
+fn handshake_flood_is_dropped_and_other_sources_pass() {
     require_root!();
-    for (hook, config, pass) in [(Hook::UplinkXdp, world::gateway(), 2), (Hook::UplinkIngress, tc_guard(), u32::MAX)] {
+    for (hook, config, pass) in [(Hook::UplinkXdp, topology::gateway(), 2), (Hook::UplinkIngress, tc_guard(), u32::MAX)] {
         let dataplane = Dataplane::load(config);
         let initiation = |source| datagram(source, ME, TUNNEL_PORT, &message(1, 148));
         let run = |source| dataplane.run(hook, &initiation(source), Context::default()).action == pass;
         let total = 10 * MAX_HANDSHAKES;
-        let passed = (0..total).filter(|_| run(STRANGER)).count() as u64;
-        // The window may turn while the flood runs, once.
-        assert!((MAX_HANDSHAKES..=2 * MAX_HANDSHAKES).contains(&passed), "{passed} of {total} got in");
-        assert!(run([203, 0, 113, 77]), "a peer from an address that was never seen");
+        let passed = (0..total).filter(|_| run(OUTSIDER)).count() as u64;
+        // The flood may span two windows.
+        assert!((MAX_HANDSHAKES..=2 * MAX_HANDSHAKES).contains(&passed), "{passed} of {total} passed");
+        assert!(run([203, 0, 113, 77]), "an initiation from another address must pass");
         let dropped = dataplane.counters()[&(NONE, Verdict::DropHandshakeFlood)].packets;
         assert_eq!(dropped, total - passed);
     }
 }
 
 #[test]
-fn a_dropped_packet_can_be_looked_at() {
+fn dropped_packets_are_sampled() {
     require_root!();
-    let mut dataplane = Dataplane::load(world::gateway());
-    let stranger = Overlay { from: STRANGER, ..overlay(MEMBER, ME, udp(Family::V4, MEMBERS, EDGES).overlay_frame()) }.frame();
+    let mut dataplane = Dataplane::load(topology::gateway());
+    let stranger = Overlay { from: OUTSIDER, ..overlay(MEMBER, ME, udp(Family::V4, MEMBERS, EDGES).overlay_frame()) }.frame();
     dataplane.run(Hook::UplinkXdp, &stranger, Context::default());
     let samples = dataplane.samples();
     assert_eq!(samples.len(), 1, "{samples:?}");
     let sample = samples[0];
     assert_eq!(Verdict::from_number(sample.verdict), Some(Verdict::DropOuterNotInPool));
-    assert_eq!((sample.source[..4].to_vec(), sample.destination[..4].to_vec()), (STRANGER.to_vec(), ME.to_vec()));
+    assert_eq!((sample.source[..4].to_vec(), sample.destination[..4].to_vec()), (OUTSIDER.to_vec(), ME.to_vec()));
     assert_eq!((sample.ethertype, sample.protocol, sample.destination_port), (ETH_P_IP, IPPROTO_UDP, 4472u16.to_be_bytes()));
     assert_eq!(sample.len as usize, stranger.len());
 
-    // A flood of drops gives a few samples, and all are counted.
+    // A flood of drops yields few samples, but all drops are counted.
     let many = 5_000;
     (0..many).for_each(|_| drop(dataplane.run(Hook::UplinkXdp, &stranger, Context::default())));
     let samples = dataplane.samples().len();
@@ -151,9 +150,9 @@ fn a_dropped_packet_can_be_looked_at() {
 }
 
 #[test]
-fn a_drop_in_tc_is_sampled_by_its_inner_packet() {
+fn tc_sample_contains_inner_packet() {
     require_root!();
-    let mut dataplane = Dataplane::load(world::ordinary());
+    let mut dataplane = Dataplane::load(topology::member());
     let packet = udp(Family::V6, MEMBERS, EDGES);
     dataplane.run(Hook::OverlayEgress, &packet.frame(), Context::default());
     let samples = dataplane.samples();

@@ -1,24 +1,24 @@
-//! Each eBPF program by itself: crafted packets in, and the action, every byte of what comes out and every counter
-//! compared.
+//! Tests of each eBPF program: crafted packets go in, and the action, every byte of the result and every counter are compared.
 //!
-//! [`world`] says who lives where, [`packet`] builds packets (and, from scratch, what they must become), [`dataplane`]
-//! loads the object that the agent embeds and runs a program by `BPF_PROG_TEST_RUN`, [`case`] compares. What a test run
-//! cannot show (tunnel metadata, redirects, the outer header) is shown on real devices in two namespaces: [`wire`].
+//! [`topology`] defines nodes and prefixes, [`packet`] builds packets (and, independently, the expected results),
+//! [`dataplane`] loads the object that the agent embeds and runs a program by `BPF_PROG_TEST_RUN`, [`case`] compares. A
+//! test run has no tunnel metadata, redirects or outer headers: these are tested with real devices in two namespaces, by
+//! [`testbed`].
 //!
-//! Then one module per program, and [`garbage`] for all of them. Nothing is pinned: tests do not see each other.
+//! One module per program follows, and [`mutations`] for all of them. Nothing is pinned, so tests are independent.
 
 #![forbid(unsafe_code)]
 
 mod case;
 mod dataplane;
-mod garbage;
 mod guard;
+mod mutations;
 mod overlay_egress;
 mod overlay_ingress;
 mod packet;
+mod testbed;
+mod topology;
 mod tunnel_egress;
 mod tunnel_ingress;
 mod uplink_ingress;
 mod uplink_xdp;
-mod wire;
-mod world;

@@ -1,4 +1,4 @@
-//! `overlay_egress`: the way out of an ordinary node.
+//! Tests of `overlay_egress`: packets that leave a member for another pool.
 
 use raven_agent::bpf::Hook;
 use raven_common::{Verdict, header::ETH_LEN, tables::Count};
@@ -11,19 +11,19 @@ use crate::{
         ACK, Family, Packet, SYN, assert_from_vxlan_device, assert_sound, ethernet, extended_syn, icmp_error, later_fragment, sent_by, tcp,
         udp,
     },
-    wire::Wire,
-    world::{self, EDGE, EDGES, FAR, FARS, GATEWAY, KUBELET, LOST, LOSTS, ME, MEMBER, MEMBERS, MINE, NOBODYS, NONE, Net, TUNNEL_MTU},
+    testbed::Testbed,
+    topology::{self, EDGE, EDGES, FAR, FARS, GATEWAY, KUBELET, LOST, LOSTS, ME, MEMBER, MEMBERS, MINE, NONE, Net, TUNNEL_MTU, UNKNOWN},
 };
 
-/// Leaves with a tunnel key, as `after`.
+/// Expects that the packet passes with a tunnel key, as `after`.
 fn encapsulated(name: &str, before: &Packet, after: &Packet) -> Case {
     Case::new(format!("{:?}: {name}", before.family), before.frame()).passes(EDGE, Verdict::Encapsulated).becomes(after.overlay_frame())
 }
 
 #[test]
-fn packets_for_another_pool_leave_with_the_overlays_source() {
+fn packets_for_another_pool_get_overlay_source_mac() {
     require_root!();
-    let dataplane = Dataplane::load(world::ordinary());
+    let dataplane = Dataplane::load(topology::member());
     for family in Family::BOTH {
         let datagram = udp(family, MINE, EDGES);
         let segment = tcp(family, MINE, EDGES, ACK, &[]).data(b"odd");
@@ -34,12 +34,12 @@ fn packets_for_another_pool_leave_with_the_overlays_source() {
                 encapsulated("a datagram", &datagram, &datagram),
                 encapsulated("a segment", &segment, &segment),
                 encapsulated(
-                    "TTL and traffic class are left alone",
+                    "TTL and traffic class are unchanged",
                     &datagram.clone().ttl(1).class(0xbb),
                     &datagram.clone().ttl(1).class(0xbb),
                 ),
-                encapsulated("a datagram as long as the tunnel takes", &datagram.clone().len(1420), &datagram.clone().len(1420)),
-                encapsulated("five segments in one", &segment.clone().len(2000), &segment.clone().len(2000)).aggregate(5, 400),
+                encapsulated("a datagram of the tunnel's MTU", &datagram.clone().len(1420), &datagram.clone().len(1420)),
+                encapsulated("an aggregate of five segments", &segment.clone().len(2000), &segment.clone().len(2000)).aggregate(5, 400),
                 Case::new("a third pool", udp(family, MINE, FARS).frame())
                     .passes(FAR, Verdict::Encapsulated)
                     .becomes(udp(family, MINE, FARS).overlay_frame()),
@@ -48,7 +48,7 @@ fn packets_for_another_pool_leave_with_the_overlays_source() {
     }
 }
 
-/// What a program looks at is the IP header: whatever follows it goes the same way, and none of it is changed.
+/// Returns packets without a TCP or UDP header behind the IP header. Programs use the IP header only and must not change them.
 pub fn neither_tcp_nor_udp(from: Net, to: Net) -> Vec<(&'static str, Packet)> {
     let mut all: Vec<(&str, Packet)> = Family::BOTH.iter().map(|family| ("an ICMP error", icmp_error(*family, from, to))).collect();
     all.push(("a SYN behind an extension header", extended_syn(from, to)));
@@ -57,29 +57,30 @@ pub fn neither_tcp_nor_udp(from: Net, to: Net) -> Vec<(&'static str, Packet)> {
 }
 
 #[test]
-fn icmp_errors_extension_headers_and_fragments_leave_as_they_are() {
+fn icmp_errors_extension_headers_and_fragments_are_unchanged() {
     require_root!();
     let cases = neither_tcp_nor_udp(MINE, EDGES).iter().map(|(name, packet)| encapsulated(name, packet, packet)).collect::<Vec<_>>();
-    check(&Dataplane::load(world::ordinary()), Hook::OverlayEgress, &cases);
+    check(&Dataplane::load(topology::member()), Hook::OverlayEgress, &cases);
 }
 
 #[test]
-fn what_may_not_leave_is_dropped_unchanged_and_counted() {
+fn invalid_packets_are_dropped_and_counted() {
     require_root!();
-    let dataplane = Dataplane::load(world::ordinary());
+    let dataplane = Dataplane::load(topology::member());
     let mut cases = vec![Case::new("ARP", ethernet([0xff; 6], [2; 6], [0x08, 0x06], &[0; 46])).dropped(NONE, Verdict::DropNotIp)];
     for family in Family::BOTH {
         let good = udp(family, MINE, EDGES).frame();
         cases.extend(malformed(family, &good, ETH_LEN));
         cases.extend([
-            Case::new(format!("{family:?}: to nobody"), udp(family, MINE, NOBODYS).frame()).dropped(NONE, Verdict::DropNoRoute),
+            Case::new(format!("{family:?}: to an unknown prefix"), udp(family, MINE, UNKNOWN).frame()).dropped(NONE, Verdict::DropNoRoute),
             Case::new(format!("{family:?}: to a node of this pool"), udp(family, MINE, MEMBERS).frame())
                 .dropped(NONE, Verdict::DropNoRoute),
             Case::new(format!("{family:?}: from another node"), udp(family, MEMBERS, EDGES).frame())
                 .dropped(EDGE, Verdict::DropSourceNotMine),
-            Case::new(format!("{family:?}: from nobody"), udp(family, NOBODYS, EDGES).frame()).dropped(EDGE, Verdict::DropSourceNotMine),
+            Case::new(format!("{family:?}: from an unknown prefix"), udp(family, UNKNOWN, EDGES).frame())
+                .dropped(EDGE, Verdict::DropSourceNotMine),
             Case::new(format!("{family:?}: from another pool"), udp(family, FARS, EDGES).frame()).dropped(EDGE, Verdict::DropSourceNotMine),
-            Case::new(format!("{family:?}: to a pool without a way"), udp(family, MINE, LOSTS).frame())
+            Case::new(format!("{family:?}: to a pool without gateway node"), udp(family, MINE, LOSTS).frame())
                 .dropped(LOST, Verdict::DropNoGateway),
         ]);
     }
@@ -87,10 +88,10 @@ fn what_may_not_leave_is_dropped_unchanged_and_counted() {
 }
 
 #[test]
-fn a_node_by_its_own_address_reaches_the_proxy_and_nobody_else() {
+fn node_address_may_be_used_for_the_proxy_only() {
     require_root!();
-    let mut dataplane = Dataplane::load(world::ordinary());
-    dataplane.detour(EDGE, GATEWAY);
+    let mut dataplane = Dataplane::load(topology::member());
+    dataplane.intercept_kubelet(EDGE, GATEWAY);
     let frame = |packet: &Packet, source: [u8; 4]| sent_by(packet.frame(), source);
     let segment = tcp(Family::V4, MINE, KUBELET, ACK, &[]);
     let datagram = udp(Family::V4, MINE, KUBELET);
@@ -98,20 +99,20 @@ fn a_node_by_its_own_address_reaches_the_proxy_and_nobody_else() {
         &dataplane,
         Hook::OverlayEgress,
         &[
-            Case::new("its pod", segment.frame()).passes(EDGE, Verdict::Encapsulated).becomes(segment.overlay_frame()),
-            Case::new("itself", frame(&segment, ME)).passes(EDGE, Verdict::Encapsulated).becomes(sent_by(segment.overlay_frame(), ME)),
+            Case::new("the node's pod", segment.frame()).passes(EDGE, Verdict::Encapsulated).becomes(segment.overlay_frame()),
+            Case::new("the node", frame(&segment, ME)).passes(EDGE, Verdict::Encapsulated).becomes(sent_by(segment.overlay_frame(), ME)),
             Case::new("another node", frame(&segment, MEMBER)).dropped(EDGE, Verdict::DropSourceNotMine),
-            Case::new("itself, no TCP", frame(&datagram, ME)).dropped(EDGE, Verdict::DropSourceNotMine),
-            Case::new("itself, to another pool's pod", frame(&tcp(Family::V4, MINE, EDGES, ACK, &[]), ME))
+            Case::new("the node, not TCP", frame(&datagram, ME)).dropped(EDGE, Verdict::DropSourceNotMine),
+            Case::new("the node, to another pool's pod", frame(&tcp(Family::V4, MINE, EDGES, ACK, &[]), ME))
                 .dropped(EDGE, Verdict::DropSourceNotMine),
         ],
     );
 }
 
-/// Packets whose headers contradict themselves or the packet's length: dropped, for no Gateway. `l3`: where the IP
-/// header is.
+/// Returns packets whose headers are inconsistent with each other or with the packet's length. They are dropped and counted
+/// for no Gateway. `l3` is the offset of the IP header.
 ///
-/// Not here: headers cut short. Linux 6.18 refuses test runs with them, so they come by wire.
+/// Truncated headers are tested with devices, because Linux 6.18 rejects test runs with them.
 pub fn malformed(family: Family, good: &[u8], l3: usize) -> Vec<Case> {
     let edited = |name: &str, edit: &dyn Fn(&mut Vec<u8>)| {
         let mut packet = good.to_vec();
@@ -127,22 +128,22 @@ pub fn malformed(family: Family, good: &[u8], l3: usize) -> Vec<Case> {
         Family::V4 => cases.extend([
             edited("header of 16 bytes", &|p| p[l3] = 0x44),
             edited("shorter than its header", &|p| p[l3 + 2..l3 + 4].copy_from_slice(&[0, 19])),
-            edited("of 65,535 bytes, it says", &|p| p[l3 + 2..l3 + 4].copy_from_slice(&[0xff, 0xff])),
+            edited("length field 65,535", &|p| p[l3 + 2..l3 + 4].copy_from_slice(&[0xff, 0xff])),
         ]),
-        Family::V6 => cases.push(edited("of 65,575 bytes, it says", &|p| p[l3 + 4..l3 + 6].copy_from_slice(&[0xff, 0xff]))),
+        Family::V6 => cases.push(edited("length of 65,575 bytes", &|p| p[l3 + 4..l3 + 6].copy_from_slice(&[0xff, 0xff]))),
     }
     cases
 }
 
-/// The MSS that fits into the tunnel.
+/// Returns the MSS that fits into the tunnel.
 pub fn fitting_mss(family: Family) -> u16 {
     TUNNEL_MTU as u16 - family.header_len() as u16 - 20
 }
 
-/// SYNs as they are, and as they must be afterwards. The same for both programs that lower the MSS.
+/// Returns SYNs with the expected results, which are the same for both programs that clamp the MSS.
 pub fn syns(family: Family) -> Vec<(String, Packet, Packet)> {
     let limit = fitting_mss(family);
-    // 0xbeef in a list of options stands for the MSS.
+    // 0xbeef in a list of options is replaced by the MSS.
     let options = |template: &[u16], mss: u16| -> Vec<u8> {
         template.iter().flat_map(|o| if *o == 0xbeef { mss.to_be_bytes().to_vec() } else { vec![*o as u8] }).collect()
     };
@@ -154,7 +155,7 @@ pub fn syns(family: Family) -> Vec<(String, Packet, Packet)> {
         ("MSS after two NOPs", &[1, 1, 2, 4, 0xbeef, 1, 0]),
         ("MSS after three NOPs", &[1, 1, 1, 2, 4, 0xbeef, 0]),
         ("MSS last, behind SACK and timestamps", &[4, 2, 8, 10, 1, 2, 3, 4, 5, 6, 7, 8, 2, 4, 0xbeef]),
-        ("MSS behind an option that is not known, at an odd byte", &[253, 3, 99, 2, 4, 0xbeef, 0]),
+        ("MSS behind an unknown option, at an odd byte", &[253, 3, 99, 2, 4, 0xbeef, 0]),
         ("MSS as the twentieth option", &[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 4, 0xbeef, 0]),
     ];
     for (name, template) in lowered {
@@ -188,7 +189,7 @@ pub fn syns(family: Family) -> Vec<(String, Packet, Packet)> {
     all
 }
 
-/// SYNs whose options cannot be read or are no options: nothing in them may change.
+/// Returns SYNs whose options cannot be parsed. Programs must not change them.
 pub fn odd_syns(family: Family) -> Vec<(&'static str, Packet)> {
     let syn = |options: &[u8]| tcp(family, MINE, EDGES, SYN, options);
     let mut all = vec![
@@ -210,9 +211,9 @@ pub fn odd_syns(family: Family) -> Vec<(&'static str, Packet)> {
 }
 
 #[test]
-fn the_mss_of_syns_is_lowered_to_what_fits_and_checksums_are_right() {
+fn mss_is_clamped_with_valid_checksums() {
     require_root!();
-    let dataplane = Dataplane::load(world::ordinary());
+    let dataplane = Dataplane::load(topology::member());
     let mut cases = Vec::new();
     for family in Family::BOTH {
         let table = syns(family);
@@ -231,27 +232,28 @@ fn the_mss_of_syns_is_lowered_to_what_fits_and_checksums_are_right() {
 }
 
 #[test]
-fn what_a_gateway_nodes_fallback_redirected_here_goes_on() {
+fn fallback_packets_of_gateway_node_pass_unchanged() {
     require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
         let syn = tcp(family, EDGES, MEMBERS, SYN, &[2, 4, 5, 180]);
         cases.extend([
-            Case::new(format!("{family:?}: counted where it was redirected"), udp(family, EDGES, MEMBERS).overlay_frame()),
-            Case::new(format!("{family:?}: a SYN is as its sender's node left it"), syn.overlay_frame()),
-            Case::new(format!("{family:?}: to nobody"), udp(family, EDGES, NOBODYS).overlay_frame()).dropped(NONE, Verdict::DropNoRoute),
-            Case::new(format!("{family:?}: from here into the tunnel"), udp(family, MINE, EDGES).frame())
+            Case::new(format!("{family:?}: already counted where it was redirected"), udp(family, EDGES, MEMBERS).overlay_frame()),
+            Case::new(format!("{family:?}: a SYN is unchanged"), syn.overlay_frame()),
+            Case::new(format!("{family:?}: to an unknown prefix"), udp(family, EDGES, UNKNOWN).overlay_frame())
+                .dropped(NONE, Verdict::DropNoRoute),
+            Case::new(format!("{family:?}: from this node to another pool"), udp(family, MINE, EDGES).frame())
                 .dropped(EDGE, Verdict::DropNoGateway),
         ]);
     }
-    check(&Dataplane::load(world::gateway()), Hook::OverlayEgress, &cases);
+    check(&Dataplane::load(topology::gateway()), Hook::OverlayEgress, &cases);
 }
 
 #[test]
-fn on_the_wire_the_tunnel_key_brings_packets_to_the_gateway_node() {
+fn tunnel_key_sends_packets_to_gateway_node_on_devices() {
     require_root!();
-    let wire = Wire::new(world::ordinary(), &[Hook::OverlayEgress], 1500);
-    let (overlay, lan) = (wire.overlay_sender(), wire.on_lan());
+    let testbed = Testbed::new(topology::member(), &[Hook::OverlayEgress], 1500);
+    let (overlay, lan) = (testbed.overlay_sender(), testbed.on_lan());
     for family in Family::BOTH {
         let datagram = udp(family, MINE, EDGES);
         let [syn, clamped] = [1460, fitting_mss(family)].map(|mss: u16| {
@@ -261,13 +263,13 @@ fn on_the_wire_the_tunnel_key_brings_packets_to_the_gateway_node() {
         let packets = [
             ("a datagram", datagram.clone(), datagram.clone()),
             ("DSCP and ECN", datagram.clone().class(0xb9), datagram.clone().class(0xb9)),
-            ("as long as the tunnel takes", datagram.clone().len(1420), datagram.clone().len(1420)),
+            ("of the tunnel's MTU", datagram.clone().len(1420), datagram.clone().len(1420)),
             ("a SYN", syn, clamped),
         ];
         for (name, before, after) in packets {
             let what = format!("{family:?}: {name}");
             let frame = before.frame();
-            let counted = wire.counted(&what, || overlay.send(&frame));
+            let counted = testbed.counted(&what, || overlay.send(&frame));
             let expected = [((EDGE, Verdict::Encapsulated), Count { packets: 1, bytes: frame.len() as u64 })];
             assert_eq!(counted, expected.into(), "{what}");
             assert_from_vxlan_device(&lan.next(&what), &what, ME, GATEWAY, &after);
@@ -275,22 +277,22 @@ fn on_the_wire_the_tunnel_key_brings_packets_to_the_gateway_node() {
         for len in [1, family.header_len() - 1] {
             let what = format!("{family:?}: {len} bytes");
             let frame = &datagram.frame()[..ETH_LEN + len];
-            let counted = wire.counted(&what, || overlay.send_in_vain(frame));
+            let counted = testbed.counted(&what, || overlay.send_dropped(frame));
             let expected = [((NONE, Verdict::DropMalformed), Count { packets: 1, bytes: frame.len() as u64 })];
             assert_eq!(counted, expected.into(), "{what}");
         }
         overlay.send(&datagram.frame());
-        assert_from_vxlan_device(&lan.next("the first thing to come by"), "the first thing to come by", ME, GATEWAY, &datagram);
+        assert_from_vxlan_device(&lan.next("the first packet"), "the first packet", ME, GATEWAY, &datagram);
     }
 }
 
 #[test]
-fn what_the_kernel_says_to_neighbours_is_no_drop() {
+fn link_local_multicast_is_not_counted_as_drop() {
     require_root!();
-    // The kernel reports its IPv6 groups on every new device, a random moment after it came up. As a drop it would be a
-    // false alarm on every node.
+    // The kernel announces its IPv6 groups on every new device, a random time after it is up. A drop counter would be a false
+    // alarm on every node.
     let with = |family: Family, destination: &[u8]| {
-        let mut frame = udp(family, MINE, NOBODYS).frame();
+        let mut frame = udp(family, MINE, UNKNOWN).frame();
         let end = 14 + family.header_len();
         frame[end - destination.len()..end].copy_from_slice(destination);
         frame
@@ -303,9 +305,9 @@ fn what_the_kernel_says_to_neighbours_is_no_drop() {
         Case::new("MLD", with(Family::V6, &group)).dropped(NONE, Verdict::Multicast),
         Case::new("IGMP's group", with(Family::V4, &[224, 0, 0, 22])).dropped(NONE, Verdict::Multicast),
         Case::new("the last group", with(Family::V4, &[239, 255, 255, 255])).dropped(NONE, Verdict::Multicast),
-        Case::new("no group, below", with(Family::V4, &[223, 255, 255, 255])).dropped(NONE, Verdict::DropNoRoute),
-        Case::new("no group, above", with(Family::V4, &[240, 0, 0, 1])).dropped(NONE, Verdict::DropNoRoute),
-        Case::new("no group", with(Family::V6, &almost)).dropped(NONE, Verdict::DropNoRoute),
+        Case::new("not a group, below the range", with(Family::V4, &[223, 255, 255, 255])).dropped(NONE, Verdict::DropNoRoute),
+        Case::new("not a group, above the range", with(Family::V4, &[240, 0, 0, 1])).dropped(NONE, Verdict::DropNoRoute),
+        Case::new("not a group", with(Family::V6, &almost)).dropped(NONE, Verdict::DropNoRoute),
     ];
-    check(&Dataplane::load(world::ordinary()), Hook::OverlayEgress, &cases);
+    check(&Dataplane::load(topology::member()), Hook::OverlayEgress, &cases);
 }

@@ -1,23 +1,23 @@
-//! Packets, built from scratch each time: what a program must have made of one is built as well, never patched.
+//! Builds packets. Expected results are also built from scratch, not derived from the input packet.
 
 use std::net::Ipv4Addr;
 
 use etherparse::{IpSlice, SlicedPacket, TransportSlice};
 use raven_common::{OVERLAY_MAC, OVERLAY_PORT, OVERLAY_SOURCE_MAC, OVERLAY_VNI};
 
-use crate::world::Net;
+use crate::topology::Net;
 
 pub const SYN: u8 = 0x02;
 pub const ACK: u8 = 0x10;
-/// What the stack of a node puts on an overlay packet as its source: the address of its own `raven0`.
+/// Source MAC address that a node's stack sets on overlay packets: that of its own `raven0`.
 pub const STACK_MAC: [u8; 6] = OVERLAY_MAC;
 
-/// The uplink of the node under test.
+/// MAC address of the uplink of the node under test.
 pub const UPLINK_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x11];
-/// Everybody else on its LAN.
+/// MAC address of all other nodes on its LAN.
 pub const LAN_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x12];
 
-/// Family of a packet.
+/// Address family of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     V4,
@@ -34,7 +34,7 @@ impl Family {
         }
     }
 
-    /// Length of the IP header without options.
+    /// Returns the length of the IP header without options in bytes.
     pub fn header_len(self) -> usize {
         match self {
             Self::V4 => 20,
@@ -43,7 +43,7 @@ impl Family {
     }
 }
 
-/// What is in the packet.
+/// Content of a packet.
 #[derive(Clone, Debug)]
 pub enum Body {
     Udp {
@@ -55,7 +55,7 @@ pub enum Body {
         doff: Option<u8>,
         data: Vec<u8>,
     },
-    /// Whatever else, as it is.
+    /// Any other protocol, with its bytes.
     Other {
         protocol: u8,
         bytes: Vec<u8>,
@@ -70,30 +70,29 @@ pub struct Packet {
     pub to: Net,
     pub ttl: u8,
     pub class: u8,
-    /// Flags and fragment offset of IPv4.
+    /// Flags and fragment offset (IPv4).
     pub fragment: u16,
-    /// Options of IPv4, a multiple of four bytes.
+    /// Options (IPv4), a multiple of four bytes.
     pub ip_options: Vec<u8>,
     pub body: Body,
 }
 
-/// A datagram.
+/// Returns a UDP datagram.
 pub fn udp(family: Family, from: Net, to: Net) -> Packet {
     let body = Body::Udp { data: b"what a pod says, of an odd length".to_vec() };
     Packet { family, from, to, ttl: 64, class: 0, fragment: 0x4000, ip_options: Vec::new(), body }
 }
 
-/// A segment.
+/// Returns a TCP segment.
 pub fn tcp(family: Family, from: Net, to: Net, flags: u8, options: &[u8]) -> Packet {
     let body = Body::Tcp { flags, options: options.to_vec(), doff: None, data: Vec::new() };
     Packet { body, ..udp(family, from, to) }
 }
 
-/// What a router on the way says of a packet that it could not send on: to its sender, with the beginning of the
-/// packet.
+/// Returns an ICMP error of a router that could not forward a packet: to the packet's sender, with the packet's beginning.
 pub fn icmp_error(family: Family, from: Net, to: Net) -> Packet {
     let about = &udp(family, to, from).bytes()[..family.header_len() + 8];
-    // "Fragmentation needed" and "packet too big", 1,400 bytes (RFC 792, RFC 4443); nobody looks at the checksum.
+    // "Fragmentation needed" and "packet too big", 1,400 bytes (RFC 792, RFC 4443). The checksum is arbitrary.
     let (protocol, head) = match family {
         Family::V4 => (1, [3, 4, 0xbe, 0xef, 0, 0, 5, 120]),
         Family::V6 => (58, [2, 0, 0xbe, 0xef, 0, 0, 5, 120]),
@@ -101,15 +100,15 @@ pub fn icmp_error(family: Family, from: Net, to: Net) -> Packet {
     Packet { body: Body::Other { protocol, bytes: [&head, about].concat() }, ..udp(family, from, to) }
 }
 
-/// An IPv6 packet with a header between IP and TCP (destination options, RFC 8200): behind it a SYN that asks for much.
+/// Returns an IPv6 packet with an extension header (destination options, RFC 8200) in front of a SYN with a large MSS.
 pub fn extended_syn(from: Net, to: Net) -> Packet {
     let syn = tcp(Family::V6, from, to, SYN, &[2, 4, 0xff, 0xff]).bytes()[40..].to_vec();
-    // Next header TCP, 8 bytes, filled up by PadN.
+    // Next header TCP, 8 bytes, padded by PadN.
     let bytes = [&[6, 0, 1, 4, 0, 0, 0, 0][..], &syn].concat();
     Packet { body: Body::Other { protocol: 60, bytes }, ..udp(Family::V6, from, to) }
 }
 
-/// The second half of a datagram (IPv6's fragment header, RFC 8200): no ports to be seen.
+/// Returns the second fragment of a datagram (IPv6 fragment header, RFC 8200), which contains no ports.
 pub fn later_fragment(from: Net, to: Net) -> Packet {
     let bytes = [&[17, 0, 0x05, 0x00, 0, 0, 0, 1][..], b"what a pod says"].concat();
     Packet { body: Body::Other { protocol: 44, bytes }, ..udp(Family::V6, from, to) }
@@ -132,7 +131,7 @@ impl Packet {
         Self { ip_options: options.to_vec(), ..self }
     }
 
-    /// Header length that TCP claims, in words.
+    /// Sets the TCP header length (data offset), in 32-bit words.
     pub fn doff(mut self, claimed: u8) -> Self {
         match &mut self.body {
             Body::Tcp { doff, .. } => *doff = Some(claimed),
@@ -147,14 +146,14 @@ impl Packet {
         self
     }
 
-    /// Made longer (or shorter) until the whole packet has `len` bytes.
+    /// Pads or truncates the payload so that the whole packet has `len` bytes.
     pub fn len(self, len: usize) -> Self {
         let headers = self.clone().data(&[]).bytes().len();
         let data: Vec<u8> = (0..len - headers).map(|i| i as u8).collect();
         self.data(&data)
     }
 
-    /// From the IP header on.
+    /// Returns the bytes from the IP header on.
     pub fn bytes(&self) -> Vec<u8> {
         let (protocol, mut body) = self.transport();
         if let Body::Other { .. } = self.body {
@@ -162,7 +161,7 @@ impl Packet {
         }
         let at = if protocol == 6 { 16 } else { 6 };
         let sum = checksum(&[&self.pseudo_header(protocol, body.len()), &body]);
-        // UDP: zero means "none", so a zero sum is sent as its other form.
+        // A zero checksum means "none" in UDP, so it is sent as 0xffff.
         let sum = if protocol == 17 && sum == 0 { 0xffff } else { sum };
         body[at..at + 2].copy_from_slice(&sum.to_be_bytes());
         let mut bytes = self.header(protocol, body.len());
@@ -170,12 +169,12 @@ impl Packet {
         bytes
     }
 
-    /// As `raven0` sees it on its way out: with the addresses that the stack gave it.
+    /// Returns the frame that `raven0` receives from the stack.
     pub fn frame(&self) -> Vec<u8> {
         ethernet(OVERLAY_MAC, STACK_MAC, self.family.ethertype(), &self.bytes())
     }
 
-    /// As it is in the overlay.
+    /// Returns the inner frame of the overlay.
     pub fn overlay_frame(&self) -> Vec<u8> {
         ethernet(OVERLAY_MAC, OVERLAY_SOURCE_MAC, self.family.ethertype(), &self.bytes())
     }
@@ -238,7 +237,7 @@ impl Packet {
     }
 }
 
-/// The Internet checksum over the parts, one after the other; all but the last have an even length.
+/// Computes the Internet checksum over consecutive parts; all but the last must have an even length.
 fn checksum(parts: &[&[u8]]) -> u16 {
     let word = |pair: &[u8]| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0));
     let mut sum: u32 = parts.iter().flat_map(|part| part.chunks(2)).map(word).sum();
@@ -248,8 +247,7 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     !(sum as u16)
 }
 
-/// The frame of an IPv4 packet, from another address: the header's checksum is right again, that of the transport is
-/// nobody's business.
+/// Returns the frame of an IPv4 packet with another source address. Updates the header's checksum, but not that of TCP or UDP.
 pub fn sent_by(mut frame: Vec<u8>, source: [u8; 4]) -> Vec<u8> {
     let header = &mut frame[14..34];
     header[10..12].fill(0);
@@ -259,15 +257,15 @@ pub fn sent_by(mut frame: Vec<u8>, source: [u8; 4]) -> Vec<u8> {
     frame
 }
 
-/// An Ethernet frame.
+/// Returns an Ethernet frame.
 pub fn ethernet(to: [u8; 6], from: [u8; 6], ethertype: [u8; 2], payload: &[u8]) -> Vec<u8> {
     [&to[..], &from, &ethertype, payload].concat()
 }
 
-/// An overlay frame on the pool's LAN; the defaults are what a good node sends.
+/// An overlay frame on the pool's LAN.
 #[derive(Clone, Debug)]
 pub struct Overlay {
-    /// Receiver, sender.
+    /// Destination and source MAC address.
     pub macs: [[u8; 6]; 2],
     pub from: [u8; 4],
     pub to: [u8; 4],
@@ -278,11 +276,11 @@ pub struct Overlay {
     pub ports: [u16; 2],
     pub flags: u8,
     pub vni: u32,
-    /// The inner frame.
+    /// Inner Ethernet frame.
     pub inner: Vec<u8>,
 }
 
-/// The inner frame from one node to another.
+/// Returns a valid overlay frame with `inner` from one node to another.
 pub fn overlay(from: [u8; 4], to: [u8; 4], inner: Vec<u8>) -> Overlay {
     Overlay {
         macs: [UPLINK_MAC, LAN_MAC],
@@ -300,7 +298,7 @@ pub fn overlay(from: [u8; 4], to: [u8; 4], inner: Vec<u8>) -> Overlay {
 }
 
 impl Overlay {
-    /// On its way from the node under test into the LAN.
+    /// Swaps the MAC addresses for a frame that leaves the node under test.
     pub fn leaving(self) -> Self {
         Self { macs: [LAN_MAC, UPLINK_MAC], ..self }
     }
@@ -328,7 +326,7 @@ impl Overlay {
     }
 }
 
-/// Fails unless lengths and all checksums of an IP packet are right, by another's judgement.
+/// Fails unless lengths and checksums of an IP packet are valid according to etherparse.
 pub fn assert_sound(packet: &[u8], what: &str) {
     let sliced = SlicedPacket::from_ip(packet).unwrap_or_else(|e| panic!("{what}: {e}"));
     let ip = match sliced.net {
@@ -338,7 +336,7 @@ pub fn assert_sound(packet: &[u8], what: &str) {
             IpSlice::Ipv4(ip)
         }
         Some(etherparse::NetSlice::Ipv6(ip)) => IpSlice::Ipv6(ip),
-        other => panic!("{what}: no IP packet: {other:?}"),
+        other => panic!("{what}: not an IP packet: {other:?}"),
     };
     let ([from4, to4], v4) = match &ip {
         IpSlice::Ipv4(ip) => ([ip.header().source(), ip.header().destination()], true),
@@ -351,7 +349,7 @@ pub fn assert_sound(packet: &[u8], what: &str) {
     match sliced.transport {
         Some(TransportSlice::Tcp(tcp)) => {
             let sum = if v4 { tcp.calc_checksum_ipv4(from4, to4) } else { tcp.calc_checksum_ipv6(from6, to6) };
-            assert_eq!(tcp.checksum(), sum.expect("a sum"), "{what}: TCP checksum");
+            assert_eq!(tcp.checksum(), sum.expect("compute the checksum"), "{what}: TCP checksum");
         }
         Some(TransportSlice::Udp(udp)) => {
             let header = udp.to_header();
@@ -359,20 +357,20 @@ pub fn assert_sound(packet: &[u8], what: &str) {
                 true => header.calc_checksum_ipv4_raw(from4, to4, udp.payload()),
                 false => header.calc_checksum_ipv6_raw(from6, to6, udp.payload()),
             };
-            assert_eq!(udp.checksum(), sum.expect("a sum"), "{what}: UDP checksum");
+            assert_eq!(udp.checksum(), sum.expect("compute the checksum"), "{what}: UDP checksum");
         }
         other => panic!("{what}: neither TCP nor UDP: {other:?}"),
     }
 }
 
-/// Fails unless this is the overlay frame of `inner` as the VXLAN device of the node under test makes it: with a source
-/// port and an identification of its own, all else as ours.
+/// Fails unless `frame` is the overlay frame of `inner` as created by the VXLAN device of the node under test. Source port and
+/// identification are arbitrary; all other bytes must match.
 pub fn assert_from_vxlan_device(frame: &[u8], what: &str, from: [u8; 4], to: [u8; 4], inner: &Packet) {
     let mut expected = Overlay { class: inner.class, ..overlay(from, to, inner.overlay_frame()).leaving() }.frame();
     assert!(frame.len() >= 36, "{what}: {} bytes", frame.len());
-    let sum = etherparse::Ipv4HeaderSlice::from_slice(&frame[14..]).expect("an outer header").to_header();
+    let sum = etherparse::Ipv4HeaderSlice::from_slice(&frame[14..]).expect("parse the outer header").to_header();
     assert_eq!(sum.header_checksum, sum.calc_header_checksum(), "{what}: outer header checksum");
-    // Identification, header checksum, source port.
+    // Identification, header checksum and source port.
     for own in [18..20, 24..26, 34..36] {
         expected[own.clone()].copy_from_slice(&frame[own]);
     }
@@ -383,10 +381,10 @@ pub fn assert_from_vxlan_device(frame: &[u8], what: &str, from: [u8; 4], to: [u8
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::world::{EDGES, MINE};
+    use crate::topology::{EDGES, MINE};
 
     #[test]
-    fn packets_are_sound_by_anothers_judgement() {
+    fn packets_are_valid_according_to_etherparse() {
         for family in Family::BOTH {
             assert_sound(&udp(family, MINE, EDGES).bytes(), "UDP");
             assert_sound(&udp(family, MINE, EDGES).ttl(1).class(0xb9).len(1400).bytes(), "a long one");

@@ -1,5 +1,5 @@
-//! `tunnel_egress`: what a gateway node and its own pods send. Packets start at their IP header; [`crate::world::Net`] says
-//! how a test run takes them nevertheless.
+//! Tests of `tunnel_egress`: packets of a gateway node and its own pods. They start at their IP header; [`crate::topology::Net`]
+//! explains how a test run handles that.
 
 use raven_agent::bpf::Hook;
 use raven_common::{Verdict, tables::Count};
@@ -10,17 +10,17 @@ use crate::{
     dataplane::Dataplane,
     overlay_egress::{fitting_mss, malformed, odd_syns, syns},
     packet::{ACK, Family, Packet, SYN, tcp, udp},
-    wire::Wire,
-    world::{self, EDGE, EDGES, FAR, FARS, MEMBERS, MINE, NOBODYS, NONE},
+    testbed::Testbed,
+    topology::{self, EDGE, EDGES, FAR, FARS, MEMBERS, MINE, NONE, UNKNOWN},
 };
 
-/// Enters the tunnel by way of the stack, as `after`.
+/// Expects that the packet enters the tunnel through the stack, as `after`.
 fn from_stack(name: &str, before: &Packet, after: &Packet) -> Case {
     Case::new(format!("{:?}: {name}", before.family), before.bytes()).passes(EDGE, Verdict::FromStack).becomes(after.bytes())
 }
 
 #[test]
-fn own_packets_are_counted_and_redirected_ones_left_alone() {
+fn own_packets_are_counted_and_redirected_ones_unchanged() {
     require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
@@ -32,18 +32,18 @@ fn own_packets_are_counted_and_redirected_ones_left_alone() {
             from_stack("an aggregate", &datagram.clone().len(2000), &datagram.clone().len(2000)).aggregate(5, 400),
             from_stack("a segment", &tcp(family, MINE, EDGES, ACK, &[]), &tcp(family, MINE, EDGES, ACK, &[])),
             Case::new(format!("{family:?}: to a third pool"), udp(family, MINE, FARS).bytes()).passes(FAR, Verdict::FromStack),
-            Case::new(format!("{family:?}: to nobody"), udp(family, MINE, NOBODYS).bytes()).passes(NONE, Verdict::FromStack),
+            Case::new(format!("{family:?}: to an unknown prefix"), udp(family, MINE, UNKNOWN).bytes()).passes(NONE, Verdict::FromStack),
             Case::new(format!("{family:?}: redirected, from another node"), udp(family, MEMBERS, EDGES).bytes()),
-            Case::new(format!("{family:?}: redirected, its SYN was seen to where it came from"), syn_of_member.bytes()),
+            Case::new(format!("{family:?}: redirected SYN, clamped on the sender's node"), syn_of_member.bytes()),
             Case::new(format!("{family:?}: relayed, from another pool"), udp(family, FARS, EDGES).bytes()),
-            Case::new(format!("{family:?}: from nobody"), udp(family, NOBODYS, EDGES).bytes()),
+            Case::new(format!("{family:?}: from an unknown prefix"), udp(family, UNKNOWN, EDGES).bytes()),
         ]);
     }
-    check(&Dataplane::load(world::gateway()), Hook::TunnelEgress, &cases);
+    check(&Dataplane::load(topology::gateway()), Hook::TunnelEgress, &cases);
 }
 
 #[test]
-fn the_mss_of_own_syns_is_lowered_and_nonsense_dropped() {
+fn mss_of_own_syns_is_clamped_and_malformed_packets_dropped() {
     require_root!();
     let mut cases = vec![not_ip()];
     for family in Family::BOTH {
@@ -51,10 +51,10 @@ fn the_mss_of_own_syns_is_lowered_and_nonsense_dropped() {
         cases.extend(odd_syns(family).iter().map(|(name, packet)| from_stack(name, packet, packet)));
         cases.extend(malformed(family, &udp(family, MINE, EDGES).bytes(), 0));
     }
-    check(&Dataplane::load(world::gateway()), Hook::TunnelEgress, &cases);
+    check(&Dataplane::load(topology::gateway()), Hook::TunnelEgress, &cases);
 }
 
-/// A packet that the kernel takes for neither family.
+/// Returns a packet that is neither IPv4 nor IPv6 for the kernel.
 pub fn not_ip() -> Case {
     let mut packet = udp(Family::V4, MINE, EDGES).bytes();
     packet[12..14].copy_from_slice(&[0x08, 0x06]);
@@ -62,19 +62,19 @@ pub fn not_ip() -> Case {
 }
 
 #[test]
-fn on_the_wire_syns_enter_the_tunnel_with_an_mss_that_fits() {
+fn syns_enter_tunnel_with_clamped_mss_on_devices() {
     require_root!();
-    let wire = Wire::new(world::gateway(), &[Hook::TunnelEgress], 1500);
-    let tunnel = wire.on_node("raven-wg0");
+    let testbed = Testbed::new(topology::gateway(), &[Hook::TunnelEgress], 1500);
+    let tunnel = testbed.on_node("raven-wg0");
     for family in Family::BOTH {
         let own = |mss: u16| tcp(family, MINE, EDGES, SYN, &[[1, 2, 4].as_slice(), &mss.to_be_bytes(), &[1, 1, 0]].concat());
         let what = format!("{family:?}: a SYN");
         let before = own(1460).bytes();
-        let counted = wire.counted(&what, || wire.send_into_tunnel(&before));
+        let counted = testbed.counted(&what, || testbed.send_into_tunnel(&before));
         assert_eq!(counted, [((EDGE, Verdict::FromStack), Count { packets: 1, bytes: before.len() as u64 })].into(), "{what}");
         tunnel.expect(&what, &own(fitting_mss(family)).bytes());
         let foreign = tcp(family, MEMBERS, EDGES, SYN, &[2, 4, 5, 180]).bytes();
-        wire.send_into_tunnel(&foreign);
-        tunnel.expect(&format!("{family:?}: another node's"), &foreign);
+        testbed.send_into_tunnel(&foreign);
+        tunnel.expect(&format!("{family:?}: a SYN of another node"), &foreign);
     }
 }

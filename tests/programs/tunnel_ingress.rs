@@ -1,6 +1,6 @@
-//! `tunnel_ingress`: what comes out of the tunnel. Packets start at their IP header; [`crate::world::Net`] says how a test
-//! run takes them nevertheless. The outer header is compared on real devices: the kernel puts it where the link header
-//! ends, and that is 14 bytes too far behind in a test run.
+//! Tests of `tunnel_ingress`: packets from the tunnel. They start at their IP header; [`crate::topology::Net`] explains how a
+//! test run handles that. The outer header is compared with devices: the kernel inserts it behind the link-layer header, which
+//! is 14 bytes too far back in a test run.
 
 use raven_agent::bpf::Hook;
 use raven_common::{
@@ -14,13 +14,13 @@ use crate::{
     dataplane::Dataplane,
     overlay_egress::{malformed, neither_tcp_nor_udp},
     packet::{ACK, Family, Overlay, Packet, assert_from_vxlan_device, overlay, tcp, udp},
+    testbed::Testbed,
+    topology::{self, EDGE, EDGES, FAR, FARS, ME, MEMBER, MEMBERS, MINE, NONE, UNKNOWN},
     tunnel_egress::not_ip,
-    wire::Wire,
-    world::{self, EDGE, EDGES, FAR, FARS, ME, MEMBER, MEMBERS, MINE, NOBODYS, NONE},
 };
 
 #[test]
-fn packets_go_to_the_node_that_has_the_destination_or_to_the_stack() {
+fn packets_go_to_destination_node_or_stack() {
     require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
@@ -30,32 +30,30 @@ fn packets_go_to_the_node_that_has_the_destination_or_to_the_stack() {
         let headers = family.header_len() as u32 + 32;
         cases.extend([
             case("for this node", here.bytes()).passes(EDGE, Verdict::Delivered),
-            case("for this node, with the last hop", here.clone().ttl(1).bytes()).passes(EDGE, Verdict::Delivered),
-            case("for this node, longer than the tunnel takes", here.clone().len(1500).bytes()).passes(EDGE, Verdict::Delivered),
+            case("for this node, TTL 1", here.clone().ttl(1).bytes()).passes(EDGE, Verdict::Delivered),
+            case("for this node, above the tunnel's MTU", here.clone().len(1500).bytes()).passes(EDGE, Verdict::Delivered),
             case("for this node, an aggregate", here.clone().len(1500).bytes()).aggregate(3, 500).passes(EDGE, Verdict::Delivered),
             case("for another node", there.bytes()).redirected(EDGE, Verdict::ToOverlay).becomes_elsewhere(),
-            case("for another node, with a hop left", there.clone().ttl(2).bytes())
+            case("for another node, TTL 2", there.clone().ttl(2).bytes()).redirected(EDGE, Verdict::ToOverlay).becomes_elsewhere(),
+            case("for another node, TTL 1", there.clone().ttl(1).bytes()).passes(EDGE, Verdict::StackTtl),
+            case("for another node, TTL 0", there.clone().ttl(0).bytes()).passes(EDGE, Verdict::StackTtl),
+            case("for another node, of the tunnel's MTU", there.clone().len(1420).bytes())
                 .redirected(EDGE, Verdict::ToOverlay)
                 .becomes_elsewhere(),
-            case("for another node, hops spent", there.clone().ttl(1).bytes()).passes(EDGE, Verdict::StackTtl),
-            case("for another node, hops overspent", there.clone().ttl(0).bytes()).passes(EDGE, Verdict::StackTtl),
-            case("for another node, as long as the tunnel takes", there.clone().len(1420).bytes())
-                .redirected(EDGE, Verdict::ToOverlay)
-                .becomes_elsewhere(),
-            case("for another node, one byte too long", there.clone().len(1421).bytes()).passes(EDGE, Verdict::StackTooBig),
-            // A test run cannot say of which kind an aggregate is, and the kernel wraps no unknown ones: the fallback.
+            case("for another node, one byte above the tunnel's MTU", there.clone().len(1421).bytes()).passes(EDGE, Verdict::StackTooBig),
+            // A test run cannot set an aggregate's type, and the kernel wraps none of unknown type: the tunnel key is used.
             case("for another node, an aggregate whose segments fit", aggregate.bytes())
                 .aggregate(3, 1420 - headers)
                 .redirected(EDGE, Verdict::ToOverlayKey)
                 .becomes(aggregate.clone().ttl(63).overlay_frame()),
-            case("for another node, an aggregate whose segments do not", aggregate.bytes())
+            case("for another node, an aggregate whose segments do not fit", aggregate.bytes())
                 .aggregate(3, 1421 - headers)
                 .passes(EDGE, Verdict::StackTooBig),
-            case("for another node, datagrams joined that fit", there.clone().len(3000).bytes())
+            case("for another node, a UDP aggregate whose datagrams fit", there.clone().len(3000).bytes())
                 .aggregate(3, 1420 - family.header_len() as u32 - 8)
                 .redirected(EDGE, Verdict::ToOverlayKey)
                 .becomes(there.clone().len(3000).ttl(63).overlay_frame()),
-            case("for another node, datagrams joined that do not", there.clone().len(3000).bytes())
+            case("for another node, a UDP aggregate whose datagrams do not fit", there.clone().len(3000).bytes())
                 .aggregate(3, 1421 - family.header_len() as u32 - 8)
                 .passes(EDGE, Verdict::StackTooBig),
         ]);
@@ -67,29 +65,29 @@ fn packets_go_to_the_node_that_has_the_destination_or_to_the_stack() {
     for (name, packet) in neither_tcp_nor_udp(EDGES, MINE) {
         cases.push(Case::new(format!("{:?}: {name}, for this node", packet.family), packet.bytes()).passes(EDGE, Verdict::Delivered));
     }
-    check(&Dataplane::load(world::gateway()), Hook::TunnelIngress, &cases);
+    check(&Dataplane::load(topology::gateway()), Hook::TunnelIngress, &cases);
 }
 
 #[test]
-fn what_a_peer_may_not_send_is_dropped() {
+fn disallowed_packets_of_peer_are_dropped() {
     require_root!();
     let mut cases = vec![not_ip()];
     for family in Family::BOTH {
         let case = |name: &str, packet: Vec<u8>| Case::new(format!("{family:?}: {name}"), packet);
         cases.extend(malformed(family, &udp(family, EDGES, MEMBERS).bytes(), 0));
         cases.extend([
-            case("from nobody", udp(family, NOBODYS, MINE).bytes()).dropped(NONE, Verdict::DropSourceNotRemote),
+            case("from an unknown prefix", udp(family, UNKNOWN, MINE).bytes()).dropped(NONE, Verdict::DropSourceNotRemote),
             case("with a source of this pool", udp(family, MEMBERS, MINE).bytes()).dropped(NONE, Verdict::DropSourceNotRemote),
-            case("with a source of this very node", udp(family, MINE, MEMBERS).bytes()).dropped(NONE, Verdict::DropSourceNotRemote),
-            case("to nobody", udp(family, EDGES, NOBODYS).bytes()).dropped(EDGE, Verdict::DropNoRoute),
+            case("with a source of this node", udp(family, MINE, MEMBERS).bytes()).dropped(NONE, Verdict::DropSourceNotRemote),
+            case("to an unknown prefix", udp(family, EDGES, UNKNOWN).bytes()).dropped(EDGE, Verdict::DropNoRoute),
             case("back to the same pool", udp(family, EDGES, EDGES).bytes()).dropped(EDGE, Verdict::DropRelayLoop),
         ]);
     }
-    check(&Dataplane::load(world::gateway()), Hook::TunnelIngress, &cases);
+    check(&Dataplane::load(topology::gateway()), Hook::TunnelIngress, &cases);
 }
 
 #[test]
-fn relayed_packets_lose_one_hop_and_nothing_else() {
+fn relay_changes_only_the_hop_count() {
     require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
@@ -105,18 +103,18 @@ fn relayed_packets_lose_one_hop_and_nothing_else() {
                 .aggregate(2, 1240)
                 .redirected(FAR, Verdict::Relayed)
                 .becomes(aggregate.clone().ttl(63).bytes()),
-            case("hops spent", packet.clone().ttl(1).bytes()).passes(FAR, Verdict::StackTtl),
-            case("hops overspent", packet.clone().ttl(0).bytes()).passes(FAR, Verdict::StackTtl),
-            case("too long", packet.clone().len(1421).bytes()).passes(FAR, Verdict::StackTooBig),
+            case("TTL 1", packet.clone().ttl(1).bytes()).passes(FAR, Verdict::StackTtl),
+            case("TTL 0", packet.clone().ttl(0).bytes()).passes(FAR, Verdict::StackTtl),
+            case("above the tunnel's MTU", packet.clone().len(1421).bytes()).passes(FAR, Verdict::StackTooBig),
         ]);
     }
-    check(&Dataplane::load(world::gateway()), Hook::TunnelIngress, &cases);
+    check(&Dataplane::load(topology::gateway()), Hook::TunnelIngress, &cases);
 }
 
 #[test]
-fn a_node_that_may_not_relay_does_not() {
+fn no_relay_without_relay_flag() {
     require_root!();
-    let config = Config { flags: world::gateway().flags & !CONFIG_RELAY, ..world::gateway() };
+    let config = Config { flags: topology::gateway().flags & !CONFIG_RELAY, ..topology::gateway() };
     let mut cases = Vec::new();
     for family in Family::BOTH {
         let case = |name: &str, packet: Vec<u8>| Case::new(format!("{family:?}: {name}"), packet);
@@ -130,10 +128,10 @@ fn a_node_that_may_not_relay_does_not() {
 }
 
 #[test]
-fn on_the_wire_the_outer_header_is_right_to_the_last_byte() {
+fn outer_header_is_exact_on_devices() {
     require_root!();
-    let wire = Wire::new(world::gateway(), &[Hook::TunnelIngress], 1500);
-    let lan = wire.on_lan();
+    let testbed = Testbed::new(topology::gateway(), &[Hook::TunnelIngress], 1500);
+    let lan = testbed.on_lan();
     for family in Family::BOTH {
         let datagram = udp(family, EDGES, MEMBERS);
         let packets: [(&str, Packet); 6] = [
@@ -141,14 +139,14 @@ fn on_the_wire_the_outer_header_is_right_to_the_last_byte() {
             ("a segment", tcp(family, EDGES, MEMBERS, ACK, &[]).data(b"odd")),
             ("DSCP and ECN", datagram.clone().class(0xb9)),
             ("congestion experienced", datagram.clone().class(0x03)),
-            ("with a hop left", datagram.clone().ttl(2)),
-            ("as long as the tunnel takes", datagram.clone().len(1420)),
+            ("with TTL 2", datagram.clone().ttl(2)),
+            ("of the tunnel's MTU", datagram.clone().len(1420)),
         ];
         let mut ports = Vec::new();
         for (name, packet) in packets {
             let what = format!("{family:?}: {name}");
             let bytes = packet.bytes();
-            let counted = wire.counted(&what, || wire.decrypted(&bytes));
+            let counted = testbed.counted(&what, || testbed.decrypted(&bytes));
             let expected = [((EDGE, Verdict::ToOverlay), Count { packets: 1, bytes: bytes.len() as u64 })];
             assert_eq!(counted, expected.into(), "{what}");
             let inner = packet.clone().ttl(packet.ttl - 1).overlay_frame();
@@ -156,59 +154,58 @@ fn on_the_wire_the_outer_header_is_right_to_the_last_byte() {
             ports.push(lan.expect_overlay(&what, &outer));
         }
         assert!(ports.iter().all(|port| *port >= 0xc000), "{family:?}: source ports {ports:?}");
-        assert_ne!(ports[0], ports[1], "{family:?}: two flows have two source ports");
-        assert!(ports[2..].iter().all(|port| *port == ports[0]), "{family:?}: one flow has one source port: {ports:?}");
+        assert_ne!(ports[0], ports[1], "{family:?}: different flows must have different source ports");
+        assert!(ports[2..].iter().all(|port| *port == ports[0]), "{family:?}: one flow must have one source port: {ports:?}");
     }
 }
 
 #[test]
-fn on_the_wire_headers_cut_short_end_here() {
+fn truncated_headers_are_dropped_on_devices() {
     require_root!();
-    let wire = Wire::new(world::gateway(), &[Hook::TunnelIngress], 1500);
-    let lan = wire.on_lan();
+    let testbed = Testbed::new(topology::gateway(), &[Hook::TunnelIngress], 1500);
+    let lan = testbed.on_lan();
     for family in Family::BOTH {
         let good = udp(family, EDGES, MEMBERS);
         for len in [1, 12, family.header_len() - 1] {
             let what = format!("{family:?}: {len} bytes");
-            let counted = wire.counted(&what, || wire.decrypted(&good.bytes()[..len]));
+            let counted = testbed.counted(&what, || testbed.decrypted(&good.bytes()[..len]));
             assert_eq!(counted, [((NONE, Verdict::DropMalformed), Count { packets: 1, bytes: len as u64 })].into(), "{what}");
         }
-        wire.decrypted(&good.bytes());
-        lan.expect_overlay("the first thing to come by", &overlay(ME, MEMBER, good.ttl(63).overlay_frame()).leaving());
+        testbed.decrypted(&good.bytes());
+        lan.expect_overlay("the first packet", &overlay(ME, MEMBER, good.ttl(63).overlay_frame()).leaving());
     }
 }
 
 #[test]
-fn on_the_wire_relayed_packets_go_back_into_the_tunnel() {
+fn relayed_packets_return_into_tunnel_on_devices() {
     require_root!();
-    let wire = Wire::new(world::gateway(), &[Hook::TunnelIngress, Hook::TunnelEgress], 1500);
-    let tunnel = wire.on_node("raven-wg0");
+    let testbed = Testbed::new(topology::gateway(), &[Hook::TunnelIngress, Hook::TunnelEgress], 1500);
+    let tunnel = testbed.on_node("raven-wg0");
     for family in Family::BOTH {
         let packet = udp(family, EDGES, FARS).class(0xb9);
         let what = format!("{family:?}: relayed");
-        let counted = wire.counted(&what, || wire.decrypted(&packet.bytes()));
+        let counted = testbed.counted(&what, || testbed.decrypted(&packet.bytes()));
         let bytes = packet.bytes().len() as u64;
         assert_eq!(counted, [((FAR, Verdict::Relayed), Count { packets: 1, bytes })].into(), "{what}");
-        tunnel.expect(&format!("{family:?}: on its way in"), &packet.bytes());
+        tunnel.expect(&format!("{family:?}: received"), &packet.bytes());
         tunnel.expect(&what, &packet.ttl(63).bytes());
     }
 }
 
 #[test]
-fn on_the_wire_what_cannot_be_wrapped_in_place_goes_by_tunnel_key() {
+fn unwrappable_packets_use_tunnel_key_on_devices() {
     require_root!();
-    // A packet (no aggregate) near the kernel's limit for what helpers make may still get its Ethernet header, but not
-    // the outer one. Where that limit is depends on the machine; lengths 40 apart cannot all miss the 50 bytes before
-    // it.
-    let config = Config { tunnel_mtu: 19_000, ..world::gateway() };
-    let wire = Wire::new(config, &[Hook::TunnelIngress, Hook::OverlayEgress], 20_000);
-    let lan = wire.on_lan();
+    // A packet (not an aggregate) near the kernel's size limit for helpers may get its Ethernet header but not the outer
+    // header. The limit depends on the machine; of lengths 40 apart, at least one is within the 50 bytes before it.
+    let config = Config { tunnel_mtu: 19_000, ..topology::gateway() };
+    let testbed = Testbed::new(config, &[Hook::TunnelIngress, Hook::OverlayEgress], 20_000);
+    let lan = testbed.on_lan();
     for family in Family::BOTH {
         let fallen_back = (15_600..16_400).step_by(40).any(|len| {
             let packet = udp(family, EDGES, MEMBERS).class(0xb9).len(len);
             let what = format!("{family:?}: {len} bytes");
-            let counted = wire.counted(&what, || wire.decrypted(&packet.bytes()));
-            let (&(gateway, verdict), count) = counted.first_key_value().expect("something was counted");
+            let counted = testbed.counted(&what, || testbed.decrypted(&packet.bytes()));
+            let (&(gateway, verdict), count) = counted.first_key_value().expect("a counter");
             assert_eq!((counted.len(), gateway, *count), (1, EDGE, Count { packets: 1, bytes: len as u64 }), "{what}: {counted:?}");
             match verdict {
                 Verdict::ToOverlay => {
@@ -222,6 +219,6 @@ fn on_the_wire_what_cannot_be_wrapped_in_place_goes_by_tunnel_key() {
                 other => panic!("{what}: {other:?}"),
             }
         });
-        assert!(fallen_back, "{family:?}: no length makes wrapping fail");
+        assert!(fallen_back, "{family:?}: wrapping in place fails for no length");
     }
 }

@@ -1,5 +1,5 @@
-//! `uplink_ingress`: every packet of the uplink passes here; only those that XDP left a note on are ours. A test run has
-//! no metadata, so it shows the strangers; the way XDP → TC → tunnel is shown on real devices.
+//! Tests of `uplink_ingress`, which receives every packet of the uplink and processes those with XDP metadata. A test run has
+//! no metadata, so it covers other packets; the path XDP → TC → tunnel is tested with devices.
 
 use raven_agent::bpf::Hook;
 use raven_common::{Verdict, tables::Count};
@@ -9,33 +9,33 @@ use crate::{
     case::{Case, check},
     dataplane::Dataplane,
     packet::{ACK, Family, Overlay, ethernet, overlay, tcp, udp},
-    wire::Wire,
-    world::{self, EDGE, EDGES, FAR, FARS, ME, MEMBER, MEMBERS, MINE, NONE, STRANGER, TUNNEL_MTU},
+    testbed::Testbed,
+    topology::{self, EDGE, EDGES, FAR, FARS, ME, MEMBER, MEMBERS, MINE, NONE, OUTSIDER, TUNNEL_MTU},
 };
 
 #[test]
-fn packets_without_a_note_pass_unseen() {
+fn packets_without_metadata_pass_uncounted() {
     require_root!();
     let mut cases = vec![Case::new("ARP", ethernet([0xff; 6], [2; 6], [0x08, 0x06], &[0; 46]))];
     for family in Family::BOTH {
         let inner = udp(family, MEMBERS, EDGES);
         cases.extend([
             Case::new(format!("{family:?}: a plain packet"), udp(family, EDGES, MINE).frame()),
-            Case::new(format!("{family:?}: what would be ours with a note"), inner.frame()),
+            Case::new(format!("{family:?}: an inner packet without metadata"), inner.frame()),
             Case::new(format!("{family:?}: an overlay packet"), overlay(MEMBER, ME, inner.overlay_frame()).frame()),
             Case::new(format!("{family:?}: an aggregate"), inner.clone().len(3000).frame()).aggregate(3, 1000),
         ]);
     }
-    check(&Dataplane::load(world::gateway()), Hook::UplinkIngress, &cases);
+    check(&Dataplane::load(topology::gateway()), Hook::UplinkIngress, &cases);
 }
 
 #[test]
-fn on_the_wire_what_xdp_unwrapped_goes_into_the_tunnel_with_one_hop_less() {
+fn unwrapped_packets_enter_tunnel_on_devices() {
     require_root!();
-    let wire = Wire::new(world::gateway(), &[Hook::UplinkXdp, Hook::UplinkIngress], 1500);
-    // The port hears all devices: whoever else looks at the uplink (tcpdump, a DHCP client, lldpd) is no reason to
-    // leave the fast way either. (The kernel shares the packet with them, and takes XDP's note off what it must copy.)
-    let (lan, tunnel) = (wire.lan_sender(), wire.on_node("raven-wg0"));
+    let testbed = Testbed::new(topology::gateway(), &[Hook::UplinkXdp, Hook::UplinkIngress], 1500);
+    // The port's socket also receives the uplink's packets, like tcpdump, a DHCP client or lldpd on a node. That must not
+    // disable the fast tier. (The kernel shares the packet with them and drops the metadata from copies.)
+    let (lan, tunnel) = (testbed.lan_sender(), testbed.on_node("raven-wg0"));
     for family in Family::BOTH {
         let inner = udp(family, MEMBERS, EDGES);
         let packets = [
@@ -43,13 +43,13 @@ fn on_the_wire_what_xdp_unwrapped_goes_into_the_tunnel_with_one_hop_less() {
             ("a segment", tcp(family, MEMBERS, EDGES, ACK, &[]).data(b"odd"), EDGE),
             ("to a third pool", udp(family, MEMBERS, FARS), FAR),
             ("DSCP and ECN", inner.clone().class(0xb9), EDGE),
-            ("with a hop left", inner.clone().ttl(2), EDGE),
-            ("as long as the tunnel takes", inner.clone().len(TUNNEL_MTU as usize), EDGE),
+            ("with TTL 2", inner.clone().ttl(2), EDGE),
+            ("of the tunnel's MTU", inner.clone().len(TUNNEL_MTU as usize), EDGE),
         ];
         for (name, packet, gateway) in packets {
             let what = format!("{family:?}: {name}");
-            let counted = wire.counted(&what, || lan.send(&overlay(MEMBER, ME, packet.overlay_frame()).frame()));
-            // Counted with the Ethernet header that the unwrapped frame has.
+            let counted = testbed.counted(&what, || lan.send(&overlay(MEMBER, ME, packet.overlay_frame()).frame()));
+            // The count includes the Ethernet header of the unwrapped frame.
             let bytes = packet.bytes().len() as u64 + 14;
             assert_eq!(counted, [((gateway, Verdict::ToTunnelFast), Count { packets: 1, bytes })].into(), "{what}");
             tunnel.expect(&what, &packet.clone().ttl(packet.ttl - 1).bytes());
@@ -63,22 +63,22 @@ fn on_the_wire_what_xdp_unwrapped_goes_into_the_tunnel_with_one_hop_less() {
 }
 
 #[test]
-fn on_the_wire_what_xdp_left_alone_takes_the_other_way() {
+fn other_packets_take_the_fallback_tier_on_devices() {
     require_root!();
-    let wire = Wire::new(world::gateway(), &[Hook::UplinkXdp, Hook::UplinkIngress, Hook::OverlayIngress], 1500);
-    let (lan, tunnel) = (wire.lan_sender(), wire.on_node("raven-wg0"));
+    let testbed = Testbed::new(topology::gateway(), &[Hook::UplinkXdp, Hook::UplinkIngress, Hook::OverlayIngress], 1500);
+    let (lan, tunnel) = (testbed.lan_sender(), testbed.on_node("raven-wg0"));
     for family in Family::BOTH {
         let inner = udp(family, MEMBERS, EDGES);
         let bytes = inner.overlay_frame().len() as u64;
         let marked = Overlay { class: 0x03, ..overlay(MEMBER, ME, inner.clone().class(0x01).overlay_frame()) };
-        let counted = wire.counted("congestion experienced", || lan.send(&marked.frame()));
+        let counted = testbed.counted("congestion experienced", || lan.send(&marked.frame()));
         assert_eq!(counted, [((EDGE, Verdict::ToTunnel), Count { packets: 1, bytes })].into(), "{family:?}: {counted:?}");
         tunnel.expect("congestion experienced", &inner.clone().class(0x03).ttl(63).bytes());
         let spent = overlay(MEMBER, ME, inner.clone().ttl(1).overlay_frame());
-        let counted = wire.counted("hops spent", || lan.send(&spent.frame()));
+        let counted = testbed.counted("TTL 1", || lan.send(&spent.frame()));
         assert_eq!(counted, [((EDGE, Verdict::StackTtl), Count { packets: 1, bytes })].into(), "{family:?}: {counted:?}");
-        let stranger = overlay(STRANGER, ME, inner.overlay_frame()).frame();
-        let counted = wire.counted("a stranger", || lan.send(&stranger));
+        let stranger = overlay(OUTSIDER, ME, inner.overlay_frame()).frame();
+        let counted = testbed.counted("from outside the pool", || lan.send(&stranger));
         let bytes = stranger.len() as u64;
         assert_eq!(counted, [((NONE, Verdict::DropOuterNotInPool), Count { packets: 1, bytes })].into(), "{family:?}: {counted:?}");
     }

@@ -1,5 +1,5 @@
-//! The first process of the machine: mounts what every program expects, starts this program anew for the tests, takes
-//! in orphans, and powers off.
+//! The first process of the machine: mounts the usual file systems, starts this program again for the checks, reaps orphaned
+//! processes, and powers off.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -12,10 +12,10 @@ use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::wait::{WaitStatus, wait};
 use nix::unistd::sync;
 
-/// Where the agent lies in the machine.
+/// Folder of raven-agent in the machine.
 const PROGRAMS: &str = "/raven";
 
-/// Never comes back: a first process that ends is a kernel's panic.
+/// Runs the machine. Never returns: the kernel panics if the first process ends.
 pub(crate) fn run() -> ! {
     for (kind, place) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/run"), ("tmpfs", "/tmp")] {
         // The kernel may have mounted /dev already.
@@ -25,17 +25,17 @@ pub(crate) fn run() -> ! {
             println!("raven-vm: mount {place}: {error}");
         }
     }
-    // devtmpfs leaves these to user space; nft reads its rules from /dev/stdin.
+    // devtmpfs does not contain these links; nft reads its rules from /dev/stdin.
     for (link, target) in [("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")] {
         if let Err(error) = symlink(format!("/proc/self/fd{target}"), Path::new("/dev").join(link)) {
-            println!("raven-vm: make /dev/{link}: {error}");
+            println!("raven-vm: create /dev/{link}: {error}");
         }
     }
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     println!("raven-vm: {} is up", release.trim());
     let started = Command::new("/proc/self/exe").env("PATH", "/usr/sbin:/usr/bin").env("RAVEN_BIN_DIR", PROGRAMS).spawn();
     match started {
-        Ok(tests) => take_in_until_the_end_of(tests.id()),
+        Ok(tests) => reap_until_end_of(tests.id()),
         Err(error) => println!("raven-vm: start the tests: {error}"),
     }
     sync();
@@ -43,7 +43,8 @@ pub(crate) fn run() -> ! {
     panic!("power off: {error:?}")
 }
 
-fn take_in_until_the_end_of(tests: u32) {
+/// Reaps processes until the process `tests` ends.
+fn reap_until_end_of(tests: u32) {
     loop {
         match wait() {
             Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _)) if pid.as_raw().unsigned_abs() == tests => return,

@@ -1,4 +1,4 @@
-//! What a client says first on a TLS port: in one piece and in two it is the same thing.
+//! The first bytes of a client on a TLS port: detection does not depend on how they are split.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

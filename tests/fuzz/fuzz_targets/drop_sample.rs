@@ -1,4 +1,4 @@
-//! What the programs' ring buffer holds.
+//! Records of the eBPF programs' ring buffer.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,4 +1,4 @@
-//! What a kernel calls itself, and what people write into ConfigMaps.
+//! Names of kernel releases, and values of ConfigMaps.
 #![no_main]
 
 use std::collections::BTreeMap;

@@ -1,5 +1,5 @@
-//! What the API server, or the snapshot on disk, tells an agent: whatever it is, a plan comes of it, the same each
-//! time, and no prefix belongs to two pools.
+//! Topologies from the API server or from the snapshot on disk: every input results in a plan, planning is deterministic, and
+//! no prefix belongs to two pools.
 #![no_main]
 
 use std::collections::BTreeSet;
@@ -15,14 +15,14 @@ fuzz_target!(|bytes: &[u8]| {
     let topology = build(&inputs);
     let mut taken = BTreeSet::new();
     for prefix in topology.pools.values().flat_map(|pool| pool.members.values()).flat_map(|member| &member.prefixes) {
-        assert!(taken.insert(*prefix), "{prefix} belongs to two");
+        assert!(taken.insert(*prefix), "{prefix} belongs to two nodes");
     }
     for node in topology.pools.values().flat_map(|pool| pool.members.keys()).take(4) {
         let me = Me { node: node.clone(), uplink_mtu: 1500, protected: BTreeSet::new(), addresses: BTreeSet::new(), detour: None, preshared: None };
         let first = plan(&topology, &me);
         assert_eq!(first, plan(&topology, &me));
         for prefix in first.state.routes.keys() {
-            assert!(first.state.remote.contains_key(prefix), "a route without a map entry: {prefix}");
+            assert!(first.state.remote.contains_key(prefix), "route without a map entry: {prefix}");
         }
     }
 });

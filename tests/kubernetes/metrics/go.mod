@@ -2,8 +2,8 @@ module raven.openyurt.io/tests/kubernetes/metrics
 
 go 1.26.4
 
-// What `kubectl top` asks, built from its Go modules with no code of ours (DESIGN.md, 'Test lab'); apart from Kubernetes itself, whose
-// versions of dependencies are others:
+// Builds metrics-server, which `kubectl top` queries, from its Go modules. A separate module, because its dependencies have
+// other versions than those of Kubernetes:
 //   go build -o DIR tool
 
 tool sigs.k8s.io/metrics-server/cmd/metrics-server

@@ -2,7 +2,7 @@ module raven.openyurt.io/tests/kubernetes/node
 
 go 1.26.6
 
-// What runs on nodes of the lab that have a kubelet, built from Go modules with no code of ours (DESIGN.md, 'Test lab'):
+// Builds the programs of lab nodes with a kubelet from their Go modules:
 //   go build -o DIR tool
 
 tool (

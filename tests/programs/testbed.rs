@@ -1,6 +1,5 @@
-//! Real devices, for what a test run cannot show: the node under test in one namespace (uplink, `raven0`, `raven-wg0`
-//! as a TUN device, programs attached), its pool's LAN in another, where the test itself sends and receives frames byte
-//! by byte.
+//! Real devices for what a test run cannot show. The node under test is in one namespace (uplink, `raven0`, `raven-wg0` as a TUN
+//! device, with programs attached); its pool's LAN is in another one, where the test sends and receives frames.
 
 use std::{
     array,
@@ -35,23 +34,23 @@ use crate::{
     packet::{LAN_MAC, Overlay, UPLINK_MAC},
 };
 
-/// What happens at all happens at once; only a failing test waits this long.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// Time limit for an expected packet or count, which only a failing test reaches.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The node, its programs, and ports to look at it.
-pub struct Wire {
-    /// What runs on the node.
+/// The node under test with its programs, and its LAN.
+pub struct Testbed {
+    /// Object that is attached on the node.
     pub dataplane: Dataplane,
-    /// `raven-wg0`, from the side of whoever encrypts.
+    /// The TUN device `raven-wg0`, on the side of the encryption.
     tun: TunSocket,
-    /// Where to send what goes into `raven-wg0`: IPv4, IPv6.
+    /// Link-layer addresses for sending into `raven-wg0`: IPv4, IPv6.
     into_tunnel: [LinkAddr; 2],
     node: Namespace,
     lan: Namespace,
 }
 
-impl Wire {
-    /// Builds it. Device numbers in `config` are replaced by the real ones, unless they are zero.
+impl Testbed {
+    /// Creates the namespaces. Replaces interface indexes in `config` by the real ones, unless they are zero.
     pub fn new(config: Config, hooks: &[Hook], mtu: u32) -> Self {
         let [node, lan] = ["node", "lan"].map(namespace);
         node.ip(&format!(
@@ -70,54 +69,54 @@ impl Wire {
             lan = lan.name,
             inner = mtu - OVERLAY_OVERHEAD as u32,
         ))
-        .expect("the node's devices");
-        lan.ip("link set lan up").expect("the LAN's device");
-        let tun = node.within(|| TunSocket::new("raven-wg0")).expect("in the namespace").expect("a TUN device");
-        node.ip(&format!("link set raven-wg0 mtu {mtu}\nlink set raven-wg0 up")).expect("the tunnel device");
-        let into_tunnel = node.within(|| Port::open("raven-wg0")).map(|port| link_addresses(&tun, &port)).expect("in the namespace");
+        .expect("create the node's devices");
+        lan.ip("link set lan up").expect("set up the LAN's device");
+        let tun = node.within(|| TunSocket::new("raven-wg0")).expect("enter the namespace").expect("create the TUN device");
+        node.ip(&format!("link set raven-wg0 mtu {mtu}\nlink set raven-wg0 up")).expect("set up the TUN device");
+        let into_tunnel = node.within(|| Port::open("raven-wg0")).map(|port| link_addresses(&tun, &port)).expect("enter the namespace");
         let hooks = hooks.to_vec();
-        let dataplane = node.within(move || attached(config, &hooks)).expect("in the namespace");
+        let dataplane = node.within(move || attached(config, &hooks)).expect("enter the namespace");
         Self { dataplane, tun, into_tunnel, node, lan }
     }
 
-    /// Gives a decrypted packet to `raven-wg0`.
+    /// Injects a decrypted packet into `raven-wg0`.
     pub fn decrypted(&self, packet: &[u8]) {
-        assert_eq!(self.tun.write4(packet), packet.len(), "the TUN device takes the packet");
+        assert_eq!(self.tun.write4(packet), packet.len(), "write to the TUN device");
     }
 
-    /// Sends a packet out by `raven-wg0`, as the node's stack does.
+    /// Sends a packet from `raven-wg0`, as the node's stack does.
     pub fn send_into_tunnel(&self, packet: &[u8]) {
         let address = self.into_tunnel[usize::from(packet[0] >> 4 == 6)];
         let port = self.on_node("raven-wg0");
-        sendto(port.socket.as_raw_fd(), packet, &address, MsgFlags::empty()).expect("the tunnel takes the packet");
+        sendto(port.socket.as_raw_fd(), packet, &address, MsgFlags::empty()).expect("send into the tunnel");
     }
 
-    /// A port on a device of the node.
+    /// Opens a port on a device of the node.
     pub fn on_node(&self, device: &'static str) -> Port {
-        self.node.within(move || Port::open(device)).expect("in the namespace")
+        self.node.within(move || Port::open(device)).expect("enter the namespace")
     }
 
-    /// The port on the pool's LAN.
+    /// Opens a port on the pool's LAN.
     pub fn on_lan(&self) -> Port {
-        self.lan.within(|| Port::open("lan")).expect("in the namespace")
+        self.lan.within(|| Port::open("lan")).expect("enter the namespace")
     }
 
-    /// Sends to the node, as others on its LAN do.
+    /// Returns a sender on the LAN, which sends to the node as other nodes do.
     pub fn lan_sender(&self) -> Sender {
-        self.lan.within(|| Sender::open("lan")).expect("in the namespace")
+        self.lan.within(|| Sender::open("lan")).expect("enter the namespace")
     }
 
-    /// Sends out by `raven0`, as the node's stack does.
+    /// Returns a sender on `raven0`, which sends as the node's stack does.
     pub fn overlay_sender(&self) -> Sender {
-        self.node.within(|| Sender::open("raven0")).expect("in the namespace")
+        self.node.within(|| Sender::open("raven0")).expect("enter the namespace")
     }
 
-    /// Does something and gives what was counted because of it. Waits until anything is counted, and two looks see the
-    /// same: packets and bytes are not added at once.
+    /// Runs `act` and returns the increase of the counters. Waits until something is counted and two consecutive reads are equal,
+    /// because packets and bytes are not updated atomically.
     pub fn counted(&self, what: &str, act: impl FnOnce()) -> Counters {
         let before = self.dataplane.counters();
         act();
-        let end = Instant::now() + PATIENCE;
+        let end = Instant::now() + TIMEOUT;
         let mut last = Counters::new();
         loop {
             let counted = difference(&before, &self.dataplane.counters());
@@ -125,13 +124,13 @@ impl Wire {
                 return counted;
             }
             last = counted;
-            assert!(Instant::now() < end, "{what}: nothing was counted within {PATIENCE:?}");
+            assert!(Instant::now() < end, "{what}: nothing was counted within {TIMEOUT:?}");
             std::thread::yield_now();
         }
     }
 }
 
-impl Drop for Wire {
+impl Drop for Testbed {
     fn drop(&mut self) {
         for ns in [&self.node, &self.lan] {
             delete(&ns.name);
@@ -139,9 +138,9 @@ impl Drop for Wire {
     }
 }
 
-/// Loads the object and attaches the programs, on a thread in the node's namespace.
+/// Loads the object and attaches the programs. Must run on a thread in the node's namespace.
 fn attached(config: Config, hooks: &[Hook]) -> Dataplane {
-    let real = |device: &str, given: u32| if given == 0 { 0 } else { if_nametoindex(device).expect("the device is there") };
+    let real = |device: &str, given: u32| if given == 0 { 0 } else { if_nametoindex(device).expect("the device exists") };
     let mut dataplane = Dataplane::load(Config {
         uplink_ifindex: real("uplink", config.uplink_ifindex),
         overlay_ifindex: real("raven0", config.overlay_ifindex),
@@ -159,17 +158,17 @@ fn attached(config: Config, hooks: &[Hook]) -> Dataplane {
     dataplane
 }
 
-/// The addresses of a device without Ethernet, as only the kernel can write them without `unsafe`: read from two
-/// packets that came in by it. They name a family, too.
+/// Returns the link-layer addresses of a device without Ethernet, one per family. Without `unsafe`, they can only be obtained
+/// from the kernel, by receiving two packets from the device.
 fn link_addresses(tun: &TunSocket, port: &Port) -> [LinkAddr; 2] {
     let packets = [[0x45; 60], [0x60; 60]];
     array::from_fn(|family| {
-        assert_eq!(tun.write4(&packets[family]), 60, "the TUN device takes the packet");
+        assert_eq!(tun.write4(&packets[family]), 60, "write to the TUN device");
         port.receive("a packet of the TUN device").1
     })
 }
 
-/// Sees what passes a device, and sends on it: whole frames, as they are.
+/// A packet socket that receives and sends whole frames on a device.
 pub struct Port {
     device: &'static str,
     index: usize,
@@ -177,15 +176,16 @@ pub struct Port {
 }
 
 impl Port {
-    /// Opens a port in the thread's namespace.
+    /// Opens a port in the current thread's namespace.
     fn open(device: &'static str) -> Self {
-        let index = if_nametoindex(device).expect("the device is there") as usize;
-        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll).expect("a packet socket");
-        setsockopt(&socket, ReceiveTimeout, &TimeVal::new(PATIENCE.as_secs() as i64, 0)).expect("a timeout");
+        let index = if_nametoindex(device).expect("the device exists") as usize;
+        let socket =
+            socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll).expect("open a packet socket");
+        setsockopt(&socket, ReceiveTimeout, &TimeVal::new(TIMEOUT.as_secs() as i64, 0)).expect("set the receive timeout");
         Self { device, index, socket }
     }
 
-    /// The next frame.
+    /// Returns the next frame of the device.
     pub fn next(&self, what: &str) -> Vec<u8> {
         self.receive(what).0
     }
@@ -194,9 +194,9 @@ impl Port {
         let mut frame = vec![0; 1 << 16];
         loop {
             let (len, address) = recvfrom::<LinkAddr>(self.socket.as_raw_fd(), &mut frame)
-                .unwrap_or_else(|e| panic!("{what}: nothing came by {} within {PATIENCE:?}: {e}", self.device));
-            let address = address.expect("a frame came by a device");
-            // The socket hears all devices of its namespace.
+                .unwrap_or_else(|e| panic!("{what}: no frame on {} within {TIMEOUT:?}: {e}", self.device));
+            let address = address.expect("the frame has a link-layer address");
+            // The socket receives the frames of all devices in its namespace.
             if address.ifindex() == self.index {
                 frame.truncate(len);
                 return (frame, address);
@@ -204,10 +204,10 @@ impl Port {
         }
     }
 
-    /// What has come by the device until now.
+    /// Returns all frames received so far.
     pub fn drain(&self) -> Vec<Vec<u8>> {
-        let flags = OFlag::from_bits_retain(fcntl(&self.socket, FcntlArg::F_GETFL).expect("its flags"));
-        let set = |flags| fcntl(&self.socket, FcntlArg::F_SETFL(flags)).expect("other flags");
+        let flags = OFlag::from_bits_retain(fcntl(&self.socket, FcntlArg::F_GETFL).expect("get the socket's flags"));
+        let set = |flags| fcntl(&self.socket, FcntlArg::F_SETFL(flags)).expect("set the socket's flags");
         set(flags | OFlag::O_NONBLOCK);
         let mut frame = vec![0; 1 << 16];
         let mut frames = Vec::new();
@@ -220,13 +220,13 @@ impl Port {
         frames
     }
 
-    /// Fails unless the next frame is this one: also shows that none came before.
+    /// Fails unless the next frame equals `frame`. This also shows that no other frame was sent before.
     pub fn expect(&self, what: &str, frame: &[u8]) {
         let difference = hex_difference("frame", frame, &self.next(what));
         assert!(difference.is_empty(), "{what}: on {}:\n{difference}", self.device);
     }
 
-    /// Fails unless the next frame is this overlay frame, whatever its outer source port, which is given back.
+    /// Fails unless the next frame equals `overlay`, except for its outer source port, which is returned.
     pub fn expect_overlay(&self, what: &str, overlay: &Overlay) -> u16 {
         let seen = self.next(what);
         let port = seen.get(34..36).map_or(0, |p| u16::from_be_bytes([p[0], p[1]]));
@@ -237,7 +237,7 @@ impl Port {
     }
 }
 
-/// Sends frames on an Ethernet device of the thread's namespace.
+/// Sends frames on an Ethernet device.
 pub struct Sender {
     socket: OwnedFd,
     address: LinkAddr,
@@ -245,22 +245,23 @@ pub struct Sender {
 
 impl Sender {
     fn open(device: &str) -> Self {
-        let index = if_nametoindex(device).expect("the device is there") as usize;
-        let addresses = getifaddrs().expect("addresses").filter_map(|i| i.address);
-        let address = addresses.filter_map(|a| a.as_link_addr().copied()).find(|a| a.ifindex() == index).expect("a link address");
-        // Without a protocol it hears nothing.
-        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None).expect("a packet socket");
+        let index = if_nametoindex(device).expect("the device exists") as usize;
+        let addresses = getifaddrs().expect("list the addresses").filter_map(|i| i.address);
+        let address =
+            addresses.filter_map(|a| a.as_link_addr().copied()).find(|a| a.ifindex() == index).expect("the device has a MAC address");
+        // Without a protocol, the socket receives nothing.
+        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None).expect("open a packet socket");
         Self { socket, address }
     }
 
     /// Sends a frame.
     pub fn send(&self, frame: &[u8]) {
-        assert_eq!(self.try_send(frame), Ok(frame.len()), "the device takes the frame");
+        assert_eq!(self.try_send(frame), Ok(frame.len()), "send the frame");
     }
 
-    /// Sends a frame that a program of the device drops, which the kernel tells the sender so.
-    pub fn send_in_vain(&self, frame: &[u8]) {
-        assert_eq!(self.try_send(frame), Err(Errno::ENOBUFS), "the frame is dropped on its way out");
+    /// Sends a frame that a program of the device must drop, which the kernel reports as ENOBUFS.
+    pub fn send_dropped(&self, frame: &[u8]) {
+        assert_eq!(self.try_send(frame), Err(Errno::ENOBUFS), "the device's program must drop the frame");
     }
 
     fn try_send(&self, frame: &[u8]) -> nix::Result<usize> {
@@ -268,19 +269,19 @@ impl Sender {
     }
 }
 
-/// Makes a namespace without IPv6 of its own, so that nothing is on the wire but what a test put there.
+/// Creates a namespace with IPv6 disabled, so that the devices carry only the test's packets.
 fn namespace(role: &str) -> Namespace {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     sweep();
     let name = format!("rvp-{}-{}-{role}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    let made = Command::new("ip").args(["netns", "add", &name]).status().expect("ip runs");
-    assert!(made.success(), "ip netns add {name}: {made}");
+    let created = Command::new("ip").args(["netns", "add", &name]).status().expect("run ip");
+    assert!(created.success(), "ip netns add {name}: {created}");
     let ns = Namespace { name, mount: None };
-    ns.sh("for scope in all default; do echo 1 >/proc/sys/net/ipv6/conf/$scope/disable_ipv6; done").expect("IPv6 is switched off");
+    ns.sh("for scope in all default; do echo 1 >/proc/sys/net/ipv6/conf/$scope/disable_ipv6; done").expect("disable IPv6");
     ns
 }
 
-/// Takes away what killed processes left.
+/// Deletes the namespaces of killed test processes.
 fn sweep() {
     for entry in std::fs::read_dir("/run/netns").into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -292,7 +293,7 @@ fn sweep() {
 }
 
 fn delete(name: &str) {
-    // Two tests may sweep at once: whoever is late finds nothing, which is what both want.
+    // Tests may sweep concurrently; an error means that another one has deleted the namespace.
     let _ = Command::new("ip").args(["netns", "del", name]).output();
 }
 

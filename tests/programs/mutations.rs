@@ -1,5 +1,5 @@
-//! Mutated packets by the million: whatever they are, nothing is forwarded to an address that is in no table, and
-//! every packet of a program that counts is counted once. Always the same ones: a failure names its number.
+//! Tests with millions of mutated packets: none is forwarded to an address that is in no table, and programs count each packet
+//! exactly once. The packets are the same in every run; a failure contains the packet's number.
 
 use std::time::{Duration, Instant};
 
@@ -13,43 +13,43 @@ use raven_tests::{kernel_log, require_root};
 use crate::{
     dataplane::{Context, Dataplane, Ran, TC_REDIRECT, TC_SHOT, TC_UNSPEC, XDP_DROP, XDP_PASS},
     packet::{Family, Overlay, SYN, overlay, tcp, udp},
-    wire::Wire,
-    world::{self, EDGES, FARS, KUBELET, LOCAL, ME, MEMBER, MEMBERS, MINE, NOBODYS, Net, REMOTE, TUNNEL_PORT},
+    testbed::Testbed,
+    topology::{self, EDGES, FARS, KUBELET, LOCAL, ME, MEMBER, MEMBERS, MINE, Net, REMOTE, TUNNEL_PORT, UNKNOWN},
 };
 
-/// Per program.
+/// Number of packets per program.
 const PACKETS: u64 = 10_000_000;
-/// Also per program: what a slow machine stops at, seconds; `RAVEN_GARBAGE_SECONDS` sets another number.
+/// Time limit per program in seconds, for slow machines. `RAVEN_GARBAGE_SECONDS` sets another one.
 const SECONDS: u64 = 30;
-/// Fewer would show nothing.
+/// Minimum number of packets per program, regardless of the time limit.
 const AT_LEAST: u64 = 100_000;
 
-/// The packets' numbers, until there are enough or time is up.
+/// Yields the packets' numbers until the number or time limit is reached.
 fn numbers() -> impl Iterator<Item = u64> {
     let seconds = std::env::var("RAVEN_GARBAGE_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(SECONDS);
     let end = Instant::now() + Duration::from_secs(seconds);
     (0..PACKETS).take_while(move |number| number % 1024 != 0 || *number < AT_LEAST || Instant::now() < end)
 }
 
-/// A program, and what tells whether it forwarded a packet.
+/// A program under test, with the criterion for a forwarded packet.
 struct Target {
     hook: Hook,
     config: Config,
-    /// Good packets to start from.
+    /// Valid packets that are mutated.
     seeds: Vec<Vec<u8>>,
-    /// Where the (inner) IP header is, and where its Ethernet type, if it has one: else the version says the family.
+    /// Offsets of the (inner) IP header and of its Ethernet type; without the latter, of the bytes that a test run uses for it.
     l3: usize,
     ethertype: usize,
-    /// True if the program sent the packet on, into the overlay or a tunnel.
+    /// Reports whether the program forwarded the packet into the overlay or the tunnel.
     forwarded: fn(&[u8], &Ran) -> bool,
-    /// True if this program counts every packet.
+    /// Whether this program counts every packet.
     counts_all: bool,
 }
 
 #[test]
-fn no_mutated_packet_is_forwarded_to_an_address_in_no_table() {
+fn mutated_packets_are_forwarded_only_to_known_addresses() {
     require_root!();
-    let before = kernel_log::complaints().expect("the kernel's log");
+    let before = kernel_log::complaints().expect("read the kernel log");
     for target in targets() {
         let dataplane = Dataplane::load(target.config);
         let mut random = Random(0x7261_7665_6e21);
@@ -65,15 +65,15 @@ fn no_mutated_packet_is_forwarded_to_an_address_in_no_table() {
                 assert!(is_known(&packet, &target), "{}", what());
             }
         }
-        // Not one: then the test would show nothing.
-        println!("{}: {packets} mutated packets, {forwarded} forwarded, each to where it may", target.hook.program());
+        // A sufficient share must be forwarded, or the test would prove nothing.
+        println!("{}: {packets} mutated packets, {forwarded} forwarded, all to allowed destinations", target.hook.program());
         assert!((packets / 100..packets).contains(&forwarded), "{}: {forwarded} forwarded", target.hook.program());
         let counted = dataplane.counters().values().fold(Count::default(), |a, b| Count { packets: a.packets + b.packets, ..a }).packets;
         if target.counts_all {
             assert_eq!(counted, packets, "{}", target.hook.program());
         }
     }
-    assert_eq!(kernel_log::complaints().expect("the kernel's log"), before, "the kernel complains");
+    assert_eq!(kernel_log::complaints().expect("read the kernel log"), before, "new warnings in the kernel log");
 }
 
 fn targets() -> Vec<Target> {
@@ -84,8 +84,8 @@ fn targets() -> Vec<Target> {
     vec![
         Target {
             hook: Hook::OverlayEgress,
-            config: world::ordinary(),
-            seeds: by(&|family, to| tcp(family, MINE, to, SYN, &[1, 2, 4, 5, 180, 1, 1, 0]).frame(), &[EDGES, MEMBERS, NOBODYS]),
+            config: topology::member(),
+            seeds: by(&|family, to| tcp(family, MINE, to, SYN, &[1, 2, 4, 5, 180, 1, 1, 0]).frame(), &[EDGES, MEMBERS, UNKNOWN]),
             l3: 14,
             ethertype: 12,
             forwarded: |_, ran| ran.action == TC_UNSPEC,
@@ -93,8 +93,8 @@ fn targets() -> Vec<Target> {
         },
         Target {
             hook: Hook::UplinkXdp,
-            config: world::gateway(),
-            seeds: by(&|family, to| overlay(MEMBER, ME, udp(family, MEMBERS, to).overlay_frame()).frame(), &[EDGES, MEMBERS, NOBODYS]),
+            config: topology::gateway(),
+            seeds: by(&|family, to| overlay(MEMBER, ME, udp(family, MEMBERS, to).overlay_frame()).frame(), &[EDGES, MEMBERS, UNKNOWN]),
             l3: 64,
             ethertype: 62,
             forwarded: |packet, ran| ran.packet.len() < packet.len(),
@@ -102,10 +102,10 @@ fn targets() -> Vec<Target> {
         },
         Target {
             hook: Hook::TunnelIngress,
-            config: world::gateway(),
-            seeds: by(&|family, to| udp(family, EDGES, to).bytes(), &[MEMBERS, FARS, MINE, NOBODYS]),
+            config: topology::gateway(),
+            seeds: by(&|family, to| udp(family, EDGES, to).bytes(), &[MEMBERS, FARS, MINE, UNKNOWN]),
             l3: 0,
-            // By the source address: see `Net`.
+            // Bytes of the source address; see `Net`.
             ethertype: 12,
             forwarded: redirected,
             counts_all: true,
@@ -114,17 +114,17 @@ fn targets() -> Vec<Target> {
 }
 
 #[test]
-fn no_mutated_packet_is_redirected_by_the_other_programs() {
+fn mutated_packets_are_not_redirected_by_other_programs() {
     require_root!();
     let frames: Vec<Vec<u8>> = Family::BOTH.iter().map(|family| udp(*family, MEMBERS, EDGES).frame()).collect();
     let packets = Family::BOTH.iter().map(|family| tcp(*family, MINE, EDGES, SYN, &[1, 2, 4, 5, 180, 1, 1, 0]).bytes()).collect();
-    // For the guard, as on a node without native XDP: of a member, and for the tunnel's port.
+    // For the guard, as on a node without native XDP: from a member, and to the tunnel's port.
     let lan = |ports| Overlay { ports, ..overlay(MEMBER, ME, frames[0].clone()) }.frame();
     let lan = vec![lan([50_000, OVERLAY_PORT]), lan([50_000, TUNNEL_PORT])];
-    // The first two without metadata, as everything in a test run: of the second no more than its first check is met
-    // here, the rest comes by wire (`overlay_ingress`). The third has no redirect at all.
+    // In a test run, packets have no metadata, so OverlayIngress performs only its first check here; the rest is tested with
+    // devices. TunnelEgress has no redirect at all.
     for (hook, seeds) in [(Hook::UplinkIngress, lan), (Hook::OverlayIngress, frames), (Hook::TunnelEgress, packets)] {
-        let gateway = world::gateway();
+        let gateway = topology::gateway();
         let dataplane = Dataplane::load(Config { flags: gateway.flags | CONFIG_TC_GUARD, ..gateway });
         let mut random = Random(0x7261_7665_6e22);
         let (mut passed, mut packets) = (0, 0);
@@ -145,30 +145,30 @@ fn no_mutated_packet_is_redirected_by_the_other_programs() {
     }
 }
 
-/// Of `overlay_ingress`, by wire: every packet takes its way through the kernel, which is slower than a test run.
-const BY_WIRE: u64 = 2_000_000;
-/// Sent before what came out is looked at; less than any queue on the way holds.
+/// Number of packets for `overlay_ingress` on devices, where each one takes the kernel's path, slower than a test run.
+const ON_DEVICES: u64 = 2_000_000;
+/// Number of packets sent before the results are read; below the length of any queue on the path.
 const BATCH: u64 = 128;
 
 #[test]
-fn no_mutated_overlay_packet_enters_the_tunnel_but_from_and_to_where_it_may() {
+fn mutated_overlay_packets_enter_the_tunnel_only_with_allowed_addresses() {
     require_root!();
-    let before = kernel_log::complaints().expect("the kernel's log");
-    let wire = Wire::new(world::gateway(), &[Hook::OverlayIngress], 1700);
-    let (lan, tunnel) = (wire.lan_sender(), wire.on_node("raven-wg0"));
+    let before = kernel_log::complaints().expect("read the kernel log");
+    let testbed = Testbed::new(topology::gateway(), &[Hook::OverlayIngress], 1700);
+    let (lan, tunnel) = (testbed.lan_sender(), testbed.on_node("raven-wg0"));
     let seeds: Vec<Vec<u8>> = Family::BOTH
         .iter()
-        .flat_map(|family| [EDGES, MEMBERS, NOBODYS].map(|to| udp(*family, MEMBERS, to).overlay_frame()))
+        .flat_map(|family| [EDGES, MEMBERS, UNKNOWN].map(|to| udp(*family, MEMBERS, to).overlay_frame()))
         .chain([tcp(Family::V4, MEMBERS, KUBELET, SYN, &[]).overlay_frame()])
         .collect();
     let mut random = Random(0x7261_7665_6e23);
     let (mut sent, mut entered) = (0, 0);
-    for batch in numbers().take_while(|number| number * BATCH < BY_WIRE) {
-        let counted = wire.counted("a batch", || {
+    for batch in numbers().take_while(|number| number * BATCH < ON_DEVICES) {
+        let counted = testbed.counted("a batch", || {
             for _ in 0..BATCH {
-                // From the address of `raven0` itself the VXLAN device takes nothing.
+                // The VXLAN device drops frames from its own address.
                 let other = |frame: &Vec<u8>| frame[6..12] != OVERLAY_MAC;
-                let frame = std::iter::repeat_with(|| mutated(&seeds, &mut random)).find(other).expect("most are");
+                let frame = std::iter::repeat_with(|| mutated(&seeds, &mut random)).find(other).expect("an infinite iterator");
                 lan.send(&overlay(MEMBER, ME, frame).frame());
                 sent += 1;
             }
@@ -185,12 +185,12 @@ fn no_mutated_overlay_packet_enters_the_tunnel_but_from_and_to_where_it_may() {
             assert!(source && destination, "batch {batch}: {packet:02x?}");
         }
     }
-    println!("overlay_ingress: {sent} mutated packets by wire, {entered} entered the tunnel, each from and to where it may");
+    println!("overlay_ingress: {sent} mutated packets on devices, {entered} entered the tunnel, all from and to allowed addresses");
     assert!((sent / 100..sent).contains(&entered), "{entered} of {sent}");
-    assert_eq!(kernel_log::complaints().expect("the kernel's log"), before, "the kernel complains");
+    assert_eq!(kernel_log::complaints().expect("read the kernel log"), before, "new warnings in the kernel log");
 }
 
-/// The oracle: is the destination of what the kernel must have taken this for in a table that this program forwards by?
+/// The oracle: reports whether the destination, as parsed by the kernel, is in a table by which this program forwards.
 fn is_known(packet: &[u8], target: &Target) -> bool {
     let ip = &packet[target.l3..];
     let remote = REMOTE.iter().map(|(net, _)| *net);
@@ -202,7 +202,7 @@ fn is_known(packet: &[u8], target: &Target) -> bool {
     })
 }
 
-/// One of the good packets with a few bytes changed, cut or continued.
+/// Returns one of the valid packets with a few bytes changed, removed or appended.
 fn mutated(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
     let mut packet = seeds[random.below(seeds.len())].clone();
     for _ in 0..random.below(5) {
@@ -211,7 +211,7 @@ fn mutated(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
             0 => packet[at] = random.below(256) as u8,
             1 => packet[at] ^= 1 << random.below(8),
             2 => packet[at] = [0, 1, 0x7f, 0xff][random.below(4)],
-            // A test run refuses packets without a whole IP header at its place: those come by wire.
+            // A test run rejects packets without a complete IP header; tests with devices cover those.
             _ => packet.truncate(at.max(14 + 40)),
         }
     }
@@ -221,7 +221,7 @@ fn mutated(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
     packet
 }
 
-/// SplitMix64 (public domain, Sebastiano Vigna).
+/// A SplitMix64 generator (public domain, Sebastiano Vigna).
 struct Random(u64);
 
 impl Random {

@@ -1,4 +1,4 @@
-//! The checks, in the order of a story.
+//! The checks of all features, in one sequence.
 
 use std::fs;
 use std::net::IpAddr;
@@ -11,33 +11,34 @@ use raven_tests::probe::{self, Echo};
 use raven_tests::proof::{self, Check, FAMILIES};
 use raven_tests::{Lab, Node, eventually, kernel_log, offline as topology};
 
-/// Emulation carries little.
+/// Size of transfers in bytes; emulation is slow.
 const BULK: u64 = 4_000_000;
-/// Packets a second.
+/// Rate of flows in packets per second.
 const RATE: u32 = 100;
 const ANSWER: Duration = Duration::from_secs(20);
 
-/// Runs all; true if all passed.
+/// Runs all checks. Returns true if all passed.
 pub(crate) async fn run() -> bool {
-    let mut story = Story::default();
+    let mut results = Results::default();
     println!("kernel: {}", release());
     println!("version: {}", read("/proc/version"));
-    if let Err(error) = whole(&mut story).await {
-        story.note("the tests run to their end", Err(error));
+    if let Err(error) = all(&mut results).await {
+        results.note("the checks complete", Err(error));
     }
-    story.note("the kernel complains of nothing", kernel_log::quiet());
+    results.note("no warnings in the kernel log", kernel_log::quiet());
     println!("kernel: {}", release());
-    println!("{} passed, {} failed", story.passed, story.failed);
-    story.failed == 0
+    println!("{} passed, {} failed", results.passed, results.failed);
+    results.failed == 0
 }
 
+/// Number of passed and failed checks.
 #[derive(Default)]
-struct Story {
+struct Results {
     passed: u32,
     failed: u32,
 }
 
-impl Story {
+impl Results {
     fn note(&mut self, name: &str, result: Result<String>) {
         let check = Check::new(name, result);
         let (count, word) = if check.ok { (&mut self.passed, "ok") } else { (&mut self.failed, "FAILED") };
@@ -46,84 +47,84 @@ impl Story {
     }
 }
 
-async fn whole(story: &mut Story) -> Result<()> {
+async fn all(results: &mut Results) -> Result<()> {
     let lab = Lab::builder().without_kubernetes().up().await?;
-    story.note("without Raven the pools cannot reach each other", proof::isolated(&lab).await);
+    results.note("the pools are isolated without Raven", proof::isolated(&lab).await);
     let gateways = topology::write(&lab)?;
     let mut agents = Vec::new();
     for node in &lab.nodes {
         agents.push(lab.start_agent_with(&node.name, offline(&[]))?);
     }
-    let before = story.failed;
-    let result = tell(story, &lab, &gateways, &mut agents).await;
-    if result.is_err() || story.failed > before {
+    let before = results.failed;
+    let result = with_agents(results, &lab, &gateways, &mut agents).await;
+    if result.is_err() || results.failed > before {
         show_logs(&lab);
     }
     result
 }
 
-async fn tell(story: &mut Story, lab: &Lab, gateways: &[String], agents: &mut [Agent]) -> Result<()> {
-    story.note("the pools find each other, from the snapshot on disk", proof::converged(lab).await);
-    story.note("agents say that all is as planned", all_ready(agents).await);
-    story.note("WireGuard is the kernel's", kernel_wireguard(lab, gateways));
-    story.note("WireGuard sessions", sessions(lab, gateways).await);
-    story.note("programs are attached once, the way of this kernel", attached(lab, gateways, true));
-    if story.failed > 0 {
-        // All that follows would only say the same again, slowly.
+async fn with_agents(results: &mut Results, lab: &Lab, gateways: &[String], agents: &mut [Agent]) -> Result<()> {
+    results.note("the pools are connected, with the snapshot on disk", proof::converged(lab).await);
+    results.note("all agents report that the dataplane is as planned", all_ready(agents).await);
+    results.note("WireGuard is the kernel's", kernel_wireguard(lab, gateways));
+    results.note("WireGuard sessions", sessions(lab, gateways).await);
+    results.note("programs are attached once, by the mechanism of this kernel", attached(lab, gateways, true));
+    if results.failed > 0 {
+        // The other checks would only report the same failure again, slowly.
         return Ok(());
     }
     let before = proof::all_counters(lab)?;
     proof::watch_netfilter(lab)?;
-    bulks(story, lab).await;
-    story.note("fast tier: redirected, netfilter and conntrack saw nothing", proof::redirected(lab, &before, 100));
+    bulks(results, lab).await;
+    results.note("fast tier: redirected, not seen by netfilter and conntrack", proof::redirected(lab, &before, 100));
     let internet = proof::record(lab).await?;
-    pairs(story, lab).await;
-    story.note("nothing crossed the internet in clear", internet.stop().await.and_then(|seen| proof::encrypted(lab, &seen)));
-    story.note("host processes reach pods of other pools, and back", hosts(lab).await);
-    story.note("traceroute shows every gateway node", proof::traceroute(lab));
-    story.note("nothing is fragmented on the wire", proof::unfragmented(lab, BULK / 4).await);
-    story.note("a WireGuard peer that sends another pool's addresses", proof::rejects_foreign_sources(lab, true).await);
-    story.note("connections to kubelets of other pools are taken by address", intercepted(lab));
-    story.note("MTU: cloud-b, y-b", proof::mtu(lab, "cloud-b", "y-b").await);
-    story.note("MTU: x-a, cloud-a", proof::mtu(lab, "x-a", "cloud-a").await);
+    pairs(results, lab).await;
+    results.note("nothing crossed the internet unencrypted", internet.stop().await.and_then(|seen| proof::encrypted(lab, &seen)));
+    results.note("host processes reach pods of other pools and vice versa", hosts(lab).await);
+    results.note("traceroute shows every gateway node", proof::traceroute(lab));
+    results.note("packets are not fragmented", proof::unfragmented(lab, BULK / 4).await);
+    results.note("a peer cannot send from addresses of another pool", proof::rejects_foreign_sources(lab, true).await);
+    results.note("connections to kubelets of other pools are intercepted by address", intercepted(lab));
+    results.note("MTU: cloud-b, y-b", proof::mtu(lab, "cloud-b", "y-b").await);
+    results.note("MTU: x-a, cloud-a", proof::mtu(lab, "x-a", "cloud-a").await);
     for (n, family) in FAMILIES.iter().enumerate() {
         let name = format!("{family}: all agents killed and restarted under {RATE} packets/s");
-        story.note(&name, restarted(lab, agents, n).await);
+        results.note(&name, restarted(lab, agents, n).await);
     }
-    story.note("programs are still attached once", attached(lab, gateways, true));
-    story.note("a preshared key: taken while agents run, and sessions are made with it", preshared(lab, gateways).await);
+    results.note("programs are still attached once", attached(lab, gateways, true));
+    results.note("a preshared key is applied at runtime and used by new sessions", preshared(lab, gateways).await);
     let seen = twice(async || changed(lab, agents).await).await;
-    story.note(&format!("four hundred prefixes join a pool and leave it under {RATE} packets/s of others"), seen);
+    results.note(&format!("400 prefixes are added to a pool and removed under {RATE} packets/s of other pools"), seen);
 
     if !has_tcx() {
-        let name = "a filter with the last word at the first priority costs x-a the fast tier and nothing else";
-        story.note(name, overtaken(lab, agents).await);
+        let name = "a terminal filter of the first priority disables only the fast tier of x-a";
+        results.note(name, bypassed(lab, agents).await);
     }
 
     for agent in agents.iter_mut() {
         agent.arguments = offline(&["--tier", "tc"]);
     }
-    story.note("all agents restarted with --tier tc", restarted(lab, agents, 0).await);
-    story.note("no program is at XDP any more", attached(lab, gateways, false));
+    results.note("all agents restarted with --tier tc", restarted(lab, agents, 0).await);
+    results.note("no XDP program is attached", attached(lab, gateways, false));
     let before_tc = proof::all_counters(lab)?;
-    // Connections that ended at the gateway node itself (`intercepted`) are seen there, as they should be: anew.
+    // The connections of `intercepted` ended on the gateway node and were seen there, which is correct: restart the count.
     proof::watch_netfilter(lab)?;
-    bulks(story, lab).await;
+    bulks(results, lab).await;
     let redirected = proof::redirected_by(lab, &before_tc, 100, Verdict::ToTunnel);
-    story.note("fallback tier: redirected, netfilter and conntrack saw nothing", redirected);
-    pairs(story, lab).await;
-    story.note("nothing was dropped", proof::no_drops(lab, &before));
-    story.note("packets that lie", proof::forged(lab, true).await);
+    results.note("fallback tier: redirected, not seen by netfilter and conntrack", redirected);
+    pairs(results, lab).await;
+    results.note("no packet was dropped", proof::no_drops(lab, &before));
+    results.note("forged packets are dropped", proof::forged(lab, true).await);
 
     for node in ["y-a", "y-b"] {
-        let agent = agents.iter_mut().find(|a| a.node.name == node).context("every node has an agent")?;
+        let agent = agents.iter_mut().find(|a| a.node.name == node).context("the node has no agent")?;
         topology::put(&agent.node, &topology::empty())?;
         agent.restart()?;
-        story.note(&format!("{node} leaves its pool, and nothing of ours works there any more"), left(&agent.node).await);
+        results.note(&format!("{node} leaves its pool, and Raven's state is removed from it"), removed(&agent.node).await);
     }
     for node in ["x-a", "x-b"] {
-        let agent = agents.iter_mut().find(|a| a.node.name == node).context("every node has an agent")?;
-        story.note(&format!("cleanup leaves nothing on {node}"), proof::cleaned(lab, agent));
+        let agent = agents.iter_mut().find(|a| a.node.name == node).context("the node has no agent")?;
+        results.note(&format!("cleanup leaves nothing on {node}"), proof::cleaned(lab, agent));
     }
     Ok(())
 }
@@ -135,13 +136,13 @@ async fn all_ready(agents: &[Agent]) -> Result<String> {
     Ok(format!("{} of {}", agents.len(), agents.len()))
 }
 
-/// All agents are killed and restarted under a flow, and nothing is lost.
+/// All agents are killed and restarted under a flow, and no packet is lost.
 async fn restarted(lab: &Lab, agents: &mut [Agent], family: usize) -> Result<String> {
     twice(async || proof::restart_under(lab, agents, "x-b", "y-b", family, RATE).await).await
 }
 
-/// An emulated processor may stand still for longer than queues last (seen once in some thirty runs), so what was lost
-/// must be lost again; both attempts are told.
+/// Retries a check once and reports both attempts: an emulated processor may stall for longer than queues last (observed once
+/// in about thirty runs), so only repeated loss counts.
 async fn twice(mut attempt: impl AsyncFnMut() -> Result<String>) -> Result<String> {
     let first = match attempt().await {
         Ok(seen) => return Ok(seen),
@@ -151,43 +152,42 @@ async fn twice(mut attempt: impl AsyncFnMut() -> Result<String>) -> Result<Strin
     second.map(|seen| format!("{seen} (a second attempt; the first: {first:#})")).with_context(|| format!("twice; first: {first:#}"))
 }
 
-/// Somebody's filter (not even a program) lets every packet pass before ours may see it; then it goes away again.
-/// `tests/l3/neighbours.rs` has more of the kind.
-async fn overtaken(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
-    let agent = agents.iter_mut().find(|a| a.node.name == "x-a").context("every node has an agent")?;
+/// A filter of another owner passes every packet before Raven's program sees it, and is later removed. See also
+/// `tests/l3/other_programs.rs`.
+async fn bypassed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
+    let agent = agents.iter_mut().find(|a| a.node.name == "x-a").context("the node has no agent")?;
     let node = agent.node.clone();
     let (cloud, edge) = (lab.pool("cloud").clone(), lab.pool("edge-x").clone());
     let on_uplink = || node.ns.run("ip", &["-d", "link", "show", "eth0"]);
     agent.kill()?;
     node.ns.sh("tc filter del dev eth0 ingress pref 1; tc filter add dev eth0 ingress pref 1 matchall action ok")?;
     agent.restart()?;
-    let yields = || async {
+    let fallback = || async {
         let filters = node.ns.sh("tc filter show dev eth0 ingress")?;
         ensure!(filters.contains("pref 4472") && filters.contains("uplink_ingress"), "{filters}");
-        ensure!(!on_uplink()?.contains("prog/xdp"), "XDP still unwraps: {filters}");
+        ensure!(!on_uplink()?.contains("prog/xdp"), "the XDP program is still attached: {filters}");
         Ok(())
     };
-    eventually(Duration::from_secs(30), "the fast tier yields", yields).await?;
+    eventually(Duration::from_secs(30), "the fast tier is disabled", fallback).await?;
     let before = proof::counters(&node)?;
     for family in 0..2 {
         proof::reach(lab, &cloud, &edge, family).await?;
     }
     let carried = proof::increase(&before, &proof::counters(&node)?, Verdict::ToTunnel);
-    ensure!(carried > 0, "the fallback tier carried nothing");
-    let said = agent.process.output()?;
-    ensure!(said.contains("is asked before uplink_ingress"), "the agent says why");
+    ensure!(carried > 0, "the fallback tier forwarded no packets");
+    let log = agent.process.output()?;
+    ensure!(log.contains("is asked before uplink_ingress"), "the agent does not log the reason");
     node.ns.sh("tc filter del dev eth0 ingress pref 1 matchall")?;
     agent.restart()?;
-    let back = || async {
-        ensure!(on_uplink()?.contains("prog/xdp"), "no program at XDP");
+    let restored = || async {
+        ensure!(on_uplink()?.contains("prog/xdp"), "the XDP program is not attached");
         Ok(())
     };
-    eventually(Duration::from_secs(30), "the fast tier is back", back).await?;
-    Ok(format!("{carried} packets by overlay_ingress meanwhile"))
+    eventually(Duration::from_secs(30), "the fast tier is restored", restored).await?;
+    Ok(format!("{carried} packets by overlay_ingress in between"))
 }
 
-/// All nodes have one file system here, so one file is everybody's Secret. Sessions go on with the keys they have: they
-/// are ended.
+/// All nodes share one file system here, so one file is the Secret of all. Existing sessions keep their keys and are ended.
 async fn preshared(lab: &Lab, gateways: &[String]) -> Result<String> {
     const FOLDER: &str = "/etc/raven/secret";
     const KEY: &str = "3q2+796tvu/erb7v3q2+796tvu/erb7v3q2+796tvu8=";
@@ -208,12 +208,11 @@ async fn preshared(lab: &Lab, gateways: &[String]) -> Result<String> {
         peers += proof::preshared(node, KEY).await?;
     }
     proof::converged(lab).await?;
-    Ok(format!("{peers} peers with it"))
+    Ok(format!("{peers} peers use it"))
 }
 
-/// Four hundred prefixes join edge-y and leave it again; what x-b and cloud-b say to each other does not suffer: the
-/// kernel's WireGuard changes what a peer may send while its session goes on. It takes, and tells, a peer with so many
-/// in several parts only.
+/// 400 prefixes are added to edge-y and removed again. Traffic between x-b and cloud-b is not interrupted, because the kernel's
+/// WireGuard changes a peer's allowed IPs without ending its session. Netlink transfers a peer with so many prefixes in parts.
 async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     const MANY: u32 = 400;
     let (from, to) = (lab.pod("x-b"), lab.pod("cloud-b"));
@@ -226,39 +225,39 @@ async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
             topology::put(&agent.node, snapshot)?;
             agent.restart()?;
         }
-        eventually(Duration::from_secs(60), "every node has them in its map, and WireGuard", || async {
+        eventually(Duration::from_secs(60), "every node has the prefixes in its map and in WireGuard", || async {
             for node in lab.nodes.iter().filter(|node| node.pool != "edge-y") {
                 let map = node.ns.sh("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/REMOTE4 | tr -d ' \\n'")?;
                 let count = map.matches("[172,24,").count() + map.matches("[172,25,").count();
                 ensure!(count == wanted as usize, "{}: {count}", node.name);
             }
             let peer = gateway.ns.sh("wg show raven-wg0 allowed-ips | grep -o ' 172[.]2[45][.]' | wc -l")?;
-            ensure!(peer.trim() == wanted.to_string(), "the peer has {peer}");
+            ensure!(peer.trim() == wanted.to_string(), "the peer has {peer} allowed IPs");
             Ok(())
         })
         .await?;
-        settled(agents.iter().find(|agent| agent.node.name == gateway.name).context("every node has an agent")?).await?;
+        settled(agents.iter().find(|agent| agent.node.name == gateway.name).context("the node has no agent")?).await?;
     }
     let report = flow.stop().await?;
     ensure!(report.lost == 0, "{report:?}");
-    Ok(format!("{MANY} there and back, {} packets sent, 0 lost, longest gap {} ms", report.sent, report.longest_gap.as_millis()))
+    Ok(format!("{MANY} added and removed, {} packets sent, 0 lost, longest gap {} ms", report.sent, report.longest_gap.as_millis()))
 }
 
-/// A run that has nothing to do does nothing: of what it finds, it puts back the one rule that is taken away.
+/// A run without changes has no effect: it restores exactly the one rule that was deleted.
 async fn settled(agent: &Agent) -> Result<()> {
     const PUT_BACK: &str = "raven_restored_total";
     let ns = &agent.node.ns;
-    // What comes back in the first run is put down to the news.
+    // Restorations in the first run are not counted, because the topology is new.
     proof::ready(agent).await?;
     let before = proof::metric(ns, PUT_BACK).await?.unwrap_or(0);
     ns.run("ip", &["rule", "del", "pref", "100"])?;
-    let counted = eventually(Duration::from_secs(20), "the rule is back, and counted", || async {
+    let counted = eventually(Duration::from_secs(20), "the rule is restored and counted", || async {
         let now = proof::metric(ns, PUT_BACK).await?.unwrap_or(0);
         ensure!(now > before, "{now}");
         Ok(now - before)
     });
     let counted = counted.await?;
-    ensure!(counted == 1, "{counted} things were put back, not one rule");
+    ensure!(counted == 1, "{counted} objects were restored, not one rule");
     Ok(())
 }
 
@@ -266,17 +265,17 @@ fn offline(more: &[&str]) -> Vec<String> {
     ["--offline"].iter().chain(more).map(|word| (*word).to_owned()).collect()
 }
 
-async fn bulks(story: &mut Story, lab: &Lab) {
+async fn bulks(results: &mut Results, lab: &Lab) {
     for (n, family) in FAMILIES.iter().enumerate() {
-        story.note(&format!("{family}: bulk, cloud-b to x-b"), proof::bulk(lab, "cloud-b", "x-b", n, BULK).await);
-        story.note(&format!("{family}: bulk, x-b to y-b, relayed"), proof::bulk(lab, "x-b", "y-b", n, BULK).await);
+        results.note(&format!("{family}: bulk, cloud-b to x-b"), proof::bulk(lab, "cloud-b", "x-b", n, BULK).await);
+        results.note(&format!("{family}: bulk, x-b to y-b, relayed"), proof::bulk(lab, "x-b", "y-b", n, BULK).await);
     }
 }
 
-async fn pairs(story: &mut Story, lab: &Lab) {
+async fn pairs(results: &mut Results, lab: &Lab) {
     for (a, b) in proof::pairs(lab) {
         for (n, family) in FAMILIES.iter().enumerate() {
-            story.note(&format!("{family}: {} ↔ {}", a.spec.name, b.spec.name), proof::reach(lab, &a, &b, n).await);
+            results.note(&format!("{family}: {} ↔ {}", a.spec.name, b.spec.name), proof::reach(lab, &a, &b, n).await);
         }
     }
 }
@@ -289,24 +288,24 @@ fn kernel_wireguard(lab: &Lab, gateways: &[String]) -> Result<String> {
     Ok(format!("raven-wg0 is a wireguard device on {}", gateways.join(", ")))
 }
 
-/// Every gateway node has as many live peers as it should.
+/// Every gateway node has sessions with all its peers.
 async fn sessions(lab: &Lab, gateways: &[String]) -> Result<String> {
     let cloud = &lab.cloud().spec.name;
     eventually(Duration::from_secs(20), "every gateway node has its sessions", || async {
-        let mut words = Vec::new();
+        let mut summaries = Vec::new();
         for name in gateways {
             let wanted = if lab.node(name).pool == *cloud { lab.pools.len() - 1 } else { 1 };
             let shown = lab.node(name).ns.run("wg", &["show", "raven-wg0", "latest-handshakes"])?;
             let live = shown.lines().filter(|line| !line.ends_with("\t0")).count();
             ensure!((live, shown.lines().count()) == (wanted, wanted), "{name} should have {wanted}: {shown}");
-            words.push(format!("{name}: {live}"));
+            summaries.push(format!("{name}: {live}"));
         }
-        Ok(words.join(", "))
+        Ok(summaries.join(", "))
     })
     .await
 }
 
-/// A process of a node talks to a pod of another pool by an address of the node's own prefix, and is reached by it.
+/// A process on a node connects to a pod of another pool with a source in the node's own prefix, and is reachable by it.
 async fn hosts(lab: &Lab) -> Result<String> {
     let mut seen = Vec::new();
     for (from, to) in [("x-b", "y-b"), ("cloud-a", "x-b")] {
@@ -314,7 +313,7 @@ async fn hosts(lab: &Lab) -> Result<String> {
         for target in pod.addresses() {
             let echo = Echo::start(&pod.ns, target)?;
             let source = probe::tcp_echo(&node.ns, echo.address, proof::MARKER, ANSWER).await?.ip();
-            ensure!(in_prefix(node, source), "{from} talks by {source}, which is not in its prefix");
+            ensure!(in_prefix(node, source), "{from} uses the source {source}, which is not in its prefix");
             let back = Echo::start(&node.ns, source)?;
             probe::tcp_echo(&pod.ns, back.address, proof::MARKER, ANSWER).await?;
             seen.push(source.to_string());
@@ -323,9 +322,8 @@ async fn hosts(lab: &Lab) -> Result<String> {
     Ok(format!("by {}", seen.join(", ")))
 }
 
-/// A connection to an edge node's kubelet port is accepted by the proxy of the cloud's gateway node: from that node
-/// itself, from a pod on it and from an ordinary node. (There is no tunnel here: it is closed again.) Without the
-/// program nobody could answer at all.
+/// A connection to an edge node's kubelet port is accepted by the proxy of the cloud's gateway node, from that node, from a pod
+/// on it and from a member. (It is closed again, because the proxy has no proxy connection in this lab.)
 fn intercepted(lab: &Lab) -> Result<String> {
     let kubelet = std::net::SocketAddr::from((lab.node("x-b").lan_v4, 10250));
     for ns in [&lab.node("cloud-a").ns, &lab.pod("cloud-a").ns, &lab.node("cloud-b").ns] {
@@ -333,10 +331,10 @@ fn intercepted(lab: &Lab) -> Result<String> {
         connected.with_context(|| format!("{kubelet} from {}", ns.name))?;
     }
     let taken = lab.node("cloud-a").ns.sh("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/KUBELETS | grep -c port")?;
-    Ok(format!("accepted from the gateway node, its pod and an ordinary node; {} addresses and ports", taken.trim()))
+    Ok(format!("accepted from the gateway node, its pod and a member; {} addresses and ports", taken.trim()))
 }
 
-/// The lab's prefixes are /24 and /64.
+/// Reports whether an address is in a node's pod prefix; the lab's prefixes are /24 and /64.
 fn in_prefix(node: &Node, address: IpAddr) -> bool {
     match (address, node.pods[0].addresses()) {
         (IpAddr::V4(a), [IpAddr::V4(pod), _]) => a.octets()[..3] == pod.octets()[..3],
@@ -345,7 +343,7 @@ fn in_prefix(node: &Node, address: IpAddr) -> bool {
     }
 }
 
-/// Where programs belong on a node: device, direction, program.
+/// Returns the hooks of a node: device, direction, program.
 fn hooks(gateway: bool) -> Vec<(&'static str, &'static str, &'static str)> {
     let mut hooks = vec![("raven0", "ingress", "overlay_ingress"), ("raven0", "egress", "overlay_egress")];
     if gateway {
@@ -358,7 +356,7 @@ fn hooks(gateway: bool) -> Vec<(&'static str, &'static str, &'static str)> {
     hooks
 }
 
-/// By links of TCX from 6.6 on, by one filter of clsact each below; and XDP by a link.
+/// Checks the attachments: TC programs by TCX links from Linux 6.6 on, and by one clsact filter each before; XDP by a link.
 fn attached(lab: &Lab, gateways: &[String], xdp: bool) -> Result<String> {
     let tcx = has_tcx();
     for node in &lab.nodes {
@@ -372,20 +370,20 @@ fn attached(lab: &Lab, gateways: &[String], xdp: bool) -> Result<String> {
         let on_uplink = node.ns.run("ip", &["-d", "link", "show", "eth0"])?;
         ensure!(on_uplink.contains("prog/xdp") == (gateway && xdp), "{}: {on_uplink}", node.name);
         for (device, direction, program) in hooks(gateway) {
-            // With `pref` but without `handle`: the line of the chain, which has no filter of its own.
+            // A line with `pref` but without `handle` describes the chain, not a filter.
             let shown = node.ns.sh(&format!("tc filter show dev {device} {direction} 2>/dev/null || true"))?;
             let filters = shown.lines().filter(|line| line.contains(" handle ")).count();
             ensure!(filters == usize::from(!tcx), "{}: {filters} filters at {device} {direction}: {shown}", node.name);
-            ensure!(tcx || shown.contains(program), "{}: {program} is not at {device} {direction}: {shown}", node.name);
+            ensure!(tcx || shown.contains(program), "{}: {program} is not attached to {device} {direction}: {shown}", node.name);
         }
     }
-    let way = if tcx { "TCX" } else { "clsact" };
-    Ok(format!("{} nodes, by {way}{}", lab.nodes.len(), if xdp { ", and XDP on gateway nodes" } else { "" }))
+    let mechanism = if tcx { "TCX" } else { "clsact" };
+    Ok(format!("{} nodes, by {mechanism}{}", lab.nodes.len(), if xdp { ", and XDP on gateway nodes" } else { "" }))
 }
 
-/// A node that is in no pool any more has none of our devices, rules and programs.
-async fn left(node: &Node) -> Result<String> {
-    eventually(Duration::from_secs(20), "nothing works there any more", || async {
+/// A node that left its pool has no devices, rules and programs of Raven.
+async fn removed(node: &Node) -> Result<String> {
+    eventually(Duration::from_secs(20), "Raven's state is removed", || async {
         for (what, command) in [
             ("a device", "ip -o link show | grep raven || true"),
             ("a rule", "ip rule | grep 9027 || true; ip -6 rule | grep 9027 || true"),
@@ -395,7 +393,7 @@ async fn left(node: &Node) -> Result<String> {
             ("a link", "ls /sys/fs/bpf/raven/v1/links"),
         ] {
             let found = node.ns.sh(command)?;
-            ensure!(found.trim().is_empty(), "there is still {what}: {found}");
+            ensure!(found.trim().is_empty(), "{what} is left: {found}");
         }
         Ok("no device, rule, table, filter or link is left".to_owned())
     })
