@@ -1,5 +1,5 @@
-//! Runs Konnectivity for comparison: its server on a cloud node and its agent at a site, with separate certificates. Optional:
-//! requires `proxy-server` and `proxy-agent` on PATH.
+//! Runs Konnectivity for comparison: its server on a cloud node and its agent at a site, with separate certificates.
+//! Optional: requires `proxy-server` and `proxy-agent` on PATH.
 
 use std::{
     fs,

@@ -1,8 +1,8 @@
 //! The benchmarks behind `cargo xtask bench`: ratios against a baseline that is measured in the same run.
 //!
-//! [`transit`] measures a gateway node's hop in isolation ([`hop`] is its setup), [`tunnel`] two gateway nodes end to end,
-//! [`proxy`] the L7 proxy ([`konnectivity`] for comparison), [`planning`] the cost of `plan()`, [`memory`] the resident memory
-//! of the programs.
+//! [`transit`] measures a gateway node's hop in isolation ([`hop`] is its setup), [`tunnel`] two gateway nodes end to
+//! end, [`proxy`] the L7 proxy ([`konnectivity`] for comparison), [`planning`] the cost of `plan()`, [`memory`] the
+//! resident memory of the programs.
 
 #![forbid(unsafe_code)]
 

@@ -1,7 +1,7 @@
 //! `bench plan`: time and memory of `plan()`, for a gateway node of the cloud and for a member.
 //!
-//! Each size runs in a separate process, so that its peak of resident memory can be measured. The baseline is the plan at 100
-//! nodes: the results show how the cost grows with the cluster.
+//! Each size runs in a separate process, so that its peak of resident memory can be measured. The baseline is the plan
+//! at 100 nodes: the results show how the cost grows with the cluster.
 
 use std::{collections::BTreeSet, hint::black_box, process::Command, time::Instant};
 

@@ -1,7 +1,7 @@
 //! `bench transit`: packets per CPU-second of a gateway node's hop, by four variants, in both directions.
 //!
-//! (a) the fast tier, (b) the fallback tier, (c) the kernel's forwarding with conntrack and the rules that upstream's agent
-//! installs, (d) the kernel's forwarding only. Variants alternate within a run; the median counts.
+//! (a) the fast tier, (b) the fallback tier, (c) the kernel's forwarding with conntrack and the rules that upstream's
+//! agent installs, (d) the kernel's forwarding only. Variants alternate within a run; the median counts.
 
 use std::{path::Path, time::Duration};
 
@@ -141,8 +141,8 @@ fn to_overlay(hop: &mut Hop, prefixes: u32, runs: usize) -> Result<Vec<Line>> {
     Ok(measured.into_iter().map(line).collect())
 }
 
-/// Measures the nanoseconds per packet up to the L3 device, where packets are dropped. Must be the last measurement, because
-/// the setup forwards no packets afterwards.
+/// Measures the nanoseconds per packet up to the L3 device, where packets are dropped. Must be the last measurement,
+/// because the setup forwards no packets afterwards.
 fn feed(hop: &mut Hop, runs: usize) -> Result<f64> {
     hop.end_at_feed()?;
     let samples: Result<Vec<f64>> = (0..runs).map(|_| Ok(hop.measure(Direction::ToOverlay, TIME)?.nanoseconds())).collect();
@@ -190,10 +190,11 @@ impl Setup {
     }
 }
 
-/// Installs the rules of upstream's agent on a gateway node: marks by ipset in PREROUTING and OUTPUT, the exemption from source
-/// NAT by ipset in POSTROUTING, a rule for the mark, and conntrack, which NAT implies.
+/// Installs the rules of upstream's agent on a gateway node: marks by ipset in PREROUTING and OUTPUT, the exemption
+/// from source NAT by ipset in POSTROUTING, a rule for the mark, and conntrack, which NAT implies.
 ///
-/// Upstream's second set has the type hash:net,net. Two sets of type hash:net replace it, because some kernels lack the type.
+/// Upstream's second set has the type hash:net,net. Two sets of type hash:net replace it, because some kernels lack the
+/// type.
 fn upstream_rules(hop: &Hop) -> Result<()> {
     let mut sets = "create raven-mark-set hash:net maxelem 262144\ncreate raven-skip-nat-set hash:net maxelem 262144\n".to_owned();
     for prefix in hop.remote_prefixes() {

@@ -1,10 +1,10 @@
 //! Tests of claims that a Gateway cannot have: its own status reports them, and no other Gateway is affected.
 
 use raven_api::LABEL_GATEWAY;
+use raven_tests::test_name;
 use serde_json::json;
 
 use crate::fixture::{elects, has_condition, nodes, run, site, status};
-use raven_tests::test_name;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unknown_endpoint_node_is_rejected_without_side_effects() {

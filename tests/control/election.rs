@@ -5,10 +5,10 @@ use k8s_openapi::api::core::v1::{ConfigMap, Node};
 use kube::Api;
 use kube::api::{DeleteParams, PostParams};
 use raven_api::LABEL_GATEWAY;
+use raven_tests::test_name;
 use serde_json::json;
 
 use crate::fixture::{elects, has_condition, nodes, run, status};
-use raven_tests::test_name;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn status_lists_pool_nodes_and_elected_gateway_nodes() {

@@ -10,14 +10,14 @@ use kube::Api;
 use kube::api::{WatchEvent, WatchParams};
 use nix::sys::signal::Signal;
 use raven_api::Gateway;
-
-use crate::fixture::{Fixture, SOON, elects, run};
 use raven_tests::{eventually, test_name};
 
-/// Time limit for a takeover. The other replica checks the Lease every 2 s, or 2.4 s with jitter. The Lease expires 15
-/// s after it last saw a renewal; it detects that with the same delay and then needs one reconcile run: 2.4 + 15 + 2.4
-/// + 0.3 s is
-/// 20.1 s. The rest is a margin for busy machines.
+use crate::fixture::{Fixture, SOON, elects, run};
+
+/// Time limit for a takeover, which takes up to 20.1 s; the rest is a margin for busy machines.
+///
+/// The other replica checks the Lease every 2 s, or 2.4 s with jitter. The Lease expires 15 s after the replica last saw a
+/// renewal, which it detects with the same delay, and then it needs a reconcile run of 0.3 s.
 const TAKEOVER: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]

@@ -2,10 +2,10 @@
 //! values.
 
 use anyhow::{Context, Result};
+use raven_tests::test_name;
 use serde_json::{Value, json};
 
 use crate::fixture::{Fixture, run};
-use raven_tests::test_name;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn schema_rejects_invalid_gateways() {

@@ -44,8 +44,8 @@ impl Context {
     }
 }
 
-/// Encodes `struct xdp_md` of linux/bpf.h for a frame of this length: `data` at byte 0, `data_end` at 4, `data_meta` at 8, then
-/// three fields that stay zero. Offsets count from the start of the buffer.
+/// Encodes `struct xdp_md` of linux/bpf.h for a frame of this length: `data` at byte 0, `data_end` at 4, `data_meta` at
+/// 8, then three fields that stay zero. Offsets count from the start of the buffer.
 fn xdp_md(frame: usize) -> [u8; 24] {
     let mut bytes = [0; 24];
     bytes[4..8].copy_from_slice(&(frame as u32).to_ne_bytes());

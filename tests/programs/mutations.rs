@@ -1,5 +1,5 @@
-//! Tests with millions of mutated packets: none is forwarded to an address that is in no table, and programs count each packet
-//! exactly once. The packets are the same in every run; a failure contains the packet's number.
+//! Tests with millions of mutated packets: none is forwarded to an address that is in no table, and programs count each
+//! packet exactly once. The packets are the same in every run; a failure contains the packet's number.
 
 use std::time::{Duration, Instant};
 
@@ -37,7 +37,8 @@ struct Target {
     config: Config,
     /// Valid packets that are mutated.
     seeds: Vec<Vec<u8>>,
-    /// Offsets of the (inner) IP header and of its Ethernet type; without the latter, of the bytes that a test run uses for it.
+    /// Offsets of the (inner) IP header and of its Ethernet type; without the latter, of the bytes that a test run uses
+    /// for it.
     l3: usize,
     ethertype: usize,
     /// Reports whether the program forwarded the packet into the overlay or the tunnel.
@@ -121,8 +122,8 @@ fn mutated_packets_are_not_redirected_by_other_programs() {
     // For the guard, as on a node without native XDP: from a member, and to the tunnel's port.
     let lan = |ports| Overlay { ports, ..overlay(MEMBER, ME, frames[0].clone()) }.frame();
     let lan = vec![lan([50_000, OVERLAY_PORT]), lan([50_000, TUNNEL_PORT])];
-    // In a test run, packets have no metadata, so OverlayIngress performs only its first check here; the rest is tested with
-    // devices. TunnelEgress has no redirect at all.
+    // In a test run, packets have no metadata, so OverlayIngress performs only its first check here; the rest is tested
+    // with devices. TunnelEgress has no redirect at all.
     for (hook, seeds) in [(Hook::UplinkIngress, lan), (Hook::OverlayIngress, frames), (Hook::TunnelEgress, packets)] {
         let gateway = topology::gateway();
         let dataplane = Dataplane::load(Config { flags: gateway.flags | CONFIG_TC_GUARD, ..gateway });

@@ -48,7 +48,8 @@ fn packets_for_another_pool_get_overlay_source_mac() {
     }
 }
 
-/// Returns packets without a TCP or UDP header behind the IP header. Programs use the IP header only and must not change them.
+/// Returns packets without a TCP or UDP header behind the IP header. Programs use the IP header only and must not
+/// change them.
 pub fn neither_tcp_nor_udp(from: Net, to: Net) -> Vec<(&'static str, Packet)> {
     let mut all: Vec<(&str, Packet)> = Family::BOTH.iter().map(|family| ("an ICMP error", icmp_error(*family, from, to))).collect();
     all.push(("a SYN behind an extension header", extended_syn(from, to)));
@@ -109,8 +110,8 @@ fn node_address_may_be_used_for_the_proxy_only() {
     );
 }
 
-/// Returns packets whose headers are inconsistent with each other or with the packet's length. They are dropped and counted
-/// for no Gateway. `l3` is the offset of the IP header.
+/// Returns packets whose headers are inconsistent with each other or with the packet's length. They are dropped and
+/// counted for no Gateway. `l3` is the offset of the IP header.
 ///
 /// Truncated headers are tested with devices, because Linux 6.18 rejects test runs with them.
 pub fn malformed(family: Family, good: &[u8], l3: usize) -> Vec<Case> {
@@ -289,8 +290,8 @@ fn tunnel_key_sends_packets_to_gateway_node_on_devices() {
 #[test]
 fn link_local_multicast_is_not_counted_as_drop() {
     require_root!();
-    // The kernel announces its IPv6 groups on every new device, a random time after it is up. A drop counter would be a false
-    // alarm on every node.
+    // The kernel announces its IPv6 groups on every new device, a random time after it is up. A drop counter would be a
+    // false alarm on every node.
     let with = |family: Family, destination: &[u8]| {
         let mut frame = udp(family, MINE, UNKNOWN).frame();
         let end = 14 + family.header_len();

@@ -1,5 +1,5 @@
-//! Tests of `overlay_ingress`: which sender may send which packet. The program depends on tunnel metadata, which only a VXLAN
-//! device creates; so the tests send overlay frames from the LAN through a real `raven0`.
+//! Tests of `overlay_ingress`: which sender may send which packet. The program depends on tunnel metadata, which only a
+//! VXLAN device creates; so the tests send overlay frames from the LAN through a real `raven0`.
 
 use raven_agent::bpf::Hook;
 use raven_common::{

@@ -89,7 +89,8 @@ pub fn tcp(family: Family, from: Net, to: Net, flags: u8, options: &[u8]) -> Pac
     Packet { body, ..udp(family, from, to) }
 }
 
-/// Returns an ICMP error of a router that could not forward a packet: to the packet's sender, with the packet's beginning.
+/// Returns an ICMP error of a router that could not forward a packet: to the packet's sender, with the packet's
+/// beginning.
 pub fn icmp_error(family: Family, from: Net, to: Net) -> Packet {
     let about = &udp(family, to, from).bytes()[..family.header_len() + 8];
     // "Fragmentation needed" and "packet too big", 1,400 bytes (RFC 792, RFC 4443). The checksum is arbitrary.
@@ -247,7 +248,8 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     !(sum as u16)
 }
 
-/// Returns the frame of an IPv4 packet with another source address. Updates the header's checksum, but not that of TCP or UDP.
+/// Returns the frame of an IPv4 packet with another source address. Updates the header's checksum, but not that of TCP
+/// or UDP.
 pub fn sent_by(mut frame: Vec<u8>, source: [u8; 4]) -> Vec<u8> {
     let header = &mut frame[14..34];
     header[10..12].fill(0);
@@ -363,8 +365,8 @@ pub fn assert_sound(packet: &[u8], what: &str) {
     }
 }
 
-/// Fails unless `frame` is the overlay frame of `inner` as created by the VXLAN device of the node under test. Source port and
-/// identification are arbitrary; all other bytes must match.
+/// Fails unless `frame` is the overlay frame of `inner` as created by the VXLAN device of the node under test. Source
+/// port and identification are arbitrary; all other bytes must match.
 pub fn assert_from_vxlan_device(frame: &[u8], what: &str, from: [u8; 4], to: [u8; 4], inner: &Packet) {
     let mut expected = Overlay { class: inner.class, ..overlay(from, to, inner.overlay_frame()).leaving() }.frame();
     assert!(frame.len() >= 36, "{what}: {} bytes", frame.len());

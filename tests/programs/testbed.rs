@@ -1,5 +1,6 @@
-//! Real devices for what a test run cannot show. The node under test is in one namespace (uplink, `raven0`, `raven-wg0` as a TUN
-//! device, with programs attached); its pool's LAN is in another one, where the test sends and receives frames.
+//! Real devices for what a test run cannot show. The node under test is in one namespace (uplink, `raven0`, `raven-wg0`
+//! as a TUN device, with programs attached); its pool's LAN is in another one, where the test sends and receives
+//! frames.
 
 use std::{
     array,
@@ -111,8 +112,8 @@ impl Testbed {
         self.node.within(|| Sender::open("raven0")).expect("enter the namespace")
     }
 
-    /// Runs `act` and returns the increase of the counters. Waits until something is counted and two consecutive reads are equal,
-    /// because packets and bytes are not updated atomically.
+    /// Runs `act` and returns the increase of the counters. Waits until something is counted and two consecutive reads
+    /// are equal, because packets and bytes are not updated atomically.
     pub fn counted(&self, what: &str, act: impl FnOnce()) -> Counters {
         let before = self.dataplane.counters();
         act();
@@ -158,8 +159,8 @@ fn attached(config: Config, hooks: &[Hook]) -> Dataplane {
     dataplane
 }
 
-/// Returns the link-layer addresses of a device without Ethernet, one per family. Without `unsafe`, they can only be obtained
-/// from the kernel, by receiving two packets from the device.
+/// Returns the link-layer addresses of a device without Ethernet, one per family. Without `unsafe`, they can only be
+/// obtained from the kernel, by receiving two packets from the device.
 fn link_addresses(tun: &TunSocket, port: &Port) -> [LinkAddr; 2] {
     let packets = [[0x45; 60], [0x60; 60]];
     array::from_fn(|family| {

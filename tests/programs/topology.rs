@@ -20,10 +20,10 @@ pub const LOST: GatewayId = 73;
 
 /// A prefix in both families with one pod that sends and receives.
 ///
-/// The prefixes are chosen for the programs of `raven-wg0`, whose packets have no Ethernet header. A test run takes the first
-/// 14 bytes for an Ethernet header and sets the packet's type from bytes 12 and 13. In an IP packet of either family, these
-/// are part of the source address. With sources in 8.0.0.0/16 they are 0x0800, with 2001:db8:86dd::/48 they are 0x86dd: so
-/// the type is correct, and the program sees the packet from its first byte on.
+/// The prefixes are chosen for the programs of `raven-wg0`, whose packets have no Ethernet header. A test run takes the
+/// first 14 bytes for an Ethernet header and sets the packet's type from bytes 12 and 13. In an IP packet of either
+/// family, these are part of the source address. With sources in 8.0.0.0/16 they are 0x0800, with 2001:db8:86dd::/48
+/// they are 0x86dd: so the type is correct, and the program sees the packet from its first byte on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Net(pub u8);
 

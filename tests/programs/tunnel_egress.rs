@@ -1,5 +1,5 @@
-//! Tests of `tunnel_egress`: packets of a gateway node and its own pods. They start at their IP header; [`crate::topology::Net`]
-//! explains how a test run handles that.
+//! Tests of `tunnel_egress`: packets of a gateway node and its own pods. They start at their IP header;
+//! [`crate::topology::Net`] explains how a test run handles that.
 
 use raven_agent::bpf::Hook;
 use raven_common::{Verdict, tables::Count};

@@ -1,5 +1,5 @@
-//! Tests of `uplink_ingress`, which receives every packet of the uplink and processes those with XDP metadata. A test run has
-//! no metadata, so it covers other packets; the path XDP → TC → tunnel is tested with devices.
+//! Tests of `uplink_ingress`, which receives every packet of the uplink and processes those with XDP metadata. A test
+//! run has no metadata, so it covers other packets; the path XDP → TC → tunnel is tested with devices.
 
 use raven_agent::bpf::Hook;
 use raven_common::{Verdict, tables::Count};
@@ -33,8 +33,8 @@ fn packets_without_metadata_pass_uncounted() {
 fn unwrapped_packets_enter_tunnel_on_devices() {
     require_root!();
     let testbed = Testbed::new(topology::gateway(), &[Hook::UplinkXdp, Hook::UplinkIngress], 1500);
-    // The port's socket also receives the uplink's packets, like tcpdump, a DHCP client or lldpd on a node. That must not
-    // disable the fast tier. (The kernel shares the packet with them and drops the metadata from copies.)
+    // The port's socket also receives the uplink's packets, like tcpdump, a DHCP client or lldpd on a node. That must
+    // not disable the fast tier. (The kernel shares the packet with them and drops the metadata from copies.)
     let (lan, tunnel) = (testbed.lan_sender(), testbed.on_node("raven-wg0"));
     for family in Family::BOTH {
         let inner = udp(family, MEMBERS, EDGES);

@@ -1,5 +1,5 @@
-//! The first process of the machine: mounts the usual file systems, starts this program again for the checks, reaps orphaned
-//! processes, and powers off.
+//! The first process of the machine: mounts the usual file systems, starts this program again for the checks, reaps
+//! orphaned processes, and powers off.
 
 use std::fs;
 use std::os::unix::fs::symlink;

@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: ratios against a baseline measured in the same run. The work is done by `raven-bench` (tests/bench/).
+//! `cargo xtask bench`: prints ratios to a baseline measured in the same run. `raven-bench` (tests/bench/) does the measurements.
 
 use std::process::Command;
 
@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::{
     build_ebpf::target_dir,
+    progress,
     setup::{self, Need},
     toolchain, workspace,
 };
@@ -13,13 +14,13 @@ use crate::{
 /// Arguments of `bench`.
 #[derive(clap::Args)]
 pub(crate) struct Bench {
-    /// What to measure.
+    /// Benchmark to run.
     #[arg(value_enum)]
     what: What,
-    /// JSON on standard output, and nothing else.
+    /// Print only JSON on standard output.
     #[arg(long)]
     json: bool,
-    /// How often each variant of `transit`, `tunnel` and `proxy` is measured.
+    /// Measure each variant of `transit`, `tunnel` and `proxy` this number of times.
     #[arg(long, default_value_t = 5)]
     runs: usize,
 }
@@ -27,27 +28,27 @@ pub(crate) struct Bench {
 /// A benchmark.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum What {
-    /// A gateway node's hop, against the kernel's ways. Needs root and Linux 5.18.
+    /// A gateway node's hop, against the kernel's forwarding. Requires root and Linux 5.18.
     Transit,
-    /// Throughput between two gateway nodes, against bare WireGuard between the same two. Needs root.
+    /// Throughput between two gateway nodes, against bare WireGuard between the same two. Requires root.
     Tunnel,
-    /// The L7 tunnel, against a direct TCP connection. Needs root.
+    /// Proxy streams, against a direct TCP connection. Requires root.
     Proxy,
-    /// `plan()`: time and memory at 100, 1,000 and 10,000 nodes.
+    /// Time and memory of `plan()` at 100, 1,000 and 10,000 nodes.
     Plan,
-    /// Resident memory of agent and controller. Needs root.
+    /// Resident memory of agent and controller. Requires root.
     Memory,
 }
 
 impl Bench {
-    /// Builds in release mode and measures.
+    /// Builds in release mode and runs the benchmark.
     pub(crate) fn run(self) -> Result<()> {
         setup::ensure(&[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes])?;
         build(self.what)?;
         let mut bench = Command::new("cargo");
         bench.current_dir(workspace()).args(["bench", "--quiet", "-p", "raven-tests", "--bench", "raven-bench"]);
         if self.what == What::Transit {
-            // What is measured is in the kernel; an optimised build of the measuring program would take minutes for nothing.
+            // The measured code is in the kernel, so an optimised build of the benchmark program has no effect.
             bench.args(["--profile", "dev"]);
         }
         bench.arg("--");
@@ -65,21 +66,19 @@ impl Bench {
         if self.json {
             bench.arg("--json");
         }
+        progress::step("building and running raven-bench");
         let status = bench.status().context("start raven-bench")?;
         ensure!(status.success(), "raven-bench: {status}");
         Ok(())
     }
 }
 
-/// The programs that are measured, and with raven-agent the eBPF objects.
+/// Builds the programs to measure; raven-agent contains the eBPF objects.
 fn build(what: What) -> Result<()> {
     let mut cargo = Command::new("cargo");
-    cargo.current_dir(workspace()).args(["build", "--quiet", "-p", "raven-agent"]);
+    cargo.current_dir(workspace()).args(["build", "-p", "raven-agent"]);
     if what != What::Transit {
         cargo.args(["--release", "-p", "raven-controller"]);
     }
-    // Standard output may be somebody's JSON.
-    let status = cargo.stdout(std::io::stderr()).status().context("start cargo")?;
-    ensure!(status.success(), "cargo build failed");
-    Ok(())
+    progress::run("building the programs to measure", &mut cargo)
 }

@@ -1,8 +1,8 @@
-//! `cargo xtask demo`: three pools that cannot reach each other talk, before your eyes, and everything is taken away again.
+//! `cargo xtask demo`: connects three isolated pools, checks all properties, and removes the lab.
 //!
-//! The proofs are those of the tests (`raven_tests::proof`); here they are run in the order of a story and shown.
+//! The checks are those of the tests (`raven_tests::proof`), run as one sequence.
 
-use std::io::{IsTerminal, Write, stderr};
+use std::io::IsTerminal;
 
 use anyhow::{Result, bail};
 use comfy_table::{Cell, Color, ContentArrangement, Table, presets::UTF8_HORIZONTAL_ONLY};
@@ -14,109 +14,109 @@ use raven_tests::{
 };
 
 use crate::{
-    build,
+    build, progress,
     setup::{self, Need},
 };
 
 /// Arguments of `demo`.
 #[derive(clap::Args)]
 pub(crate) struct Demo {
-    /// Leave the lab up and say how to look around.
+    /// Keep the lab and print how to inspect it.
     #[arg(long)]
     keep: bool,
-    /// One JSON object on standard output, and nothing else.
+    /// Print only one JSON object on standard output.
     #[arg(long)]
     json: bool,
 }
 
-/// Size of the demo's transfers, bytes.
+/// Size of the demo's transfers in bytes.
 const BULK: u64 = 50_000_000;
 
 impl Demo {
-    /// Runs it; an error if a promise did not hold.
+    /// Runs the demo. Fails if a check fails.
     pub(crate) fn run(self) -> Result<()> {
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-        let mut story = Story::default();
-        let result = runtime.block_on(self.tell(&mut story));
+        let mut results = Results::default();
+        let result = runtime.block_on(self.check(&mut results));
         if let Err(error) = result {
-            story.note(Check::new("the demo runs to its end", Err(error)));
+            results.note(Check::new("the demo completes", Err(error)));
         }
-        let ok = story.checks.iter().all(|c| c.ok);
+        let ok = results.checks.iter().all(|c| c.ok);
         if self.json {
-            println!("{}", serde_json::json!({ "ok": ok, "checks": story.checks }));
+            println!("{}", serde_json::json!({ "ok": ok, "checks": results.checks }));
         } else {
-            println!("{}", table(&story.checks));
+            println!("{}", table(&results.checks));
         }
         if !ok {
-            bail!("{} of {} promises did not hold", story.checks.iter().filter(|c| !c.ok).count(), story.checks.len());
+            bail!("{} of {} checks failed", results.checks.iter().filter(|c| !c.ok).count(), results.checks.len());
         }
         Ok(())
     }
 
-    async fn tell(&self, story: &mut Story) -> Result<()> {
-        story.say("looking for tools");
-        setup::ensure(&[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet])?;
-        story.say("building raven-controller and raven-agent (the eBPF programs with it)");
-        build::binaries()?;
-        story.say("building the lab: a cloud pool and two edge pools behind NAT, two nodes each, and a Kubernetes API server");
+    async fn check(&self, results: &mut Results) -> Result<()> {
+        progress::step("checking tools");
+        let needs = [Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet];
+        setup::ensure_and_build(&needs, vec![build::binaries_task()])?;
+        progress::step("creating the lab: a cloud pool and two edge pools behind NAT, two nodes each, and a Kubernetes API server");
         let mut lab = Lab::builder().up().await?;
-        let result = prove(&lab, story).await;
-        if result.is_err() || story.checks.iter().any(|c| !c.ok) {
-            story.say(&format!("kept for you: {}", lab.save_failure("demo")?.display()));
+        let result = check_all(&lab, results).await;
+        if result.is_err() || results.checks.iter().any(|c| !c.ok) {
+            progress::step(&format!("evidence: {}", lab.save_failure("demo")?.display()));
         }
         if self.keep {
             lab.keep()?;
-            look_around(&lab);
+            print_instructions(&lab);
         } else {
-            story.say("taking the lab down");
+            progress::step("removing the lab");
         }
         result
     }
 }
 
-async fn prove(lab: &Lab, story: &mut Story) -> Result<()> {
-    story.prove("without Raven the pools cannot reach each other", proof::isolated(lab).await);
+async fn check_all(lab: &Lab, results: &mut Results) -> Result<()> {
+    results.check("the pools are isolated without Raven", proof::isolated(lab).await);
     lab.cluster().apply_gateways(lab.site()).await?;
-    story.say("starting raven-controller, and raven-agent on every node");
+    progress::step("starting raven-controller, and raven-agent on every node");
     let _controller = lab.start_controller().await?;
     let mut agents = lab.start_agents().await?;
-    story.prove("the pools find each other", proof::converged(lab).await);
+    results.check("the pools are connected", proof::converged(lab).await);
     let before = proof::all_counters(lab)?;
     proof::watch_netfilter(lab)?;
     for (n, family) in FAMILIES.iter().enumerate() {
-        story.prove(format!("{family}: {} from cloud-b to x-b", megabytes()), proof::bulk(lab, "cloud-b", "x-b", n, BULK).await);
-        story.prove(format!("{family}: {} from x-b to y-b, relayed", megabytes()), proof::bulk(lab, "x-b", "y-b", n, BULK).await);
+        results.check(format!("{family}: {} from cloud-b to x-b", megabytes()), proof::bulk(lab, "cloud-b", "x-b", n, BULK).await);
+        results.check(format!("{family}: {} from x-b to y-b, relayed", megabytes()), proof::bulk(lab, "x-b", "y-b", n, BULK).await);
     }
-    story.prove("packets took the redirect programs, netfilter and conntrack saw none", proof::redirected(lab, &before, 100));
+    results.check("packets were redirected, not seen by netfilter and conntrack", proof::redirected(lab, &before, 100));
     let internet = proof::record(lab).await?;
     for (a, b) in proof::pairs(lab) {
         for (n, family) in FAMILIES.iter().enumerate() {
-            story.prove(format!("{family}: {} ↔ {}", a.spec.name, b.spec.name), proof::reach(lab, &a, &b, n).await);
+            results.check(format!("{family}: {} ↔ {}", a.spec.name, b.spec.name), proof::reach(lab, &a, &b, n).await);
         }
     }
-    story.prove("WireGuard sessions", proof::handshakes(lab).await);
-    story.prove("MTU", proof::mtu(lab, "cloud-b", "y-b").await);
-    story.prove("agents killed and restarted under 1,000 packets/s", proof::restart(lab, &mut agents, "x-b", "y-b", 0).await);
-    story.prove("nothing was dropped", proof::no_drops(lab, &before));
+    results.check("WireGuard sessions", proof::handshakes(lab).await);
+    results.check("MTU", proof::mtu(lab, "cloud-b", "y-b").await);
+    results.check("agents killed and restarted under 1,000 packets/s", proof::restart(lab, &mut agents, "x-b", "y-b", 0).await);
+    results.check("no packet was dropped", proof::no_drops(lab, &before));
     let internet = internet.stop().await?;
-    story.prove("nothing crossed the internet in clear", proof::encrypted(lab, &internet));
-    kubelets(lab, story).await
+    results.check("nothing crossed the internet unencrypted", proof::encrypted(lab, &internet));
+    kubelets(lab, results).await
 }
 
-/// The other half: kubectl, through real API servers, to a real kubelet at a site that nobody can dial.
-async fn kubelets(lab: &Lab, story: &mut Story) -> Result<()> {
-    story.say("starting a real kubelet with containerd on x-b, behind its site's NAT, and a pod there");
+/// Checks L7: kubectl, through real API servers, to a real kubelet at a site behind NAT.
+async fn kubelets(lab: &Lab, results: &mut Results) -> Result<()> {
+    progress::step("starting a real kubelet with containerd on x-b, behind its site's NAT, and a pod");
     let _kubelet = lab.start_kubelet("x-b").await?;
     lab.run_pod("x-b", POD, SCRIPT).await?;
-    for (node, prefer, way) in [
-        ("cloud-b", Prefer::Hostname, "by name, API server on an ordinary node"),
+    for (node, prefer, path) in [
+        ("cloud-b", Prefer::Hostname, "by name, API server on a member"),
         ("cloud-a", Prefer::InternalIP, "by address, API server on the gateway node"),
-        ("cloud-b", Prefer::InternalIP, "by address, API server on an ordinary node"),
+        ("cloud-b", Prefer::InternalIP, "by address, API server on a member"),
     ] {
-        story.say(&format!("starting an API server on {node} that addresses kubelets {}", way.split(',').next().unwrap_or_default()));
+        let addressing = path.split(',').next().unwrap_or_default();
+        progress::step(&format!("starting an API server on {node} that addresses kubelets {addressing}"));
         let server = lab.api_server_on(node, prefer).await?;
         let megabytes = if prefer == Prefer::Hostname { 100 } else { 5 };
-        kubectl::all(&server, way, megabytes).into_iter().for_each(|check| story.note(check));
+        kubectl::all(&server, path, megabytes).into_iter().for_each(|check| results.note(check));
         server.kill()?;
     }
     Ok(())
@@ -126,24 +126,20 @@ fn megabytes() -> String {
     format!("{} MB", BULK / 1_000_000)
 }
 
-/// Collects checks and shows progress on standard error.
+/// Collects checks and prints them on standard error.
 #[derive(Default)]
-struct Story {
+struct Results {
     checks: Vec<Check>,
 }
 
-impl Story {
-    fn say(&self, text: &str) {
-        let _ = writeln!(stderr(), "· {text}");
-    }
-
-    fn prove(&mut self, name: impl Into<String>, result: Result<String>) {
+impl Results {
+    fn check(&mut self, name: impl Into<String>, result: Result<String>) {
         self.note(Check::new(name, result));
     }
 
     fn note(&mut self, check: Check) {
         let sign = if check.ok { "✓" } else { "✗" };
-        let _ = writeln!(stderr(), "{sign} {}: {}", check.name, check.detail);
+        progress::step(&format!("{sign} {}: {}", check.name, check.detail));
         self.checks.push(check);
     }
 }
@@ -151,9 +147,9 @@ impl Story {
 fn table(checks: &[Check]) -> Table {
     let colour = std::io::stdout().is_terminal();
     let mut table = Table::new();
-    table.load_style(UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic).set_header(["", "what", "seen"]);
+    table.load_style(UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic).set_header(["", "check", "result"]);
     if !colour {
-        // Nobody says how wide a pipe is.
+        // A pipe has no width.
         table.set_width(140);
     }
     for check in checks {
@@ -164,13 +160,13 @@ fn table(checks: &[Check]) -> Table {
     table
 }
 
-fn look_around(lab: &Lab) {
-    eprintln!("\nThe lab stays. Look around:\n");
+fn print_instructions(lab: &Lab) {
+    eprintln!("\nThe lab is kept. To inspect it:\n");
     eprintln!("{}", lab.how_to_enter());
-    eprintln!("  then, on a gateway node (x-a):");
+    eprintln!("  on a gateway node (x-a):");
     eprintln!("    bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/REMOTE4");
     eprintln!("    bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/COUNTERS");
     eprintln!("    wg show; ip route show table 9027; ip rule; bpftool net");
-    eprintln!("  and from outside:");
+    eprintln!("  from outside:");
     eprintln!("    kubectl --kubeconfig {}/kubeconfig get gateways,gatewaynodes -o wide\n", lab.dir.display());
 }

@@ -1,11 +1,12 @@
-//! `cargo xtask fuzz`: everything that reads bytes from outside, under libFuzzer, each target for a while. Works on stable Rust:
-//! the coverage that libFuzzer steers by is an ordinary LLVM pass.
+//! `cargo xtask fuzz`: runs libFuzzer on code that parses untrusted input. Works on stable Rust, because the coverage
+//! instrumentation of libFuzzer is an ordinary LLVM pass.
 
 use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context, Result, ensure};
 
 use crate::{
+    progress,
     setup::{self, Need},
     workspace,
 };
@@ -13,14 +14,14 @@ use crate::{
 /// Arguments of `fuzz`.
 #[derive(clap::Args)]
 pub(crate) struct Fuzz {
-    /// One target; all when left out.
+    /// Fuzz only this target.
     target: Option<String>,
-    /// How long each runs.
+    /// Fuzz each target for this number of seconds.
     #[arg(long, default_value_t = 60)]
     seconds: u32,
 }
 
-/// As cargo-fuzz has them, without a sanitizer (which only nightly offers): what is fuzzed is safe Rust.
+/// Flags of cargo-fuzz without a sanitizer, which requires nightly; the fuzzed code is safe Rust.
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1";
@@ -28,20 +29,16 @@ const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer
 const HOST: &str = "x86_64-unknown-linux-gnu";
 
 impl Fuzz {
-    /// Builds and runs; an error if a target found something, which then lies in `target/fuzz/artifacts/`.
+    /// Builds and runs the targets. Fails if a target finds a defect, whose input is then in `target/fuzz/artifacts/`.
     pub(crate) fn run(self) -> Result<()> {
         setup::ensure(&[Need::Build, Need::Ebpf])?;
         let folder = workspace().join("tests/fuzz");
         let target = workspace().join("target/fuzz");
-        // With a target named, build scripts and macros keep their ordinary flags.
-        let status = Command::new("cargo")
-            .args(["build", "--release", "--target", HOST, "--manifest-path"])
-            .arg(folder.join("Cargo.toml"))
-            .env("CARGO_TARGET_DIR", &target)
-            .env("RUSTFLAGS", FLAGS)
-            .status()
-            .context("start cargo")?;
-        ensure!(status.success(), "the fuzz targets do not build");
+        // With an explicit target, build scripts and macros are built with their usual flags.
+        let mut cargo = Command::new("cargo");
+        cargo.args(["build", "--release", "--target", HOST, "--manifest-path"]).arg(folder.join("Cargo.toml"));
+        cargo.env("CARGO_TARGET_DIR", &target).env("RUSTFLAGS", FLAGS);
+        progress::run("building the fuzz targets", &mut cargo)?;
         let names = match self.target {
             Some(name) => vec![name],
             None => names(&folder)?,
@@ -56,7 +53,7 @@ impl Fuzz {
             fuzzer.args([format!("-max_total_time={}", self.seconds), format!("-artifact_prefix={}/", artifacts.display())]);
             fuzzer.args(["-print_final_stats=1", "-verbosity=0", "-rss_limit_mb=2048", "-timeout=10"]);
             let status = fuzzer.status().with_context(|| format!("start fuzz target {name}"))?;
-            ensure!(status.success(), "fuzz target {name} found something: see {}", artifacts.display());
+            ensure!(status.success(), "fuzz target {name} found a defect: see {}", artifacts.display());
         }
         Ok(())
     }

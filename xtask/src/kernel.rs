@@ -1,7 +1,8 @@
-//! `cargo xtask test kernel`: the lab's L3 tests (`tests/vm`) in Debian's kernels, under QEMU.
+//! `cargo xtask test kernel`: runs the L3 tests (`tests/vm`) on Debian's kernels in QEMU.
 //!
-//! Kernels come as packages from the Debian archive that this machine's apt knows, by package lists of their own: the machine's
-//! own lists and packages stay as they are. Kept in `~/.cache/raven/kernels/<series>/`; delete a folder to get a newer one.
+//! Kernels are downloaded as packages from the Debian archive in this machine's apt sources, with separate package lists: the
+//! machine's own lists and packages are not changed. The cache is `~/.cache/raven/kernels/<series>/`; delete a folder to get a
+//! newer kernel.
 
 use std::{
     env, fmt, fs,
@@ -13,24 +14,24 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use raven_tests::qemu::{Image, Kernel, Machine};
 
-use crate::{build, setup, workspace};
+use crate::{build, progress, setup, workspace};
 
-/// Three times what the slowest of them takes under emulation here: this is for machines that hang, and the gate has run on some half as fast.
+/// Time limit per kernel: three times the longest run under emulation here, for machines that are half as fast.
 const DEADLINE: Duration = Duration::from_secs(1320);
 
-/// A line of kernels that is tested.
+/// A series of kernels to test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Series {
-    /// The oldest that we promise.
+    /// The oldest supported kernel.
     #[value(name = "5.10")]
     V5_10,
-    /// Debian 12's own.
+    /// The kernel of Debian 12.
     #[value(name = "6.1")]
     V6_1,
-    /// Debian 13's own; the first of these with TCX.
+    /// The kernel of Debian 13, the first of these with TCX.
     #[value(name = "6.12")]
     V6_12,
-    /// The newest that Debian has.
+    /// The newest kernel in Debian.
     #[value(name = "newest")]
     Newest,
 }
@@ -47,7 +48,7 @@ impl Series {
         }
     }
 
-    /// Where it may be, in order: in the archive of security updates or in the main one, and the suites there.
+    /// Returns archives and suites that may contain the series, in order of preference.
     fn places(self) -> &'static [(Archive, &'static str)] {
         match self {
             Self::V5_10 => &[(Archive::Security, "bullseye-security"), (Archive::Main, "bullseye")],
@@ -61,7 +62,7 @@ impl Series {
         }
     }
 
-    /// True for the name of a package with a kernel of this series.
+    /// Reports whether a package of this name contains a kernel of this series.
     fn matches(self, package: &str) -> bool {
         let Some(release) = package.strip_prefix("linux-image-").and_then(|p| p.strip_suffix(FLAVOUR)) else { return false };
         let numbers: Vec<&str> = release.split(['.', '-', '+']).collect();
@@ -76,7 +77,7 @@ impl fmt::Display for Series {
     }
 }
 
-/// How the tests in one kernel ended.
+/// Result of the tests on one kernel.
 #[derive(Clone, Debug)]
 pub(crate) enum Outcome {
     Ran { release: String, passed: u32, failed: u32, seconds: u64, accelerator: &'static str },
@@ -102,7 +103,7 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Runs the tests in the kernels asked for, one after the other.
+/// Runs the tests on the given kernels, one after the other.
 pub(crate) fn run(wanted: &[Series]) -> Result<Vec<(Series, Outcome)>> {
     let obstacle = obstacle();
     if obstacle.is_none() {
@@ -125,10 +126,10 @@ pub(crate) fn run(wanted: &[Series]) -> Result<Vec<(Series, Outcome)>> {
     Ok(outcomes)
 }
 
-/// Why no kernel at all can be tested here.
+/// Returns the reason why no kernel can be tested on this machine.
 fn obstacle() -> Option<String> {
     if env::consts::ARCH != "x86_64" {
-        return Some(format!("the kernels are for x86-64, and this is {}", env::consts::ARCH));
+        return Some(format!("the kernels are for x86-64, and this machine is {}", env::consts::ARCH));
     }
     let needs = [setup::Need::Build, setup::Need::Ebpf, setup::Need::Lab, setup::Need::Vm];
     setup::ensure(&needs).err().map(|error| format!("{error:#}"))
@@ -138,13 +139,13 @@ fn obstacle() -> Option<String> {
 
 const FLAVOUR: &str = "-cloud-amd64";
 
-/// A kernel of the series, from the cache or the archive.
+/// Returns a kernel of the series, from the cache or the archive.
 pub(crate) fn find_or_fetch(series: Series) -> Result<Kernel> {
     let folder = cache()?.join(series.name());
     if let Some(kernel) = find(&folder) {
         return Ok(kernel);
     }
-    eprintln!("fetching kernel {series} into {} (once)", folder.display());
+    progress::step(&format!("downloading kernel {series} into {} (once)", folder.display()));
     let mirrors = mirrors()?;
     let mut reasons = Vec::new();
     for (archive, suites) in series.places() {
@@ -154,7 +155,7 @@ pub(crate) fn find_or_fetch(series: Series) -> Result<Kernel> {
             Err(error) => reasons.push(format!("{suites}: {error:#}")),
         }
     }
-    bail!("no kernel {series} to be had: {}", reasons.join("; "))
+    bail!("kernel {series} is not available: {}", reasons.join("; "))
 }
 
 fn cache() -> Result<PathBuf> {
@@ -182,9 +183,9 @@ fn fetch_into(beside: &Path, series: Series, folder: &Path, mirror: &str, suites
     apt.run("apt-get", &["update", "-qq"])?;
     let listed = apt.run("apt-cache", &["pkgnames", "linux-image-"])?;
     let newest = listed.lines().filter(|name| series.matches(name)).max_by_key(|name| numbers(name));
-    let package = newest.context("the archive lists none")?;
-    let release = package.strip_prefix("linux-image-").context("an image's name")?;
-    // Newer packages bring image and modules in parts.
+    let package = newest.context("the archive lists no such kernel")?;
+    let release = package.strip_prefix("linux-image-").context("the package is not a kernel image")?;
+    // Newer packages consist of separate packages for image and modules.
     let depends = apt.run("apt-cache", &["depends", "--no-recommends", "--no-suggests", package])?;
     let parts = depends.split_whitespace().filter(|word| word.starts_with("linux-") && word.ends_with(&format!("-{release}")));
     let debs = beside.join("debs");
@@ -194,23 +195,23 @@ fn fetch_into(beside: &Path, series: Series, folder: &Path, mirror: &str, suites
     }
     let root = beside.join("root");
     for deb in fs::read_dir(&debs)?.flatten() {
-        said(Command::new("dpkg-deb").arg("-x").arg(deb.path()).arg(&root))?;
+        output_of(Command::new("dpkg-deb").arg("-x").arg(deb.path()).arg(&root))?;
     }
     let modules = |place: &str| root.join(place).join(release);
     let found = ["lib/modules", "usr/lib/modules"].into_iter().map(modules).find(|path| path.join("kernel").is_dir());
-    let found = found.with_context(|| format!("{package} has no modules"))?;
+    let found = found.with_context(|| format!("{package} contains no modules"))?;
     let images = [root.join("boot").join(format!("vmlinuz-{release}")), found.join("vmlinuz")];
-    let image = images.iter().find(|path| path.is_file()).with_context(|| format!("{package} has no image"))?;
+    let image = images.iter().find(|path| path.is_file()).with_context(|| format!("{package} contains no image"))?;
     let done = beside.join("done");
     fs::create_dir_all(done.join("lib/modules"))?;
     fs::rename(image, done.join("vmlinuz"))?;
     fs::rename(&found, done.join("lib/modules").join(release))?;
     let _ = fs::remove_dir_all(folder);
     fs::rename(&done, folder)?;
-    find(folder).context("what was unpacked is not there")
+    find(folder).context("the unpacked kernel is incomplete")
 }
 
-/// The numbers in a name: 6.12.117 is newer than 6.12.99.
+/// Returns the numbers in a name for comparison: 6.12.117 is newer than 6.12.99.
 fn numbers(name: &str) -> Vec<u64> {
     name.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
 }
@@ -221,7 +222,7 @@ enum Archive {
     Security,
 }
 
-/// Where this machine gets Debian packages from.
+/// URLs of this machine's Debian mirrors.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Mirrors {
     main: Option<String>,
@@ -234,7 +235,7 @@ impl Mirrors {
             Archive::Main => (&self.main, "Debian's archive"),
             Archive::Security => (&self.security, "Debian's security updates"),
         };
-        found.as_deref().with_context(|| format!("this machine's apt does not know {what}"))
+        found.as_deref().with_context(|| format!("this machine's apt sources do not contain {what}"))
     }
 }
 
@@ -243,11 +244,11 @@ fn mirrors() -> Result<Mirrors> {
     files.extend(fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten().flatten().map(|e| e.path()));
     let texts = files.iter().filter_map(|file| fs::read_to_string(file).ok());
     let mirrors = mirrors_in(&texts.collect::<Vec<_>>().join("\n"));
-    ensure!(mirrors != Mirrors::default(), "this machine's apt knows no Debian archive");
+    ensure!(mirrors != Mirrors::default(), "this machine's apt sources contain no Debian archive");
     Ok(mirrors)
 }
 
-/// From apt's source files, of the old form and the new: addresses that end as every Debian mirror's do.
+/// Parses apt's source files of both formats: URLs that end like those of Debian mirrors.
 fn mirrors_in(text: &str) -> Mirrors {
     let mut mirrors = Mirrors::default();
     for line in text.lines().filter(|line| line.starts_with("URIs:") || line.starts_with("deb ")) {
@@ -263,7 +264,7 @@ fn mirrors_in(text: &str) -> Mirrors {
     mirrors
 }
 
-/// Apt with sources, lists and cache of its own.
+/// Runs apt with separate sources, lists and cache.
 struct Apt {
     options: Vec<String>,
 }
@@ -285,10 +286,10 @@ impl Apt {
             format!("Dir::State::lists={dir}/lists"),
             format!("Dir::Cache={dir}/cache"),
             "Acquire::Languages=none".to_owned(),
-            // Else lists that cannot be had are a warning.
+            // Without it, unavailable lists cause only a warning.
             "APT::Update::Error-Mode=any".to_owned(),
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),
-            // The cache is in somebody's home, where apt's own user may not go.
+            // The cache is in a home folder, which apt's own user cannot access.
             "APT::Sandbox::User=root".to_owned(),
         ];
         Ok(Self { options: settings.into_iter().flat_map(|setting| ["-o".to_owned(), setting]).collect() })
@@ -301,22 +302,22 @@ impl Apt {
     }
 
     fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
-        said(&mut self.command(program, arguments))
+        output_of(&mut self.command(program, arguments))
     }
 }
 
-/// Runs a command and gives its output.
-fn said(command: &mut Command) -> Result<String> {
+/// Runs a command and returns its standard output.
+fn output_of(command: &mut Command) -> Result<String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let done = command.output().with_context(|| format!("start {program}"))?;
     let error = String::from_utf8_lossy(&done.stderr);
-    ensure!(done.status.success(), "{program}: {}", error.lines().next().unwrap_or("no word why"));
+    ensure!(done.status.success(), "{program}: {}", error.lines().next().unwrap_or("no error message"));
     Ok(String::from_utf8_lossy(&done.stdout).into_owned())
 }
 
 // === The machine ===
 
-/// What the lab, its tests and the agent call.
+/// Programs that the lab, its tests and the agent run.
 const PROGRAMS: [&str; 42] = [
     "sh",
     "cat",
@@ -363,14 +364,14 @@ const PROGRAMS: [&str; 42] = [
 ];
 
 fn boot(series: Series, kernel: &Kernel) -> Result<Outcome> {
-    println!("packing {} with the lab's programs", kernel.release);
+    println!("packing kernel {} with the lab's programs", kernel.release);
     let folder = workspace().join("target/vm").join(series.name());
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder)?;
     let initramfs = folder.join("initramfs");
     image(kernel, &folder)?.write(&initramfs)?;
     let console = folder.join("console.log");
-    // Environment of the first process, and so of all.
+    // Environment of the first process, inherited by all others.
     let words = ["RAVEN_TEST_PATIENCE=4".to_owned(), "NO_COLOR=1".to_owned()].to_vec();
     let machine = Machine { kernel: kernel.clone(), initramfs, words, deadline: DEADLINE, console };
     let mut summary = Summary::default();
@@ -378,9 +379,9 @@ fn boot(series: Series, kernel: &Kernel) -> Result<Outcome> {
         println!("  {line}");
         summary.take(line);
     })?;
-    println!("the whole console: {}", machine.console.display());
+    println!("console: {}", machine.console.display());
     let Summary { release: Some(release), counts: Some((passed, failed)), complaint: None } = summary else {
-        bail!("{}", summary.complaint.unwrap_or_else(|| "the console has no result: the tests did not come to their end".to_owned()));
+        bail!("{}", summary.complaint.unwrap_or_else(|| "the console contains no result, because the tests did not complete".to_owned()));
     };
     println!("kernel: {release}");
     println!("{passed} passed, {failed} failed");
@@ -390,24 +391,24 @@ fn boot(series: Series, kernel: &Kernel) -> Result<Outcome> {
 fn image(kernel: &Kernel, folder: &Path) -> Result<Image> {
     let mut image = Image::new();
     for name in PROGRAMS {
-        let program = setup::on_path(name).with_context(|| format!("{name} is not on this machine"))?;
+        let program = setup::on_path(name).with_context(|| format!("{name} is not installed"))?;
         image.program(Path::new("usr/bin").join(name), &program)?;
     }
-    // The kernel calls it by this name to load a module.
-    let modprobe = setup::on_path("modprobe").context("modprobe (kmod) is not on this machine")?;
+    // The kernel runs modprobe by this path to load a module.
+    let modprobe = setup::on_path("modprobe").context("modprobe (kmod) is not installed")?;
     image.program("usr/sbin/modprobe", &modprobe)?;
-    let beside = env::current_exe()?.parent().context("xtask lies in a folder")?.to_owned();
+    let beside = env::current_exe()?.parent().context("xtask has no parent folder")?.to_owned();
     for (path, name) in [("init", "raven-vm-tests"), ("raven/raven-agent", "raven-agent")] {
-        // Without debug information, of which the machine would hold two copies in memory.
+        // Without debug information, of which the machine would keep two copies in memory.
         let stripped = folder.join(name);
-        said(Command::new("strip").arg("-o").arg(&stripped).arg(beside.join(name)))?;
+        output_of(Command::new("strip").arg("-o").arg(&stripped).arg(beside.join(name)))?;
         image.program(path, &stripped)?;
     }
     image.modules(kernel, &folder.join("modules"))?;
     Ok(image)
 }
 
-/// What the console tells of the end.
+/// Results read from the console.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Summary {
     release: Option<String>,
@@ -427,7 +428,7 @@ impl Summary {
     }
 }
 
-/// `N passed, M failed`, and nothing else on the line.
+/// Parses the line `N passed, M failed`.
 fn counts(line: &str) -> Option<(u32, u32)> {
     let (passed, failed) = line.split_once(" passed, ")?;
     Some((passed.parse().ok()?, failed.strip_suffix(" failed")?.parse().ok()?))
@@ -438,7 +439,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn packages_of_a_series_are_known_by_their_names() {
+    fn packages_are_matched_to_series_by_name() {
         for (package, series) in [
             ("linux-image-5.10.0-46-cloud-amd64", Some(Series::V5_10)),
             ("linux-image-6.1.0-56-cloud-amd64", Some(Series::V6_1)),
@@ -459,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn mirrors_are_found_in_both_forms_of_apts_sources() {
+    fn mirrors_are_found_in_both_formats_of_apt_sources() {
         let new = "Types: deb\nURIs: http://mirror.test/debian\nSuites: x\n\nURIs: http://mirror.test/debian-security/\n";
         let old =
             "# deb http://no.test/debian x main\ndeb [arch=amd64] https://old.test/debian/ x main\ndeb https://other.test/things x main\n";
@@ -469,7 +470,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_whole_line_is_a_result_and_a_panic_is_never_one() {
+    fn only_a_complete_line_is_a_result_and_a_panic_is_a_failure() {
         let mut summary = Summary::default();
         for line in ["kernel: 5.10.0-46-cloud-amd64", "ok x: 3 passed, 0 failed", "12 passed, 1 failed"] {
             summary.take(line);

@@ -1,11 +1,11 @@
-//! `cargo xtask lab`: the lab's own commands, with what they need set up first.
+//! `cargo xtask lab`: manages labs; installs what they need first.
 
 use anyhow::Result;
 use raven_tests::cli::{self, LabCommand};
 
 use crate::setup::{self, Need};
 
-/// Does it.
+/// Runs the command.
 pub(crate) fn run(command: LabCommand) -> Result<()> {
     if matches!(command, LabCommand::Up(_)) {
         setup::ensure(&[Need::Lab, Need::Kubernetes])?;

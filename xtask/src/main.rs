@@ -1,4 +1,4 @@
-//! The project's commands: `cargo xtask COMMAND`. One file per command; here is only the dispatch.
+//! The project's commands: `cargo xtask COMMAND`. One file per command; this file only dispatches.
 
 #![forbid(unsafe_code)]
 
@@ -15,12 +15,13 @@ mod demo;
 mod fuzz;
 mod kernel;
 mod lab;
+mod progress;
 mod setup;
 mod test;
 #[path = "../../raven-ebpf/toolchain.rs"]
 mod toolchain;
 
-/// Build, try and test Raven.
+/// Build, run and test Raven.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Arguments {
@@ -30,36 +31,56 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Find or install what build and tests need (the other commands call it by themselves).
+    /// Install what builds and tests need; other commands do this automatically.
     Setup(setup::Setup),
     /// Build the eBPF object.
     BuildEbpf(build_ebpf::BuildEbpf),
-    /// Three pools that cannot reach each other talk: build, prove, take down.
+    /// Run the demo: connect three isolated pools, check all properties, remove the lab.
     Demo(demo::Demo),
-    /// Measure, as ratios against a baseline of the same run.
+    /// Run a benchmark and print ratios to a baseline of the same run.
     Bench(bench::Bench),
-    /// Fuzz what reads bytes from outside.
+    /// Fuzz code that parses untrusted input.
     Fuzz(fuzz::Fuzz),
-    /// Run all tests that this machine can, or one level of them.
+    /// Run all tests that this machine supports, or one level of them.
     Test(test::Test),
     /// Write the CRD manifests into deploy/crds/ from the Rust types.
     Crds(crds::Crds),
-    /// A lab to work in by hand.
+    /// Manage labs for manual work.
     #[command(subcommand)]
     Lab(raven_tests::cli::LabCommand),
 }
 
-/// The project's root.
+/// Returns the project's root folder.
 pub(crate) fn workspace() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), PathBuf::from)
 }
 
 fn main() -> ExitCode {
-    match dispatch(Arguments::parse().command) {
+    let command = Arguments::parse().command;
+    progress::init(command.name());
+    let result = dispatch(command);
+    progress::finish();
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
+        }
+    }
+}
+
+impl Command {
+    /// Name of the command and of its log file.
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Setup(_) => "setup",
+            Self::BuildEbpf(_) => "build-ebpf",
+            Self::Demo(_) => "demo",
+            Self::Bench(_) => "bench",
+            Self::Fuzz(_) => "fuzz",
+            Self::Test(_) => "test",
+            Self::Crds(_) => "crds",
+            Self::Lab(_) => "lab",
         }
     }
 }

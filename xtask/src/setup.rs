@@ -1,7 +1,7 @@
-//! `cargo xtask setup`: finds or installs what build and tests need, and says what it does.
+//! `cargo xtask setup`: finds or installs what builds and tests need.
 //!
-//! Looks at the things themselves each time (a file, a program on PATH) and keeps no record of its own: nothing can go stale, and
-//! with all there it takes milliseconds. Other commands call [`ensure`] with what they need.
+//! It checks the things themselves each time (a file, a program on PATH) and keeps no record, so nothing can become stale. If
+//! everything is installed, that takes milliseconds. Other commands call [`ensure`] with their needs.
 
 use std::env;
 use std::ffi::OsString;
@@ -9,26 +9,27 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use raven_tests::kubernetes::binaries::{Binaries, NodeBinaries};
+use raven_tests::kubernetes::binaries::{Binaries, MetricsServer, NodeBinaries};
 
 use crate::kernel::{self, Series};
+use crate::progress::{self, Task};
 use crate::toolchain::{self, Toolchain};
 
-/// LLVM that bpf-linker is built with: that of Debian's rustc-web, whose bitcode it must read.
+/// Version of LLVM to build bpf-linker with: that of Debian's rustc-web, whose bitcode it must read.
 const LLVM: &str = "22";
 
 /// Arguments of `setup`.
 #[derive(clap::Args)]
 pub(crate) struct Setup {
-    /// Only say what is missing; install nothing.
+    /// Install nothing; fail with a list of what is missing.
     #[arg(long)]
     check: bool,
 }
 
 impl Setup {
-    /// Sets everything up.
+    /// Installs everything that any command needs.
     pub(crate) fn run(self) -> Result<()> {
-        let all = [Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet, Need::Vm];
+        let all = [Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet, Need::Metrics, Need::Vm];
         if self.check {
             let missing: Vec<String> = all.iter().flat_map(|need| need.missing()).collect();
             ensure!(missing.is_empty(), "missing: {}", missing.join(", "));
@@ -44,7 +45,7 @@ impl Setup {
     }
 }
 
-/// The kernels that tests boot. One that is not to be had is named here, and skipped there.
+/// Downloads the kernels for tests. An unavailable kernel is reported here, and its tests are skipped.
 fn fetch_kernels() {
     for series in Series::ALL {
         match kernel::find_or_fetch(series) {
@@ -54,43 +55,65 @@ fn fetch_kernels() {
     }
 }
 
-/// Something that a command needs.
+/// A requirement of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Need {
-    /// What the ordinary build uses besides cargo.
+    /// Programs for the host's build besides cargo.
     Build,
     /// A compiler for `bpfel-unknown-none` and bpf-linker.
     Ebpf,
-    /// The system programs of the lab.
+    /// System programs of the lab.
     Lab,
     /// etcd, kube-apiserver, kubectl.
     Kubernetes,
-    /// kubelet, containerd, kube-proxy, CoreDNS, and what they run with.
+    /// kubelet, containerd, kube-proxy, CoreDNS, and the programs they run.
     Kubelet,
-    /// What boots other kernels; the kernels themselves are fetched when one is tested.
+    /// metrics-server, which only tests use.
+    Metrics,
+    /// Programs that boot other kernels. The kernels themselves are downloaded when they are tested.
     Vm,
 }
 
-/// Installs what is missing of these; says what it does; gives back at once when nothing is.
+/// Installs what is missing. Returns immediately if nothing is.
 pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
+    ensure_and_build(needs, Vec::new())
+}
+
+/// Like [`ensure`]. Runs `builds`, which need the eBPF toolchain, in parallel with the builds of Kubernetes.
+pub(crate) fn ensure_and_build(needs: &[Need], builds: Vec<Task>) -> Result<()> {
     let packages: Vec<Tool> = needs.iter().flat_map(|need| need.tools()).filter(|tool| !tool.present()).collect();
     let toolchain = needs.contains(&Need::Ebpf) && toolchain::find().is_err();
     let bpf_linker = needs.contains(&Need::Ebpf) && linker().is_none();
     install_packages(&packages, toolchain, bpf_linker)?;
+    let mut cargo = Vec::new();
     if bpf_linker {
-        install_linker()?;
+        cargo.push(Task::new("building bpf-linker (1 to 3 minutes, once)", |_| install_linker()));
     }
-    if needs.contains(&Need::Kubernetes) {
-        Binaries::find_or_build()?;
-    }
-    if needs.contains(&Need::Kubelet) {
-        NodeBinaries::find_or_build()?;
-    }
-    Ok(())
+    cargo.extend(builds);
+    let mut lanes: Vec<Vec<Task>> = [cargo].into_iter().filter(|lane| !lane.is_empty()).collect();
+    lanes.extend(needs.iter().filter_map(|need| need.go_build()).map(|task| vec![task]));
+    progress::parallel(lanes)
 }
 
 impl Need {
-    /// The system programs that it takes.
+    /// Returns the task that builds the Go programs of this need, or `None` if it has none or they exist.
+    fn go_build(self) -> Option<Task> {
+        let name = |names: &str| format!("building {names} from Go modules (5 to 10 minutes, once)");
+        match self {
+            Self::Kubernetes if !matches!(Binaries::find(), Ok(Some(_))) => {
+                Some(Task::new(name(Binaries::NAMES), |reporter| Binaries::find_or_build_with(&|text| reporter.detail(text)).map(drop)))
+            }
+            Self::Kubelet if !matches!(NodeBinaries::find(), Ok(Some(_))) => Some(Task::new(name(NodeBinaries::NAMES), |reporter| {
+                NodeBinaries::find_or_build_with(&|text| reporter.detail(text)).map(drop)
+            })),
+            Self::Metrics if !matches!(MetricsServer::find(), Ok(Some(_))) => Some(Task::new(name(MetricsServer::NAMES), |reporter| {
+                MetricsServer::find_or_build_with(&|text| reporter.detail(text)).map(drop)
+            })),
+            _ => None,
+        }
+    }
+
+    /// Returns the system programs of this need.
     fn tools(self) -> Vec<Tool> {
         let tool = |program, package| Tool { program, package };
         match self {
@@ -111,7 +134,7 @@ impl Need {
                 tool("nsenter", "util-linux"),
                 tool("sysctl", "procps"),
             ],
-            Self::Kubernetes => Vec::new(),
+            Self::Kubernetes | Self::Metrics => Vec::new(),
             Self::Kubelet => vec![tool("runc", "runc"), tool("busybox", "busybox-static"), tool("curl", "curl")],
             Self::Vm => vec![
                 tool("qemu-system-x86_64", "qemu-system-x86"),
@@ -124,7 +147,7 @@ impl Need {
         }
     }
 
-    /// What is missing, in words.
+    /// Returns descriptions of what is missing.
     fn missing(self) -> Vec<String> {
         let tools = self.tools().into_iter().filter(|tool| !tool.present());
         let mut missing: Vec<String> = tools.map(|tool| format!("{} ({})", tool.program, tool.package)).collect();
@@ -139,11 +162,14 @@ impl Need {
         if self == Self::Kubelet && !matches!(NodeBinaries::find(), Ok(Some(_))) {
             missing.push("kubelet, containerd, kube-proxy, CoreDNS (Go to build them)".to_owned());
         }
+        if self == Self::Metrics && !matches!(MetricsServer::find(), Ok(Some(_))) {
+            missing.push("metrics-server (Go to build it)".to_owned());
+        }
         missing
     }
 }
 
-/// A program, and the Debian package that brings it.
+/// A program and the Debian package that contains it.
 #[derive(Clone, Copy)]
 struct Tool {
     program: &'static str,
@@ -156,7 +182,7 @@ impl Tool {
     }
 }
 
-/// Finds a program on PATH, or where root's programs lie that a user's PATH may lack.
+/// Finds a program on PATH or in the folders of root's programs, which a user's PATH may lack.
 pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let extra = ["/usr/sbin", "/sbin"].map(PathBuf::from);
@@ -167,7 +193,7 @@ pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
 
 const TOOLCHAINS: &str = "Debian's rustc-web + libstd-rust-web-dev-bpf, or rustup's nightly with rust-src";
 
-/// bpf-linker: ours, or one on PATH.
+/// Returns the path of bpf-linker: the one that `setup` built, or one on PATH.
 pub(crate) fn linker() -> Option<PathBuf> {
     let own = toolchain::tools_dir().join("bpf-linker");
     if own.is_file() { Some(own) } else { on_path("bpf-linker") }
@@ -179,17 +205,16 @@ fn llvm_bin() -> PathBuf {
 
 fn install_linker() -> Result<()> {
     let bin = toolchain::tools_dir();
-    let root = bin.parent().context("the tools' folder has a parent")?;
-    eprintln!("installing bpf-linker into {} (1 to 3 minutes, once)", root.display());
+    let root = bin.parent().context("the folder for tools has no parent folder")?;
     let mut command = Command::new("cargo");
     command.args(["install", "bpf-linker", "--locked", "--root"]).arg(root);
     if llvm_bin().join("llvm-config").is_file() {
-        // Its llvm-config must be found first, or the link fails on -lLLVM.
+        // This llvm-config must be found first, or linking with -lLLVM fails.
         command.args(["--no-default-features", "--features", &format!("llvm-{LLVM}")]);
         command.env("PATH", path_with(&llvm_bin())?);
     }
-    run(&mut command)?;
-    ensure!(linker().is_some(), "cargo install left no bpf-linker in {}", root.display());
+    progress::logged(&mut command)?;
+    ensure!(linker().is_some(), "cargo install did not create bpf-linker in {}", root.display());
     Ok(())
 }
 
@@ -217,32 +242,21 @@ fn install_packages(tools: &[Tool], toolchain: bool, bpf_linker: bool) -> Result
     let Some(apt) = on_path("apt-get") else {
         let programs: Vec<&str> = tools.iter().map(|tool| tool.program).collect();
         let compiler = if toolchain { format!("; for eBPF {TOOLCHAINS}") } else { String::new() };
-        bail!("missing, and this system has no apt-get to install it with: {}{compiler}", programs.join(", "));
+        bail!("missing programs, and this system has no apt-get to install them: {}{compiler}", programs.join(", "));
     };
     if !is_root()? {
-        bail!("missing, and only root can install it: apt-get install --no-install-recommends {}", packages.join(" "));
+        bail!("missing packages, which only root can install: apt-get install --no-install-recommends {}", packages.join(" "));
     }
-    eprintln!("installing {}", packages.join(" "));
-    run(Command::new(&apt).args(["update", "-qq"]))?;
+    progress::run("updating apt's package lists", Command::new(&apt).args(["update", "-qq"]))?;
     let mut install = Command::new(&apt);
     // wireguard-tools recommends a kernel.
     install.args(["install", "-y", "-qq", "--no-install-recommends"]).args(&packages);
-    run(install.env("DEBIAN_FRONTEND", "noninteractive"))
+    progress::run(&format!("installing {}", packages.join(" ")), install.env("DEBIAN_FRONTEND", "noninteractive"))
 }
 
 fn is_root() -> Result<bool> {
     use std::os::unix::fs::MetadataExt;
-    Ok(std::fs::metadata("/proc/self").context("look at /proc/self")?.uid() == 0)
-}
-
-/// Runs a command whose output a person may watch; on standard error, as standard output may be somebody's JSON.
-fn run(command: &mut Command) -> Result<()> {
-    use std::io::stderr;
-    use std::os::fd::AsFd;
-    let output = stderr().as_fd().try_clone_to_owned()?;
-    let status = command.stdout(output).status().with_context(|| format!("start {command:?}"))?;
-    ensure!(status.success(), "{command:?}: {status}");
-    Ok(())
+    Ok(std::fs::metadata("/proc/self").context("read the owner of /proc/self")?.uid() == 0)
 }
 
 #[cfg(test)]
@@ -250,7 +264,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_is_found_on_the_path_and_a_made_up_one_is_not() {
+    fn only_existing_programs_are_found_on_path() {
         assert!(on_path("sh").is_some());
         assert!(on_path("raven-no-such-program").is_none());
     }

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: everything that this machine can run, and in plain words what it could not.
+//! `cargo xtask test`: runs all tests that this machine supports and reports the others as skipped.
 
 use std::process::Command;
 
@@ -14,10 +14,10 @@ use crate::{
 /// Arguments of `test`.
 #[derive(clap::Args)]
 pub(crate) struct Test {
-    /// One level; all that this machine can when left out.
+    /// Run only this level; default: all levels that this machine supports.
     #[arg(value_enum)]
     level: Option<Level>,
-    /// The kernel of level `kernel`; all of them when left out.
+    /// Test only this kernel in level `kernel`; default: all kernels.
     #[arg(long, value_enum)]
     kernel: Option<Series>,
 }
@@ -25,13 +25,13 @@ pub(crate) struct Test {
 /// A level of tests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Level {
-    /// Pure code and the laws of plan, diff and election: no privileges.
+    /// Unit tests and property tests of plan, diff and election.
     Unit,
-    /// The eBPF programs, packet by packet, in this kernel. Needs root.
+    /// Tests of the eBPF programs in this kernel. Requires root.
     Bpf,
-    /// The lab: pools as namespaces, a real API server, the real binaries. Needs root.
+    /// Lab tests: pools as namespaces, a real API server, the real binaries. Requires root.
     Lab,
-    /// The lab's L3 tests in other kernels, under QEMU.
+    /// L3 tests on other kernels in QEMU.
     Kernel,
 }
 
@@ -41,19 +41,19 @@ impl Level {
     fn needs(self) -> &'static [Need] {
         match self {
             Self::Unit | Self::Bpf => &[Need::Build, Need::Ebpf],
-            // Level `kernel` skips what it cannot have: it looks for that itself.
+            // Level `kernel` checks its needs itself and is skipped if they cannot be installed.
             Self::Kernel => &[],
-            Self::Lab => &[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet],
+            Self::Lab => &[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet, Need::Metrics],
         }
     }
 
-    /// Arguments of `cargo test`.
+    /// Returns the arguments of `cargo test`.
     fn arguments(self) -> &'static [&'static str] {
         match self {
-            // raven-ebpf's own code is tested through raven-common, and in the kernel.
+            // The code of raven-ebpf is tested in the kernel, and its parsing in raven-common.
             Self::Unit => &["--workspace", "--lib", "--bins", "--exclude", "raven-ebpf"],
             Self::Bpf => &["-p", "raven-tests", "--test", "programs"],
-            // One at a time: timing and CPU belong to the lab that is measured.
+            // One test at a time, because others would affect its timing.
             Self::Lab => &[
                 "--no-fail-fast",
                 "-p",
@@ -82,7 +82,7 @@ impl Level {
         }
     }
 
-    /// Why this machine cannot run it.
+    /// Returns the reason why this machine cannot run the level.
     fn obstacle(self) -> Option<String> {
         let root = nix::unistd::geteuid().is_root();
         match self {
@@ -93,12 +93,12 @@ impl Level {
     }
 }
 
-/// How a level ended.
+/// Result of a level.
 enum Outcome {
     Passed,
     Failed,
     Skipped(String),
-    /// Kernel by kernel.
+    /// Results of the single kernels.
     Kernels(Vec<(Series, kernel::Outcome)>),
 }
 
@@ -121,10 +121,10 @@ impl Outcome {
 }
 
 impl Test {
-    /// Runs the levels; an error if one failed, or if one was asked for by name and could not be run.
+    /// Runs the levels. Fails if a level failed, or if a level named on the command line was skipped.
     pub(crate) fn run(self) -> Result<()> {
         if self.kernel.is_some() && self.level != Some(Level::Kernel) {
-            bail!("--kernel goes with level `kernel`");
+            bail!("--kernel requires level `kernel`");
         }
         let levels = self.level.map_or(Level::ALL.to_vec(), |level| vec![level]);
         let mut outcomes = Vec::new();
@@ -142,16 +142,16 @@ impl Test {
         let failed = outcomes.iter().any(|(_, o)| o.failed());
         let refused = self.level.is_some() && outcomes.iter().any(|(_, o)| o.skipped());
         if failed || refused {
-            bail!("not all that was asked for passed");
+            bail!("not all requested tests passed");
         }
         Ok(())
     }
 }
 
 fn run(level: Level) -> Result<Outcome> {
-    setup::ensure(level.needs())?;
+    let builds = if level == Level::Lab { vec![build::binaries_task()] } else { Vec::new() };
+    setup::ensure_and_build(level.needs(), builds)?;
     if level == Level::Lab {
-        build::binaries()?;
         build::tracing_object()?;
     }
     println!("\n=== {} ===", level.name());

@@ -1,5 +1,5 @@
-//! Topologies from the API server or from the snapshot on disk: every input results in a plan, planning is deterministic, and
-//! no prefix belongs to two pools.
+//! Topologies from the API server or from the snapshot on disk: every input results in a plan, planning is
+//! deterministic, and no prefix belongs to two pools.
 #![no_main]
 
 use std::collections::BTreeSet;

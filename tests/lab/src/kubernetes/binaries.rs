@@ -1,31 +1,39 @@
-//! Finds etcd, kube-apiserver and kubectl: `KUBEBUILDER_ASSETS` (the envtest convention), then the cache, else built
-//! from Go modules (tests/kubernetes/go.mod); and what runs on nodes that have a kubelet, from the cache or built
-//! (tests/kubernetes/{node,metrics}/go.mod). The official release archives are not tried: nothing but package
-//! registries is reached from where this is developed, and a download that nobody could test is worse than none.
+//! Finds or builds the Kubernetes programs of the lab.
+//!
+//! etcd, kube-apiserver and kubectl come from `KUBEBUILDER_ASSETS` (the envtest convention), else from the cache, else
+//! they are built from Go modules (tests/kubernetes/go.mod). The programs of nodes with a kubelet, and metrics-server,
+//! come from the cache or are built (tests/kubernetes/{node,metrics}/go.mod). Official release archives are not used,
+//! because the development environment reaches package registries only, so a download could not be tested.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, IsTerminal, Write};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
 
-/// The programs, and where they came from.
+/// Receives a description of a build's progress, such as "120 of 1500 packages".
+pub type Report<'a> = &'a (dyn Fn(&str) + Sync);
+
+/// The programs of the control plane.
 #[derive(Clone, Debug)]
 pub struct Binaries {
-    /// etcd (Go calls the one that it builds `server`).
+    /// Path of etcd. (Go names the program that it builds `server`.)
     pub etcd: PathBuf,
-    /// kube-apiserver.
+    /// Path of kube-apiserver.
     pub api_server: PathBuf,
-    /// kubectl.
+    /// Path of kubectl.
     pub kubectl: PathBuf,
-    /// In words.
+    /// Description of where the programs come from.
     pub origin: String,
 }
 
 impl Binaries {
-    /// Those that are there already.
+    /// Names of the programs.
+    pub const NAMES: &str = CONTROL_PLANE.names;
+
+    /// Returns the programs if they exist.
     pub fn find() -> Result<Option<Self>> {
         if let Some(assets) = std::env::var_os("KUBEBUILDER_ASSETS") {
             let found = Self::inside(Path::new(&assets), "etcd", "KUBEBUILDER_ASSETS");
@@ -35,13 +43,18 @@ impl Binaries {
         Ok(Self::inside(&CONTROL_PLANE.cache_dir()?, "server", "the cache"))
     }
 
-    /// Those that are there, else built into the cache (minutes; progress on standard error).
+    /// Returns the programs; builds them into the cache if necessary, which takes minutes.
     pub fn find_or_build() -> Result<Self> {
+        Self::find_or_build_with(&print)
+    }
+
+    /// Like [`Binaries::find_or_build`], with progress reports.
+    pub fn find_or_build_with(report: Report<'_>) -> Result<Self> {
         match Self::find()? {
             Some(found) => Ok(found),
             None => {
-                let dir = CONTROL_PLANE.build(|| Ok(Self::find()?.is_some()))?;
-                Self::inside(&dir, "server", "Go modules, built just now").context("the build left a program out")
+                let dir = CONTROL_PLANE.build(|| Ok(Self::find()?.is_some()), report)?;
+                Self::inside(&dir, "server", "Go modules, built just now").context("the build did not produce all programs")
             }
         }
     }
@@ -58,59 +71,96 @@ impl Binaries {
     }
 }
 
-/// What runs on a node that has a kubelet, and metrics-server.
+/// The programs of a node with a kubelet.
 #[derive(Clone, Debug)]
 pub struct NodeBinaries {
-    /// The folder that holds all of them: containerd looks for its shim beside itself.
+    /// Folder that contains all programs; containerd looks for its shim in its own folder.
     pub dir: PathBuf,
-    /// metrics-server, in a folder of its own.
-    pub metrics_server: PathBuf,
 }
 
 impl NodeBinaries {
-    /// Those that are there already.
+    /// Names of the programs.
+    pub const NAMES: &str = NODE.names;
+
+    /// Returns the programs if they exist.
     pub fn find() -> Result<Option<Self>> {
-        let (dir, metrics_server) = (NODE.cache_dir()?, METRICS.cache_dir()?.join("metrics-server"));
-        let there = node_programs(&dir) && metrics_server.is_file();
-        Ok(there.then_some(Self { dir, metrics_server }))
+        let dir = NODE.cache_dir()?;
+        let all = ["kubelet", "containerd", "containerd-shim-runc-v2", "ctr", "kube-proxy", "coredns"];
+        Ok(all.iter().all(|name| dir.join(name).is_file()).then_some(Self { dir }))
     }
 
-    /// Those that are there, else built into the cache (minutes; progress on standard error).
+    /// Returns the programs; builds them into the cache if necessary, which takes minutes.
     pub fn find_or_build() -> Result<Self> {
+        Self::find_or_build_with(&print)
+    }
+
+    /// Like [`NodeBinaries::find_or_build`], with progress reports.
+    pub fn find_or_build_with(report: Report<'_>) -> Result<Self> {
         if let Some(found) = Self::find()? {
             return Ok(found);
         }
-        NODE.build(|| Ok(node_programs(&NODE.cache_dir()?)))?;
-        METRICS.build(|| Ok(METRICS.cache_dir()?.join("metrics-server").is_file()))?;
-        Self::find()?.context("the build left a program out")
+        NODE.build(|| Ok(Self::find()?.is_some()), report)?;
+        Self::find()?.context("the build did not produce all programs")
     }
 
-    /// One of them.
+    /// Returns the path of a program.
     pub fn program(&self, name: &str) -> PathBuf {
         self.dir.join(name)
     }
 }
 
-fn node_programs(dir: &Path) -> bool {
-    let all = ["kubelet", "containerd", "containerd-shim-runc-v2", "ctr", "kube-proxy", "coredns"];
-    all.iter().all(|name| dir.join(name).is_file())
+/// metrics-server, which only tests use.
+#[derive(Clone, Debug)]
+pub struct MetricsServer {
+    /// Path of the program.
+    pub program: PathBuf,
 }
 
-/// A Go module that names commands.
+impl MetricsServer {
+    /// Name of the program.
+    pub const NAMES: &str = METRICS.names;
+
+    /// Returns the program if it exists.
+    pub fn find() -> Result<Option<Self>> {
+        let program = METRICS.cache_dir()?.join("metrics-server");
+        Ok(program.is_file().then_some(Self { program }))
+    }
+
+    /// Returns the program; builds it into the cache if necessary, which takes minutes.
+    pub fn find_or_build() -> Result<Self> {
+        Self::find_or_build_with(&print)
+    }
+
+    /// Like [`MetricsServer::find_or_build`], with progress reports.
+    pub fn find_or_build_with(report: Report<'_>) -> Result<Self> {
+        if let Some(found) = Self::find()? {
+            return Ok(found);
+        }
+        METRICS.build(|| Ok(Self::find()?.is_some()), report)?;
+        Self::find()?.context("the build did not produce metrics-server")
+    }
+}
+
+fn print(progress: &str) {
+    eprintln!("  {progress}");
+}
+
+/// A Go module that lists commands as tools.
 struct Module {
     folder: &'static str,
-    /// The module whose version is that of the cache's folder.
+    /// Module whose version is part of the cache folder's name.
     versioned: &'static str,
-    /// Of the cache's folder.
+    /// Suffix of the cache folder's name.
     suffix: &'static str,
-    what: &'static str,
+    /// Names of the programs, for messages.
+    names: &'static str,
 }
 
-const CONTROL_PLANE: Module = Module { folder: "kubernetes", versioned: KUBERNETES, suffix: "", what: "etcd, kube-apiserver and kubectl" };
+const CONTROL_PLANE: Module = Module { folder: "kubernetes", versioned: KUBERNETES, suffix: "", names: "etcd, kube-apiserver and kubectl" };
 const NODE: Module =
-    Module { folder: "kubernetes/node", versioned: KUBERNETES, suffix: "-node", what: "kubelet, containerd, kube-proxy and CoreDNS" };
+    Module { folder: "kubernetes/node", versioned: KUBERNETES, suffix: "-node", names: "kubelet, containerd, kube-proxy and CoreDNS" };
 const METRICS: Module =
-    Module { folder: "kubernetes/metrics", versioned: "sigs.k8s.io/metrics-server", suffix: "-metrics-server", what: "metrics-server" };
+    Module { folder: "kubernetes/metrics", versioned: "sigs.k8s.io/metrics-server", suffix: "-metrics-server", names: "metrics-server" };
 const KUBERNETES: &str = "k8s.io/kubernetes";
 
 impl Module {
@@ -118,7 +168,7 @@ impl Module {
         Path::new(env!("CARGO_MANIFEST_DIR")).join(self.folder)
     }
 
-    /// `~/.cache/raven/kubernetes/<version>-<hash of go.sum>/`.
+    /// Returns `~/.cache/raven/kubernetes/<version>-<hash of go.sum>/`.
     fn cache_dir(&self) -> Result<PathBuf> {
         let sums = fs::read(self.folder().join("go.sum")).with_context(|| format!("read tests/{}/go.sum", self.folder))?;
         let hash: String = Sha256::digest(sums).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
@@ -126,7 +176,7 @@ impl Module {
         Ok(Path::new(&home).join(".cache/raven/kubernetes").join(format!("{}{}-{hash}", self.version()?, self.suffix)))
     }
 
-    /// The version that go.mod asks for, `v1.37.2`.
+    /// Returns the version required by go.mod, such as `v1.37.2`.
     fn version(&self) -> Result<String> {
         let module = fs::read_to_string(self.folder().join("go.mod")).with_context(|| format!("read tests/{}/go.mod", self.folder))?;
         let line = module.lines().find_map(|line| line.trim().strip_prefix(self.versioned)?.strip_prefix(" v"));
@@ -135,52 +185,66 @@ impl Module {
         Ok(format!("v{version}"))
     }
 
-    /// Builds all of them into the cache, unless somebody else did meanwhile; gives the folder.
-    fn build(&self, there: impl Fn() -> Result<bool>) -> Result<PathBuf> {
+    /// Builds the programs into the cache, unless another process has done so meanwhile. Returns the folder.
+    fn build(&self, exists: impl Fn() -> Result<bool>, report: Report<'_>) -> Result<PathBuf> {
         let dir = self.cache_dir()?;
-        let parent = dir.parent().context("the cache has a parent")?;
+        let parent = dir.parent().context("the cache has no parent folder")?;
         fs::create_dir_all(parent)?;
-        // Two labs that start at once build once.
-        let lock = File::create(parent.join(".lock"))?;
+        // Labs that start concurrently build each module once; different modules are built in parallel.
+        let lock = File::create(parent.join(format!(".lock{}", self.suffix)))?;
         lock.lock().context("lock the cache")?;
-        if there()? {
+        if exists()? {
             return Ok(dir);
         }
-        eprintln!("building {} from Go modules into {} (5 to 10 minutes, once)", self.what, dir.display());
+        report(&format!("building {} from Go modules into {} (5 to 10 minutes, once)", self.names, dir.display()));
         let unfinished = tempdir_beside(&dir)?;
-        self.go_build(&unfinished)?;
-        fs::rename(&unfinished, &dir).with_context(|| format!("move what was built to {}", dir.display()))?;
+        self.go_build(&unfinished, report)?;
+        fs::rename(&unfinished, &dir).with_context(|| format!("rename the build's folder to {}", dir.display()))?;
         Ok(dir)
     }
 
-    fn go_build(&self, into: &Path) -> Result<()> {
+    fn go_build(&self, into: &Path, report: Report<'_>) -> Result<()> {
         let version = self.version()?;
         let mut parts = version.trim_start_matches('v').split('.');
         let (major, minor) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
-        // Without a version kubectl refuses to talk.
+        // kubectl rejects servers without a version.
         let base = "-X k8s.io/component-base/version";
         let flags = format!("-s -w {base}.gitVersion={version} {base}.gitMajor={major} {base}.gitMinor={minor}");
-        let mut go = Command::new("go")
+        let total = self.packages()?;
+        let mut go = self
+            .go()
             .args(["build", "-v", "-trimpath", "-ldflags", &flags, "-o"])
             .arg(format!("{}/", into.display()))
             .arg("tool")
-            .current_dir(self.folder())
-            .env("CGO_ENABLED", "0")
-            .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .context("start go (is Go 1.26 or newer installed? or set KUBEBUILDER_ASSETS)")?;
-        let said = show_progress(BufReader::new(go.stderr.take().context("standard error was asked for")?))?;
+            .context("start go (requires Go 1.26 or newer; or set KUBEBUILDER_ASSETS)")?;
+        let output = show_progress(BufReader::new(go.stderr.take().context("go has no standard error")?), total, report)?;
         let status = go.wait()?;
         if !status.success() {
-            bail!("go build: {status}; it ended with:\n{}", said.join("\n"));
+            bail!("go build: {status}; the end of its output:\n{}", output.join("\n"));
         }
         Ok(())
+    }
+
+    /// Returns the number of packages to compile. Downloads the modules, as the build would.
+    fn packages(&self) -> Result<usize> {
+        let listed = self.go().args(["list", "-deps", "tool"]).output();
+        let listed = listed.context("start go (requires Go 1.26 or newer; or set KUBEBUILDER_ASSETS)")?;
+        let errors = String::from_utf8_lossy(&listed.stderr);
+        ensure!(listed.status.success(), "go list: {}; the end of its output:\n{}", listed.status, errors.trim());
+        Ok(listed.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).count())
+    }
+
+    fn go(&self) -> Command {
+        let mut go = Command::new("go");
+        go.current_dir(self.folder()).env("CGO_ENABLED", "0").stdin(Stdio::null());
+        go
     }
 }
 
 fn tempdir_beside(dir: &Path) -> Result<PathBuf> {
-    let mut name = dir.file_name().context("the cache has a name")?.to_owned();
+    let mut name = dir.file_name().context("the cache folder has no name")?.to_owned();
     name.push(".unfinished");
     let path = dir.with_file_name(name);
     if path.exists() {
@@ -190,25 +254,18 @@ fn tempdir_beside(dir: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// `go build -v` names each package that it compiles: counts them, and gives the last lines for an error message.
-fn show_progress(lines: impl BufRead) -> Result<Vec<String>> {
-    let terminal = std::io::stderr().is_terminal();
+/// Counts the packages that `go build -v` prints and reports every 50. Packages in Go's build cache are not printed.
+/// Returns the last 30 lines for an error message.
+fn show_progress(lines: impl BufRead, total: usize, report: Report<'_>) -> Result<Vec<String>> {
     let mut last = Vec::new();
     for (count, line) in lines.lines().enumerate() {
-        let line = line?;
-        if terminal {
-            eprint!("\r\x1b[K  {count} packages: {line}");
-            std::io::stderr().flush()?;
-        } else if count % 250 == 249 {
-            eprintln!("  {} packages", count + 1);
+        last.push(line?);
+        if count % 50 == 49 {
+            report(&format!("{} of {total} packages", count + 1));
         }
-        last.push(line);
         if last.len() > 30 {
             last.remove(0);
         }
-    }
-    if terminal {
-        eprintln!();
     }
     Ok(last)
 }
