@@ -69,17 +69,10 @@ async fn conflicting_claims_affect_only_the_second_gateway() {
         let node_message = "node r-a matches this nodeSelector and belongs to Gateway a-first";
         let refused = fixture.until("b-second", "does not get the node", |g| has_condition(g, "Accepted", "False", "NodeClaimedTwice", node_message)).await?;
         assert_eq!(nodes(&refused).len(), 0);
-<<<<<<< HEAD
-        says(&refused, "Ready", "False", "NoNode", "raven.openyurt.io/gateway=b-second")?;
-        assert_eq!(stage.event("b-second", "NodeClaimedTwice", says_node).await?, "Warning");
-        let told = "node r-a belongs to this Gateway (which is older, or first by name); the nodeSelector of Gateway b-second matches it too";
-        assert_eq!(stage.event("a-first", "NodeContested", told).await?, "Normal");
-=======
         has_condition(&refused, "Ready", "False", "NoNode", "raven.openyurt.io/gateway=b-second")?;
         assert_eq!(fixture.event("b-second", "NodeClaimedTwice", node_message).await?, "Warning");
         let note = "node r-a belongs to this Gateway (which is older, or first by name); the nodeSelector of Gateway b-second matches it too";
         assert_eq!(fixture.event("a-first", "NodeContested", note).await?, "Normal");
->>>>>>> 61b8775 (tests: rewrite lab, control, l3 and l7 tests in plain technical English)
 
         // The second Gateway has its own node and two contested prefixes: one from its annotation, one from its node.
         fixture.put_gateway("b-second", json!({"exposeType": ""})).await?;

@@ -53,11 +53,7 @@ async fn status_lists_pool_nodes_and_elected_gateway_nodes() {
         let configs: Api<ConfigMap> = Api::namespaced(fixture.lab.cluster().client(), "kube-system");
         let config = serde_json::from_value(json!({"metadata": {"name": "raven-cfg"}, "data": {"enable-l7-proxy": "false"}}))?;
         configs.create(&PostParams::default(), &config).await?;
-<<<<<<< HEAD
-        let switched = stage.until("site", "has L7 switched off", |g| says(g, "Ready", "True", "Ready", "ConfigMap raven-cfg sets enable-l7-proxy=false")).await?;
-=======
         let switched = fixture.until("site", "has L7 switched off", |g| has_condition(g, "Ready", "True", "Ready", "ConfigMap raven-cfg sets enable-l7-proxy=false")).await?;
->>>>>>> 61b8775 (tests: rewrite lab, control, l3 and l7 tests in plain technical English)
         assert_eq!(json!(switched.status)["activeEndpoints"], json!([tunnel, proxy("false")]));
         configs.delete("raven-cfg", &DeleteParams::default()).await?;
         fixture
@@ -135,13 +131,8 @@ async fn leaving_node_loses_election_and_prefixes() {
             })
             .await?;
         assert_eq!((nodes(&empty).len(), status(&empty).active_endpoints.len(), status(&empty).node_count), (0, 0, 0));
-<<<<<<< HEAD
-        says(&empty, "Accepted", "False", "EndpointNodeUnknown", "node x-a, which does not exist")?;
-        assert_eq!(stage.event("site", "GatewayNodeLost", "x-a (the node was deleted)").await?, "Warning");
-=======
         has_condition(&empty, "Accepted", "False", "EndpointNodeUnknown", "node x-a, which does not exist")?;
         assert_eq!(fixture.event("site", "GatewayNodeLost", "x-a (the node was deleted)").await?, "Warning");
->>>>>>> 61b8775 (tests: rewrite lab, control, l3 and l7 tests in plain technical English)
 
         fixture.label("x-b", LABEL_GATEWAY, Some("site")).await?;
         let back = fixture.until("site", "elects x-b", |g| elects(g, &["x-b"])).await?;

@@ -26,17 +26,10 @@ async fn pools_are_derived_from_node_pools_or_node_labels() {
         fixture.until_gateways(&["cloud", "node-e-a", "node-e-b"]).await?;
         let cloud = has(fixture, "cloud", &["c-a", "c-b"]).await?;
         assert_eq!(cloud.spec.expose_type, ExposeType::PublicIP);
-<<<<<<< HEAD
-        let told =
-            |g: &raven_api::Gateway| says(g, "Ready", "True", "Ready", "no publicIP is set for c-a: other pools dial its InternalIP");
-        stage.until("cloud", "says what is missing", told).await?;
-        let edge = has(stage, "node-e-b", &["e-b"]).await?;
-=======
         let ready =
             |g: &raven_api::Gateway| has_condition(g, "Ready", "True", "Ready", "no publicIP is set for c-a: other pools dial its InternalIP");
         fixture.until("cloud", "reports the missing publicIP", ready).await?;
         let edge = has(fixture, "node-e-b", &["e-b"]).await?;
->>>>>>> 61b8775 (tests: rewrite lab, control, l3 and l7 tests in plain technical English)
         assert_eq!((edge.spec.expose_type, tunnel(&edge)), (ExposeType::Edge, vec!["e-b"]));
         let label = edge.metadata.labels.as_ref().and_then(|l| l.get("app.kubernetes.io/managed-by"));
         assert_eq!(label.map(String::as_str), Some("raven-controller"));

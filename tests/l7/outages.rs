@@ -238,13 +238,8 @@ async fn ambiguous_address_is_rejected_and_names_work() {
                 e.reason.as_deref() == Some("NodeAddressAmbiguous") && e.regarding.as_ref().and_then(|r| r.name.as_deref()) == Some(gateway)
             })
         };
-<<<<<<< HEAD
-        let note = of("edge-y").and_then(|e| e.note.clone()).context("no Event about edge-y")?;
-        ensure!(note.contains("y-b (10.1.0.12 is also the address of node x-b of Gateway edge-x)"), "{note}");
-=======
         let note = of("edge-y").and_then(|e| e.note.clone()).context("there is no Event about edge-y")?;
         ensure!(note.contains("y-b (10.1.0.12 is also the address of node x-b of Gateway edge-x)"), "{note}");
->>>>>>> 61b8775 (tests: rewrite lab, control, l3 and l7 tests in plain technical English)
         Ok(())
     };
     running.check(eventually(SOON, "an Event reports the ambiguous address", reported).await);
