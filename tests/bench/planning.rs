@@ -3,7 +3,7 @@
 //! Each size runs in a separate process, so that its peak of resident memory can be measured. The baseline is the plan
 //! at 100 nodes: the results show how the cost grows with the cluster.
 
-use std::{collections::BTreeSet, hint::black_box, process::Command, time::Instant};
+use std::{hint::black_box, process::Command, time::Instant};
 
 use anyhow::{Context, Result};
 use comfy_table::{Table, presets::ASCII_MARKDOWN};
@@ -81,14 +81,7 @@ pub fn run(json: bool) -> Result<()> {
 fn measure(nodes: usize) -> Result<Cost> {
     let inputs = cluster(nodes);
     let (topology, build_ms) = timed(|| build(&inputs));
-    let me = |node: &str| Me {
-        node: node.to_owned(),
-        uplink_mtu: 1500,
-        protected: BTreeSet::new(),
-        addresses: BTreeSet::new(),
-        detour: None,
-        preshared: None,
-    };
+    let me = |node: &str| Me { node: node.to_owned(), ..Me::default() };
     let (gateway, plan_gateway_ms) = timed(|| plan(&topology, &me("n0-0")));
     let (ordinary, plan_ordinary_ms) = timed(|| plan(&topology, &me("n0-1")));
     anyhow::ensure!(gateway.state.remote.len() == 2 * (nodes - POOL) && ordinary.state.remote.len() == gateway.state.remote.len());

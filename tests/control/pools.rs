@@ -26,8 +26,9 @@ async fn pools_are_derived_from_node_pools_or_node_labels() {
         fixture.until_gateways(&["cloud", "node-e-a", "node-e-b"]).await?;
         let cloud = has(fixture, "cloud", &["c-a", "c-b"]).await?;
         assert_eq!(cloud.spec.expose_type, ExposeType::PublicIP);
-        let ready =
-            |g: &raven_api::Gateway| has_condition(g, "Ready", "True", "Ready", "no publicIP is set for c-a: other pools dial its InternalIP");
+        let ready = |g: &raven_api::Gateway| {
+            has_condition(g, "Ready", "True", "Ready", "no publicIP is set for c-a: other pools dial its InternalIP")
+        };
         fixture.until("cloud", "reports the missing publicIP", ready).await?;
         let edge = has(fixture, "node-e-b", &["e-b"]).await?;
         assert_eq!((edge.spec.expose_type, tunnel(&edge)), (ExposeType::Edge, vec!["e-b"]));

@@ -37,10 +37,7 @@ async fn protected_prefixes_are_rejected_without_side_effects() {
             ("10.111.0.0/24", "overlaps 10.111.0.0/16 (the range of Service addresses"),
             ("10.1.0.1/32", "overlaps 10.1.0.1/32 (address of node c-a in Gateway cloud)"),
             ("10.1.0.9/32", "overlaps 10.1.0.9/32 (address of node nobodys, which is in no pool)"),
-            (
-                "198.51.100.0/24",
-                "overlaps 198.51.100.10/32 (publicIP of node c-a in Gateway cloud, at which peers reach its tunnel)",
-            ),
+            ("198.51.100.0/24", "overlaps 198.51.100.10/32 (publicIP of node c-a in Gateway cloud, at which peers reach its tunnel)"),
         ];
         for (prefix, part) in refused {
             fixture.put_extra_prefixes("site", prefix).await?;

@@ -11,6 +11,7 @@ mod bench;
 mod build;
 mod build_ebpf;
 mod crds;
+mod cycles;
 mod demo;
 mod fuzz;
 mod kernel;
@@ -45,6 +46,8 @@ enum Command {
     Test(test::Test),
     /// Write the CRD manifests into deploy/crds/ from the Rust types.
     Crds(crds::Crds),
+    /// Find import cycles among the modules of each crate.
+    Cycles(cycles::Cycles),
     /// Manage labs for manual work.
     #[command(subcommand)]
     Lab(raven_tests::cli::LabCommand),
@@ -74,6 +77,7 @@ impl Command {
     fn name(&self) -> &'static str {
         match self {
             Self::Setup(_) => "setup",
+            Self::Cycles(_) => "cycles",
             Self::BuildEbpf(_) => "build-ebpf",
             Self::Demo(_) => "demo",
             Self::Bench(_) => "bench",
@@ -94,6 +98,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Fuzz(fuzz) => fuzz.run(),
         Command::Test(test) => test.run(),
         Command::Crds(crds) => crds.run(),
+        Command::Cycles(cycles) => cycles.run(),
         Command::Lab(command) => lab::run(command),
     }
 }

@@ -18,7 +18,7 @@ fuzz_target!(|bytes: &[u8]| {
         assert!(taken.insert(*prefix), "{prefix} belongs to two nodes");
     }
     for node in topology.pools.values().flat_map(|pool| pool.members.keys()).take(4) {
-        let me = Me { node: node.clone(), uplink_mtu: 1500, protected: BTreeSet::new(), addresses: BTreeSet::new(), detour: None, preshared: None };
+        let me = Me { node: node.clone(), ..Me::default() };
         let first = plan(&topology, &me);
         assert_eq!(first, plan(&topology, &me));
         for prefix in first.state.routes.keys() {
