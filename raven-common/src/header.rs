@@ -25,9 +25,9 @@ pub trait Ip: Copy {
 
     /// Reports whether version and length fields are consistent. Does not compare them with the packet's real length.
     fn is_sound(&self) -> bool;
-    /// Source address.
+    /// Source address, in network order.
     fn source(&self) -> Self::Addr;
-    /// Destination address.
+    /// Destination address, in network order.
     fn destination(&self) -> Self::Addr;
     /// Reports whether the source is the IPv4 address `node`. Always false for IPv6.
     fn is_from(&self, node: [u8; 4]) -> bool;
@@ -75,9 +75,9 @@ pub struct Ipv4 {
     pub protocol: u8,
     /// Checksum of the header (RFC 1071).
     pub checksum: [u8; 2],
-    /// Source.
+    /// Address of the sender.
     pub source: [u8; 4],
-    /// Destination.
+    /// Address of the receiver.
     pub destination: [u8; 4],
 }
 
@@ -158,9 +158,9 @@ pub struct Ipv6 {
     pub next_header: u8,
     /// Remaining number of hops.
     pub hop_limit: u8,
-    /// Source.
+    /// Address of the sender.
     pub source: [u8; 16],
-    /// Destination.
+    /// Address of the receiver.
     pub destination: [u8; 16],
 }
 
@@ -277,13 +277,13 @@ const _: () = assert!(size_of::<OverlayHeader>() == OVERLAY_OVERHEAD);
 const _: () = assert!(size_of::<Ipv4>() == Ipv4::LEN && size_of::<Ipv6>() == Ipv6::LEN);
 
 impl OverlayHeader {
-    /// Builds the header for an inner packet of `inner_len` bytes (from the inner IP header on) of the family
-    /// `ethertype`.
+    /// Builds the header for an inner packet of `inner_len` bytes (from the inner IP header on)
+    /// of the family `ethertype`.
     ///
-    /// The outer header forbids fragmentation (DF): the caller has checked that the inner packet fits. `traffic_class`
-    /// copies DSCP and ECN of the inner packet (RFC 6040, normal mode). `hash` selects the UDP source port, which
-    /// spreads flows over the receivers' queues (RFC 7348 §5). The UDP checksum is zero, as RFC 7348 recommends over
-    /// IPv4.
+    /// The outer header forbids fragmentation (DF): the caller has checked that the inner packet fits.
+    /// `traffic_class` copies DSCP and ECN of the inner packet (RFC 6040, normal mode). `hash` selects the UDP
+    /// source port, which spreads flows over the receivers' queues (RFC 7348 §5). The UDP checksum is zero, as RFC
+    /// 7348 recommends over IPv4.
     #[inline(always)]
     pub fn new(from: [u8; 4], to: [u8; 4], inner_len: u16, ethertype: u16, traffic_class: u8, hash: u32) -> Self {
         let total_len = inner_len.wrapping_add(OVERLAY_OVERHEAD as u16);

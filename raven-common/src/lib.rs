@@ -2,8 +2,7 @@
 //!
 //! Every type stored in a map is `repr(C)`, has no implicit padding (asserted next to each type) and keeps addresses as
 //! bytes in network order, so that no code path has to swap them. Outside `raven-ebpf`, this is the only module tree
-//! with
-//! `unsafe` code: the `aya::Pod` implementations in [`tables`].
+//! with `unsafe` code: the `aya::Pod` implementations in [`tables`].
 
 #![no_std]
 

@@ -1,8 +1,8 @@
 //! Keys and values of the maps, as used by the eBPF programs and by user space. IP and MAC addresses are bytes in
 //! network order; numbers are in host order.
 
-/// Identifies a remote Gateway in maps and counters: a hash of the Gateway's name, computed by the agent's plan; never
-/// 0.
+/// Identifies a remote Gateway in maps and counters: a hash of the Gateway's name, computed by the
+/// agent's plan; never 0.
 pub type GatewayId = u32;
 
 /// Gateway ID of counters that concern no particular Gateway.
@@ -66,17 +66,17 @@ pub struct Config {
     pub flags: u32,
     /// UDP port of the tunnel; 0 on members.
     pub tunnel_port: u32,
-    /// Changes whenever another table has changed. Entries of `PATHS4` and `PATHS6` with another generation are
-    /// invalid.
+    /// Changes whenever another table has changed. Entries of `PATHS4` and `PATHS6` with
+    /// another generation are invalid.
     pub generation: u32,
 }
 
-/// Value of `PATHS4`/`PATHS6`: cached result of the LPM lookups for one pair of addresses, one entry per CPU and hash
-/// slot.
+/// Value of `PATHS4`/`PATHS6`: cached result of the LPM lookups for one pair of addresses, one entry per
+/// CPU and hash slot.
 ///
-/// A valid entry means that a node of this pool may send from `source`, and that the Gateway has `destination`. The
-/// cache makes a packet's cost independent of the number of prefixes. Another pair with the same hash overwrites the
-/// entry.
+/// A valid entry means that a node of this pool may send from `source`, and that the Gateway has
+/// `destination`. The cache makes a packet's cost independent of the number of prefixes. Another pair with the
+/// same hash overwrites the entry.
 ///
 /// `BACK4`/`BACK6` cache the opposite direction: `source` belongs to another pool, and `outer` is the node of this pool that
 /// has `destination`. They are separate maps because the checks of the two directions differ.
@@ -105,8 +105,8 @@ pub const CONFIG_RELAY: u32 = 2;
 /// Flag in [`Config::flags`]: use a tunnel key on `raven0` instead of wrapping in place, for kernels without support
 /// and for comparison in benchmarks.
 pub const CONFIG_NO_WRAP: u32 = 8;
-/// Flag in [`Config::flags`]: the guard runs at TC ingress of the uplink, because no XDP program of Raven is attached
-/// to it.
+/// Flag in [`Config::flags`]: the guard runs at TC ingress of the uplink, because no XDP program of Raven
+/// is attached to it.
 pub const CONFIG_TC_GUARD: u32 = 4;
 
 /// Key of `COUNTERS`.
@@ -181,7 +181,7 @@ pub struct DropSample {
     pub ethertype: u16,
     /// IP protocol number.
     pub protocol: u8,
-    /// Padding; zero.
+    /// Padding; always zero.
     pub _pad: u8,
     /// Source port in network order; zero if the protocol has no ports or the port was not read.
     pub source_port: [u8; 2],
@@ -224,7 +224,7 @@ pub struct KubeletAddress {
     pub address: [u8; 4],
     /// TCP port in host order.
     pub port: u16,
-    /// Padding; zero.
+    /// Padding; always zero.
     pub _pad: u16,
 }
 

@@ -80,8 +80,8 @@ verdicts! {
     DropRelayLoop = 40, "drop-relay-loop";
     /// Dropped: an overlay packet has a different VXLAN network identifier.
     DropWrongVni = 41, "drop-wrong-vni";
-    /// Dropped: the source of an outgoing packet is not in this node's prefixes; the most likely cause is a CNI that
-    /// masquerades.
+    /// Dropped: the source of an outgoing packet is not in this node's prefixes; the most likely cause is
+    /// a CNI that masquerades.
     DropSourceNotMine = 42, "drop-source-not-mine";
     /// Dropped: an overlay packet has no tunnel metadata; `raven0` is not in collect-metadata mode.
     DropNoTunnelKey = 43, "drop-no-tunnel-key";

@@ -45,8 +45,8 @@ pub fn add(decision: Decision, packets: u64, bytes: u64) {
                 (*count).bytes += bytes;
             }
         }
-        // A program on another CPU may have inserted the key concurrently; values are per CPU, so either order is
-        // correct.
+        // A program on another CPU may have inserted the key concurrently; values are per CPU, so
+        // either order is correct.
         None => {
             let _ = COUNTERS.insert(&key, Count { packets, bytes }, 0);
         }

@@ -19,8 +19,8 @@ pub fn redirect(ifindex: u32) {
     unsafe { bpf_redirect(ifindex, 0) };
 }
 
-/// Redirects the packet to `ifindex` with MAC addresses from the neighbour table, by its (outer) destination. Since
-/// Linux 5.10.
+/// Redirects the packet to `ifindex` with MAC addresses from the neighbour table, by its (outer)
+/// destination. Since Linux 5.10.
 #[inline(always)]
 pub fn redirect_neigh(ifindex: u32) {
     // SAFETY: without parameters (null, length 0) the kernel looks up the destination itself.

@@ -1,5 +1,5 @@
-//! The guard on a gateway node's uplink: drops packets to the tunnel's port that are not WireGuard, and handshake
-//! floods.
+//! The guard on a gateway node's uplink: drops packets to the tunnel's port that are not
+//! WireGuard, and handshake floods.
 //!
 //! Runs in [`crate::uplink_xdp`] if that program is attached, else in [`crate::uplink_ingress`]. The guard
 //! authenticates nothing, which is WireGuard's task; it keeps invalid packets and floods away from the one core that

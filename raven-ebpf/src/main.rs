@@ -1,5 +1,5 @@
-//! Raven's eBPF programs: the entry points. Each one translates the decision of its module into the kernel's action and
-//! counts the packet.
+//! Raven's eBPF programs: the entry points. Each one translates the decision of its module into the kernel's action
+//! and counts the packet.
 //!
 //! A packet passes the modules in this order: [`overlay_egress`] on a member → [`uplink_xdp`] and [`uplink_ingress`] on
 //! its gateway node (or [`overlay_ingress`], the fallback tier) → WireGuard → [`tunnel_ingress`] on the other pool's
@@ -40,8 +40,8 @@ use raven_common::{Verdict, header::ETH_LEN};
 
 use crate::{count::Decision, parse::Skb};
 
-/// Returns the kernel's action for a verdict. Redirect helpers have been called before; they always return
-/// TC_ACT_REDIRECT.
+/// Returns the kernel's action for a verdict. Redirect helpers have been called before;
+/// they always return TC_ACT_REDIRECT.
 #[inline(always)]
 fn action(verdict: Verdict) -> i32 {
     match verdict {

@@ -12,8 +12,8 @@ use raven_common::{
     tables::{Config, Count, CounterKey, DropSample, Handshakes, KubeletAddress, KubeletNode, Local, Node, PATHS, Path, Remote},
 };
 
-/// Limit of prefixes per trie and family: ten thousand nodes with a dozen prefixes each. Tries allocate memory per
-/// entry.
+/// Limit of prefixes per trie and family: ten thousand nodes with a dozen prefixes each. Tries
+/// allocate memory per entry.
 const MAX_PREFIXES: usize = 131_072;
 /// Limit of nodes in one pool.
 const MAX_POOL_NODES: usize = 16_384;
@@ -54,8 +54,8 @@ static PATHS4: PerCpuArray<Path<[u8; 4]>, PATHS> = PerCpuArray::new();
 #[btf_map]
 static PATHS6: PerCpuArray<Path<[u8; 16]>, PATHS> = PerCpuArray::new();
 
-/// LPM results for pairs of IPv4 addresses on the path out of the tunnel. Written and read by `tunnel_ingress`, per
-/// CPU.
+/// LPM results for pairs of IPv4 addresses on the path out of the tunnel. Written and read
+/// by `tunnel_ingress`, per CPU.
 #[btf_map]
 static BACK4: PerCpuArray<Path<[u8; 4]>, PATHS> = PerCpuArray::new();
 /// LPM results for pairs of IPv6 addresses, as [`BACK4`].
@@ -67,8 +67,8 @@ static BACK6: PerCpuArray<Path<[u8; 16]>, PATHS> = PerCpuArray::new();
 #[btf_map]
 pub static HANDSHAKES: LruHashMap<[u8; 16], Handshakes, 8_192> = LruHashMap::new();
 
-/// Samples of dropped packets. Written by the programs, read by the agent. Full: the sample is lost; the packet is
-/// still counted.
+/// Samples of dropped packets. Written by the programs, read by the agent. Full: the sample is lost; the
+/// packet is still counted.
 #[btf_map]
 pub static EVENTS: RingBuf<DropSample, 262_144> = RingBuf::new();
 
@@ -111,8 +111,8 @@ pub trait Tables: Ip {
     fn path(&self) -> Option<*mut Path<Self::Addr>>;
     /// Returns this CPU's cache entry for the packet's addresses, for the path out of the tunnel.
     fn back(&self) -> Option<*mut Path<Self::Addr>>;
-    /// Reports whether a proxy of this pool intercepts connections to the packet's destination and TCP port `port`
-    /// (host order).
+    /// Reports whether a proxy of this pool intercepts connections to the packet's destination and TCP
+    /// port `port` (host order).
     fn is_for_proxy(&self, port: u16) -> bool;
 }
 
@@ -123,8 +123,8 @@ pub fn is_kubelet(address: [u8; 4], port: u16) -> bool {
     unsafe { KUBELETS.get(&KubeletAddress { address, port, _pad: 0 }) }.is_some()
 }
 
-/// Maps a hash to an index of the path caches: multiplication by the golden ratio, of which the upper bits are best
-/// mixed.
+/// Maps a hash to an index of the path caches: multiplication by the golden ratio, of which the upper
+/// bits are best mixed.
 #[inline(always)]
 fn slot(bits: u32) -> u32 {
     bits.wrapping_mul(0x9e37_79b1) >> (32 - PATHS.trailing_zeros())

@@ -1,5 +1,5 @@
-//! TC egress of `raven0` on a member: sends packets for another pool's prefix to the gateway node that carries the
-//! prefix.
+//! TC egress of `raven0` on a member: sends packets for another pool's prefix to the gateway node
+//! that carries the prefix.
 //!
 //! The route of table 9027 sends packets here, with an Ethernet header; the program sets the tunnel key. It does not
 //! interfere with NetworkPolicy: the stack and the CNI have already processed the packet.
@@ -40,16 +40,16 @@ fn leave<I: Tables>(skb: &Skb) -> Option<Result<Decision, Decision>> {
     };
     match I::remote(header.destination()) {
         Some(remote) => Some(encapsulate(skb, &config, &header, remote)),
-        // Fallback path of a gateway node: the packet has its key, was checked before, and its destination is in this
-        // pool.
+        // Fallback path of a gateway node: the packet has its key, was checked before, and its destination
+        // is in this pool.
         None if config.tunnel_ifindex != 0 && I::local(header.destination()).is_some() => None,
         None if header.is_multicast() => Some(Ok(Verdict::Multicast.into())),
         None => Some(Err(Verdict::DropNoRoute.into())),
     }
 }
 
-/// Reports whether the packet goes from the node's own address (a node without pods has no other) to an intercepted
-/// kubelet.
+/// Reports whether the packet goes from the node's own address (a node without pods has no other)
+/// to an intercepted kubelet.
 #[inline(always)]
 fn own_to_proxy<I: Tables>(skb: &Skb, config: &Config, header: &I) -> bool {
     header.is_from(config.node) && skb.tcp_port(ETH_LEN, header).is_some_and(|port| header.is_for_proxy(port))

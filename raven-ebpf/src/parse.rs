@@ -88,8 +88,8 @@ impl Skb {
         if header.is_sound() && plausible { Ok(header) } else { Err(Verdict::DropMalformed.into()) }
     }
 
-    /// Returns the destination port (host order) of the packet with its IP header at `l3`, if it is TCP and not
-    /// fragmented.
+    /// Returns the destination port (host order) of the packet with its IP header at `l3`, if it is
+    /// TCP and not fragmented.
     #[inline(always)]
     pub fn tcp_port<I: Ip>(&self, l3: usize, header: &I) -> Option<u16> {
         let port: [u8; 2] = self.ctx.load(l3 + header.tcp_offset()? + 2).ok()?;

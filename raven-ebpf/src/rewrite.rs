@@ -67,8 +67,8 @@ fn clamp_mss_of_syn(skb: &Skb, tcp: usize, limit: u16) -> Option<()> {
             TCP_OPT_NOP => at += 1,
             // The value must lie within the options; the bytes behind them are payload of the SYN (TCP Fast Open).
             TCP_OPT_MSS if len == TCP_OPT_MSS_LEN && at + 4 <= end => return lower_mss(skb, tcp, at + 2, limit),
-            // An MSS option of another length, or a length below 2, which would not advance: malformed, left to the
-            // receiver.
+            // An MSS option of another length, or a length below 2, which would not advance: malformed,
+            // left to the receiver.
             _ if kind == TCP_OPT_MSS || len < 2 => return None,
             _ => at += len as usize,
         }

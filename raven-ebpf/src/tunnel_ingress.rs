@@ -1,9 +1,9 @@
 //! TC ingress of `raven-wg0` on a gateway node: a decrypted packet from another pool. It starts at its IP header,
 //! because the device has no Ethernet header.
 //!
-//! A packet for another node of this pool is wrapped in place and sent there; one for a third pool is redirected back
-//! into the tunnel (relay); one for this node passes to the stack. All others are dropped: a peer may reach this pool's
-//! prefixes only.
+//! A packet for another node of this pool is wrapped in place and sent there; one for a third pool is redirected
+//! back into the tunnel (relay); one for this node passes to the stack. All others are dropped: a peer may reach
+//! this pool's prefixes only.
 
 use raven_common::{
     OVERLAY_OVERHEAD, Verdict,

@@ -1,10 +1,10 @@
-//! Native XDP of a gateway node's uplink: removes the outer header of overlay packets from nodes of this pool, before
-//! an skb is allocated, and marks them in the XDP metadata for [`crate::uplink_ingress`]. Overlay packets of other
-//! senders are dropped.
+//! Native XDP of a gateway node's uplink: removes the outer header of overlay packets from nodes of this pool,
+//! before an skb is allocated, and marks them in the XDP metadata for [`crate::uplink_ingress`]. Overlay packets of
+//! other senders are dropped.
 //!
-//! Unwraps only packets that can be redirected into the tunnel. All others (a packet of another pool for this node, an
-//! exhausted TTL, oversized packets, congestion marks, IP options, fragments) pass unchanged to `raven0` and the
-//! fallback tier.
+//! Unwraps only packets that can be redirected into the tunnel. All others (a packet of another pool for this
+//! node, an exhausted TTL, oversized packets, congestion marks, IP options, fragments) pass unchanged to `raven0`
+//! and the fallback tier.
 
 use aya_ebpf::{
     helpers::{bpf_xdp_adjust_head, bpf_xdp_adjust_meta},

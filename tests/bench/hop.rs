@@ -12,9 +12,9 @@
 //! threaded NAPI, and packets are divided by the CPU time of that thread and of its core's softirqs, which excludes the
 //! generator and other processes of the machine.
 //!
-//! WireGuard itself is excluded. Towards the tunnel, `raven-wg0` is a veth. In the other direction, packets come from
-//! an L3 device without Ethernet header, as from WireGuard: VXLAN-GPE, whose own cost is measured separately and
-//! subtracted.
+//! WireGuard itself is excluded. Towards the tunnel, `raven-wg0` is a veth. In the other direction,
+//! packets come from an L3 device without Ethernet header, as from WireGuard: VXLAN-GPE, whose own cost is
+//! measured separately and subtracted.
 
 use std::{
     fs,
@@ -55,8 +55,8 @@ pub const POD: [u8; 4] = [10, 244, 2, 10];
 pub const REMOTE: [u8; 4] = [10, 128, 0, 0];
 const REMOTE_LEN: u32 = 28;
 const REMOTE_STEP: u32 = 16;
-/// Number of prefixes that the generator cycles through: as many flows as a busy site has, but within conntrack's
-/// limit.
+/// Number of prefixes that the generator cycles through: as many flows as a busy site has,
+/// but within conntrack's limit.
 const TURNS: u32 = 1024;
 /// UDP port of the L3 device.
 const FEED_PORT: u16 = 4790;
@@ -313,8 +313,8 @@ impl Hop {
 
     /// Returns the NAPI thread of a device of the gateway node.
     fn napi_of_gateway(&self, device: &str) -> Result<i32> {
-        // Threads are named napi/DEVICE-ID. Devices of other namespaces may have the same name; the newest thread is
-        // the right one.
+        // Threads are named napi/DEVICE-ID. Devices of other namespaces may have the same name; the newest thread
+        // is the right one.
         napi_threads(device)?.into_iter().max().with_context(|| format!("{device} has no NAPI thread"))
     }
 
@@ -437,8 +437,8 @@ fn cpu_time(pid: i32) -> Result<Duration> {
     Ok(Duration::from_nanos(nanoseconds))
 }
 
-/// Returns an IPv4/UDP packet of 46 bytes, the smallest that Ethernet carries without padding. [`REMOTE`] stands for
-/// its `.1`.
+/// Returns an IPv4/UDP packet of 46 bytes, the smallest that Ethernet carries without padding. [`REMOTE`]
+/// stands for its `.1`.
 fn inner_packet(from: [u8; 4], to: [u8; 4]) -> Vec<u8> {
     let first = |a: [u8; 4]| if a == REMOTE { (u32::from_be_bytes(a) + 1).to_be_bytes() } else { a };
     let mut packet = ipv4(first(from), first(to), 17, 26);

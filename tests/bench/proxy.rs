@@ -2,10 +2,10 @@
 //! it, which real sites do not), and against konnectivity if its programs are on PATH. Links: as fast as this machine
 //! copies, 1 Gbit/s, and a bad one. Variants alternate within a run; the median counts.
 //!
-//! A proxy stream is opened by address on the cloud gateway node: eBPF program, proxy, HTTP/2 over TLS, the site's NAT,
-//! its gateway node, the node. Konnectivity: an HTTP CONNECT by a local socket to its server on the same node, its
-//! agent on the same gateway node of the site. All ends share this machine's cores, so the comparison shows the cost
-//! per byte.
+//! A proxy stream is opened by address on the cloud gateway node: eBPF program, proxy, HTTP/2 over TLS, the site's
+//! NAT, its gateway node, the node. Konnectivity: an HTTP CONNECT by a local socket to its server on the same
+//! node, its agent on the same gateway node of the site. All ends share this machine's cores, so the comparison
+//! shows the cost per byte.
 //!
 //! Direct is one TCP connection, whereas any proxy uses three in a row. The cost of that alone is measured too: two
 //! relays in place of the gateway nodes that only move bytes within the kernel (splice), without TLS, multiplexing and
@@ -266,8 +266,8 @@ async fn within<T: Send + 'static>(
     ns.within_async(move || work(transport)).await?
 }
 
-/// Starts the node's server: it answers a number (8 bytes, big-endian) with as many bytes, and 0 with one byte. The
-/// connection stays open.
+/// Starts the node's server: it answers a number (8 bytes, big-endian) with as many bytes, and 0 with one byte.
+/// The connection stays open.
 fn serve(ns: &Namespace) -> Result<()> {
     let listener = ns.within(|| TcpListener::bind(("0.0.0.0", PORT)))??;
     std::thread::spawn(move || {

@@ -193,8 +193,8 @@ impl Setup {
 /// Installs the rules of upstream's agent on a gateway node: marks by ipset in PREROUTING and OUTPUT, the exemption
 /// from source NAT by ipset in POSTROUTING, a rule for the mark, and conntrack, which NAT implies.
 ///
-/// Upstream's second set has the type hash:net,net. Two sets of type hash:net replace it, because some kernels lack the
-/// type.
+/// Upstream's second set has the type hash:net,net. Two sets of type hash:net replace it, because some
+/// kernels lack the type.
 fn upstream_rules(hop: &Hop) -> Result<()> {
     let mut sets = "create raven-mark-set hash:net maxelem 262144\ncreate raven-skip-nat-set hash:net maxelem 262144\n".to_owned();
     for prefix in hop.remote_prefixes() {

@@ -50,8 +50,8 @@ async fn conflicting_claims_affect_only_the_second_gateway() {
     run(test_name!(), async |fixture| {
         fixture.put_two_pools().await?;
         let _controller = fixture.controller("one", &["--auto-gateways=false"]).await?;
-        // The first Gateway keeps contested nodes and prefixes: the older one or, if created in the same second, the
-        // first by name.
+        // The first Gateway keeps contested nodes and prefixes: the older one or, if created in the same second,
+        // the first by name.
         let selector = json!({"nodeSelector": {"matchLabels": {"room": "7"}}});
         fixture.put_node("r-a", 7, &[("room", "7")]).await?;
         fixture.put_gateway("a-first", selector.clone()).await?;

@@ -1,5 +1,5 @@
-//! The setup of the tests: a lab without nodes, helpers that write Nodes and Gateways, start controllers and read the
-//! results.
+//! The setup of the tests: a lab without nodes, helpers that write Nodes and Gateways, start controllers
+//! and read the results.
 
 use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::path::Path;
@@ -80,8 +80,8 @@ impl Fixture {
         Process::start(format!("controller-{identity}"), &self.lab.logs(), command)
     }
 
-    /// Writes Node `name`, ready, with these labels. Its address is 10.1.0.`number`, its prefixes are
-    /// 10.244.`number`.0/24 and fd00:244:`number`::/64.
+    /// Writes Node `name`, ready, with these labels. Its address is 10.1.0.`number`, its prefixes
+    /// are 10.244.`number`.0/24 and fd00:244:`number`::/64.
     pub async fn put_node(&self, name: &str, number: u8, labels: &[(&str, &str)]) -> Result<()> {
         self.put_node_at(name, number, number, labels).await
     }
@@ -138,8 +138,8 @@ impl Fixture {
         self.gateways.patch(gateway, &PatchParams::default(), &Patch::Merge(&patch)).await.map(drop).context("annotate the Gateway")
     }
 
-    /// Writes an exposed Gateway `cloud` with node c-a, and an edge Gateway `site` with x-a and x-b, which prefers x-b
-    /// for the tunnel.
+    /// Writes an exposed Gateway `cloud` with node c-a, and an edge Gateway `site` with x-a and x-b, which prefers
+    /// x-b for the tunnel.
     pub async fn put_two_pools(&self) -> Result<()> {
         self.put_node("c-a", 1, &[(LABEL_GATEWAY, "cloud")]).await?;
         self.put_node("x-a", 2, &[(LABEL_GATEWAY, "site")]).await?;
@@ -150,8 +150,8 @@ impl Fixture {
         Ok(())
     }
 
-    /// Waits until both Gateways of [`Fixture::put_two_pools`] are Ready. The controller then has no more pending
-    /// writes.
+    /// Waits until both Gateways of [`Fixture::put_two_pools`] are Ready. The controller then has
+    /// no more pending writes.
     pub async fn two_pools_are_ready(&self) -> Result<()> {
         for name in ["cloud", "site"] {
             self.until(name, "is ready", |gateway| has_condition(gateway, "Ready", "True", "Ready", "")).await?;

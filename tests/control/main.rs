@@ -1,5 +1,5 @@
-//! Tests of the complete controller: the real binary with the permissions of `deploy/rbac.yaml`, against a real API
-//! server. No dataplane.
+//! Tests of the complete controller: the real binary with the permissions of `deploy/rbac.yaml`, against a real
+//! API server. No dataplane.
 //!
 //! Each test runs in its own lab. It writes Nodes and Gateways as kubelets and users would, and asserts on the objects
 //! that the API server returns. [`fixture`] provides the setup.

@@ -23,8 +23,8 @@ async fn protected_prefixes_are_rejected_without_side_effects() {
         let cloud = fixture.raw("cloud").await?;
         let own = ["10.244.3.0/24", "fd00:244:3::/64"];
 
-        // Includes addresses that the API server publishes: its own (EndpointSlice) and the Service ranges
-        // (ServiceCIDRs).
+        // Includes addresses that the API server publishes: its own (EndpointSlice) and
+        // the Service ranges (ServiceCIDRs).
         let refused = [
             ("0.0.0.0/0", "is the whole address space"),
             ("::/0", "is the whole address space"),

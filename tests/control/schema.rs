@@ -1,5 +1,5 @@
-//! Tests of the CRD schema, which works without webhook and controller: validation with Raven's messages, and default
-//! values.
+//! Tests of the CRD schema, which works without webhook and controller: validation with Raven's
+//! messages, and default values.
 
 use anyhow::{Context, Result};
 use raven_tests::test_name;

@@ -116,8 +116,8 @@ async fn conversion_between_versions_is_lossless() {
 #[tokio::test(flavor = "multi_thread")]
 async fn webhook_survives_restarts_and_reapplied_manifests() {
     run(test_name!(), async |fixture| {
-        // As installed: the API server calls the Service. Without a kube-proxy, its address is assigned to the control
-        // plane.
+        // As installed: the API server calls the Service. Without a kube-proxy, its address is assigned
+        // to the control plane.
         let service =
             kubectl(fixture, &["-n", "kube-system", "get", "service", "raven-controller-webhook", "-o", "jsonpath={.spec.clusterIP}"])?;
         fixture.lab.control_plane.run("ip", &["address", "add", &format!("{service}/32"), "dev", "lo"])?;
@@ -158,8 +158,8 @@ async fn webhook_survives_restarts_and_reapplied_manifests() {
         })
         .await?;
 
-        // Without a webhook, the stored version can be read and written, and the error for the old version names the
-        // webhook.
+        // Without a webhook, the stored version can be read and written, and the error for the old
+        // version names the webhook.
         one.kill()?;
         let error = kubectl(fixture, &["get", OLD, "site"]).expect_err("no webhook responds");
         ensure!(format!("{error:?}").contains("conversion webhook for raven.openyurt.io"), "{error:?}");
@@ -189,8 +189,8 @@ async fn webhook_survives_restarts_and_reapplied_manifests() {
 }
 
 async fn old_is_served(fixture: &Fixture) -> Result<()> {
-    // Usually within a second. In some runs, the API server uses the old address for about 25 s after the CRD has
-    // changed.
+    // Usually within a second. In some runs, the API server uses the old address for about 25 s after
+    // the CRD has changed.
     eventually(Duration::from_secs(90), "Gateways of v1alpha1 can be read", async || kubectl(fixture, &["get", OLD]).map(drop)).await
 }
 

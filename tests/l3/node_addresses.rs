@@ -28,8 +28,8 @@ async fn node_addresses_are_forwarded_only_if_enabled() {
         let answers = || async { probe::ping(from, to.into()).await?.context("no answer") };
         running.check(eventually(Duration::from_secs(30), &format!("{to} answers {}", from.name), answers).await);
     }
-    // Routes within the node's own networks are unchanged: to the API server, a node of the pool, and the tunnel's
-    // endpoint.
+    // Routes within the node's own networks are unchanged: to the API server, a node of the pool,
+    // and the tunnel's endpoint.
     for (node, address) in [("cloud-b", "10.0.0.5"), ("cloud-b", "10.0.0.11"), ("x-b", "10.1.0.11"), ("x-a", "198.51.100.10")] {
         let route = running.check(lab.node(node).ns.run("ip", &["route", "get", address]));
         assert!(route.contains("dev eth0"), "{node} to {address}: {route}");

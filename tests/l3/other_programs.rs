@@ -169,7 +169,7 @@ async fn filters_of_equal_priority_are_ordered_or_reported() {
     running.check(node.ns.sh("tc filter del dev eth0 ingress pref 1 handle 2 bpf"));
     running.trigger_run(&node);
     running.until_ready("the fast tier", FAST).await;
-    // Dropping a filter detaches it in the namespace of the current thread, which is not the node's. The lab's end
-    // removes it.
+    // Dropping a filter detaches it in the namespace of the current thread, which is not the node's. The
+    // lab's end removes it.
     std::mem::forget((first, second));
 }

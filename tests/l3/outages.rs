@@ -132,8 +132,8 @@ fn damage(node: &Node, round: u64) -> Result<()> {
     Ok(())
 }
 
-/// The embedded engine gives up a peer after 90 s without an answer and waits for a packet; the site sends none in this
-/// test.
+/// The embedded engine gives up a peer after 90 s without an answer and waits for a packet; the site sends
+/// none in this test.
 #[tokio::test(flavor = "multi_thread")]
 async fn idle_site_recovers_after_outage() {
     require_root!();

@@ -28,8 +28,8 @@ fn first_address(lab: &Lab, node: &str) -> IpAddr {
     lab.node(node).pod_cidr_v4().split('/').next().and_then(|a| a.parse().ok()).expect("the podCIDR is a prefix")
 }
 
-/// Returns the address of the pods' bridge, the second of the prefix; some kernels cannot use the first one for a
-/// connection.
+/// Returns the address of the pods' bridge, the second of the prefix; some kernels cannot use the first
+/// one for a connection.
 fn bridge(lab: &Lab, node: &str) -> IpAddr {
     let IpAddr::V4(first) = first_address(lab, node) else { panic!("the podCIDR is not IPv4") };
     IpAddr::V4((u32::from(first) + 1).into())

@@ -1,5 +1,5 @@
-//! Tests of the basic function: pods of three pools reach each other, by the redirect programs and encrypted, and also
-//! while agents restart.
+//! Tests of the basic function: pods of three pools reach each other, by the redirect programs and encrypted, and
+//! also while agents restart.
 
 use raven_tests::{proof, require_root};
 

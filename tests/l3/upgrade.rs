@@ -7,8 +7,8 @@ use raven_tests::{Node, agent::ebpf_object, proof, require_root};
 use crate::Running;
 
 impl Running {
-    /// Returns the tags of the programs in the pinned links of all nodes. A tag is the kernel's hash of a program's
-    /// instructions.
+    /// Returns the tags of the programs in the pinned links of all nodes. A tag is the kernel's hash
+    /// of a program's instructions.
     fn tags(&self) -> BTreeSet<String> {
         let of = |node: &Node| {
             // Prints the ID of each link's program, then its name and tag.
@@ -24,8 +24,8 @@ impl Running {
 async fn program_replacement_loses_no_packet() {
     require_root!();
     let mut running = Running::start().await.expect("start the lab");
-    let ours = running.tags();
-    assert!(ours.len() > 10, "every node has programs: {ours:?}");
+    let original = running.tags();
+    assert!(original.len() > 10, "every node has programs: {original:?}");
     // The same programs with logging have different instructions and therefore different tags.
     let tracing = ebpf_object("ebpf-trace", "raven").expect("the object with logging is built");
     for agent in &mut running.agents {
@@ -33,9 +33,9 @@ async fn program_replacement_loses_no_packet() {
     }
     let taken = proof::restart(&running.lab, &mut running.agents, "x-b", "y-b", 0).await;
     println!("upgrade: {}", running.check(taken));
-    let theirs = running.tags();
-    assert_eq!(theirs.len(), ours.len());
-    let same: Vec<_> = ours.intersection(&theirs).filter(|name| !name.contains("kubelet_lookup")).collect();
+    let replaced = running.tags();
+    assert_eq!(replaced.len(), original.len());
+    let same: Vec<_> = original.intersection(&replaced).filter(|name| !name.contains("kubelet_lookup")).collect();
     // The XDP program has no log statements.
     assert!(same.iter().all(|name| name.contains("uplink_xdp")), "not replaced: {same:?}");
     // The agent logs the programs' messages (aya-log).
@@ -47,5 +47,5 @@ async fn program_replacement_loses_no_packet() {
     }
     let taken = proof::restart(&running.lab, &mut running.agents, "y-b", "cloud-b", 1).await;
     println!("upgrade: {}", running.check(taken));
-    assert_eq!(running.tags(), ours, "all programs are replaced again");
+    assert_eq!(running.tags(), original, "all programs are replaced again");
 }

@@ -82,8 +82,8 @@ async fn certificate_is_revoked_with_its_node_even_if_the_name_is_reused() {
     running.check(running.answered("x-b").await);
     let request = || running.request("cloud-b", "x-b", 20);
 
-    // The node is stolen and its Node deleted: its proxy connections are closed, although its certificate has not
-    // expired.
+    // The node is stolen and its Node deleted: its proxy connections are closed, although its
+    // certificate has not expired.
     running.check(running.lab.cluster().delete_node("x-a").await);
     let closed = || async {
         let answer = request()?;

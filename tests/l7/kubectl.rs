@@ -82,8 +82,8 @@ impl Running {
         report(self, &kubectl::all(server, path, megabytes));
     }
 
-    /// metrics-server on a member of the cloud pool reads the kubelet at the edge, and `kubectl top` reports the
-    /// values.
+    /// metrics-server on a member of the cloud pool reads the kubelet at the edge, and `kubectl
+    /// top` reports the values.
     async fn top(&self, server: &SecondApiServer, path: &str, prefer: Prefer) {
         let mut metrics = self.check(self.lab.start_metrics_server("cloud-b", prefer).await);
         let seen = self.check(self.lab.top_node(server, "x-b").await);

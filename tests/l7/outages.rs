@@ -1,5 +1,5 @@
-//! Tests of outages of links and agents: new requests work soon afterwards. The kubelet is an HTTP server on its
-//! read-only port.
+//! Tests of outages of links and agents: new requests work soon afterwards. The kubelet is an HTTP server
+//! on its read-only port.
 
 use std::{
     collections::BTreeSet,
@@ -25,9 +25,9 @@ const ATTEMPT: Duration = Duration::from_secs(1);
 /// Time until new requests work after a link's return: the required 2 s, plus the measurement: a pause of 100 ms
 /// between two attempts, and a thread, a connection and an answer on a busy machine.
 const LINK_BACK: Duration = Duration::from_millis(2_000 + 300);
-/// The same without an event of the link: the edge's next ping (2 s) is answered with a reset, it reconnects (within 1
-/// s), and a request that waits for the old proxy connection moves to the new one (0.5 s). A killed agent needs this
-/// time to start.
+/// The same without an event of the link: the edge's next ping (2 s) is answered with a reset, it reconnects (within
+/// 1 s), and a request that waits for the old proxy connection moves to the new one (0.5 s). A killed agent needs
+/// this time to start.
 const PROXY_CONNECTION_BACK: Duration = Duration::from_secs(4);
 /// Time until a failed gateway node is removed from the Service: edges ping every 2 s and detect a missing
 /// acknowledgement after 3 s; two edges report it one after the other; the controller delays its reaction to collect
@@ -115,8 +115,8 @@ async fn requests_recover_after_link_and_agent_outages() {
         running.check(running.serve(node).await);
         running.check(running.answered(node).await);
     }
-    // Nodes of the own pool are reached directly, and by name and address from a gateway node and a member of the
-    // cloud.
+    // Nodes of the own pool are reached directly, and by name and address from a gateway node and a
+    // member of the cloud.
     running.check(running.serve("cloud-b").await);
     assert_eq!(running.check(running.request("cloud-a", "cloud-b", 5)), "of cloud-b\n");
     for from in ["cloud-a", "cloud-b"] {
@@ -346,8 +346,8 @@ async fn new_requests_survive_failure_of_one_of_two_gateway_nodes() {
     let both = ["10.0.0.11", "10.0.0.12"];
     running.check(service_has(&running.lab, &both).await);
 
-    // The first fails as a node, the second by its agent alone. Whichever of the two handles the client's requests
-    // fails once.
+    // The first fails as a node, the second by its agent alone. Whichever of the two handles the
+    // client's requests fails once.
     for (victim, left) in [("cloud-a", both[1]), ("cloud-b", both[0])] {
         // A ready gateway node may not have a proxy connection to this pool yet.
         for gateway in both {

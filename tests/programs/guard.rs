@@ -101,9 +101,9 @@ fn tc_drops_packets_that_are_not_wireguard_without_xdp() {
         let inner = udp(family, MEMBERS, EDGES);
         let good = overlay(MEMBER, ME, inner.overlay_frame());
         cases.push(Case::new(format!("{family:?}: overlay from a node of the pool"), good.frame()));
-        let stranger = Overlay { from: OUTSIDER, ..good.clone() };
-        cases.push(Case::new(format!("{family:?}: from outside the pool"), stranger.frame()).dropped(NONE, Verdict::DropOuterNotInPool));
-        let elsewhere = Overlay { to: GATEWAY, ..stranger };
+        let outsider = Overlay { from: OUTSIDER, ..good.clone() };
+        cases.push(Case::new(format!("{family:?}: from outside the pool"), outsider.frame()).dropped(NONE, Verdict::DropOuterNotInPool));
+        let elsewhere = Overlay { to: GATEWAY, ..outsider };
         cases.push(Case::new(format!("{family:?}: from outside the pool to another node"), elsewhere.frame()));
     }
     cases.push(Case::new("an aggregate of data", to_tunnel(&message(4, 2 * 1312))).aggregate(2, 1312));
@@ -131,19 +131,19 @@ fn handshake_flood_is_dropped_and_other_sources_pass() {
 fn dropped_packets_are_sampled() {
     require_root!();
     let mut dataplane = Dataplane::load(topology::gateway());
-    let stranger = Overlay { from: OUTSIDER, ..overlay(MEMBER, ME, udp(Family::V4, MEMBERS, EDGES).overlay_frame()) }.frame();
-    dataplane.run(Hook::UplinkXdp, &stranger, Context::default());
+    let outsider = Overlay { from: OUTSIDER, ..overlay(MEMBER, ME, udp(Family::V4, MEMBERS, EDGES).overlay_frame()) }.frame();
+    dataplane.run(Hook::UplinkXdp, &outsider, Context::default());
     let samples = dataplane.samples();
     assert_eq!(samples.len(), 1, "{samples:?}");
     let sample = samples[0];
     assert_eq!(Verdict::from_number(sample.verdict), Some(Verdict::DropOuterNotInPool));
     assert_eq!((sample.source[..4].to_vec(), sample.destination[..4].to_vec()), (OUTSIDER.to_vec(), ME.to_vec()));
     assert_eq!((sample.ethertype, sample.protocol, sample.destination_port), (ETH_P_IP, IPPROTO_UDP, 4472u16.to_be_bytes()));
-    assert_eq!(sample.len as usize, stranger.len());
+    assert_eq!(sample.len as usize, outsider.len());
 
     // A flood of drops yields few samples, but all drops are counted.
     let many = 5_000;
-    (0..many).for_each(|_| drop(dataplane.run(Hook::UplinkXdp, &stranger, Context::default())));
+    (0..many).for_each(|_| drop(dataplane.run(Hook::UplinkXdp, &outsider, Context::default())));
     let samples = dataplane.samples().len();
     assert!(samples < many / 2, "{samples} samples of {many} drops");
     assert_eq!(dataplane.counters()[&(NONE, Verdict::DropOuterNotInPool)].packets, many as u64 + 1);

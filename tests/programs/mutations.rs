@@ -37,8 +37,8 @@ struct Target {
     config: Config,
     /// Valid packets that are mutated.
     seeds: Vec<Vec<u8>>,
-    /// Offsets of the (inner) IP header and of its Ethernet type; without the latter, of the bytes that a test run uses
-    /// for it.
+    /// Offsets of the (inner) IP header and of its Ethernet type; without the latter, of the bytes that a test
+    /// run uses for it.
     l3: usize,
     ethertype: usize,
     /// Reports whether the program forwarded the packet into the overlay or the tunnel.

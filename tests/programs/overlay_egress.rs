@@ -48,8 +48,8 @@ fn packets_for_another_pool_get_overlay_source_mac() {
     }
 }
 
-/// Returns packets without a TCP or UDP header behind the IP header. Programs use the IP header only and must not
-/// change them.
+/// Returns packets without a TCP or UDP header behind the IP header. Programs use the IP header only and
+/// must not change them.
 pub fn neither_tcp_nor_udp(from: Net, to: Net) -> Vec<(&'static str, Packet)> {
     let mut all: Vec<(&str, Packet)> = Family::BOTH.iter().map(|family| ("an ICMP error", icmp_error(*family, from, to))).collect();
     all.push(("a SYN behind an extension header", extended_syn(from, to)));

@@ -79,7 +79,7 @@ pub struct Packet {
 
 /// Returns a UDP datagram.
 pub fn udp(family: Family, from: Net, to: Net) -> Packet {
-    let body = Body::Udp { data: b"what a pod says, of an odd length".to_vec() };
+    let body = Body::Udp { data: b"payload of a pod, with odd length".to_vec() };
     Packet { family, from, to, ttl: 64, class: 0, fragment: 0x4000, ip_options: Vec::new(), body }
 }
 
@@ -89,8 +89,8 @@ pub fn tcp(family: Family, from: Net, to: Net, flags: u8, options: &[u8]) -> Pac
     Packet { body, ..udp(family, from, to) }
 }
 
-/// Returns an ICMP error of a router that could not forward a packet: to the packet's sender, with the packet's
-/// beginning.
+/// Returns an ICMP error of a router that could not forward a packet: to the packet's sender,
+/// with the packet's beginning.
 pub fn icmp_error(family: Family, from: Net, to: Net) -> Packet {
     let about = &udp(family, to, from).bytes()[..family.header_len() + 8];
     // "Fragmentation needed" and "packet too big", 1,400 bytes (RFC 792, RFC 4443). The checksum is arbitrary.
@@ -111,7 +111,7 @@ pub fn extended_syn(from: Net, to: Net) -> Packet {
 
 /// Returns the second fragment of a datagram (IPv6 fragment header, RFC 8200), which contains no ports.
 pub fn later_fragment(from: Net, to: Net) -> Packet {
-    let bytes = [&[17, 0, 0x05, 0x00, 0, 0, 0, 1][..], b"what a pod says"].concat();
+    let bytes = [&[17, 0, 0x05, 0x00, 0, 0, 0, 1][..], b"data of one pod"].concat();
     Packet { body: Body::Other { protocol: 44, bytes }, ..udp(Family::V6, from, to) }
 }
 
@@ -248,8 +248,8 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     !(sum as u16)
 }
 
-/// Returns the frame of an IPv4 packet with another source address. Updates the header's checksum, but not that of TCP
-/// or UDP.
+/// Returns the frame of an IPv4 packet with another source address. Updates the header's checksum, but not that
+/// of TCP or UDP.
 pub fn sent_by(mut frame: Vec<u8>, source: [u8; 4]) -> Vec<u8> {
     let header = &mut frame[14..34];
     header[10..12].fill(0);

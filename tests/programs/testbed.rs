@@ -1,6 +1,6 @@
-//! Real devices for what a test run cannot show. The node under test is in one namespace (uplink, `raven0`, `raven-wg0`
-//! as a TUN device, with programs attached); its pool's LAN is in another one, where the test sends and receives
-//! frames.
+//! Real devices for what a test run cannot show. The node under test is in one namespace (uplink, `raven0`,
+//! `raven-wg0` as a TUN device, with programs attached); its pool's LAN is in another one, where the test
+//! sends and receives frames.
 
 use std::{
     array,

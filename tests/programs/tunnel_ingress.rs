@@ -41,8 +41,8 @@ fn packets_go_to_destination_node_or_stack() {
                 .redirected(EDGE, Verdict::ToOverlay)
                 .becomes_elsewhere(),
             case("for another node, one byte above the tunnel's MTU", there.clone().len(1421).bytes()).passes(EDGE, Verdict::StackTooBig),
-            // A test run cannot set an aggregate's type, and the kernel wraps none of unknown type: the tunnel key is
-            // used.
+            // A test run cannot set an aggregate's type, and the kernel wraps none of unknown type: the
+            // tunnel key is used.
             case("for another node, an aggregate whose segments fit", aggregate.bytes())
                 .aggregate(3, 1420 - headers)
                 .redirected(EDGE, Verdict::ToOverlayKey)
@@ -196,9 +196,9 @@ fn relayed_packets_return_into_tunnel_on_devices() {
 #[test]
 fn unwrappable_packets_use_tunnel_key_on_devices() {
     require_root!();
-    // A packet (not an aggregate) near the kernel's size limit for helpers may get its Ethernet header but not the
-    // outer header. The limit depends on the machine; of lengths 40 apart, at least one is within the 50 bytes before
-    // it.
+    // A packet (not an aggregate) near the kernel's size limit for helpers may get its Ethernet header but
+    // not the outer header. The limit depends on the machine; of lengths 40 apart, at least one is within the
+    // 50 bytes before it.
     let config = Config { tunnel_mtu: 19_000, ..topology::gateway() };
     let testbed = Testbed::new(config, &[Hook::TunnelIngress, Hook::OverlayEgress], 20_000);
     let lan = testbed.on_lan();

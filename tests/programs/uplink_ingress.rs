@@ -77,9 +77,9 @@ fn other_packets_take_the_fallback_tier_on_devices() {
         let spent = overlay(MEMBER, ME, inner.clone().ttl(1).overlay_frame());
         let counted = testbed.counted("TTL 1", || lan.send(&spent.frame()));
         assert_eq!(counted, [((EDGE, Verdict::StackTtl), Count { packets: 1, bytes })].into(), "{family:?}: {counted:?}");
-        let stranger = overlay(OUTSIDER, ME, inner.overlay_frame()).frame();
-        let counted = testbed.counted("from outside the pool", || lan.send(&stranger));
-        let bytes = stranger.len() as u64;
+        let outsider = overlay(OUTSIDER, ME, inner.overlay_frame()).frame();
+        let counted = testbed.counted("from outside the pool", || lan.send(&outsider));
+        let bytes = outsider.len() as u64;
         assert_eq!(counted, [((NONE, Verdict::DropOuterNotInPool), Count { packets: 1, bytes })].into(), "{family:?}: {counted:?}");
     }
 }

@@ -22,8 +22,8 @@ fn from_member(inner: &Packet) -> Overlay {
     overlay(MEMBER, ME, inner.overlay_frame())
 }
 
-/// Expects that the packet is unwrapped with its TTL decremented and gets metadata. The inner frame gets the outer MAC
-/// addresses.
+/// Expects that the packet is unwrapped with its TTL decremented and gets metadata. The inner frame gets
+/// the outer MAC addresses.
 fn unwrapped(name: &str, outer: &Overlay, inner: &Packet, gateway: GatewayId) -> Case {
     let metadata = [UNWRAPPED_MAGIC.to_ne_bytes(), gateway.to_ne_bytes()].concat();
     let forwarded = inner.clone().ttl(inner.ttl - 1);
@@ -217,8 +217,8 @@ fn path_cache_is_per_sender_and_generation() {
         let cases = [
             good(),
             good(),
-            // The same inner addresses from outside the pool and from another node: the cached entry of the member does
-            // not apply.
+            // The same inner addresses from outside the pool and from another node: the cached entry of the
+            // member does not apply.
             Case::new("from outside the pool", Overlay { from: OUTSIDER, ..from_member(&inner) }.frame())
                 .xdp_dropped(NONE, Verdict::DropOuterNotInPool),
             Case::new("from this node", Overlay { from: ME, ..from_member(&inner) }.frame()).xdp_dropped(NONE, Verdict::DropSpoofedInner),

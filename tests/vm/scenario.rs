@@ -107,8 +107,8 @@ async fn with_agents(results: &mut Results, lab: &Lab, gateways: &[String], agen
     results.note("all agents restarted with --tier tc", restarted(lab, agents, 0).await);
     results.note("no XDP program is attached", attached(lab, gateways, false));
     let before_tc = proof::all_counters(lab)?;
-    // The connections of `intercepted` ended on the gateway node and were seen there, which is correct: restart the
-    // count.
+    // The connections of `intercepted` ended on the gateway node and were seen there, which is
+    // correct: restart the count.
     proof::watch_netfilter(lab)?;
     bulks(results, lab).await;
     let redirected = proof::redirected_by(lab, &before_tc, 100, Verdict::ToTunnel);
@@ -153,8 +153,8 @@ async fn twice(mut attempt: impl AsyncFnMut() -> Result<String>) -> Result<Strin
     second.map(|seen| format!("{seen} (a second attempt; the first: {first:#})")).with_context(|| format!("twice; first: {first:#}"))
 }
 
-/// A filter of another owner passes every packet before Raven's program sees it, and is later removed. See also
-/// `tests/l3/other_programs.rs`.
+/// A filter of another owner passes every packet before Raven's program sees it, and is later
+/// removed. See also `tests/l3/other_programs.rs`.
 async fn bypassed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     let agent = agents.iter_mut().find(|a| a.node.name == "x-a").context("the node has no agent")?;
     let node = agent.node.clone();
@@ -188,8 +188,8 @@ async fn bypassed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     Ok(format!("{carried} packets by overlay_ingress in between"))
 }
 
-/// All nodes share one file system here, so one file is the Secret of all. Existing sessions keep their keys and are
-/// ended.
+/// All nodes share one file system here, so one file is the Secret of all. Existing sessions keep their
+/// keys and are ended.
 async fn preshared(lab: &Lab, gateways: &[String]) -> Result<String> {
     const FOLDER: &str = "/etc/raven/secret";
     const KEY: &str = "3q2+796tvu/erb7v3q2+796tvu/erb7v3q2+796tvu8=";
@@ -213,9 +213,9 @@ async fn preshared(lab: &Lab, gateways: &[String]) -> Result<String> {
     Ok(format!("{peers} peers use it"))
 }
 
-/// 400 prefixes are added to edge-y and removed again. Traffic between x-b and cloud-b is not interrupted, because the
-/// kernel's WireGuard changes a peer's allowed IPs without ending its session. Netlink transfers a peer with so many
-/// prefixes in parts.
+/// 400 prefixes are added to edge-y and removed again. Traffic between x-b and cloud-b is not interrupted, because
+/// the kernel's WireGuard changes a peer's allowed IPs without ending its session. Netlink transfers a peer with so
+/// many prefixes in parts.
 async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     const MANY: u32 = 400;
     let (from, to) = (lab.pod("x-b"), lab.pod("cloud-b"));
@@ -308,8 +308,8 @@ async fn sessions(lab: &Lab, gateways: &[String]) -> Result<String> {
     .await
 }
 
-/// A process on a node connects to a pod of another pool with a source in the node's own prefix, and is reachable by
-/// it.
+/// A process on a node connects to a pod of another pool with a source in the node's own prefix, and
+/// is reachable by it.
 async fn hosts(lab: &Lab) -> Result<String> {
     let mut seen = Vec::new();
     for (from, to) in [("x-b", "y-b"), ("cloud-a", "x-b")] {
@@ -360,8 +360,8 @@ fn hooks(gateway: bool) -> Vec<(&'static str, &'static str, &'static str)> {
     hooks
 }
 
-/// Checks the attachments: TC programs by TCX links from Linux 6.6 on, and by one clsact filter each before; XDP by a
-/// link.
+/// Checks the attachments: TC programs by TCX links from Linux 6.6 on, and by one clsact filter each before;
+/// XDP by a link.
 fn attached(lab: &Lab, gateways: &[String], xdp: bool) -> Result<String> {
     let tcx = has_tcx();
     for node in &lab.nodes {

@@ -25,7 +25,7 @@ pub(crate) struct Bench {
     runs: usize,
 }
 
-/// A benchmark.
+/// A benchmark to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum What {
     /// A gateway node's hop, against the kernel's forwarding. Requires root and Linux 5.18.

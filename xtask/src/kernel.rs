@@ -1,8 +1,8 @@
 //! `cargo xtask test kernel`: runs the L3 tests (`tests/vm`) on Debian's kernels in QEMU.
 //!
-//! Kernels are downloaded as packages from the Debian archive in this machine's apt sources, with separate package lists: the
-//! machine's own lists and packages are not changed. The cache is `~/.cache/raven/kernels/<series>/`; delete a folder to get a
-//! newer kernel.
+//! Kernels are downloaded as packages from the Debian archive in this machine's apt sources, with separate package
+//! lists: the machine's own lists and packages are not changed. The cache is `~/.cache/raven/kernels/<series>/`; delete
+//! a folder to get a newer kernel.
 
 use std::{
     env, fmt, fs,

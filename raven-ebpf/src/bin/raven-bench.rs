@@ -1,5 +1,5 @@
-//! Programs for benchmarks and tests only: a packet generator, a sink and a competing TC program. Not part of the
-//! agent's object.
+//! Programs for benchmarks and tests only: a packet generator, a sink and a competing TC program. Not part
+//! of the agent's object.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 
@@ -31,7 +31,7 @@ static SENDER: PerCpuArray<Sender, 1> = PerCpuArray::new();
 #[btf_map]
 static ARRIVED: Array<u64, 1> = Array::new();
 
-/// Reads [`ARRIVED`].
+/// Returns the current value of [`ARRIVED`].
 #[inline(always)]
 fn arrived() -> u64 {
     // SAFETY: the array's only entry always exists; a slightly stale count is sufficient.

@@ -84,8 +84,8 @@ fn log_filter() -> String {
     std::env::var("RAVEN_LAB_LOG").unwrap_or_else(|_| "info".to_owned())
 }
 
-/// Returns the path of a Raven binary: in `RAVEN_BIN_DIR`, or beside the running program or its parent folder, where
-/// cargo builds it.
+/// Returns the path of a Raven binary: in `RAVEN_BIN_DIR`, or beside the running program or its parent folder,
+/// where cargo builds it.
 pub fn binary(name: &str) -> Result<PathBuf> {
     if let Some(dir) = std::env::var_os("RAVEN_BIN_DIR") {
         let path = PathBuf::from(dir).join(name);
@@ -99,8 +99,8 @@ pub fn binary(name: &str) -> Result<PathBuf> {
     }
 }
 
-/// Returns the path of the object `name` that `cargo xtask` built into `folder` (`ebpf` or `ebpf-trace`) of the target
-/// folder.
+/// Returns the path of the object `name` that `cargo xtask` built into `folder` (`ebpf` or `ebpf-trace`)
+/// of the target folder.
 pub fn ebpf_object(folder: &str, name: &str) -> Result<PathBuf> {
     let place = format!("{folder}/bpfel-unknown-none/release/{name}");
     let here = std::env::current_exe()?;

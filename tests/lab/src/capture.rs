@@ -49,8 +49,8 @@ impl Capture {
         Self::start(site, &site.inet, "wire", "").await
     }
 
-    /// Stops and returns the recording. Fails if the kernel dropped packets, so that an empty recording means no
-    /// packets.
+    /// Stops and returns the recording. Fails if the kernel dropped packets, so that an empty
+    /// recording means no packets.
     pub async fn stop(mut self) -> Result<Recording> {
         self.catch_up().await?;
         self.process.signal(Signal::SIGINT)?;

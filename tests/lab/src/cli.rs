@@ -13,12 +13,12 @@ use crate::namespace::Namespace;
 use crate::site::{Masquerade, MasqueradeBy, Site};
 use crate::teardown::{self, LABS, down, down_all};
 
-/// Manage labs.
+/// Manage the labs of this machine.
 #[derive(Subcommand, Debug)]
 pub enum LabCommand {
     /// Build the three-pool lab with an API server, and keep it.
     Up(Up),
-    /// Remove labs.
+    /// Remove one lab, or all of them.
     Down {
         /// ID of the lab; see `list`.
         #[arg(required_unless_present = "all")]

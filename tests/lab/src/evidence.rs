@@ -20,8 +20,8 @@ const NODE_COMMANDS: [(&str, &str); 7] = [
 ];
 
 impl Lab {
-    /// Saves the state of all nodes and all logs to `target/lab-failures/<test>-<id>/`. Prints the path and how to
-    /// enter the lab.
+    /// Saves the state of all nodes and all logs to `target/lab-failures/<test>-<id>/`. Prints the path and how
+    /// to enter the lab.
     pub fn save_failure(&self, test: &str) -> Result<PathBuf> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("target");
         let dir = root.join("lab-failures").join(format!("{test}-{}", self.id));

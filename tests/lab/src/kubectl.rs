@@ -1,5 +1,5 @@
-//! Runs kubectl commands against a pod at an edge. Each function checks one command and returns a summary of the
-//! result.
+//! Runs kubectl commands against a pod at an edge. Each function checks one command and returns a
+//! summary of the result.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
@@ -48,8 +48,8 @@ impl Protocol {
     }
 }
 
-/// Runs all checks against one API server. `path` describes it in the checks' names; `megabytes` is the size for
-/// `kubectl cp`.
+/// Runs all checks against one API server. `path` describes it in the checks' names; `megabytes` is the
+/// size for `kubectl cp`.
 pub fn all(server: &SecondApiServer, path: &str, megabytes: usize) -> Vec<Check> {
     let mut checks = vec![
         Check::new(format!("kubectl logs, {path}"), logs(server)),
@@ -243,8 +243,8 @@ fn run_with(command: &mut Command, input: &[u8]) -> Result<(String, Option<i32>)
     Ok((text, output.status.code()))
 }
 
-/// Kills a process after a time limit, so that a reader of its output does not block forever. Dropping it cancels the
-/// limit.
+/// Kills a process after a time limit, so that a reader of its output does not block forever. Dropping
+/// it cancels the limit.
 struct Guard {
     _release: std::sync::mpsc::Sender<()>,
 }

@@ -48,8 +48,8 @@ impl std::fmt::Debug for Cluster {
 }
 
 impl Cluster {
-    /// Starts etcd and the API server, waits until it is ready, applies CRDs and manifests if `crds` is set, and writes
-    /// the Nodes.
+    /// Starts etcd and the API server, waits until it is ready, applies CRDs and manifests if `crds` is set,
+    /// and writes the Nodes.
     pub(crate) async fn start(site: &Site, crds: bool) -> Result<Self> {
         let binaries = tokio::task::spawn_blocking(Binaries::find_or_build).await??;
         let dir = site.dir.join("kubernetes");
@@ -121,8 +121,8 @@ impl Cluster {
         self.client.clone()
     }
 
-    /// Returns the path of the administrator's kubeconfig, which works on this machine and in the control plane's
-    /// namespace.
+    /// Returns the path of the administrator's kubeconfig, which works on this machine and in
+    /// the control plane's namespace.
     pub fn kubeconfig(&self) -> &Path {
         &self.kubeconfig
     }

@@ -210,8 +210,8 @@ pub fn enclosing_function<T>(_here: &T) -> &'static str {
     path.rsplit("::").next().unwrap_or(path)
 }
 
-/// Reports whether this process may build labs. If not, prints that `test` is skipped; with `CI=true` that is a
-/// failure.
+/// Reports whether this process may build labs. If not, prints that `test` is skipped; with `CI=true`
+/// that is a failure.
 #[doc(hidden)]
 pub fn is_privileged(test: &str) -> bool {
     let root = nix::unistd::geteuid().is_root();
@@ -288,5 +288,18 @@ impl Site {
     /// Returns the folder with the logs of the lab's processes.
     pub fn logs(&self) -> PathBuf {
         self.dir.join("logs")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn test_name_is_that_of_the_function() {
+        assert_eq!(crate::test_name!(), "test_name_is_that_of_the_function");
+    }
+
+    #[tokio::test]
+    async fn test_name_is_that_of_the_async_function() {
+        assert_eq!(crate::test_name!(), "test_name_is_that_of_the_async_function");
     }
 }

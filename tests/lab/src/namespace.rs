@@ -1,5 +1,5 @@
-//! A network namespace, created with `ip netns` and entered with `nsenter` (processes) or on a separate thread
-//! (sockets).
+//! A network namespace, created with `ip netns` and entered with `nsenter` (processes) or on
+//! a separate thread (sockets).
 //!
 //! `ip netns exec` is not used: it remounts /sys and so hides cgroups and bpffs from the command.
 

@@ -17,8 +17,8 @@ use crate::eventually;
 use crate::namespace::{Namespace, feed, output};
 use crate::site::{CLUSTER_V4, CLUSTER_V6, CONTROL_PLANE, Masquerade, MasqueradeBy, Nat, Node, Pod, Pool, Site};
 
-/// Settings that devices inherit at their creation. Without duplicate address detection, an IPv6 address works
-/// immediately.
+/// Settings that devices inherit at their creation. Without duplicate address detection, an
+/// IPv6 address works immediately.
 const BEFORE: [(&str, &str); 4] = [
     ("net/ipv6/conf/all/accept_dad", "0"),
     ("net/ipv6/conf/default/accept_dad", "0"),
@@ -27,8 +27,8 @@ const BEFORE: [(&str, &str); 4] = [
 ];
 const FORWARDING: [(&str, &str); 3] =
     [("net/ipv4/ip_forward", "1"), ("net/ipv6/conf/all/forwarding", "1"), ("net/ipv6/conf/default/forwarding", "1")];
-/// Bridge settings of nodes, where kube-proxy must see packets between pods of one bridge. LAN bridges are plain
-/// switches.
+/// Bridge settings of nodes, where kube-proxy must see packets between pods of one bridge. LAN
+/// bridges are plain switches.
 const BRIDGE_CALLS: [&str; 2] = ["?net/bridge/bridge-nf-call-iptables", "?net/bridge/bridge-nf-call-ip6tables"];
 
 /// Builds the network of a lab.
@@ -344,11 +344,11 @@ pub(crate) async fn carrying(site: &Site) -> Result<()> {
 /// Reports whether this machine already has an address in the /30 network.
 pub(crate) fn is_taken(network: Ipv4Addr) -> Result<bool> {
     let addresses = output(Command::new("ip").args(["-4", "-o", "addr"]))?;
-    let ours = u32::from(network) & !3;
+    let wanted = u32::from(network) & !3;
     Ok(addresses
         .split_whitespace()
         .filter_map(|word| word.split('/').next()?.parse::<Ipv4Addr>().ok())
-        .any(|address| u32::from(address) & !3 == ours))
+        .any(|address| u32::from(address) & !3 == wanted))
 }
 
 /// Bind-mounts the lab's folder on itself and makes it private, which persisted mount namespaces require.

@@ -1,5 +1,5 @@
-//! Runs labs without an API server: writes the topology to the file in which an agent caches it. Agents run with
-//! `--offline`.
+//! Runs labs without an API server: writes the topology to the file in which an agent caches it.
+//! Agents run with `--offline`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -65,8 +65,8 @@ fn gateway_of<'a>(lab: &'a Lab, pool: &Pool) -> Result<&'a Node> {
     lab.nodes.iter().find(|n| n.pool == pool.spec.name).with_context(|| format!("pool {} has no node", pool.spec.name))
 }
 
-/// Builds Gateways with the status that the controller would publish, and the GatewayNodes that the agents would
-/// announce.
+/// Builds Gateways with the status that the controller would publish, and the GatewayNodes that
+/// the agents would announce.
 fn snapshot(lab: &Lab, keys: &BTreeMap<String, String>) -> Result<Value> {
     let mut gateways = Vec::new();
     let mut announced = Vec::new();

@@ -122,8 +122,8 @@ fn serve_udp(socket: &UdpSocket, stop: &AtomicBool) {
     }
 }
 
-/// Sends `payload` to an [`Echo`] over a new TCP connection and checks the answer. Returns the source that the server
-/// observed.
+/// Sends `payload` to an [`Echo`] over a new TCP connection and checks the answer. Returns the source
+/// that the server observed.
 pub async fn tcp_echo(from: &Namespace, to: SocketAddr, payload: &[u8], within: Duration) -> Result<SocketAddr> {
     let payload = payload.to_vec();
     let exchange = move || -> Result<SocketAddr> {

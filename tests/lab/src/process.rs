@@ -19,8 +19,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command` with its output in `<logs>/<name>.log`. It gets its own process group, so that Ctrl-C reaches
-    /// the lab only.
+    /// Starts `command` with its output in `<logs>/<name>.log`. It gets its own process group, so that Ctrl-C
+    /// reaches the lab only.
     pub fn start(name: impl Into<String>, logs: &Path, mut command: Command) -> Result<Self> {
         let name = name.into();
         let log = logs.join(format!("{name}.log"));

@@ -119,8 +119,8 @@ pub async fn converged(lab: &Lab) -> Result<String> {
     Ok(format!("every pair of pools is connected {:.1} s after the start of the last agent", start.elapsed().as_secs_f64()))
 }
 
-/// Pods of two pools reach each other by ICMP, TCP and UDP in both directions, from members and gateway nodes, with
-/// unchanged source addresses.
+/// Pods of two pools reach each other by ICMP, TCP and UDP in both directions, from members and gateway nodes,
+/// with unchanged source addresses.
 pub async fn reach(lab: &Lab, a: &Pool, b: &Pool, family: usize) -> Result<String> {
     let mut ttls = Vec::new();
     let ((gateway_a, node_a), (gateway_b, node_b)) = (gateway_and_member(lab, a), gateway_and_member(lab, b));
@@ -183,14 +183,13 @@ pub fn watch_netfilter(lab: &Lab) -> Result<()> {
 }
 
 /// The redirect programs of all gateway nodes forwarded the members' packets, and their netfilter and conntrack saw
-/// none.
-/// `before` is [`all_counters`] before the traffic, after [`watch_netfilter`].
+/// none of them. `before` is [`all_counters`] before the traffic, after [`watch_netfilter`].
 pub fn redirected(lab: &Lab, before: &BTreeMap<String, Counters>, at_least: u64) -> Result<String> {
     redirected_by(lab, before, at_least, Verdict::ToTunnelFast)
 }
 
-/// Like [`redirected`], for a given tier: `into` is [`Verdict::ToTunnelFast`], or [`Verdict::ToTunnel`] for the
-/// fallback tier.
+/// Like [`redirected`], for a given tier: `into` is [`Verdict::ToTunnelFast`], or [`Verdict::ToTunnel`]
+/// for the fallback tier.
 pub fn redirected_by(lab: &Lab, before: &BTreeMap<String, Counters>, at_least: u64, into: Verdict) -> Result<String> {
     let by = if into == Verdict::ToTunnelFast { "uplink_xdp → uplink_ingress" } else { "overlay_ingress" };
     let mut summaries = Vec::new();
@@ -278,8 +277,8 @@ pub async fn handshakes(lab: &Lab) -> Result<String> {
     .await
 }
 
-/// A traceroute shows the hops in order: sender's node, its gateway node, relay, receiver's gateway node, receiver's
-/// node.
+/// A traceroute shows the hops in order: sender's node, its gateway node, relay, receiver's
+/// gateway node, receiver's node.
 pub fn traceroute(lab: &Lab) -> Result<String> {
     let (from, to) = (lab.pod("x-b"), lab.pod("y-b"));
     let hops = ["x-b", "x-a", "cloud-a", "y-a", "y-b"];
@@ -506,8 +505,8 @@ pub async fn ready(agent: &Agent) -> Result<()> {
     .await
 }
 
-/// Returns the value of one of the agent's metrics, by name with labels, or `None` if the agent does not export it
-/// (yet).
+/// Returns the value of one of the agent's metrics, by name with labels, or `None` if the agent does
+/// not export it (yet).
 pub async fn metric(ns: &Namespace, name: &str) -> Result<Option<u64>> {
     let text = http(ns, "[::1]:10265", "/metrics").await?;
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));

@@ -242,9 +242,9 @@ pub struct Ended {
 /// Time without console output after which KVM is considered broken; with KVM a kernel prints within a second.
 const KVM_SILENCE: Duration = Duration::from_secs(10);
 
-/// One thread for all processors. With one thread each, QEMU 7.2 may execute a breakpoint that the other processor has
-/// just removed from the kernel's code, and the kernel crashes (`Oops: int3`; observed when tcpdump switched a static
-/// key).
+/// One thread for all processors. With one thread each, QEMU 7.2 may execute a breakpoint that the other
+/// processor has just removed from the kernel's code, and the kernel crashes (`Oops: int3`; observed when tcpdump
+/// switched a static key).
 const EMULATION: &str = "tcg,thread=single";
 
 impl Machine {

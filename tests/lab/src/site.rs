@@ -66,13 +66,13 @@ pub enum Nat {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Masquerade {
-    /// Traffic that leaves the pod prefixes of the pool, including traffic to other pools; as the bridge plugin with
-    /// `ipMasq`.
+    /// Traffic that leaves the pod prefixes of the pool, including traffic to other pools; as the
+    /// bridge plugin with `ipMasq`.
     #[default]
     BeyondPool,
     /// Traffic that leaves the cluster's pod range; as flannel.
     BeyondCluster,
-    /// No traffic.
+    /// The CNI masquerades nothing.
     Never,
 }
 
@@ -275,8 +275,8 @@ pub struct HostLink {
 }
 
 impl HostLink {
-    /// Returns the link of a lab. The lab's number selects one of the /30 networks of 169.254.0.0/16, so labs do not
-    /// share one.
+    /// Returns the link of a lab. The lab's number selects one of the /30 networks of 169.254.0.0/16, so labs
+    /// do not share one.
     pub(crate) fn new(id: &str, number: u16) -> Self {
         let base = u32::from(Ipv4Addr::new(169, 254, 0, 0)) + (u32::from(number) << 2);
         Self { device: format!("{id}h"), host: (base + 1).into(), control_plane: (base + 2).into() }

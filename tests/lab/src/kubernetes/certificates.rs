@@ -1,5 +1,5 @@
-//! The lab's certificates: one CA, the API server's and an administrator's certificate, and the key for service-account
-//! tokens.
+//! The lab's certificates: one CA, the API server's and an administrator's certificate, and the
+//! key for service-account tokens.
 
 use std::fs;
 use std::path::Path;

@@ -25,8 +25,8 @@ const SOON: Duration = Duration::from_secs(30);
 /// Lifetime of tokens, longer than that of any lab.
 const TOKEN_SECONDS: i64 = 7 * 24 * 3600;
 
-/// Creates the service accounts that no manifest contains. They get all permissions and a warning, as RBAC is then not
-/// tested.
+/// Creates the service accounts that no manifest contains. They get all permissions and a warning, as RBAC
+/// is then not tested.
 pub(super) async fn ensure_accounts(cluster: &Cluster) -> Result<()> {
     let api: Api<ServiceAccount> = Api::namespaced(cluster.client(), DEFAULT_NAMESPACE);
     for name in [AGENT_SERVICE_ACCOUNT, CONTROLLER_SERVICE_ACCOUNT] {
@@ -95,8 +95,8 @@ fn meta(name: &str) -> ObjectMeta {
 }
 
 impl Cluster {
-    /// Writes the kubeconfig of a node's agent: a token bound to its Pod, and the API server's address as seen from the
-    /// node.
+    /// Writes the kubeconfig of a node's agent: a token bound to its Pod, and the API server's address as
+    /// seen from the node.
     pub async fn agent_kubeconfig(&self, site: &Site, node: &Node) -> Result<PathBuf> {
         let pod = self.agent_pod(node).await?;
         let token = self.token(AGENT_SERVICE_ACCOUNT, Some(&pod)).await?;
