@@ -1,7 +1,7 @@
 //! The L7 half: carries requests from the cloud to kubelets at sites that cannot be dialled, through connections that the sites open.
 //!
 //! In the order of a request: [`ingress`] accepts it on a cloud gateway node ([`client_hello`] reads the TLS server name, [`http`] a Host
-//! header); [`Directory`](crate::plan::proxy::Directory) finds the target node; [`connections`] opens a stream to its site; there [`serve`] connects to the
+//! header); [`Directory`](crate::plan::proxy::Directory) finds the target node; [`router`] and [`connections`] open a stream to its site; there [`serve`] connects to the
 //! node; [`stream`] carries the bytes. TLS is not terminated. Proxy connections: [`dial`] opens them at the edge, [`accept`] admits them in the
 //! cloud, [`identity`] and [`enrol`] provide certificates. [`limits`] has all windows, limits and timeouts; [`stats`] has the counters.
 //!
@@ -18,6 +18,7 @@ mod identity;
 mod ingress;
 mod limits;
 mod pending;
+mod router;
 mod serve;
 pub mod stats;
 mod stream;
@@ -43,6 +44,7 @@ use self::{
     enrol::{Enrolment, Purpose, Wanted},
     identity::Identity,
     ingress::{Ingress, Kind},
+    router::Router,
     serve::EdgeServer,
     stats::Stats,
 };
@@ -195,14 +197,14 @@ impl Proxy {
             }
             Part::Ingress(kind, address) => {
                 let listener = listen(address).await?;
-                tokio::spawn(Ingress { plan, connections, stats }.run(listener, kind))
+                tokio::spawn(Ingress(Router { plan, connections, stats }).run(listener, kind))
             }
             Part::Intercepted => {
                 let listener = self.intercepted.as_ref().ok_or_else(|| "no listener for intercepted connections exists".to_owned())?;
                 // The program hands connections to this socket, so its handle is duplicated.
                 let handle = listener.try_clone().and_then(TcpListener::from_std);
                 let listener = handle.map_err(|e| format!("cannot use the listener for intercepted connections: {e}"))?;
-                tokio::spawn(Ingress { plan, connections, stats }.run(listener, Kind::Intercepted))
+                tokio::spawn(Ingress(Router { plan, connections, stats }).run(listener, Kind::Intercepted))
             }
             Part::Dialler => {
                 let (clouds, identity) = (shared.clouds.subscribe(), shared.identity.subscribe());

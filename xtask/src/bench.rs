@@ -5,10 +5,9 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 use crate::{
-    build_ebpf::target_dir,
     progress,
     setup::{self, Need},
-    toolchain, workspace,
+    target_dir, toolchain, workspace,
 };
 
 /// Arguments of `bench`.

@@ -2,14 +2,14 @@
 //!
 //! The build script of raven-agent builds the same object with the same code (`raven-ebpf/toolchain.rs`) and embeds it.
 
-use std::{env, path::PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
 use crate::{
     progress,
     setup::{self, Need},
-    toolchain, workspace,
+    target_dir, toolchain, workspace,
 };
 
 /// Arguments of `build-ebpf`.
@@ -39,9 +39,4 @@ pub(crate) fn build(toolchain: &toolchain::Toolchain, trace: bool) -> Result<Pat
     let text = if trace { "building the eBPF programs with logging" } else { "building the eBPF programs" };
     progress::run(text, &mut toolchain::command(toolchain, &workspace(), &target, trace))?;
     Ok(toolchain::object(&target))
-}
-
-/// Returns cargo's target folder.
-pub(crate) fn target_dir() -> PathBuf {
-    env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
 }

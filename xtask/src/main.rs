@@ -12,6 +12,7 @@ mod build;
 mod build_ebpf;
 mod crds;
 mod cycles;
+mod debian_kernel;
 mod demo;
 mod fuzz;
 mod kernel;
@@ -56,6 +57,11 @@ enum Command {
 /// Returns the project's root folder.
 pub(crate) fn workspace() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), PathBuf::from)
+}
+
+/// Returns cargo's target folder.
+pub(crate) fn target_dir() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
 }
 
 fn main() -> ExitCode {

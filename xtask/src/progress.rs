@@ -19,7 +19,7 @@ use std::{
 
 use anyhow::{Context, Error, Result, ensure};
 
-use crate::build_ebpf::target_dir;
+use crate::target_dir;
 
 /// Interval of the status lines while steps run.
 const INTERVAL: Duration = Duration::from_secs(30);

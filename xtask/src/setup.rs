@@ -11,7 +11,7 @@ use std::process::Command;
 use anyhow::{Context, Result, bail, ensure};
 use raven_tests::kubernetes::binaries::{Binaries, MetricsServer, NodeBinaries};
 
-use crate::kernel::{self, Series};
+use crate::debian_kernel::{self, Series};
 use crate::progress::{self, Task};
 use crate::toolchain::{self, Toolchain};
 
@@ -48,7 +48,7 @@ impl Setup {
 /// Downloads the kernels for tests. An unavailable kernel is reported here, and its tests are skipped.
 fn fetch_kernels() {
     for series in Series::ALL {
-        match kernel::find_or_fetch(series) {
+        match debian_kernel::find_or_fetch(series) {
             Ok(found) => println!("kernel {series}: {}", found.release),
             Err(error) => println!("kernel {series}: none ({error:#})"),
         }

@@ -6,7 +6,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     build,
-    kernel::{self, Series},
+    debian_kernel::Series,
+    kernel,
     setup::{self, Need},
     workspace,
 };

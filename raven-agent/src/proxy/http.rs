@@ -19,9 +19,9 @@ use tokio::net::TcpStream;
 use tracing::Instrument;
 
 use super::{
-    ingress::{Ingress, refusal_of},
     limits,
     pending::PendingSlot,
+    router::{Router, refusal_of},
     stats::Refusal,
     stream::{Account, Stream},
 };
@@ -33,14 +33,14 @@ type Body = BoxBody<Bytes, hyper::Error>;
 const HOP: [HeaderName; 5] = [CONNECTION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
 
 /// Serves one client's connection.
-pub(super) async fn serve(ingress: Ingress, client: TcpStream, slot: PendingSlot) {
+pub(super) async fn serve(router: Router, client: TcpStream, slot: PendingSlot) {
     let evicted = slot.evicted.clone();
     // The connection is pending until its first request has been parsed.
     let pending = Mutex::new(Some(slot));
     let service = service_fn(move |request| {
         pending.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let ingress = ingress.clone();
-        async move { Ok::<_, Infallible>(answer(&ingress, request).await) }
+        let router = router.clone();
+        async move { Ok::<_, Infallible>(answer(&router, request).await) }
     });
     let mut builder = hyper::server::conn::http1::Builder::new();
     // A client that closes its half has given up, as in Go's servers. With `half_close`, a request to a node that never responds would outlive its
@@ -53,21 +53,21 @@ pub(super) async fn serve(ingress: Ingress, client: TcpStream, slot: PendingSlot
     }
 }
 
-async fn answer(ingress: &Ingress, request: Request<Incoming>) -> Response<Body> {
-    let (target, port) = match target(ingress, request.uri(), request.headers().get(HOST)) {
+async fn answer(router: &Router, request: Request<Incoming>) -> Response<Body> {
+    let (target, port) = match target(router, request.uri(), request.headers().get(HOST)) {
         Ok(found) => found,
-        Err((status, refusal, error)) => return refuse(ingress, status, refusal, &error),
+        Err((status, refusal, error)) => return refuse(router, status, refusal, &error),
     };
-    let stream = Stream { id: ingress.stats.next_id(), node: target.node.clone(), port };
+    let stream = Stream { id: router.stats.next_id(), node: target.node.clone(), port };
     let span = stream.span();
-    match forward(ingress, &target, stream, request).instrument(span).await {
+    match forward(router, &target, stream, request).instrument(span).await {
         Ok(response) => response,
-        Err((refusal, error)) => refuse(ingress, StatusCode::BAD_GATEWAY, refusal, &error),
+        Err((refusal, error)) => refuse(router, StatusCode::BAD_GATEWAY, refusal, &error),
     }
 }
 
-fn refuse(ingress: &Ingress, status: StatusCode, refusal: Refusal, error: &str) -> Response<Body> {
-    if ingress.stats.refused(refusal) {
+fn refuse(router: &Router, status: StatusCode, refusal: Refusal, error: &str) -> Response<Body> {
+    if router.stats.refused(refusal) {
         tracing::warn!(status = status.as_u16(), reason = refusal.as_str(), error, "refused a request");
     }
     let body = Full::new(Bytes::from(format!("raven: {error}\n"))).map_err(|never| match never {}).boxed();
@@ -78,11 +78,11 @@ fn refuse(ingress: &Ingress, status: StatusCode, refusal: Refusal, error: &str) 
 }
 
 /// The node and port that a request is for.
-fn target(ingress: &Ingress, uri: &Uri, host: Option<&HeaderValue>) -> Result<(Target, u16), (StatusCode, Refusal, String)> {
+fn target(router: &Router, uri: &Uri, host: Option<&HeaderValue>) -> Result<(Target, u16), (StatusCode, Refusal, String)> {
     let no_host =
         || (StatusCode::BAD_REQUEST, Refusal::NoName, "the request names no node; use Host: NODE:PORT or ?nodeName=NODE".to_owned());
     let host: Uri = host.and_then(|h| h.to_str().ok()).and_then(|h| h.parse().ok()).ok_or_else(no_host)?;
-    let plan = ingress.plan.borrow();
+    let plan = router.plan.borrow();
     let directory = &plan.directory;
     let port = host.port_u16().or_else(|| directory.ports.http.first().copied()).unwrap_or(raven_api::proxy::KUBELET_READ_ONLY_PORT);
     let found = match node_name(uri) {
@@ -109,15 +109,15 @@ fn node_name(uri: &Uri) -> Option<String> {
 }
 
 async fn forward(
-    ingress: &Ingress,
+    router: &Router,
     target: &Target,
     stream: Stream,
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, (Refusal, String)> {
-    let opened = ingress.open(target, &stream).await?;
+    let opened = router.open(target, &stream).await?;
     let port = stream.port;
     let failed = |e: hyper::Error| (Refusal::Unreachable, format!("the request to node {} on port {port} failed: {e}", target.node));
-    let account = Account::open(stream, &ingress.stats);
+    let account = Account::open(stream, &router.stats);
     let node = TokioIo::new(account.count(opened.into_io()));
     let (mut sender, connection) = hyper::client::conn::http1::handshake(node).await.map_err(failed)?;
     tokio::spawn(async move { account.close(connection.await.err()) });

@@ -1,12 +1,11 @@
 //! Accepts client requests on a cloud gateway node: TLS by the server name in the ClientHello or by the dialled address, plain HTTP by Host header or
 //! `?nodeName=` ([`super::http`]). A client whose target is unknown gets an error at once, in its own protocol.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::net::SocketAddr;
 
 use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
+    io::AsyncWriteExt,
     net::{TcpListener, TcpStream},
-    sync::watch,
     task::JoinSet,
     time::timeout,
 };
@@ -14,22 +13,17 @@ use tracing::Instrument;
 
 use super::{
     client_hello::{self, DECODE_ERROR, INTERNAL_ERROR, UNRECOGNIZED_NAME},
-    connections::{Connections, Opened},
     http, limits,
     pending::{PendingSet, PendingSlot},
-    serve::dial,
-    stats::{Refusal, Stats},
+    router::{Router, refusal_of},
+    stats::Refusal,
     stream::{self, Stream},
 };
-use crate::plan::proxy::{NotFound, ProxyPlan, Target};
+use crate::plan::proxy::Target;
 
-/// Routes client connections; clones share the state.
+/// Accepts client connections; clones share the router.
 #[derive(Clone)]
-pub(crate) struct Ingress {
-    pub(crate) plan: watch::Receiver<Arc<ProxyPlan>>,
-    pub(crate) connections: Connections,
-    pub(crate) stats: Stats,
-}
+pub(crate) struct Ingress(pub(crate) Router);
 
 /// How a listener finds the target of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -40,12 +34,6 @@ pub(crate) enum Kind {
     Insecure,
     /// By the dialled address, whatever the protocol: an intercepted connection.
     Intercepted,
-}
-
-/// An open path to a node.
-pub(crate) enum NodeStream {
-    Direct(TcpStream),
-    Proxied(Opened),
 }
 
 impl Ingress {
@@ -69,7 +57,7 @@ impl Ingress {
                 }
             };
             let (slot, evicted) = pending.enter();
-            if evicted && self.stats.refused(Refusal::TooMany) {
+            if evicted && self.0.stats.refused(Refusal::TooMany) {
                 tracing::warn!(limit = limits::PENDING_CLIENTS, "too many pending client connections; evicted the oldest");
             }
             let ingress = self.clone();
@@ -77,7 +65,7 @@ impl Ingress {
                 stream::prepare(&client);
                 match kind {
                     Kind::Secure(port) => ingress.secure(client, from, port, slot).await,
-                    Kind::Insecure => http::serve(ingress, client, slot).await,
+                    Kind::Insecure => http::serve(ingress.0, client, slot).await,
                     Kind::Intercepted => ingress.intercepted(client, from, slot).await,
                 }
             });
@@ -99,7 +87,7 @@ impl Ingress {
             let error = "the ClientHello has no server name (clients send none for an address); dial the node's own address instead";
             return self.refuse(&mut client, from, Refusal::NoName, &UNRECOGNIZED_NAME, error).await;
         };
-        let found = self.plan.borrow().directory.by_name(&name, port).cloned();
+        let found = self.0.plan.borrow().directory.by_name(&name, port).cloned();
         match found {
             Ok(target) => self.connect(client, from, &target, port, &hello.bytes).await,
             Err(e) => self.refuse(&mut client, from, refusal_of(&e), &UNRECOGNIZED_NAME, &e.to_string()).await,
@@ -120,7 +108,7 @@ impl Ingress {
             Err(_) => return self.refuse(&mut client, from, Refusal::Slow, &[], "the client sent no byte in time").await,
         }
         let Ok(to) = client.local_addr() else { return };
-        let found = self.plan.borrow().directory.by_address(to.ip().to_canonical(), to.port()).cloned();
+        let found = self.0.plan.borrow().directory.by_address(to.ip().to_canonical(), to.port()).cloned();
         match found {
             Ok(target) => self.connect(client, from, &target, to.port(), &[]).await,
             Err(e) => {
@@ -132,7 +120,7 @@ impl Ingress {
 
     /// An error in the protocol of this port: an HTTP response or a TLS alert.
     fn error_response(&self, port: u16, status: &str, error: &str) -> Vec<u8> {
-        if !self.plan.borrow().directory.ports.http.contains(&port) {
+        if !self.0.plan.borrow().directory.ports.http.contains(&port) {
             return INTERNAL_ERROR.to_vec();
         }
         let body = format!("raven: {error}\n");
@@ -144,11 +132,11 @@ impl Ingress {
     }
 
     async fn connect(&self, mut client: TcpStream, from: SocketAddr, target: &Target, port: u16, first: &[u8]) {
-        let stream = Stream { id: self.stats.next_id(), node: target.node.clone(), port };
+        let stream = Stream { id: self.0.stats.next_id(), node: target.node.clone(), port };
         let span = stream.span();
         let carried = async {
-            match self.open(target, &stream).await {
-                Ok(node) => stream::carry(stream, client, node.into_io(), first, &self.stats).await,
+            match self.0.open(target, &stream).await {
+                Ok(node) => stream::carry(stream, client, node.into_io(), first, &self.0.stats).await,
                 Err((refusal, error)) => {
                     let response = self.error_response(port, "502 Bad Gateway", &error);
                     self.refuse(&mut client, from, refusal, &response, &error).await;
@@ -158,43 +146,11 @@ impl Ingress {
         carried.instrument(span).await;
     }
 
-    /// Opens a path to a node: through a proxy connection of its site, or directly within this node's own pool.
-    pub(crate) async fn open(&self, target: &Target, stream: &Stream) -> Result<NodeStream, (Refusal, String)> {
-        let own = self.plan.borrow().directory.own_pool == target.pool;
-        if own {
-            let address = SocketAddr::new(target.address, stream.port);
-            return dial(&target.node, address).await.map(NodeStream::Direct).map_err(|e| (Refusal::Unreachable, e));
-        }
-        self.connections.open(target, stream).await.map(NodeStream::Proxied).map_err(|e| (e.refusal(), e.to_string()))
-    }
-
     async fn refuse(&self, client: &mut TcpStream, from: SocketAddr, refusal: Refusal, response: &[u8], error: &str) {
-        if self.stats.refused(refusal) {
+        if self.0.stats.refused(refusal) {
             tracing::warn!(%from, reason = refusal.as_str(), error, "refused a request");
         }
         let _ = client.write_all(response).await;
         let _ = client.shutdown().await;
-    }
-}
-
-/// The counter of a failed lookup.
-pub(super) fn refusal_of(error: &NotFound) -> Refusal {
-    match error {
-        NotFound::Name(_) | NotFound::Address(_) => Refusal::Unknown,
-        NotFound::Ambiguous { .. } => Refusal::Ambiguous,
-        NotFound::Port(_) => Refusal::Port,
-    }
-}
-
-/// A bidirectional byte stream.
-pub(super) trait Bytes: AsyncRead + AsyncWrite + Unpin + Send {}
-impl<T: AsyncRead + AsyncWrite + Unpin + Send> Bytes for T {}
-
-impl NodeStream {
-    pub(super) fn into_io(self) -> Box<dyn Bytes> {
-        match self {
-            Self::Direct(stream) => Box::new(stream),
-            Self::Proxied(opened) => Box::new(opened),
-        }
     }
 }

@@ -33,6 +33,7 @@ use super::super::{
     identity::{self, Identity},
     ingress::{Ingress, Kind},
     limits,
+    router::Router,
     serve::EdgeServer,
     stats::Stats,
     stream::Stream,
@@ -253,7 +254,7 @@ impl Sites {
 
     /// The ingress of the cloud gateway node.
     pub(super) fn ingress(&self) -> Ingress {
-        Ingress { plan: self.cloud_plan.subscribe(), connections: self.connections.clone(), stats: self.cloud_stats.clone() }
+        Ingress(Router { plan: self.cloud_plan.subscribe(), connections: self.connections.clone(), stats: self.cloud_stats.clone() })
     }
 
     /// The TLS listener of node x2.
