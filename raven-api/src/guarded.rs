@@ -33,9 +33,6 @@ pub struct UnreadableLog {
     names: BTreeSet<String>,
 }
 
-/// Former name of [`UnreadableLog`], used by raven-agent.
-pub type Told = UnreadableLog;
-
 impl UnreadableLog {
     /// Creates an empty log for objects of `kind`.
     pub fn new(kind: &'static str) -> Self {
@@ -68,26 +65,6 @@ impl UnreadableLog {
             }
             Err(Unreadable { error, .. }) => self.names.insert(name).then_some(error.as_str()),
         }
-    }
-
-    /// Former name of [`Self::new`], used by raven-agent.
-    #[doc(hidden)]
-    pub fn of(kind: &'static str) -> Self {
-        Self::new(kind)
-    }
-
-    /// Former name of [`Self::retain`], used by raven-agent.
-    #[doc(hidden)]
-    pub fn keep<'a, K: Resource + 'a>(&mut self, current: impl Iterator<Item = &'a Guarded<K>>) {
-        self.retain(current);
-    }
-
-    /// Former variant of [`Self::first_failure`] that returns prose, used by raven-agent.
-    #[doc(hidden)]
-    pub fn news<K: Resource>(&mut self, object: &Guarded<K>) -> Option<String> {
-        let (kind, name) = (self.kind, object.name_any());
-        self.first_failure(object)
-            .map(|error| format!("{kind} {name} is unreadable and is ignored: {error}; inspect the node that wrote it"))
     }
 }
 

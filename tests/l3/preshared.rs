@@ -42,7 +42,7 @@ async fn preshared_key_is_applied_at_runtime_and_required_on_both_ends() {
     running.check(proof::converged(lab).await);
 
     // A gateway node with a different key has no sessions; all others are unaffected.
-    running.check(write_key(lab.node("x-a"), "what somebody made up"));
+    running.check(write_key(lab.node("x-a"), "an arbitrary text"));
     // The SHA-256 of the text in base64.
     running.check(proof::preshared(lab.node("x-a"), "CJDOWH9Mn6xxK+BAyAuZHH7x70z+/O3D8QXqCrJLkvY=").await);
     let (cloud, y) = (lab.pool("cloud").clone(), lab.pool("edge-y").clone());

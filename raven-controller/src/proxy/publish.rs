@@ -30,6 +30,8 @@ use crate::lead::Leadership;
 
 /// Interval after which all objects are written again: another program may have changed them.
 const REFRESH: Duration = Duration::from_secs(300);
+/// Interval after which missing objects are written again: another program may have deleted them.
+const CHECK: Duration = Duration::from_secs(30);
 /// Time to wait after a change, so that changes that follow each other closely are published together.
 const COALESCE: Duration = Duration::from_millis(200);
 /// Delay after a failure.
@@ -66,7 +68,7 @@ impl Publisher {
 
     /// Publishes after each change of the cluster while this replica leads. Runs until the elector ends.
     pub(crate) async fn run(mut self) {
-        let (mut refresh, mut retry) = (interval(REFRESH), interval(RETRY));
+        let (mut refresh, mut check, mut retry) = (interval(REFRESH), interval(CHECK), interval(RETRY));
         let mut failed = true;
         loop {
             tokio::select! {
@@ -79,6 +81,7 @@ impl Publisher {
                     self.written.clear();
                 }
                 _ = refresh.tick() => self.written.clear(),
+                _ = check.tick() => {}
                 _ = retry.tick(), if failed => {}
             }
             let snapshot = self.snapshots.borrow_and_update().clone();
