@@ -11,7 +11,7 @@ use std::{
 
 /// A toolchain that can build for `bpfel-unknown-none`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Toolchain {
+pub(crate) enum Toolchain {
     /// A stable compiler that ships `core` for bpfel (Debian's rustc-web with libstd-rust-web-dev-bpf).
     PrebuiltCore {
         /// Path of the compiler.
@@ -31,11 +31,11 @@ impl std::fmt::Display for Toolchain {
 }
 
 /// Target triple of the object.
-pub const TARGET: &str = "bpfel-unknown-none";
+pub(crate) const TARGET: &str = "bpfel-unknown-none";
 
 /// Finds a toolchain. The environment variable `RAVEN_EBPF_RUSTC` can name a compiler with a prebuilt `core`.
 /// The error lists the packages to install.
-pub fn find() -> Result<Toolchain, String> {
+pub(crate) fn find() -> Result<Toolchain, String> {
     let candidates = env::var_os("RAVEN_EBPF_RUSTC").map(PathBuf::from).into_iter().chain(["/usr/bin/rustc".into()]);
     for rustc in candidates {
         if sysroot(&rustc).is_some_and(|root| root.join("lib/rustlib").join(TARGET).join("lib").is_dir()) {
@@ -60,16 +60,17 @@ fn sysroot(rustc: &Path) -> Option<PathBuf> {
 }
 
 /// Returns the folder in which `cargo xtask setup` installs tools.
-pub fn tools_dir() -> PathBuf {
-    let cache = env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .unwrap_or_else(|| PathBuf::from(env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache"));
+pub(crate) fn tools_dir() -> PathBuf {
+    let cache = env::var_os("XDG_CACHE_HOME").map_or_else(
+        || PathBuf::from(env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache"),
+        PathBuf::from,
+    );
     cache.join("raven/tools/bin")
 }
 
 /// Returns the command that builds `raven-ebpf` of `workspace` into `target_dir`; [`object`] is the path of the result.
 /// With `trace`, the programs write a log line for each packet.
-pub fn command(toolchain: &Toolchain, workspace: &Path, target_dir: &Path, trace: bool) -> Command {
+pub(crate) fn command(toolchain: &Toolchain, workspace: &Path, target_dir: &Path, trace: bool) -> Command {
     let mut cargo = match toolchain {
         Toolchain::PrebuiltCore { rustc } => {
             let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -89,7 +90,8 @@ pub fn command(toolchain: &Toolchain, workspace: &Path, target_dir: &Path, trace
         cargo.env("PATH", path);
     }
     // A parent cargo's settings apply to the host's target, not to bpfel.
-    for name in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTUP_TOOLCHAIN"] {
+    for name in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER", "RUSTUP_TOOLCHAIN"]
+    {
         cargo.env_remove(name);
     }
     cargo
@@ -103,6 +105,6 @@ pub fn command(toolchain: &Toolchain, workspace: &Path, target_dir: &Path, trace
 }
 
 /// Returns the path of the object that [`command`] builds.
-pub fn object(target_dir: &Path) -> PathBuf {
+pub(crate) fn object(target_dir: &Path) -> PathBuf {
     target_dir.join(TARGET).join("release/raven")
 }

@@ -1,10 +1,11 @@
 //! Builds the stages and connects them.
 //!
-//! [`watch`](crate::watch) and the snapshot on disk provide the inputs. One loop owns the drivers and reconciles when the inputs change, when another
-//! program changes Raven's part of the kernel, and at intervals. The publisher and the HTTP servers read its reports. Stopping changes nothing: packets are
-//! still forwarded.
+//! [`watch`](crate::watch) and the snapshot on disk provide the inputs. One loop owns the drivers and reconciles when
+//! the inputs change, when another program changes Raven's part of the kernel, and at intervals. The publisher and the
+//! HTTP servers read its reports. Stopping changes nothing: packets are still forwarded.
 //!
-//! Two runtimes: the proxy, which moves the bytes of streams, has its own threads, so that a metrics scrape or a large API event does not delay them.
+//! Two runtimes: the proxy, which moves the bytes of streams, has its own threads, so that a metrics scrape or a large
+//! API event does not delay them.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -36,7 +37,8 @@ use crate::{
     tunnel, watch as api_watch,
 };
 
-/// Interval of runs without a change. They find changes that cause no notification, such as map entries changed by another program.
+/// Interval of runs without a change. They find changes that cause no notification, such as map entries changed by
+/// another program.
 const RESYNC: Duration = Duration::from_secs(30);
 /// Changes within this time cause one run.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -44,9 +46,16 @@ const SETTLE: Duration = Duration::from_millis(100);
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(config: Run) -> Result<()> {
     config.upstream.warnings().iter().for_each(|flag| tracing::warn!(flag, "a flag of upstream has no effect"));
-    anyhow::ensure!(!config.node_name.is_empty(), "--node-name (or NODE_NAME) is required: the name of this node in Kubernetes");
+    anyhow::ensure!(
+        !config.node_name.is_empty(),
+        "--node-name (or NODE_NAME) is required: the name of this node in Kubernetes"
+    );
     let release = probe::release().map_err(anyhow::Error::msg)?;
-    anyhow::ensure!(release >= probe::FLOOR, "Linux {release} is not supported; Raven needs Linux {} or later", probe::FLOOR);
+    anyhow::ensure!(
+        release >= probe::FLOOR,
+        "Linux {release} is not supported; Raven needs Linux {} or later",
+        probe::FLOOR
+    );
     let (client, server) = connect(&config).await?;
     let protected = config.protected.iter().copied().chain(server).chain(service_address()).collect();
     let settings = Settings {
@@ -89,7 +98,13 @@ pub async fn run(config: Run) -> Result<()> {
     if let Some(client) = client {
         let (watched, namespace, inputs) = (client.clone(), config.namespace.clone(), inputs.clone());
         tokio::spawn(async move { api_watch::run(watched, &namespace, inputs).await });
-        tokio::spawn(observe::publish(client, config.node_name.clone(), latest.clone(), proxied.subscribe(), inputs_seen.clone()));
+        tokio::spawn(observe::publish(
+            client,
+            config.node_name.clone(),
+            latest.clone(),
+            proxied.subscribe(),
+            inputs_seen.clone(),
+        ));
     }
     let drops = observe::Drops::default();
     tokio::spawn(drops.clone().read());
@@ -152,13 +167,18 @@ async fn connect(config: &Run) -> Result<(Option<Client>, Option<IpNet>)> {
     }
     let mut cluster = match &config.kubeconfig {
         Some(path) => {
-            let file = Kubeconfig::read_from(path).with_context(|| format!("cannot read kubeconfig {}", path.display()))?;
+            let file =
+                Kubeconfig::read_from(path).with_context(|| format!("cannot read kubeconfig {}", path.display()))?;
             kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await?
         }
         None => kube::Config::incluster().context("no service account found; set --kubeconfig outside of a Pod")?,
     };
     (cluster.read_timeout, cluster.reset_reader_on_write) = (Some(raven_api::API_SERVER_SILENCE), true);
-    let server = cluster.cluster_url.host().and_then(|h| h.trim_matches(['[', ']']).parse().ok()).map(|ip: std::net::IpAddr| ip.into());
+    let server = cluster
+        .cluster_url
+        .host()
+        .and_then(|h| h.trim_matches(['[', ']']).parse().ok())
+        .map(|ip: std::net::IpAddr| ip.into());
     Ok((Some(Client::try_from(cluster)?), server))
 }
 
@@ -259,8 +279,8 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
 
 /// The latest inputs, each taken once.
 ///
-/// Waiting for a change of a `watch` channel marks it as seen, so `has_changed` is false afterwards. The change is therefore stored here
-/// until it is taken.
+/// Waiting for a change of a `watch` channel marks it as seen, so `has_changed` is false afterwards. The change is
+/// therefore stored here until it is taken.
 struct Feed {
     inputs: watch::Receiver<Option<Inputs>>,
     changed: bool,
@@ -334,7 +354,8 @@ mod tests {
         let (sender, receiver) = watch::channel(None);
         let mut feed = Feed::new(receiver);
         assert_eq!(feed.take(), None, "no inputs exist yet");
-        let inputs = Inputs { gateways: vec![raven_api::Gateway::new("cloud", Default::default())], ..Inputs::default() };
+        let inputs =
+            Inputs { gateways: vec![raven_api::Gateway::new("cloud", Default::default())], ..Inputs::default() };
         sender.send_replace(Some(inputs.clone()));
         feed.changed().await;
         assert_eq!(feed.take(), Some(inputs));

@@ -1,5 +1,6 @@
-//! Brings the kernel to the planned state, in two calls per run: [`Reconciler::observe`] reads what the plan depends on,
-//! [`Reconciler::apply`] runs the drivers. A failed step never stops the others; it is reported and retried in the next run.
+//! Brings the kernel to the planned state, in two calls per run: [`Reconciler::observe`] reads what the plan depends
+//! on, [`Reconciler::apply`] runs the drivers. A failed step never stops the others; it is reported and retried in the
+//! next run.
 
 mod handshakes;
 mod interception;
@@ -87,7 +88,8 @@ pub struct Reconciler {
     restored: u64,
     /// The proxy's listener for intercepted connections.
     listener: Option<TcpListener>,
-    /// The last check of the surroundings, and its result. netfilter can have many rules, so they are not read in every run.
+    /// The last check of the surroundings, and its result. netfilter can have many rules, so they are not read in every
+    /// run.
     surroundings: Option<(Instant, Vec<String>)>,
 }
 
@@ -105,7 +107,12 @@ pub struct Observed {
 
 impl Reconciler {
     /// Loads the programs and takes over the pins of an earlier agent.
-    pub fn new(settings: Settings, links: Links, key: PrivateKey, listener: Option<TcpListener>) -> Result<Self, bpf::Error> {
+    pub fn new(
+        settings: Settings,
+        links: Links,
+        key: PrivateKey,
+        listener: Option<TcpListener>,
+    ) -> Result<Self, bpf::Error> {
         let mut bpf = Bpf::open(settings.tcx(), settings.ebpf_object.as_deref())?;
         // An earlier agent may have stopped between a change of the maps and this call.
         bpf.next_generation()?;
@@ -221,7 +228,8 @@ impl Reconciler {
     }
 
     async fn check_surroundings(&mut self, plan: &Plan, indexes: Indexes, uplink: &Uplink, outcome: &mut Outcome) {
-        let recent = self.surroundings.take().filter(|(when, _)| !outcome.change.any() && when.elapsed() < SURROUNDINGS_PERIOD);
+        let recent =
+            self.surroundings.take().filter(|(when, _)| !outcome.change.any() && when.elapsed() < SURROUNDINGS_PERIOD);
         let (when, found) = match recent {
             Some(recent) => recent,
             None => (Instant::now(), surroundings::check(&self.links, plan, indexes, &uplink.name).await),
@@ -243,7 +251,8 @@ impl Reconciler {
         let tunnel = outcome.keep(Tunnel::ensure(&self.links).await)?;
         self.tunnel = Some(tunnel.clone());
         let configured = outcome.keep(tunnel.configure(self.key.clone(), want.port).await);
-        // With its port taken by another program, the device keeps its previous one. The embedded engine exits at its first packet if it has none.
+        // With its port taken by another program, the device keeps its previous one. The embedded engine exits at its
+        // first packet if it has none.
         if configured.is_none() && !tunnel.has_port().await {
             self.tunnel = None;
             return None;
@@ -259,8 +268,8 @@ impl Reconciler {
         outcome.take(tunnel::remove(&self.links).await);
     }
 
-    /// Some kernels crash when WireGuard receives a packet with tunnel metadata, which the overlay device adds. A TUN device ignores
-    /// it.
+    /// Some kernels crash when WireGuard receives a packet with tunnel metadata, which the overlay device adds. A TUN
+    /// device ignores it.
     fn may_redirect(&self) -> bool {
         let kernel = self.tunnel.as_ref().is_some_and(|t| t.backend() == Backend::Kernel);
         !kernel || self.settings.release.wireguard_takes_metadata()

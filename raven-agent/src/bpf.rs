@@ -1,7 +1,7 @@
 //! The driver of programs and maps: it loads, pins and attaches programs, and changes map entries.
 //!
-//! Everything is pinned under [`names::PINS`], so programs keep running without the agent. A new agent takes over the pinned
-//! maps with their contents, and replaces an attached program, in place, only if it differs.
+//! Everything is pinned under [`names::PINS`], so programs keep running without the agent. A new agent takes over the
+//! pinned maps with their contents, and replaces an attached program, in place, only if it differs.
 
 mod attach;
 mod interception;
@@ -28,7 +28,9 @@ use crate::names;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The BPF file system is not mounted.
-    #[error("{path} is not a BPF file system, which programs and maps need to survive a restart; mount it: mount -t bpf bpf {path}")]
+    #[error(
+        "{path} is not a BPF file system, which programs and maps need to survive a restart; mount it: mount -t bpf bpf {path}"
+    )]
     NoBpffs {
         /// Expected mount point.
         path: String,
@@ -162,16 +164,16 @@ impl Bpf {
         Ok(Self { ebpf, pins, tcx, loaded: BTreeSet::new() })
     }
 
-    /// A function that copies the programs' log lines (aya-log) to the agent's log, once per call. `None` unless the object was built with
-    /// `--trace`.
+    /// A function that copies the programs' log lines (aya-log) to the agent's log, once per call. `None` unless the
+    /// object was built with `--trace`.
     pub fn take_trace(&mut self) -> Option<impl FnMut() + Send + 'static> {
         let mut logger = aya_log::EbpfLogger::init(&mut self.ebpf).ok()?;
         Some(move || logger.flush())
     }
 }
 
-/// Removes all pins, and with them programs and maps. Filters of clsact are not pinned: `cleanup` removes them from the uplink, and they are
-/// deleted with Raven's own devices.
+/// Removes all pins, and with them programs and maps. Filters of clsact are not pinned: `cleanup` removes them from the
+/// uplink, and they are deleted with Raven's own devices.
 pub fn remove_pins() -> std::io::Result<bool> {
     let root = Path::new(names::PINS).parent().unwrap_or(Path::new(names::PINS));
     match fs::remove_dir_all(root) {

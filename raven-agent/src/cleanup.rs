@@ -1,5 +1,5 @@
-//! `raven-agent cleanup`: removes everything Raven installed on a node. It works without an API server and after a crash at any
-//! point; missing objects are not errors.
+//! `raven-agent cleanup`: removes everything Raven installed on a node. It works without an API server and after a
+//! crash at any point; missing objects are not errors.
 
 use std::{fs, io, path::Path};
 

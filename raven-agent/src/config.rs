@@ -75,11 +75,12 @@ pub struct Run {
     /// Folder for the WireGuard key, the last topology and the proxy's certificates
     #[arg(long, default_value = crate::names::STATE_DIR)]
     pub state_dir: PathBuf,
-    /// File with a preshared key for all tunnels of the cluster, in the format of `wg genpsk` (any other text is hashed); it may change at any
-    /// time
+    /// File with a preshared key for all tunnels of the cluster, in the format of `wg genpsk` (any other text is
+    /// hashed); it may change at any time
     #[arg(long, default_value = crate::names::PRESHARED_KEY_FILE)]
     pub preshared_key_file: PathBuf,
-    /// Preshared key if the file does not exist, as in upstream's DaemonSet. Only from the environment, which other users cannot read
+    /// Preshared key if the file does not exist, as in upstream's DaemonSet. Only from the environment, which other
+    /// users cannot read
     #[arg(long, env = "VPN_CONNECTION_PSK", hide = true, hide_env_values = true)]
     pub preshared_key: Option<String>,
     /// Prefix that must never enter the tunnel, whatever a Gateway claims, such as the Service range (repeatable)
@@ -91,7 +92,8 @@ pub struct Run {
     /// Address that serves /healthz and /readyz
     #[arg(long, default_value = raven_api::names::DEFAULT_HEALTH_PROBE_ADDR, value_parser = listen_address)]
     pub health_probe_addr: SocketAddr,
-    /// Address on which a cloud gateway node accepts TLS requests to kubelets; further TLS ports have their own listeners
+    /// Address on which a cloud gateway node accepts TLS requests to kubelets; further TLS ports have their own
+    /// listeners
     #[arg(long, env = "PROXY_INTERNAL_SECURE_ADDR", default_value = ":10263", value_parser = listen_address)]
     pub proxy_internal_secure_addr: SocketAddr,
     /// Address on which a cloud gateway node accepts plain HTTP requests
@@ -103,8 +105,8 @@ pub struct Run {
     /// How a gateway node receives overlay packets
     #[arg(long, value_enum, default_value = "auto")]
     pub tier: Tier,
-    /// eBPF object to load instead of the built-in one, such as that of `cargo xtask build-ebpf --trace`. Programs are replaced under
-    /// traffic; a start without this flag restores the built-in ones
+    /// eBPF object to load instead of the built-in one, such as that of `cargo xtask build-ebpf --trace`. Programs are
+    /// replaced under traffic; a start without this flag restores the built-in ones
     #[arg(long)]
     pub ebpf_object: Option<PathBuf>,
     /// Log format; RUST_LOG sets the level
@@ -167,13 +169,25 @@ impl Upstream {
                 self.forward_node_ip.as_ref(),
                 "all agents must use the same value; set it in ConfigMap raven-agent-config",
             ),
-            ("nat-traversal", self.nat_traversal.as_ref(), "packets between two edge sites are relayed by a cloud gateway"),
+            (
+                "nat-traversal",
+                self.nat_traversal.as_ref(),
+                "packets between two edge sites are relayed by a cloud gateway",
+            ),
             ("keep-alive-interval", self.keep_alive_interval.as_ref(), "WireGuard's keepalive is 15 s"),
             ("keep-alive-timeout", self.keep_alive_timeout.as_ref(), "WireGuard has its own timers"),
             ("sync-raven-rules", self.sync_raven_rules.as_ref(), routes),
             ("sync-raven-rules-period", self.sync_raven_rules_period.as_ref(), routes),
-            ("proxy-metric-bind-addr", self.proxy_metric_bind_addr.as_ref(), "--metric-bind-addr also serves the proxy's metrics"),
-            ("proxy-external-addr", self.proxy_external_addr.as_ref(), "the port is the Gateway's spec.endpoints[].port"),
+            (
+                "proxy-metric-bind-addr",
+                self.proxy_metric_bind_addr.as_ref(),
+                "--metric-bind-addr also serves the proxy's metrics",
+            ),
+            (
+                "proxy-external-addr",
+                self.proxy_external_addr.as_ref(),
+                "the port is the Gateway's spec.endpoints[].port",
+            ),
             ("server-cert-dns-names", self.server_cert_dns_names.as_ref(), names),
             ("server-cert-ips", self.server_cert_ips.as_ref(), names),
         ];
@@ -204,7 +218,13 @@ mod tests {
 
     #[test]
     fn upstream_flags_are_accepted_with_a_warning() {
-        let cli = Cli::try_parse_from(["raven-agent", "--vpn-driver=libreswan", "--forward-node-ip", "--metric-bind-addr", ":10265"]);
+        let cli = Cli::try_parse_from([
+            "raven-agent",
+            "--vpn-driver=libreswan",
+            "--forward-node-ip",
+            "--metric-bind-addr",
+            ":10265",
+        ]);
         let warnings = cli.expect("accepted").run.upstream.warnings();
         assert_eq!(warnings.len(), 2, "{warnings:?}");
         let cli = Cli::try_parse_from(["raven-agent", "--vpn-driver=wireguard"]);

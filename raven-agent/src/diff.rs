@@ -1,8 +1,9 @@
 //! `diff(have, want)`: the steps that bring the kernel from its observed state to the desired one. Pure.
 //!
-//! The order of the steps is part of the contract: no packet is sent to a node that does not accept it yet, and nothing that works
-//! stops before its replacement is in place. Admission comes first (nodes of this pool, what each peer may send), then the
-//! maps that direct packets, then the routes that send packets there. Removal runs in the opposite order.
+//! The order of the steps is part of the contract: no packet is sent to a node that does not accept it yet, and nothing
+//! that works stops before its replacement is in place. Admission comes first (nodes of this pool, what each peer may
+//! send), then the maps that direct packets, then the routes that send packets there. Removal runs in the opposite
+//! order.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -34,7 +35,8 @@ pub enum Step {
     DeleteRoute(IpNet),
     /// Stop directing a remote prefix.
     DeleteRemote(IpNet),
-    /// Remove prefixes from a peer that no other peer gets. A prefix that moves to another peer leaves the first one by that move.
+    /// Remove prefixes from a peer that no other peer gets. A prefix that moves to another peer leaves the first one by
+    /// that move.
     TakePrefixes(PublicKey, BTreeSet<IpNet>),
     /// Delete a peer.
     DeletePeer(PublicKey),
@@ -61,7 +63,10 @@ pub fn diff(have: &State, want: &State) -> Vec<Step> {
     steps
 }
 
-fn changed<'a, K: Ord, V: PartialEq>(have: &'a BTreeMap<K, V>, want: &'a BTreeMap<K, V>) -> impl Iterator<Item = (&'a K, &'a V)> {
+fn changed<'a, K: Ord, V: PartialEq>(
+    have: &'a BTreeMap<K, V>,
+    want: &'a BTreeMap<K, V>,
+) -> impl Iterator<Item = (&'a K, &'a V)> {
     want.iter().filter(|(k, v)| have.get(k) != Some(v))
 }
 
@@ -77,8 +82,8 @@ fn surplus_prefixes(have: &BTreeMap<PublicKey, Peer>, want: &BTreeMap<PublicKey,
     })
 }
 
-/// While a session lives, the endpoint that WireGuard learned is newer than the configured one. A silent peer is reset to its
-/// configured endpoint.
+/// While a session lives, the endpoint that WireGuard learned is newer than the configured one. A silent peer is reset
+/// to its configured endpoint.
 fn put_peer(key: PublicKey, have: Option<&Peer>, want: &Peer) -> Option<Step> {
     let preshared = match want.preshared {
         Preshared::Keep => have.map_or(Preshared::None, |have| have.preshared),

@@ -1,5 +1,5 @@
-//! The driver of devices, addresses, routes and rules, over rtnetlink. It reads the kernel's state and changes only the difference;
-//! it deletes only objects with Raven's name, table or protocol number.
+//! The driver of devices, addresses, routes and rules, over rtnetlink. It reads the kernel's state and changes only the
+//! difference; it deletes only objects with Raven's name, table or protocol number.
 
 mod device;
 mod filters;
@@ -103,8 +103,8 @@ pub struct Uplink {
 }
 
 impl Links {
-    /// Opens the netlink sockets. The stream yields whenever one of Raven's devices, a route of its tables or any rule changes, by
-    /// Raven or by another program. Devices and routes of pods are ignored.
+    /// Opens the netlink sockets. The stream yields whenever one of Raven's devices, a route of its tables or any rule
+    /// changes, by Raven or by another program. Devices and routes of pods are ignored.
     pub fn connect() -> Result<(Self, impl Stream<Item = ()> + Unpin + Send), Error> {
         let groups = [
             MulticastGroup::Link,
@@ -113,7 +113,8 @@ impl Links {
             MulticastGroup::Ipv4Rule,
             MulticastGroup::Ipv6Rule,
         ];
-        // Notifications have their own socket: when it overflows, the kernel drops messages, which must not be answers to requests.
+        // Notifications have their own socket: when it overflows, the kernel drops messages, which must not be answers
+        // to requests.
         let (notified, _, messages) = new_multicast_connection(&groups).map_err(Error::Connect)?;
         let (connection, handle, _) = new_connection().map_err(Error::Connect)?;
         tokio::spawn(notified);
@@ -171,13 +172,14 @@ impl Links {
 fn concerns_us(payload: &NetlinkPayload<RouteNetlinkMessage>) -> bool {
     use RouteNetlinkMessage::{DelLink, DelRoute, DelRule, NewLink, NewRoute, NewRule};
     match payload {
-        NetlinkPayload::InnerMessage(NewLink(link) | DelLink(link)) => {
-            attribute(
-                link,
-                |a| if let LinkAttribute::IfName(name) = a { Some(name == names::OVERLAY || name == names::TUNNEL) } else { None },
-            )
-            .unwrap_or(false)
-        }
+        NetlinkPayload::InnerMessage(NewLink(link) | DelLink(link)) => attribute(link, |a| {
+            if let LinkAttribute::IfName(name) = a {
+                Some(name == names::OVERLAY || name == names::TUNNEL)
+            } else {
+                None
+            }
+        })
+        .unwrap_or(false),
         NetlinkPayload::InnerMessage(NewRoute(route) | DelRoute(route)) => {
             matches!(route::table_of(route), names::TABLE | names::INTERCEPTION_TABLE)
         }

@@ -41,7 +41,12 @@ fn main() -> ExitCode {
 
 /// The control runtime: watches, reconciler, status and metrics. The proxy has its own ([`app`]).
 fn with_runtime(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("control").enable_all().build()?.block_on(work)
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("control")
+        .enable_all()
+        .build()?
+        .block_on(work)
 }
 
 /// Logs to stderr; stdout is for the output of commands.
@@ -54,7 +59,8 @@ fn log(format: LogFormat) {
     }
 }
 
-/// Raises the limit of open files to the maximum: a proxy stream uses two sockets, and container runtimes start programs with a limit of 1,024.
+/// Raises the limit of open files to the maximum: a proxy stream uses two sockets, and container runtimes start
+/// programs with a limit of 1,024.
 fn raise_file_limit() {
     use nix::sys::resource::{Resource::RLIMIT_NOFILE, getrlimit, setrlimit};
     let raised = getrlimit(RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(RLIMIT_NOFILE, hard, hard));
@@ -63,8 +69,8 @@ fn raise_file_limit() {
     }
 }
 
-/// Redirects stdout to /dev/null: `wireguard-control` prints a line for each field that it does not know, and boringtun sends such a field with every
-/// response.
+/// Redirects stdout to /dev/null: `wireguard-control` prints a line for each field that it does not know, and boringtun
+/// sends such a field with every response.
 fn silence_stdout() {
     if let Ok(null) = OpenOptions::new().write(true).open("/dev/null") {
         let _ = nix::unistd::dup2_stdout(null);

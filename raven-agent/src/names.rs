@@ -1,5 +1,5 @@
-//! Names and numbers of everything that Raven leaves in the kernel and on the disk, so that a restarted agent finds it and `cleanup` removes
-//! it. Where OpenYurt's Raven has a name or number for the same thing, it is the same here.
+//! Names and numbers of everything that Raven leaves in the kernel and on the disk, so that a restarted agent finds it
+//! and `cleanup` removes it. Where OpenYurt's Raven has a name or number for the same thing, it is the same here.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -20,11 +20,12 @@ pub const ROUTE_PROTOCOL: u8 = 152;
 
 /// Routing table of the interception: addresses of edge nodes, for kubelet ports only.
 pub const INTERCEPTION_TABLE: u32 = 9029;
-/// Priority of the rules for [`INTERCEPTION_TABLE`], one per port: before [`RULE_PRIORITY`], so that kubelet connections use the
-/// proxy and not the tunnel.
+/// Priority of the rules for [`INTERCEPTION_TABLE`], one per port: before [`RULE_PRIORITY`], so that kubelet
+/// connections use the proxy and not the tunnel.
 pub const INTERCEPTION_PRIORITY: u32 = 99;
 
-/// Next hop of IPv4 overlay routes, so that all destinations share one entry of the neighbour table. It never appears on a wire.
+/// Next hop of IPv4 overlay routes, so that all destinations share one entry of the neighbour table. It never appears
+/// on a wire.
 pub const OVERLAY_NEXT_HOP4: Ipv4Addr = Ipv4Addr::new(169, 254, 200, 1);
 /// Next hop of IPv6 overlay routes.
 pub const OVERLAY_NEXT_HOP6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0x72, 1);
@@ -33,9 +34,9 @@ pub const OVERLAY_NEXT_HOP6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0x7
 pub const BPFFS: &str = "/sys/fs/bpf";
 /// Folder of Raven's pins. The number is the layout version: a new layout does not touch the maps of an old one.
 pub const PINS: &str = "/sys/fs/bpf/raven/v1";
-/// TC priorities of Raven's filters on kernels without TCX (before 6.6). The first is preferred, because a filter that runs earlier may return a
-/// final verdict; the second is used where a filter of another kind has the first. Filters with the same priority (Cilium also uses 1) are
-/// distinguished by handle, and the newest runs first.
+/// TC priorities of Raven's filters on kernels without TCX (before 6.6). The first is preferred, because a filter that
+/// runs earlier may return a final verdict; the second is used where a filter of another kind has the first. Filters
+/// with the same priority (Cilium also uses 1) are distinguished by handle, and the newest runs first.
 pub const TC_PRIORITIES: [u16; 2] = [1, 4472];
 /// Handle of Raven's TC filters.
 pub const TC_HANDLE: u16 = 4472;

@@ -1,8 +1,9 @@
 //! Exempts packets that leave by Raven's devices from source NAT, because a pod's address is its identity.
 //!
-//! CNIs masquerade packets that leave their prefix. An nft chain before theirs (priority 99; theirs have 100) maps the source to
-//! itself. The kernel consults NAT chains in the order of their priority until one sets the source, so this exempts the flow from every later chain: of nft
-//! and of iptables with either backend. Packets that kube-proxy marked for masquerade are left to kube-proxy.
+//! CNIs masquerade packets that leave their prefix. An nft chain before theirs (priority 99; theirs have 100) maps the
+//! source to itself. The kernel consults NAT chains in the order of their priority until one sets the source, so this
+//! exempts the flow from every later chain: of nft and of iptables with either backend. Packets that kube-proxy marked
+//! for masquerade are left to kube-proxy.
 
 use nftables::helper::{self, NftablesError};
 use serde_json::{Value, json};
@@ -46,7 +47,8 @@ async fn exists() -> bool {
 }
 
 async fn apply(action: &'static str, ruleset: &Value) -> Result<(), Error> {
-    let applied = helper::apply_ruleset_raw_async(&ruleset.to_string(), helper::DEFAULT_NFT, helper::DEFAULT_ARGS).await;
+    let applied =
+        helper::apply_ruleset_raw_async(&ruleset.to_string(), helper::DEFAULT_NFT, helper::DEFAULT_ARGS).await;
     applied.map(drop).map_err(|reason| Error { action, reason })
 }
 

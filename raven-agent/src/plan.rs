@@ -1,9 +1,9 @@
-//! `plan(topology, me)`: the desired state of this node, for L3 and L7. Pure: the same input gives the same output, byte for byte; no
-//! clock, no I/O.
+//! `plan(topology, me)`: the desired state of this node, for L3 and L7. Pure: the same input gives the same output,
+//! byte for byte; no clock, no I/O.
 //!
-//! [`path`] decides how each other pool is reached and which gateway node owns which prefix; [`routes`], [`peers`] and [`maps`]
-//! turn that into kernel state. [`proxy`] is the L7 part; [`interception`] connects the two: kubelet connections by
-//! address that L3's overlay carries to a proxy.
+//! [`path`] decides how each other pool is reached and which gateway node owns which prefix; [`routes`], [`peers`] and
+//! [`maps`] turn that into kernel state. [`proxy`] is the L7 part; [`interception`] connects the two: kubelet
+//! connections by address that L3's overlay carries to a proxy.
 
 #[cfg(test)]
 mod fixture;
@@ -101,14 +101,20 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
         // Where L3 carries node addresses it carries these connections, too.
         state.remote.entry(prefix).or_insert(remote);
     }
-    let addresses = prefixes.iter().filter(|prefix| me.ipv6 || prefix.addr().is_ipv4()).map(routes::own_address).collect();
+    let addresses =
+        prefixes.iter().filter(|prefix| me.ipv6 || prefix.addr().is_ipv4()).map(routes::own_address).collect();
     Plan {
         role,
         pool: Some(name.to_owned()),
         overlay: Some(Overlay { mtu: me.uplink_mtu.saturating_sub(OVERLAY_OVERHEAD as u32).max(MIN_MTU), addresses }),
         tunnel: own_gateway.map(|gateway| TunnelDevice { mtu, port: gateway.port }),
         state,
-        config: Config { node: member.outer, tunnel_mtu: mtu, relay: pool.exposed, tunnel_port: own_gateway.map_or(0, |g| g.port) },
+        config: Config {
+            node: member.outer,
+            tunnel_mtu: mtu,
+            relay: pool.exposed,
+            tunnel_port: own_gateway.map_or(0, |g| g.port),
+        },
         gateway_names: gateway_ids(topology).into_iter().map(|(name, id)| (id, name)).collect(),
         peer_names: peers::names(topology),
         interception,
@@ -131,9 +137,11 @@ fn own_prefixes(member: &Member) -> Vec<IpNet> {
     member.prefixes.iter().filter(|prefix| **prefix != own).copied().collect()
 }
 
-/// Prefixes that no Gateway may claim on this node: those of `me`, the pool's own nodes, and every endpoint that nodes dial.
+/// Prefixes that no Gateway may claim on this node: those of `me`, the pool's own nodes, and every endpoint that nodes
+/// dial.
 fn protected(topology: &Topology, pool: &Pool, me: &Me) -> BTreeSet<IpNet> {
-    let endpoints = topology.pools.values().flat_map(|p| p.gateways.values()).filter_map(|g| g.dial).map(|d| IpNet::from(d.ip()));
+    let endpoints =
+        topology.pools.values().flat_map(|p| p.gateways.values()).filter_map(|g| g.dial).map(|d| IpNet::from(d.ip()));
     let proxies = topology.pools.values().flat_map(|p| p.proxies.values()).filter_map(|p| p.dial.as_ref());
     let proxies = proxies.filter_map(|(host, _)| host.parse().ok()).map(|ip: IpAddr| IpNet::from(ip));
     let nodes = pool.members.values().map(|m| IpNet::from(IpAddr::V4(m.outer)));
@@ -159,7 +167,12 @@ fn empty(me: &Me, proxy: Arc<ProxyPlan>, problems: Vec<String>) -> Plan {
         overlay: None,
         tunnel: None,
         state: State::default(),
-        config: Config { node: Ipv4Addr::UNSPECIFIED, tunnel_mtu: tunnel_mtu(me.uplink_mtu), relay: false, tunnel_port: 0 },
+        config: Config {
+            node: Ipv4Addr::UNSPECIFIED,
+            tunnel_mtu: tunnel_mtu(me.uplink_mtu),
+            relay: false,
+            tunnel_port: 0,
+        },
         gateway_names: BTreeMap::new(),
         peer_names: BTreeMap::new(),
         interception: None,

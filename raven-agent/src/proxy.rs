@@ -1,9 +1,12 @@
-//! The L7 half: carries requests from the cloud to kubelets at sites that cannot be dialled, through connections that the sites open.
+//! The L7 half: carries requests from the cloud to kubelets at sites that cannot be dialled, through connections that
+//! the sites open.
 //!
-//! In the order of a request: [`ingress`] accepts it on a cloud gateway node ([`client_hello`] reads the TLS server name, [`http`] a Host
-//! header); [`Directory`](crate::plan::proxy::Directory) finds the target node; [`router`] and [`connections`] open a stream to its site; there [`serve`] connects to the
-//! node; [`stream`] carries the bytes. TLS is not terminated. Proxy connections: [`dial`] opens them at the edge, [`accept`] admits them in the
-//! cloud, [`identity`] and [`enrol`] provide certificates. [`limits`] has all windows, limits and timeouts; [`stats`] has the counters.
+//! In the order of a request: [`ingress`] accepts it on a cloud gateway node ([`client_hello`] reads the TLS server
+//! name, [`http`] a Host header); [`Directory`](crate::plan::proxy::Directory) finds the target node; [`router`] and
+//! [`connections`] open a stream to its site; there [`serve`] connects to the node; [`stream`] carries the bytes. TLS
+//! is not terminated. Proxy connections: [`dial`] opens them at the edge, [`accept`] admits them in the cloud,
+//! [`identity`] and [`enrol`] provide certificates. [`limits`] has all windows, limits and timeouts; [`stats`] has the
+//! counters.
 //!
 //! The L7 half does not depend on L3.
 
@@ -89,14 +92,14 @@ pub struct Proxy {
 
 /// A listener for intercepted connections, which routing and the `kubelet_lookup` program deliver.
 ///
-/// It is transparent, so that responses can have other nodes' addresses (IP_TRANSPARENT, ip(7); needs CAP_NET_ADMIN), and on loopback, so that no
-/// other connection reaches it.
+/// It is transparent, so that responses can have other nodes' addresses (IP_TRANSPARENT, ip(7); needs CAP_NET_ADMIN),
+/// and on loopback, so that no other connection reaches it.
 pub fn listen_for_intercepted() -> std::io::Result<std::net::TcpListener> {
     use socket2::{Domain, Socket, Type};
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
     socket.set_ip_transparent_v4(true)?;
-    // Accepted connections have the dialled port as their own. Without this option the node's own kubelet could not listen on that port after a
-    // restart while such a connection exists or is in TIME_WAIT (EADDRINUSE).
+    // Accepted connections have the dialled port as their own. Without this option the node's own kubelet could not
+    // listen on that port after a restart while such a connection exists or is in TIME_WAIT (EADDRINUSE).
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
     socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
@@ -118,8 +121,8 @@ enum Part {
 }
 
 impl Proxy {
-    /// A proxy that follows `plans`. `client` is `None` offline, where only stored certificates are used. `intercepted`: from
-    /// [`listen_for_intercepted`].
+    /// A proxy that follows `plans`. `client` is `None` offline, where only stored certificates are used.
+    /// `intercepted`: from [`listen_for_intercepted`].
     pub fn new(
         settings: ProxySettings,
         client: Option<Client>,
@@ -152,7 +155,8 @@ impl Proxy {
             shared.publish(&plan);
             let mut failures = self.run_parts(&plan, &shared, &mut running).await;
             failures.extend(problem.borrow_and_update().clone());
-            // The Service sends requests by name to ready nodes. Interception does not count: the reconciler reports its state.
+            // The Service sends requests by name to ready nodes. Interception does not count: the reconciler reports
+            // its state.
             let needed = self.parts(&plan, false);
             let ready = identity.borrow_and_update().is_some() && needed.iter().all(|part| running.contains_key(part));
             let status = status(&plan.role, ready, &established.borrow_and_update(), failures);
@@ -200,10 +204,14 @@ impl Proxy {
                 tokio::spawn(Ingress(Router { plan, connections, stats }).run(listener, kind))
             }
             Part::Intercepted => {
-                let listener = self.intercepted.as_ref().ok_or_else(|| "no listener for intercepted connections exists".to_owned())?;
+                let listener = self
+                    .intercepted
+                    .as_ref()
+                    .ok_or_else(|| "no listener for intercepted connections exists".to_owned())?;
                 // The program hands connections to this socket, so its handle is duplicated.
                 let handle = listener.try_clone().and_then(TcpListener::from_std);
-                let listener = handle.map_err(|e| format!("cannot use the listener for intercepted connections: {e}"))?;
+                let listener =
+                    handle.map_err(|e| format!("cannot use the listener for intercepted connections: {e}"))?;
                 tokio::spawn(Ingress(Router { plan, connections, stats }).run(listener, Kind::Intercepted))
             }
             Part::Dialler => {
@@ -214,8 +222,8 @@ impl Proxy {
     }
 
     fn parts(&self, plan: &ProxyPlan, intercepted: bool) -> Vec<Part> {
-        // `:PORT` means the node's own address, as in OpenYurt's Raven, which is also the Service's endpoint. A gateway node may have a public
-        // address, and a kubelet's read-only port has no authentication.
+        // `:PORT` means the node's own address, as in OpenYurt's Raven, which is also the Service's endpoint. A gateway
+        // node may have a public address, and a kubelet's read-only port has no authentication.
         let own = plan.directory.address_of(&self.settings.node).filter(|own| is_here(*own));
         let here = |address: SocketAddr, port: u16| match (address.ip(), own) {
             (ip, Some(own)) if ip == Ipv6Addr::UNSPECIFIED => SocketAddr::new(own, port),
@@ -226,11 +234,17 @@ impl Proxy {
             ProxyRole::Edge(_) => vec![Part::Dialler],
             ProxyRole::Cloud { port, .. } => {
                 let secure = plan.directory.ports.https.iter().map(|port| {
-                    let listener = if *port == KUBELET_PORT { self.settings.secure.port() } else { secure_listener(*port) };
+                    let listener =
+                        if *port == KUBELET_PORT { self.settings.secure.port() } else { secure_listener(*port) };
                     Part::Ingress(Kind::Secure(*port), here(self.settings.secure, listener))
                 });
-                let insecure = Part::Ingress(Kind::Insecure, here(self.settings.insecure, self.settings.insecure.port()));
-                [Part::EdgeListener(*port), insecure].into_iter().chain(intercepted.then_some(Part::Intercepted)).chain(secure).collect()
+                let insecure =
+                    Part::Ingress(Kind::Insecure, here(self.settings.insecure, self.settings.insecure.port()));
+                [Part::EdgeListener(*port), insecure]
+                    .into_iter()
+                    .chain(intercepted.then_some(Part::Intercepted))
+                    .chain(secure)
+                    .collect()
             }
         }
     }
@@ -244,10 +258,14 @@ fn is_here(address: IpAddr) -> bool {
 async fn listen(address: SocketAddr) -> Result<TcpListener, String> {
     let bound = match TcpListener::bind(address).await {
         // A kernel without IPv6 refuses `[::]`; then all IPv4 addresses are used.
-        Err(_) if address.ip().is_unspecified() && address.is_ipv6() => TcpListener::bind(("0.0.0.0", address.port())).await,
+        Err(_) if address.ip().is_unspecified() && address.is_ipv6() => {
+            TcpListener::bind(("0.0.0.0", address.port())).await
+        }
         bound => bound,
     };
-    bound.map_err(|e| format!("cannot listen on TCP port {}: {e}; find the program that uses it with `ss -ltnp`", address.port()))
+    bound.map_err(|e| {
+        format!("cannot listen on TCP port {}: {e}; find the program that uses it with `ss -ltnp`", address.port())
+    })
 }
 
 /// Channels and state that connect the parts. Each has one writer.
@@ -305,7 +323,12 @@ fn purpose(plan: &ProxyPlan) -> Purpose {
     }
 }
 
-fn status(role: &ProxyRole, ready: bool, established: &dial::Established, failures: Vec<String>) -> Option<ProxyStatus> {
+fn status(
+    role: &ProxyRole,
+    ready: bool,
+    established: &dial::Established,
+    failures: Vec<String>,
+) -> Option<ProxyStatus> {
     let (tunnels, ready, summary): (Vec<String>, bool, String) = match role {
         ProxyRole::None => return None,
         ProxyRole::Cloud { .. } => {
@@ -318,7 +341,8 @@ fn status(role: &ProxyRole, ready: bool, established: &dial::Established, failur
             (Vec::new(), ready, summary.to_owned())
         }
         ProxyRole::Edge(clouds) => {
-            let missing: Vec<&str> = clouds.keys().filter(|cloud| !established.contains_key(*cloud)).map(String::as_str).collect();
+            let missing: Vec<&str> =
+                clouds.keys().filter(|cloud| !established.contains_key(*cloud)).map(String::as_str).collect();
             let summary = match (clouds.is_empty(), missing.as_slice()) {
                 (true, _) => "no exposed Gateway has an elected proxy node that can be dialled".to_owned(),
                 (false, []) => "connected to every cloud gateway node".to_owned(),

@@ -9,7 +9,8 @@ pub fn save(path: &Path, inputs: &Inputs) -> io::Result<()> {
     atomic_file::write(path, &serde_json::to_vec_pretty(&lean(inputs))?)
 }
 
-/// Reads the snapshot; `None` if it does not exist. A file that does not parse is an error; the agent then starts without it.
+/// Reads the snapshot; `None` if it does not exist. A file that does not parse is an error; the agent then starts
+/// without it.
 pub fn load(path: &Path) -> io::Result<Option<Inputs>> {
     match fs::read(path) {
         Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
@@ -45,7 +46,8 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("topology.json");
         assert_eq!(load(&path).expect("no file is no error"), None);
-        let inputs = Inputs { gateways: vec![raven_api::Gateway::new("cloud", Default::default())], ..Inputs::default() };
+        let inputs =
+            Inputs { gateways: vec![raven_api::Gateway::new("cloud", Default::default())], ..Inputs::default() };
         save(&path, &inputs).expect("saved");
         assert_eq!(load(&path).expect("loaded"), Some(inputs));
         fs::write(&path, b"{\"gateways\": [").expect("truncated");

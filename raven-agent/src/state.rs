@@ -1,7 +1,8 @@
 //! Kernel state as plain data: what the plan wants and what the drivers read back.
 //!
-//! The ground floor of the agent: [`plan`](crate::plan) produces these types, [`diff`](crate::diff) compares them, the drivers
-//! read and write them. Nothing here does I/O, and nothing here depends on another module but the checked keys of the topology.
+//! The ground floor of the agent: [`plan`](crate::plan) produces these types, [`diff`](crate::diff) compares them, the
+//! drivers read and write them. Nothing here does I/O, and nothing here depends on another module but the checked keys
+//! of the topology.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -181,12 +182,13 @@ pub struct Indexes {
 impl Config {
     /// The entry of map `CONFIG`.
     ///
-    /// `redirect`: this kernel accepts a redirect from `raven0` into the tunnel. `xdp`: Raven's XDP program is on the uplink.
-    /// `generation`: the table's present generation, which the bpf driver advances when another table changes.
+    /// `redirect`: this kernel accepts a redirect from `raven0` into the tunnel. `xdp`: Raven's XDP program is on the
+    /// uplink. `generation`: the table's present generation, which the bpf driver advances when another table changes.
     pub fn to_table(self, indexes: Indexes, redirect: bool, xdp: bool, generation: u32) -> tables::Config {
         let flag = |set: bool, flag: u32| if set { flag } else { 0 };
-        let flags =
-            flag(redirect, tables::CONFIG_TUNNEL_REDIRECT) | flag(self.relay, tables::CONFIG_RELAY) | flag(!xdp, tables::CONFIG_TC_GUARD);
+        let flags = flag(redirect, tables::CONFIG_TUNNEL_REDIRECT)
+            | flag(self.relay, tables::CONFIG_RELAY)
+            | flag(!xdp, tables::CONFIG_TC_GUARD);
         tables::Config {
             node: self.node.octets(),
             uplink_ifindex: indexes.uplink,
@@ -200,7 +202,8 @@ impl Config {
     }
 }
 
-/// What a driver did: the number of kernel objects that it created, replaced or deleted. Zero when all were right already.
+/// What a driver did: the number of kernel objects that it created, replaced or deleted. Zero when all were right
+/// already.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Change(pub u64);
 

@@ -1,4 +1,5 @@
-//! Settings, routes and firewall rules of other programs that stop Raven's packets: detected and reported with the remedy.
+//! Settings, routes and firewall rules of other programs that stop Raven's packets: detected and reported with the
+//! remedy.
 //!
 //! This module only reads. Raven's own objects are restored by the drivers.
 
@@ -75,7 +76,9 @@ fn own_prefixes(plan: &Plan) -> Vec<IpNet> {
 }
 
 async fn ruleset() -> Result<Value, String> {
-    let text = helper::get_current_ruleset_raw_async(helper::DEFAULT_NFT, ["list", "ruleset"]).await.map_err(|e| e.to_string())?;
+    let text = helper::get_current_ruleset_raw_async(helper::DEFAULT_NFT, ["list", "ruleset"])
+        .await
+        .map_err(|e| e.to_string())?;
     serde_json::from_str(&text).map_err(|e| e.to_string())
 }
 
@@ -83,7 +86,8 @@ fn objects<'a>(ruleset: &'a Value, kind: &'a str) -> impl Iterator<Item = &'a Va
     ruleset["nftables"].as_array().into_iter().flatten().filter_map(move |o| o.get(kind))
 }
 
-/// FORWARD chains with policy DROP (of nft, or of iptables as nft shows it) in whose table no rule accepts this node's pods.
+/// FORWARD chains with policy DROP (of nft, or of iptables as nft shows it) in whose table no rule accepts this node's
+/// pods.
 fn forward_drops(ruleset: &Value, own: &[IpNet]) -> Vec<String> {
     let drops = objects(ruleset, "chain").filter(|c| c["hook"] == "forward" && c["policy"] == "drop");
     drops
@@ -107,8 +111,8 @@ fn text<'a>(object: &'a Value, key: &str) -> &'a str {
     object[key].as_str().unwrap_or("?")
 }
 
-/// True if a rule of the same table accepts and matches on Raven's devices, on a prefix that contains this node's pod prefixes, or on
-/// nothing. Jumps are not followed: a rule in an unused chain is unlikely.
+/// True if a rule of the same table accepts and matches on Raven's devices, on a prefix that contains this node's pod
+/// prefixes, or on nothing. Jumps are not followed: a rule in an unused chain is unlikely.
 fn accepts_pods(ruleset: &Value, chain: &Value, own: &[IpNet]) -> bool {
     let v4 = chain["family"] != "ip6";
     let mine: Vec<&IpNet> = own.iter().filter(|p| p.addr().is_ipv4() == v4 || chain["family"] == "inet").collect();
@@ -122,7 +126,8 @@ fn accepts_pods(ruleset: &Value, chain: &Value, own: &[IpNet]) -> bool {
 fn accepts(ruleset: &Value, chain: &Value, wanted: impl Fn(&Value) -> bool) -> bool {
     let rules = objects(ruleset, "rule").filter(|r| r["family"] == chain["family"] && r["table"] == chain["table"]);
     rules.map(|rule| rule["expr"].as_array().map_or(&[][..], Vec::as_slice)).any(|statements| {
-        // An extension that nft does not translate (`-m conntrack` of iptables) is a condition too, and is never selected.
+        // An extension that nft does not translate (`-m conntrack` of iptables) is a condition too, and is never
+        // selected.
         let mut conditions = statements.iter().filter_map(|s| s.get("match").or_else(|| s.get("xt"))).peekable();
         statements.iter().any(|s| s.get("accept").is_some()) && (conditions.peek().is_none() || conditions.any(&wanted))
     })
@@ -133,14 +138,16 @@ fn matches_pods(condition: &Value, own: &[&IpNet]) -> bool {
     if matches!(right.as_str(), Some(names::OVERLAY | names::TUNNEL)) {
         return true;
     }
-    let prefix =
-        right.get("prefix").and_then(|p| IpNet::new(p["addr"].as_str()?.parse().ok()?, u8::try_from(p["len"].as_u64()?).ok()?).ok());
+    let prefix = right
+        .get("prefix")
+        .and_then(|p| IpNet::new(p["addr"].as_str()?.parse().ok()?, u8::try_from(p["len"].as_u64()?).ok()?).ok());
     prefix.is_some_and(|p| own.iter().all(|o| p.contains(*o)))
 }
 
 /// INPUT chains with policy DROP in whose table no rule opens Raven's ports.
 fn blocked_ports(ruleset: &Value, uplink: &str, tunnel: Option<u16>) -> Vec<String> {
-    let drops: Vec<&Value> = objects(ruleset, "chain").filter(|c| c["hook"] == "input" && c["policy"] == "drop").collect();
+    let drops: Vec<&Value> =
+        objects(ruleset, "chain").filter(|c| c["hook"] == "input" && c["policy"] == "drop").collect();
     let ports = [(raven_common::OVERLAY_PORT, "the overlay"), (tunnel.unwrap_or(0), "the WireGuard tunnel")];
     let mut complaints = Vec::new();
     for chain in drops.iter().filter(|c| c["family"] != "ip6") {
@@ -187,7 +194,9 @@ mod tests {
 
     fn forward(policy: &str, rules: Vec<Value>) -> Value {
         let chain = json!({ "chain": { "family": "ip", "table": "filter", "name": "FORWARD", "hook": "forward", "policy": policy } });
-        let rules = rules.into_iter().map(|expr| json!({ "rule": { "family": "ip", "table": "filter", "chain": "X", "expr": expr } }));
+        let rules = rules
+            .into_iter()
+            .map(|expr| json!({ "rule": { "family": "ip", "table": "filter", "chain": "X", "expr": expr } }));
         json!({ "nftables": std::iter::once(chain).chain(rules).collect::<Vec<_>>() })
     }
 
@@ -203,7 +212,8 @@ mod tests {
         assert_eq!(forward_drops(&forward("drop", vec![from("192.168.0.0", 16)]), &own()).len(), 1, "another prefix");
         // flannel accepts the prefix of the whole cluster. An `ip` table does not see the IPv6 prefix.
         assert_eq!(forward_drops(&forward("drop", vec![from("10.244.0.0", 16)]), &own()), Vec::<String>::new());
-        let established = json!([{ "xt": { "type": "match", "name": "conntrack" } }, { "counter": {} }, { "accept": null }]);
+        let established =
+            json!([{ "xt": { "type": "match", "name": "conntrack" } }, { "counter": {} }, { "accept": null }]);
         assert_eq!(forward_drops(&forward("drop", vec![established]), &own()).len(), 1, "only replies are accepted");
         let device = json!([{ "match": { "op": "==", "left": { "meta": { "key": "iifname" } }, "right": "raven0" } }, { "accept": null }]);
         assert_eq!(forward_drops(&forward("drop", vec![device]), &own()), Vec::<String>::new());
@@ -219,7 +229,10 @@ mod tests {
             ] })
         };
         assert_eq!(blocked_ports(&ruleset(json!(22)), "eth0", Some(4500)).len(), 2);
-        assert_eq!(blocked_ports(&ruleset(json!({ "set": [22, 4472, 4500] })), "eth0", Some(4500)), Vec::<String>::new());
+        assert_eq!(
+            blocked_ports(&ruleset(json!({ "set": [22, 4472, 4500] })), "eth0", Some(4500)),
+            Vec::<String>::new()
+        );
         assert_eq!(blocked_ports(&ruleset(json!({ "range": [4400, 4480] })), "eth0", Some(4500)).len(), 1);
         assert_eq!(blocked_ports(&ruleset(json!(4472)), "eth0", None), Vec::<String>::new());
     }

@@ -1,7 +1,7 @@
 //! The WireGuard driver: the kernel's module where it exists, else the embedded engine on a TUN device.
 //!
-//! Both are configured through `wireguard-control`; comments below mark where they differ. Device, key and peers outlive the agent: the
-//! kernel keeps its own, and the engine runs in a separate process ([`engine`]).
+//! Both are configured through `wireguard-control`; comments below mark where they differ. Device, key and peers
+//! outlive the agent: the kernel keeps its own, and the engine runs in a separate process ([`engine`]).
 
 pub mod engine;
 mod key;
@@ -55,7 +55,9 @@ pub enum Error {
         reason: std::io::Error,
     },
     /// A peer cannot be configured because the tunnel device is missing.
-    #[error("cannot configure peer {0}: the tunnel device is missing; the agent retries after it has created the device")]
+    #[error(
+        "cannot configure peer {0}: the tunnel device is missing; the agent retries after it has created the device"
+    )]
     NoDevice(PublicKey),
 }
 
@@ -95,11 +97,15 @@ impl Tunnel {
     /// Ensures that the device exists and its WireGuard implementation responds.
     pub async fn ensure(links: &Links) -> Result<Self, Error> {
         let backend = ensure_device(links).await?;
-        let name: InterfaceName =
-            names::TUNNEL.parse().map_err(|_| Error::Engine(format!("{} is not a valid device name", names::TUNNEL)))?;
+        let name: InterfaceName = names::TUNNEL
+            .parse()
+            .map_err(|_| Error::Engine(format!("{} is not a valid device name", names::TUNNEL)))?;
         let tunnel = Self { backend, name };
         if backend == Backend::Userspace && tunnel.device().await.is_err_and(|e| e.is_timeout()) {
-            tracing::warn!(timeout_s = ANSWER.as_secs(), "the embedded WireGuard engine does not respond; restarting it");
+            tracing::warn!(
+                timeout_s = ANSWER.as_secs(),
+                "the embedded WireGuard engine does not respond; restarting it"
+            );
             engine::kill(names::TUNNEL).await?;
             engine::start(names::TUNNEL).await?;
         }
@@ -114,8 +120,8 @@ impl Tunnel {
     /// Sets key and port. If that fails, the device keeps its previous settings.
     pub async fn configure(&self, key: Key, port: u16) -> Result<(), Error> {
         let device = self.device().await?;
-        // The engine does not report its key, and setting the same key has no effect there. The kernel drops all sessions when
-        // a key is set, so its key is compared first.
+        // The engine does not report its key, and setting the same key has no effect there. The kernel drops all
+        // sessions when a key is set, so its key is compared first.
         if self.backend == Backend::Userspace || device.private_key.as_ref() != Some(&key) {
             self.update(DeviceUpdate::new().set_private_key(key), format!("set the key of {}", self.name)).await?;
         }
@@ -147,13 +153,20 @@ impl Tunnel {
     }
 
     fn peer(&self, info: &PeerInfo) -> Peer {
-        let allowed: BTreeSet<IpNet> = info.config.allowed_ips.iter().filter_map(|a| IpNet::new(a.address, a.cidr).ok()).collect();
+        let allowed: BTreeSet<IpNet> =
+            info.config.allowed_ips.iter().filter_map(|a| IpNet::new(a.address, a.cidr).ok()).collect();
         Peer {
             endpoint: info.config.endpoint,
             allowed,
             keepalive: info.config.persistent_keepalive_interval.filter(|k| *k != 0),
             // The kernel reports zeros for "none".
-            preshared: info.config.preshared_key.as_ref().map(|key| PresharedKey(bytes(key))).filter(|key| key.0 != [0; 32]).into(),
+            preshared: info
+                .config
+                .preshared_key
+                .as_ref()
+                .map(|key| PresharedKey(bytes(key)))
+                .filter(|key| key.0 != [0; 32])
+                .into(),
             alive: self.age(info).is_some_and(|age| age < SESSION_LIFE),
         }
     }
@@ -173,8 +186,8 @@ impl Tunnel {
         let updates = match self.backend {
             Backend::Kernel => updates(key, peer, have, PREFIXES),
             Backend::Userspace => {
-                // boringtun panics when a peer is changed, so the peer is deleted and created in one update. The next packet starts a new
-                // session; `peer` contains the learned endpoint.
+                // boringtun panics when a peer is changed, so the peer is deleted and created in one update. The next
+                // packet starts a new session; `peer` contains the learned endpoint.
                 if have.is_some() {
                     self.delete_peer(key).await?;
                 }
@@ -189,8 +202,9 @@ impl Tunnel {
 
     /// Removes prefixes from the peers that have them.
     ///
-    /// Replacing a peer's list would empty it first, and packets in between would have no peer. A prefix that moves to another peer leaves
-    /// the first one by that move, so the prefixes are moved to a temporary peer, which is deleted in the same update.
+    /// Replacing a peer's list would empty it first, and packets in between would have no peer. A prefix that moves to
+    /// another peer leaves the first one by that move, so the prefixes are moved to a temporary peer, which is deleted
+    /// in the same update.
     pub async fn take_prefixes(&self, prefixes: &BTreeSet<IpNet>) -> Result<(), Error> {
         // The engine received the whole peer in `put_peer`.
         if self.backend == Backend::Userspace {
@@ -198,8 +212,9 @@ impl Tunnel {
         }
         let temporary = Key::generate_private().get_public();
         for part in prefixes.iter().collect::<Vec<_>>().chunks(PREFIXES) {
-            let update =
-                DeviceUpdate::new().add_peer(with_prefixes(PeerConfigBuilder::new(&temporary), part)).remove_peer_by_key(&temporary);
+            let update = DeviceUpdate::new()
+                .add_peer(with_prefixes(PeerConfigBuilder::new(&temporary), part))
+                .remove_peer_by_key(&temporary);
             self.update(update, format!("remove {} prefixes from peers of {}", part.len(), self.name)).await?;
         }
         Ok(())
@@ -207,8 +222,8 @@ impl Tunnel {
 
     /// Starts a handshake with a peer that this node dials and that has no live session.
     ///
-    /// The kernel does so when a keepalive is set. boringtun starts one only with the next packet or keepalive, so it gets a packet to
-    /// a discard port.
+    /// The kernel does so when a keepalive is set. boringtun starts one only with the next packet or keepalive, so it
+    /// gets a packet to a discard port.
     pub fn start_handshake(&self, peer: &Peer) {
         let target = peer.allowed.first().filter(|_| self.backend == Backend::Userspace && peer.endpoint.is_some());
         let Some(target) = target.map(IpNet::network) else { return };
@@ -219,7 +234,11 @@ impl Tunnel {
 
     /// Deletes a peer.
     pub async fn delete_peer(&self, key: PublicKey) -> Result<(), Error> {
-        self.update(DeviceUpdate::new().remove_peer_by_key(&control_key(key)), format!("delete peer {key} of {}", self.name)).await
+        self.update(
+            DeviceUpdate::new().remove_peer_by_key(&control_key(key)),
+            format!("delete peer {key} of {}", self.name),
+        )
+        .await
     }
 
     fn control(&self) -> wireguard_control::Backend {
@@ -241,15 +260,20 @@ impl Tunnel {
 }
 
 fn is_taken(port: u16) -> bool {
-    let in_use = |bound: std::io::Result<_>| bound.is_err_and(|e: std::io::Error| e.kind() == std::io::ErrorKind::AddrInUse);
-    in_use(UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).map(drop)) || in_use(UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).map(drop))
+    let in_use =
+        |bound: std::io::Result<_>| bound.is_err_and(|e: std::io::Error| e.kind() == std::io::ErrorKind::AddrInUse);
+    in_use(UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).map(drop))
+        || in_use(UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).map(drop))
 }
 
 /// Timeout of a request to WireGuard.
 const ANSWER: Duration = Duration::from_secs(10);
 
 /// Runs a request of `wireguard-control`, which blocks: without a limit if the embedded engine hangs.
-async fn blocking<T: Send + 'static>(action: String, work: impl FnOnce() -> std::io::Result<T> + Send + 'static) -> Result<T, Error> {
+async fn blocking<T: Send + 'static>(
+    action: String,
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T, Error> {
     let result = match tokio::time::timeout(ANSWER, tokio::task::spawn_blocking(work)).await {
         Ok(result) => result.unwrap_or_else(|e| Err(std::io::Error::other(e))),
         Err(late) => Err(std::io::Error::new(std::io::ErrorKind::TimedOut, late)),
@@ -257,15 +281,17 @@ async fn blocking<T: Send + 'static>(action: String, work: impl FnOnce() -> std:
     result.map_err(|reason| Error::Request { action, reason })
 }
 
-/// Prefixes of one peer per request to the kernel: its netlink messages hold 8 KiB, of which an IPv6 prefix takes 40 bytes.
+/// Prefixes of one peer per request to the kernel: its netlink messages hold 8 KiB, of which an IPv6 prefix takes 40
+/// bytes.
 const PREFIXES: usize = 128;
 
-/// The requests that configure a peer, with at most `at_once` prefixes each. Prefixes that the peer has already are not touched, so a
-/// packet between two requests finds its peer.
+/// The requests that configure a peer, with at most `at_once` prefixes each. Prefixes that the peer has already are not
+/// touched, so a packet between two requests finds its peer.
 fn updates(key: PublicKey, peer: &Peer, have: Option<&Peer>, at_once: usize) -> Vec<PeerConfigBuilder> {
     let has = |prefix: &IpNet| have.is_some_and(|have| have.allowed.contains(prefix));
     let missing: Vec<&IpNet> = peer.allowed.iter().filter(|prefix| !has(prefix)).collect();
-    let mut first = PeerConfigBuilder::new(&control_key(key)).set_persistent_keepalive_interval(peer.keepalive.unwrap_or(0));
+    let mut first =
+        PeerConfigBuilder::new(&control_key(key)).set_persistent_keepalive_interval(peer.keepalive.unwrap_or(0));
     // WireGuard may have learned a newer endpoint since `have` was read, so an unchanged one is not set.
     if let Some(endpoint) = peer.endpoint.filter(|endpoint| have.is_none_or(|have| have.endpoint != Some(*endpoint))) {
         first = first.set_endpoint(endpoint);
@@ -280,15 +306,17 @@ fn updates(key: PublicKey, peer: &Peer, have: Option<&Peer>, at_once: usize) -> 
     }
     let mut parts = missing.chunks(at_once);
     let first = with_prefixes(first, parts.next().unwrap_or_default());
-    std::iter::once(first).chain(parts.map(|part| with_prefixes(PeerConfigBuilder::new(&control_key(key)), part))).collect()
+    std::iter::once(first)
+        .chain(parts.map(|part| with_prefixes(PeerConfigBuilder::new(&control_key(key)), part)))
+        .collect()
 }
 
 fn with_prefixes(config: PeerConfigBuilder, prefixes: &[&IpNet]) -> PeerConfigBuilder {
     prefixes.iter().fold(config, |config, prefix| config.add_allowed_ip(prefix.addr(), prefix.prefix_len()))
 }
 
-/// Joins the parts of each peer. The kernel splits a peer with many prefixes into several messages, of which only the first has more
-/// than key and prefixes (`uapi/linux/wireguard.h`, WG_CMD_GET_DEVICE).
+/// Joins the parts of each peer. The kernel splits a peer with many prefixes into several messages, of which only the
+/// first has more than key and prefixes (`uapi/linux/wireguard.h`, WG_CMD_GET_DEVICE).
 fn join_parts(parts: Vec<PeerInfo>) -> BTreeMap<PublicKey, PeerInfo> {
     let mut peers: BTreeMap<PublicKey, PeerInfo> = BTreeMap::new();
     for part in parts {
@@ -324,7 +352,8 @@ pub fn public(key: &Key) -> PublicKey {
     public_key(&key.get_public())
 }
 
-/// Ensures that the device exists. An existing one determines the backend; otherwise the kernel's WireGuard is tried first.
+/// Ensures that the device exists. An existing one determines the backend; otherwise the kernel's WireGuard is tried
+/// first.
 async fn ensure_device(links: &Links) -> Result<Backend, Error> {
     match links.find(names::TUNNEL).await? {
         Some(found) if found.kind == Some(InfoKind::Wireguard) => return Ok(Backend::Kernel),
@@ -370,7 +399,13 @@ mod tests {
     }
 
     fn peer(allowed: BTreeSet<IpNet>) -> Peer {
-        Peer { endpoint: "192.0.2.1:51820".parse().ok(), allowed, keepalive: Some(15), preshared: Preshared::None, alive: false }
+        Peer {
+            endpoint: "192.0.2.1:51820".parse().ok(),
+            allowed,
+            keepalive: Some(15),
+            preshared: Preshared::None,
+            alive: false,
+        }
     }
 
     /// Per request: whether it replaces the prefixes, and their number.
@@ -383,7 +418,10 @@ mod tests {
     #[test]
     fn peer_with_many_prefixes_is_split_and_only_the_first_request_replaces() {
         let key = PublicKey([1; 32]);
-        assert_eq!(requests(&updates(key, &peer(prefixes(0..250)), None, 100)), [(true, 100), (false, 100), (false, 50)]);
+        assert_eq!(
+            requests(&updates(key, &peer(prefixes(0..250)), None, 100)),
+            [(true, 100), (false, 100), (false, 50)]
+        );
         assert_eq!(requests(&updates(key, &peer(prefixes(0..0)), None, 100)), [(true, 0)]);
     }
 

@@ -1,5 +1,5 @@
-//! Watches Gateways, GatewayNodes, three ConfigMaps and the API server's EndpointSlice, and publishes the latest [`Inputs`] once all lists are
-//! complete. Bursts of events are coalesced.
+//! Watches Gateways, GatewayNodes, three ConfigMaps and the API server's EndpointSlice, and publishes the latest
+//! [`Inputs`] once all lists are complete. Bursts of events are coalesced.
 //!
 //! Nodes and Pods are never watched, so that ten thousand agents cost the API server little.
 
@@ -31,8 +31,8 @@ use crate::{
     topology::{ClusterSettings, Inputs},
 };
 
-/// The API server's own EndpointSlice. The agent does not wait for this list: if RBAC does not allow it, only the client's own address of the API
-/// server is known.
+/// The API server's own EndpointSlice. The agent does not wait for this list: if RBAC does not allow it, only the
+/// client's own address of the API server is known.
 const API_SERVERS: &str = "EndpointSlice kubernetes";
 /// Events within this time of each other are one change.
 const SETTLE: Duration = Duration::from_millis(50);
@@ -62,12 +62,14 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
         if !incomplete.is_empty() {
             continue;
         }
-        // A burst (a roll-out, a list after an outage) is one change until it pauses or reaches its maximum length: every change rebuilds the
-        // whole topology.
+        // A burst (a roll-out, a list after an outage) is one change until it pauses or reaches its maximum length:
+        // every change rebuilds the whole topology.
         let end = Instant::now() + BURST;
         while let Ok(Some(_)) = timeout_at(end.min(Instant::now() + SETTLE), events.next()).await {}
         let (gateways, nodes) = (listed(&gateways), readable(listed(&nodes), &mut reported));
-        let data = |store: &reflector::Store<ConfigMap>| store.state().first().and_then(|c| c.data.clone()).unwrap_or_default();
+        let data = |store: &reflector::Store<ConfigMap>| {
+            store.state().first().and_then(|c| c.data.clone()).unwrap_or_default()
+        };
         let inputs = snapshot::lean(&Inputs {
             api_servers: api_servers.state().iter().flat_map(|slice| addresses(slice)).collect(),
             // The only observation in a GatewayNode's status that plans of other nodes depend on.
@@ -95,20 +97,28 @@ fn listed<K: Resource<DynamicType = ()> + Clone + 'static>(store: &reflector::St
     store.state().iter().map(|object| (**object).clone()).collect()
 }
 
-/// The GatewayNodes that parse. Nodes write these objects, and the API server accepts timestamps that do not parse here: the object
-/// of one (stolen) node must not stop the watch.
+/// The GatewayNodes that parse. Nodes write these objects, and the API server accepts timestamps that do not parse
+/// here: the object of one (stolen) node must not stop the watch.
 fn readable(nodes: Vec<Guarded<GatewayNode>>, reported: &mut UnreadableLog) -> Vec<GatewayNode> {
     reported.retain(nodes.iter());
     let read = nodes.into_iter().filter_map(|node| {
         if let Some(error) = reported.first_failure(&node) {
-            tracing::warn!(name = node.name_any(), error, "ignoring a GatewayNode that cannot be parsed; check the node that wrote it");
+            tracing::warn!(
+                name = node.name_any(),
+                error,
+                "ignoring a GatewayNode that cannot be parsed; check the node that wrote it"
+            );
         }
         node.0.ok()
     });
     read.collect()
 }
 
-fn reflected<K>(what: &'static str, api: Api<K>, config: watcher::Config) -> (reflector::Store<K>, BoxStream<'static, Progress>)
+fn reflected<K>(
+    what: &'static str,
+    api: Api<K>,
+    config: watcher::Config,
+) -> (reflector::Store<K>, BoxStream<'static, Progress>)
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
 {
@@ -144,16 +154,24 @@ mod tests {
             serde_json::from_str::<Guarded<GatewayNode>>(&object.to_string()).expect("never an error")
         };
         // Both timestamps pass the API server's validation.
-        let list =
-            vec![node("good", "2026-01-01T00:00:00Z"), node("bad", "2026-01-01T00:00:00+99:99"), node("worse", "2026-01-01T00:00:00ZTx")];
+        let list = vec![
+            node("good", "2026-01-01T00:00:00Z"),
+            node("bad", "2026-01-01T00:00:00+99:99"),
+            node("worse", "2026-01-01T00:00:00ZTx"),
+        ];
         let mut reported = UnreadableLog::new("GatewayNode");
         let read = readable(list.clone(), &mut reported);
         assert_eq!(read.iter().map(|n| n.metadata.name.as_deref()).collect::<Vec<_>>(), [Some("good")]);
         assert!(list.iter().all(|node| reported.first_failure(node).is_none()), "each is reported once");
         assert_eq!(readable(Vec::new(), &mut reported).len(), 0);
-        assert_eq!(list.iter().filter_map(|node| reported.first_failure(node)).count(), 2, "and again when it reappears");
+        assert_eq!(
+            list.iter().filter_map(|node| reported.first_failure(node)).count(),
+            2,
+            "and again when it reappears"
+        );
         let mut reported = UnreadableLog::new("GatewayNode");
-        let names: Vec<String> = list.iter().filter(|node| reported.first_failure(node).is_some()).map(ResourceExt::name_any).collect();
+        let names: Vec<String> =
+            list.iter().filter(|node| reported.first_failure(node).is_some()).map(ResourceExt::name_any).collect();
         assert_eq!(names, ["bad", "worse"]);
     }
 }

@@ -2,9 +2,10 @@
 //!
 //! - To v1beta1: both replica counts are 1, endpoints are of type tunnel on port 4500.
 //! - To v1alpha1: the first active endpoint becomes `activeEndpoint`.
-//! - Fields that v1alpha1 lacks are stored in two annotations of the v1alpha1 object and restored by the conversion to v1beta1. A client of
-//!   the old version that reads, modifies and writes an object therefore loses nothing. The API server converts the status back and forth
-//!   when it updates a spec in the old version, so the status is preserved in the same manner.
+//! - Fields that v1alpha1 lacks are stored in two annotations of the v1alpha1 object and restored by the conversion to
+//!   v1beta1. A client of the old version that reads, modifies and writes an object therefore loses nothing. The API
+//!   server converts the status back and forth when it updates a spec in the old version, so the status is preserved in
+//!   the same manner.
 //! - An object without the annotations (`kubectl replace` of a plain file) is converted from its v1alpha1 fields alone.
 
 use std::collections::BTreeMap;
@@ -45,7 +46,11 @@ pub fn to_v1beta1(old: v1alpha1::Gateway) -> v1beta1::Gateway {
     let mut metadata = old.metadata;
     let kept_spec = take::<KeptSpec>(&mut metadata, ANNOTATION_SPEC);
     let kept_status = take::<KeptStatus>(&mut metadata, ANNOTATION_STATUS);
-    v1beta1::Gateway { metadata, spec: spec_to_v1beta1(old.spec, kept_spec), status: old.status.map(|s| status_to_v1beta1(s, kept_status)) }
+    v1beta1::Gateway {
+        metadata,
+        spec: spec_to_v1beta1(old.spec, kept_spec),
+        status: old.status.map(|s| status_to_v1beta1(s, kept_status)),
+    }
 }
 
 /// Converts a Gateway to v1alpha1.
@@ -54,7 +59,11 @@ pub fn to_v1alpha1(new: v1beta1::Gateway) -> v1alpha1::Gateway {
     let spec = spec_to_v1alpha1(&new.spec);
     // No annotation if the v1alpha1 fields alone convert back to the same spec.
     let plain = spec_to_v1beta1(spec.clone(), None) == new.spec;
-    let kept = KeptSpec { proxy_config: new.spec.proxy_config, tunnel_config: new.spec.tunnel_config, endpoints: new.spec.endpoints };
+    let kept = KeptSpec {
+        proxy_config: new.spec.proxy_config,
+        tunnel_config: new.spec.tunnel_config,
+        endpoints: new.spec.endpoints,
+    };
     put(&mut metadata, ANNOTATION_SPEC, (!plain).then_some(&kept));
 
     let old_status = new.status.as_ref().map(status_to_v1alpha1);
@@ -76,7 +85,13 @@ fn spec_to_v1beta1(old: v1alpha1::GatewaySpec, kept: Option<KeptSpec>) -> v1beta
             (Some(ProxyConfig::default()), Some(TunnelConfig::default()), endpoints)
         }
     };
-    v1beta1::GatewaySpec { node_selector: old.node_selector, expose_type: old.expose_type, proxy_config, tunnel_config, endpoints }
+    v1beta1::GatewaySpec {
+        node_selector: old.node_selector,
+        expose_type: old.expose_type,
+        proxy_config,
+        tunnel_config,
+        endpoints,
+    }
 }
 
 fn spec_to_v1alpha1(new: &v1beta1::GatewaySpec) -> v1alpha1::GatewaySpec {
@@ -94,18 +109,29 @@ fn status_to_v1beta1(old: v1alpha1::GatewayStatus, kept: Option<KeptStatus>) -> 
             (kept.active_endpoints, kept.conditions, kept.observed_generation)
         }
         // A controller of the old version elected a different endpoint: the stored list is stale.
-        Some(kept) => (old.active_endpoint.into_iter().map(endpoint_to_v1beta1).collect(), kept.conditions, kept.observed_generation),
+        Some(kept) => (
+            old.active_endpoint.into_iter().map(endpoint_to_v1beta1).collect(),
+            kept.conditions,
+            kept.observed_generation,
+        ),
         None => (old.active_endpoint.into_iter().map(endpoint_to_v1beta1).collect(), Vec::new(), None),
     };
     v1beta1::GatewayStatus { nodes: old.nodes, node_count, active_endpoints, conditions, observed_generation }
 }
 
 fn status_to_v1alpha1(new: &v1beta1::GatewayStatus) -> v1alpha1::GatewayStatus {
-    v1alpha1::GatewayStatus { nodes: new.nodes.clone(), active_endpoint: new.active_endpoints.first().map(endpoint_to_v1alpha1) }
+    v1alpha1::GatewayStatus {
+        nodes: new.nodes.clone(),
+        active_endpoint: new.active_endpoints.first().map(endpoint_to_v1alpha1),
+    }
 }
 
 fn endpoint_to_v1beta1(old: v1alpha1::Endpoint) -> v1beta1::Endpoint {
-    v1beta1::Endpoint { type_: EndpointType::Tunnel, port: Some(DEFAULT_TUNNEL_PORT.into()), ..overlaid(v1beta1::Endpoint::default(), old) }
+    v1beta1::Endpoint {
+        type_: EndpointType::Tunnel,
+        port: Some(DEFAULT_TUNNEL_PORT.into()),
+        ..overlaid(v1beta1::Endpoint::default(), old)
+    }
 }
 
 fn endpoint_to_v1alpha1(new: &v1beta1::Endpoint) -> v1alpha1::Endpoint {
@@ -118,27 +144,38 @@ fn endpoint_to_v1alpha1(new: &v1beta1::Endpoint) -> v1alpha1::Endpoint {
 }
 
 fn overlaid(below: v1beta1::Endpoint, old: v1alpha1::Endpoint) -> v1beta1::Endpoint {
-    v1beta1::Endpoint { node_name: old.node_name, under_nat: old.under_nat, public_ip: old.public_ip, config: old.config, ..below }
+    v1beta1::Endpoint {
+        node_name: old.node_name,
+        under_nat: old.under_nat,
+        public_ip: old.public_ip,
+        config: old.config,
+        ..below
+    }
 }
 
-// Merges each v1alpha1 endpoint into its stored v1beta1 endpoint. Unchanged endpoints are matched first, so that an untouched list is restored
-// exactly, even if it names a node twice; then the rest by node name. An endpoint without a match is new.
+// Merges each v1alpha1 endpoint into its stored v1beta1 endpoint. Unchanged endpoints are matched first, so that an
+// untouched list is restored exactly, even if it names a node twice; then the rest by node name. An endpoint without a
+// match is new.
 fn match_endpoints(old: Vec<v1alpha1::Endpoint>, kept: Vec<v1beta1::Endpoint>) -> Vec<v1beta1::Endpoint> {
     let mut free: Vec<Option<v1beta1::Endpoint>> = kept.into_iter().map(Some).collect();
     let mut take_first = |matches: &dyn Fn(&v1beta1::Endpoint) -> bool| {
         free.iter_mut().find(|slot| slot.as_ref().is_some_and(matches)).and_then(Option::take)
     };
-    let unchanged: Vec<Option<v1beta1::Endpoint>> = old.iter().map(|e| take_first(&|kept| endpoint_to_v1alpha1(kept) == *e)).collect();
+    let unchanged: Vec<Option<v1beta1::Endpoint>> =
+        old.iter().map(|e| take_first(&|kept| endpoint_to_v1alpha1(kept) == *e)).collect();
     let pairs = old.into_iter().zip(unchanged);
     pairs
-        .map(|(endpoint, unchanged)| match unchanged.or_else(|| take_first(&|kept| kept.node_name == endpoint.node_name)) {
-            Some(kept) => overlaid(kept, endpoint),
-            None => endpoint_to_v1beta1(endpoint),
+        .map(|(endpoint, unchanged)| {
+            match unchanged.or_else(|| take_first(&|kept| kept.node_name == endpoint.node_name)) {
+                Some(kept) => overlaid(kept, endpoint),
+                None => endpoint_to_v1beta1(endpoint),
+            }
         })
         .collect()
 }
 
-// Malformed JSON (the annotation was edited) counts as absent: if the conversion failed, the object could not even be read.
+// Malformed JSON (the annotation was edited) counts as absent: if the conversion failed, the object could not even be
+// read.
 fn take<T: DeserializeOwned>(metadata: &mut ObjectMeta, key: &str) -> Option<T> {
     let annotations = metadata.annotations.as_mut()?;
     let text = annotations.remove(key)?;

@@ -43,10 +43,12 @@ use crate::{DEFAULT_PROXY_PORT, DEFAULT_TUNNEL_PORT};
         .message("proxyConfig.Replicas is larger than the number of endpoints of type proxy (list more of them, or none: then every node is a candidate)")
 )]
 pub struct GatewaySpec {
-    /// Selects nodes of the pool, in addition to those labelled `raven.openyurt.io/gateway=<name>`. An empty selector matches no node.
+    /// Selects nodes of the pool, in addition to those labelled `raven.openyurt.io/gateway=<name>`. An empty selector
+    /// matches no node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node_selector: Option<LabelSelector>,
-    /// `PublicIP` or `LoadBalancer`: an exposed ('cloud') gateway, dialled by gateway nodes of other pools. Empty: an edge gateway, which dials.
+    /// `PublicIP` or `LoadBalancer`: an exposed ('cloud') gateway, dialled by gateway nodes of other pools. Empty: an
+    /// edge gateway, which dials.
     #[serde(default, skip_serializing_if = "ExposeType::is_edge")]
     pub expose_type: ExposeType,
     /// Replicas and ports of the L7 proxy. Default: one replica with the default ports.
@@ -55,7 +57,8 @@ pub struct GatewaySpec {
     /// Replicas of the L3 tunnel. Default: one replica.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tunnel_config: Option<TunnelConfig>,
-    /// Candidates for the election of gateway nodes, in order of preference. Empty: every node of the pool is a candidate.
+    /// Candidates for the election of gateway nodes, in order of preference. Empty: every node of the pool is a
+    /// candidate.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 256))]
     pub endpoints: Vec<Endpoint>,
@@ -84,7 +87,8 @@ impl ExposeType {
 /// Configuration of a pool's L7 proxy.
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
 pub struct ProxyConfig {
-    /// Number of proxy endpoints to elect. Default: 1. 0 turns L7 off for this pool. (Capital R for compatibility with upstream.)
+    /// Number of proxy endpoints to elect. Default: 1. 0 turns L7 off for this pool. (Capital R for compatibility with
+    /// upstream.)
     #[serde(rename = "Replicas", default = "one")]
     #[schemars(range(min = 0, max = 64))]
     pub replicas: i32,
@@ -107,7 +111,8 @@ impl Default for ProxyConfig {
 /// Configuration of a pool's L3 tunnel.
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
 pub struct TunnelConfig {
-    /// Number of tunnel endpoints to elect; all of them are active. Default: 1. 0 turns L3 off for this pool. (Capital R for compatibility with upstream.)
+    /// Number of tunnel endpoints to elect; all of them are active. Default: 1. 0 turns L3 off for this pool. (Capital
+    /// R for compatibility with upstream.)
     #[serde(rename = "Replicas", default = "one")]
     #[schemars(range(min = 0, max = 16))]
     pub replicas: i32,
@@ -162,8 +167,8 @@ pub struct Endpoint {
     #[schemars(range(min = 1, max = 65535))]
     pub public_port: Option<i32>,
     /// Address at which peers outside the site reach this node.
-    // 45 is the length of the longest textual IPv6 address. Without a bound here and on both lists of endpoints the API server rejects
-    // the CRD because the estimated cost of the rule exceeds its budget.
+    // 45 is the length of the longest textual IPv6 address. Without a bound here and on both lists of endpoints the API
+    // server rejects the CRD because the estimated cost of the rule exceeds its budget.
     #[serde(rename = "publicIP", default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 45))]
     pub public_ip: Option<String>,
@@ -173,7 +178,8 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// Port that the endpoint listens on, or the default of its type. Out-of-range values (the schema rejects them) count as unset.
+    /// Port that the endpoint listens on, or the default of its type. Out-of-range values (the schema rejects them)
+    /// count as unset.
     pub fn port_or_default(&self) -> u16 {
         let default = match self.type_ {
             EndpointType::Tunnel => DEFAULT_TUNNEL_PORT,

@@ -1,7 +1,7 @@
 //! The GatewayNode: state that a gateway node publishes about itself.
 //!
-//! The object is named after the node, and a ValidatingAdmissionPolicy (deploy/admission.yaml) lets only that node's agent write it. A stolen
-//! node can therefore publish no key but its own.
+//! The object is named after the node, and a ValidatingAdmissionPolicy (deploy/admission.yaml) lets only that node's
+//! agent write it. A stolen node can therefore publish no key but its own.
 
 #![allow(unreachable_pub, reason = "kube's derive macros generate public items in private modules")]
 
@@ -52,7 +52,8 @@ pub struct GatewayNodeSpec {
     pub version: String,
 }
 
-/// State observed by the node's agent. Agents of other nodes use only the peers' observed endpoints and the proxy's state.
+/// State observed by the node's agent. Agents of other nodes use only the peers' observed endpoints and the proxy's
+/// state.
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct GatewayNodeStatus {
@@ -83,14 +84,15 @@ pub struct GatewayNodeStatus {
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct ProxyStatus {
-    /// In the cloud: the proxy listens and has a certificate. At an edge: it has a connection to a cloud gateway node. Services route to ready proxies only.
+    /// In the cloud: the proxy listens and has a certificate. At an edge: it has a connection to a cloud gateway node.
+    /// Services route to ready proxies only.
     pub ready: bool,
     /// Reason why the proxy is not ready, or the nodes that it is connected to.
     #[serde(default)]
     pub message: String,
     /// Cloud gateway nodes that the proxy is connected to, sorted.
-    // There are few cloud gateway nodes. No `x-kubernetes-list-type: set`: if a list becomes a set later, no field manager owns its existing
-    // elements, and server-side apply never removes them.
+    // There are few cloud gateway nodes. No `x-kubernetes-list-type: set`: if a list becomes a set later, no field
+    // manager owns its existing elements, and server-side apply never removes them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 1024))]
     pub tunnels: Vec<String>,
@@ -107,7 +109,8 @@ pub struct PeerStatus {
     /// Current source of the peer's packets (`address:port`); for a peer behind NAT, the translated address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_endpoint: Option<String>,
-    /// Time of the last completed handshake. Up to 180 s ago in a healthy tunnel, so it does not detect failures by itself.
+    /// Time of the last completed handshake. Up to 180 s ago in a healthy tunnel, so it does not detect failures by
+    /// itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_handshake: Option<Time>,
 }

@@ -1,7 +1,7 @@
 //! The Gateway, version v1alpha1, as the oldest OpenYurt installations have it. Converted from and to v1beta1.
 //!
-//! The controller's conversion webhook serves it. The schema rejects the same values as v1beta1's: the API server validates an object in
-//! the version of the request, not in the storage version.
+//! The controller's conversion webhook serves it. The schema rejects the same values as v1beta1's: the API server
+//! validates an object in the version of the request, not in the storage version.
 
 #![allow(unreachable_pub, reason = "kube's derive macros generate public items in private modules")]
 

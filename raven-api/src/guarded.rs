@@ -1,8 +1,9 @@
 //! Objects that are parsed one by one, so that an unreadable object does not make the whole list unreadable.
 //!
-//! The API server accepts values that our parsers reject, for example the time `2026-01-01T00:00:00ZTx` or a year beyond our range. In a
-//! plain list one such object fails the whole list at every attempt. `kube::core::DeserializeGuard` does not suffice: it still fails if
-//! `metadata` is unreadable, and every writer of an object can put arbitrary times and deeply nested trees into `metadata.managedFields`.
+//! The API server accepts values that our parsers reject, for example the time `2026-01-01T00:00:00ZTx` or a year
+//! beyond our range. In a plain list one such object fails the whole list at every attempt.
+//! `kube::core::DeserializeGuard` does not suffice: it still fails if `metadata` is unreadable, and every writer of an
+//! object can put arbitrary times and deeply nested trees into `metadata.managedFields`.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -51,7 +52,7 @@ impl UnreadableLog {
 
     /// Forgets all objects but those of the current list.
     pub fn retain<'a, K: Resource + 'a>(&mut self, current: impl Iterator<Item = &'a Guarded<K>>) {
-        let current: BTreeSet<String> = current.map(|object| object.name_any()).collect();
+        let current: BTreeSet<String> = current.map(kube::ResourceExt::name_any).collect();
         self.names.retain(|name| current.contains(name));
     }
 
@@ -82,16 +83,21 @@ struct Names {
     resource_version: Option<String>,
 }
 
-/// Works for JSON text only, the format of the API server. Skipping an object's text has no limit on nesting depth, unlike parsing it.
+/// Works for JSON text only, the format of the API server. Skipping an object's text has no limit on nesting depth,
+/// unlike parsing it.
 impl<'de, K: DeserializeOwned> Deserialize<'de> for Guarded<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = Box::<RawValue>::deserialize(deserializer)?;
-        Ok(Self(serde_json::from_str(text.get()).map_err(|e| Unreadable { error: e.to_string(), metadata: metadata_of(text.get()) })))
+        Ok(Self(
+            serde_json::from_str(text.get())
+                .map_err(|e| Unreadable { error: e.to_string(), metadata: metadata_of(text.get()) }),
+        ))
     }
 }
 
 fn metadata_of(text: &str) -> ObjectMeta {
-    let Names { name, namespace, uid, resource_version } = serde_json::from_str::<Named>(text).unwrap_or_default().metadata;
+    let Names { name, namespace, uid, resource_version } =
+        serde_json::from_str::<Named>(text).unwrap_or_default().metadata;
     ObjectMeta { name, namespace, uid, resource_version, ..ObjectMeta::default() }
 }
 
@@ -140,10 +146,14 @@ mod tests {
 
     // An API server of version 1.37 accepts and returns each of these.
     fn bad_ones() -> Vec<String> {
-        let status =
-            |status: &str| format!(r#"{{{HEAD},"metadata":{{"name":"bad","resourceVersion":"7"}},"spec":{{}},"status":{status}}}"#);
-        let managed =
-            |entry: &str| format!(r#"{{{HEAD},"metadata":{{"managedFields":[{entry}],"name":"bad","resourceVersion":"7"}},"spec":{{}}}}"#);
+        let status = |status: &str| {
+            format!(r#"{{{HEAD},"metadata":{{"name":"bad","resourceVersion":"7"}},"spec":{{}},"status":{status}}}"#)
+        };
+        let managed = |entry: &str| {
+            format!(
+                r#"{{{HEAD},"metadata":{{"managedFields":[{entry}],"name":"bad","resourceVersion":"7"}},"spec":{{}}}}"#
+            )
+        };
         let deep = format!("{}{{}}{}", r#"{"f:a":"#.repeat(9000), "}".repeat(9000));
         vec![
             status(r#"{"peers":[{"nodeName":"y","gateway":"y","lastHandshake":"2026-01-01T00:00:00+99:99"}]}"#),
@@ -166,7 +176,7 @@ mod tests {
             );
             let list: ObjectList<Guarded<GatewayNode>> = serde_json::from_str(&list).expect("a list");
             let read: Vec<(String, bool)> = list.iter().map(|o| (o.name_any(), o.0.is_ok())).collect();
-            assert_eq!(read, [("a".to_owned(), true), ("bad".to_owned(), false), ("z".to_owned(), true)], "{:.300}", bad);
+            assert_eq!(read, [("a".to_owned(), true), ("bad".to_owned(), false), ("z".to_owned(), true)], "{bad:.300}");
 
             let event: WatchEvent<Guarded<GatewayNode>> =
                 serde_json::from_str(&format!(r#"{{"type":"MODIFIED","object":{bad}}}"#)).expect("an event");

@@ -1,9 +1,11 @@
-//! Kubernetes resources of Raven, and the names that the controller and the agents share. Types and pure functions only, no I/O.
+//! Kubernetes resources of Raven, and the names that the controller and the agents share. Types and pure functions
+//! only, no I/O.
 //!
-//! Data flow: a user writes a [`gateway::Gateway`]; the controller elects gateway nodes and writes the Gateway's status; the agent of each
-//! gateway node publishes a [`gateway_node::GatewayNode`]; every agent reads both kinds.
+//! Data flow: a user writes a [`gateway::Gateway`]; the controller elects gateway nodes and writes the Gateway's
+//! status; the agent of each gateway node publishes a [`gateway_node::GatewayNode`]; every agent reads both kinds.
 //!
-//! - [`names`]: labels, annotations, ConfigMaps, ports. [`condition`]: condition types. [`proxy`]: names and ports of the L7 half.
+//! - [`names`]: labels, annotations, ConfigMaps, ports. [`condition`]: condition types. [`proxy`]: names and ports of
+//!   the L7 half.
 //! - [`prefix`]: prefixes that are never accepted.
 //! - [`guarded`]: reads lists in which single objects may be unreadable.
 //! - [`gateway_v1alpha1`] and [`conversion`]: the oldest version of the Gateway, and its conversion.
@@ -29,13 +31,14 @@ pub use gateway::{Gateway, GatewaySpec, GatewayStatus};
 pub use gateway_node::{GatewayNode, GatewayNodeSpec, GatewayNodeStatus};
 pub use guarded::Guarded;
 pub use names::{
-    AGENT_SERVICE_ACCOUNT, ANNOTATION_EXTRA_CIDRS, DEFAULT_NAMESPACE, DEFAULT_PROXY_PORT, DEFAULT_TUNNEL_PORT, GROUP, LABEL_EDGE_WORKER,
-    LABEL_GATEWAY, LABEL_NODE_POOL, LABEL_NODE_POOL_OLD, MANAGER_AGENT, MANAGER_CONTROLLER,
+    AGENT_SERVICE_ACCOUNT, ANNOTATION_EXTRA_CIDRS, DEFAULT_NAMESPACE, DEFAULT_PROXY_PORT, DEFAULT_TUNNEL_PORT, GROUP,
+    LABEL_EDGE_WORKER, LABEL_GATEWAY, LABEL_NODE_POOL, LABEL_NODE_POOL_OLD, MANAGER_AGENT, MANAGER_CONTROLLER,
 };
 
-/// Read timeout of clients of the API server, to be set with `reset_reader_on_write`: the time counts from the request, not from the
-/// moment at which the pooled connection became idle.
+/// Read timeout of clients of the API server, to be set with `reset_reader_on_write`: the time counts from the request,
+/// not from the moment at which the pooled connection became idle.
 ///
-/// An API server whose host lost power never answers. The bound is above the longest silence of a healthy watch: bookmarks arrive once a
-/// minute, and the first one of an API server that has just started arrives after two minutes (measured with 1.37).
+/// An API server whose host lost power never answers. The bound is above the longest silence of a healthy watch:
+/// bookmarks arrive once a minute, and the first one of an API server that has just started arrives after two minutes
+/// (measured with 1.37).
 pub const API_SERVER_SILENCE: Duration = Duration::from_secs(150);

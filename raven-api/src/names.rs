@@ -1,4 +1,5 @@
-//! Names and ports that both programs use: labels, annotations, ConfigMaps, field managers. They are part of the API and never change.
+//! Names and ports that both programs use: labels, annotations, ConfigMaps, field managers. They are part of the API
+//! and never change.
 
 /// API group of all resources of Raven.
 pub const GROUP: &str = "raven.openyurt.io";
@@ -13,8 +14,8 @@ pub const LABEL_EDGE_WORKER: &str = "openyurt.io/is-edge-worker";
 pub const LABEL_NODE_POOL: &str = "apps.openyurt.io/nodepool";
 /// Older form of [`LABEL_NODE_POOL`].
 pub const LABEL_NODE_POOL_OLD: &str = "apps.openyurt.io/desired-nodepool";
-/// Label on objects that the controller created. On a Gateway: a pool rule created it, and the controller deletes it when no rule requires
-/// it. A user who removes the label takes the Gateway over.
+/// Label on objects that the controller created. On a Gateway: a pool rule created it, and the controller deletes it
+/// when no rule requires it. A user who removes the label takes the Gateway over.
 pub const LABEL_MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 
 /// Server-side-apply field manager of the controller.

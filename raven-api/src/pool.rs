@@ -8,7 +8,13 @@ use serde::{Deserialize, Serialize};
 
 /// Spec of a NodePool.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
-#[kube(group = "apps.openyurt.io", version = "v1beta1", kind = "NodePool", plural = "nodepools", status = "NodePoolStatus")]
+#[kube(
+    group = "apps.openyurt.io",
+    version = "v1beta1",
+    kind = "NodePool",
+    plural = "nodepools",
+    status = "NodePoolStatus"
+)]
 #[serde(rename_all = "camelCase")]
 pub struct NodePoolSpec {
     /// Side of the pool: `Edge` or `Cloud`.

@@ -21,8 +21,8 @@ pub const KUBELET_READ_ONLY_PORT: u16 = 10255;
 pub const SIGNER_CLIENT: &str = "raven.openyurt.io/proxy-client";
 /// Signer of the server certificates of cloud gateway nodes.
 pub const SIGNER_SERVER: &str = "raven.openyurt.io/proxy-server";
-/// Name of two objects: the ConfigMap with the certificates of the signers' CA, readable by all agents, and the Secret with the CA's key,
-/// readable by the controller only.
+/// Name of two objects: the ConfigMap with the certificates of the signers' CA, readable by all agents, and the Secret
+/// with the CA's key, readable by the controller only.
 pub const CA_NAME: &str = "raven-proxy-ca";
 /// Key in the CA's ConfigMap: PEM certificates, the newest first. Old certificates stay until they expire.
 pub const CA_KEY: &str = "ca.crt";
@@ -48,8 +48,8 @@ pub const LABEL_DISCARD: &str = "svc.openyurt.io/discard";
 /// Key in an elected endpoint's `config`: host name of a load balancer that has no address.
 pub const CONFIG_HOSTNAME: &str = "hostname";
 
-/// Key in an elected proxy endpoint's `config`: UID of the Node object. Certificates are bound to the UID: deleting the Node revokes them,
-/// even if a later Node has the same name.
+/// Key in an elected proxy endpoint's `config`: UID of the Node object. Certificates are bound to the UID: deleting the
+/// Node revokes them, even if a later Node has the same name.
 pub const CONFIG_NODE_UID: &str = "node-uid";
 
 /// URI scheme of the Node UID in a proxy certificate's subject alternative name (RFC 9562, section 4).
@@ -71,10 +71,13 @@ impl Default for Ports {
 }
 
 impl Ports {
-    /// Returns the two ports of the kubelet and those listed by exposed Gateways. A port listed as both HTTP and HTTPS serves TLS.
+    /// Returns the two ports of the kubelet and those listed by exposed Gateways. A port listed as both HTTP and HTTPS
+    /// serves TLS.
     pub fn of<'a>(gateways: impl IntoIterator<Item = &'a Gateway>) -> Self {
         let mut ports = Self::default();
-        for config in gateways.into_iter().filter(|g| !g.spec.expose_type.is_edge()).filter_map(|g| g.spec.proxy_config.as_ref()) {
+        for config in
+            gateways.into_iter().filter(|g| !g.spec.expose_type.is_edge()).filter_map(|g| g.spec.proxy_config.as_ref())
+        {
             ports.http.extend(listed(config.proxy_http_port.as_deref()));
             ports.https.extend(listed(config.proxy_https_port.as_deref()));
         }
@@ -93,22 +96,29 @@ impl Ports {
 
 /// Returns the elected nodes of exposed Gateways whose proxy is ready.
 ///
-/// A node counts as ready if its own GatewayNode reports so and enough edges report a connection to it. The second condition detects agents
-/// that died and left a stale status. Only elected proxy nodes of edge Gateways with condition Elected True count: the status of a site
-/// without power is stale, too. "Enough" is at least half as many edges as the best-connected cloud node has. Each edge counts once per cloud
-/// node, and only for elected cloud nodes: an edge node may be stolen and report anything.
+/// A node counts as ready if its own GatewayNode reports so and enough edges report a connection to it. The second
+/// condition detects agents that died and left a stale status. Only elected proxy nodes of edge Gateways with condition
+/// Elected True count: the status of a site without power is stale, too. "Enough" is at least half as many edges as the
+/// best-connected cloud node has. Each edge counts once per cloud node, and only for elected cloud nodes: an edge node
+/// may be stolen and report anything.
 pub fn ready<'a>(gateways: &'a [Gateway], nodes: &'a [GatewayNode]) -> BTreeSet<&'a str> {
     let elected = |exposed: bool| {
         let of_kind = gateways.iter().filter(move |g| g.spec.expose_type.is_edge() != exposed);
-        let status = of_kind.filter_map(|g| g.status.as_ref()).filter(move |s| exposed || condition_holds(s, ConditionType::Elected));
-        status.flat_map(|s| &s.active_endpoints).filter(|e| e.type_ == EndpointType::Proxy).map(|e| e.node_name.as_str())
+        let status = of_kind
+            .filter_map(|g| g.status.as_ref())
+            .filter(move |s| exposed || condition_holds(s, ConditionType::Elected));
+        status
+            .flat_map(|s| &s.active_endpoints)
+            .filter(|e| e.type_ == EndpointType::Proxy)
+            .map(|e| e.node_name.as_str())
     };
     let (clouds, edges): (BTreeSet<&str>, BTreeSet<&str>) = (elected(true).collect(), elected(false).collect());
     let proxies = nodes.iter().filter_map(|n| Some((n.metadata.name.as_deref()?, n.status.as_ref()?.proxy.as_ref()?)));
     let proxies: Vec<_> = proxies.filter(|(_, proxy)| proxy.ready).collect();
     let mut edges_connected: BTreeMap<&str, usize> = BTreeMap::new();
     for (_, edge) in proxies.iter().filter(|(name, _)| edges.contains(name)) {
-        let named: BTreeSet<&str> = edge.tunnels.iter().map(String::as_str).filter(|name| clouds.contains(name)).collect();
+        let named: BTreeSet<&str> =
+            edge.tunnels.iter().map(String::as_str).filter(|name| clouds.contains(name)).collect();
         named.into_iter().for_each(|cloud| *edges_connected.entry(cloud).or_default() += 1);
     }
     let most = edges_connected.values().copied().max().unwrap_or(0);
@@ -127,14 +137,14 @@ fn listed(text: Option<&str>) -> impl Iterator<Item = u16> {
 
 /// Returns the listening port of a cloud gateway node for TLS requests to `port` of a node.
 ///
-/// SNI names a node but no port, so each port has its own listener. Ports that are equal modulo 10,000 share a listener; [`Ports::of`] then
-/// keeps the lower one only.
+/// SNI names a node but no port, so each port has its own listener. Ports that are equal modulo 10,000 share a
+/// listener; [`Ports::of`] then keeps the lower one only.
 pub fn secure_listener(port: u16) -> u16 {
     if port == KUBELET_PORT { INTERNAL_SECURE_PORT } else { 20_000 + port % 10_000 }
 }
 
-/// Returns a host in the form used in certificates: the canonical text of an address (`2001:DB8:0::1` becomes `2001:db8::1`), a name
-/// unchanged.
+/// Returns a host in the form used in certificates: the canonical text of an address (`2001:DB8:0::1` becomes
+/// `2001:db8::1`), a name unchanged.
 pub fn canonical_host(host: &str) -> String {
     host.parse::<IpAddr>().map_or_else(|_| host.to_owned(), |address| address.to_string())
 }
@@ -146,8 +156,11 @@ mod tests {
     use crate::gateway_node::{GatewayNodeSpec, GatewayNodeStatus, ProxyStatus};
 
     fn gateway(expose_type: ExposeType, http: &str, https: &str) -> Gateway {
-        let proxy_config =
-            Some(ProxyConfig { replicas: 1, proxy_http_port: Some(http.to_owned()), proxy_https_port: Some(https.to_owned()) });
+        let proxy_config = Some(ProxyConfig {
+            replicas: 1,
+            proxy_http_port: Some(http.to_owned()),
+            proxy_https_port: Some(https.to_owned()),
+        });
         Gateway::new("g", GatewaySpec { expose_type, proxy_config, ..GatewaySpec::default() })
     }
 
@@ -168,11 +181,15 @@ mod tests {
     fn an_edge_counts_once_per_cloud_node_and_only_for_cloud_nodes() {
         let site = |name: &str, expose_type: ExposeType, nodes: &[&str]| {
             let mut gateway = Gateway::new(name, GatewaySpec { expose_type, ..GatewaySpec::default() });
-            let elected =
-                nodes.iter().map(|node| Endpoint { node_name: (*node).to_owned(), type_: EndpointType::Proxy, ..Endpoint::default() });
+            let elected = nodes.iter().map(|node| Endpoint {
+                node_name: (*node).to_owned(),
+                type_: EndpointType::Proxy,
+                ..Endpoint::default()
+            });
             let condition = serde_json::json!({ "type": "Elected", "status": "True", "reason": "x", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z" });
             let conditions = vec![serde_json::from_value(condition).expect("a condition")];
-            gateway.status = Some(GatewayStatus { active_endpoints: elected.collect(), conditions, ..GatewayStatus::default() });
+            gateway.status =
+                Some(GatewayStatus { active_endpoints: elected.collect(), conditions, ..GatewayStatus::default() });
             gateway
         };
         let node = |name: &str, tunnels: Vec<String>| {
@@ -181,8 +198,11 @@ mod tests {
             node.status = Some(GatewayNodeStatus { proxy, ..GatewayNodeStatus::default() });
             node
         };
-        let gateways =
-            [site("cloud", ExposeType::PublicIP, &["a", "b"]), site("x", ExposeType::Edge, &["x1"]), site("y", ExposeType::Edge, &["y1"])];
+        let gateways = [
+            site("cloud", ExposeType::PublicIP, &["a", "b"]),
+            site("x", ExposeType::Edge, &["x1"]),
+            site("y", ExposeType::Edge, &["y1"]),
+        ];
         let ready_with = |stolen: Vec<String>| {
             let both = vec!["a".to_owned(), "b".to_owned()];
             let nodes = [node("a", vec![]), node("b", vec![]), node("x1", both), node("y1", stolen)];

@@ -1,10 +1,11 @@
 //! The CRDs, written to deploy/crds by `cargo xtask crds`.
 //!
-//! The two versions of the Gateway have different schemas; the controller's webhook converts between them ([`crate::conversion`]). The
-//! manifest contains the webhook from the start, so the API server never serves v1alpha1 with conversion strategy `None`, which would drop
-//! every field that only one schema has. The manifest cannot contain the webhook's CA: the controller adds `caBundle`. No other field manager
-//! owns that field, so applying the manifest again neither removes it nor conflicts. Until `caBundle` is set, and while the webhook is
-//! unavailable, requests for v1alpha1 fail with an error that names the webhook. v1beta1 is the storage version and needs no conversion.
+//! The two versions of the Gateway have different schemas; the controller's webhook converts between them
+//! ([`crate::conversion`]). The manifest contains the webhook from the start, so the API server never serves v1alpha1
+//! with conversion strategy `None`, which would drop every field that only one schema has. The manifest cannot contain
+//! the webhook's CA: the controller adds `caBundle`. No other field manager owns that field, so applying the manifest
+//! again neither removes it nor conflicts. Until `caBundle` is set, and while the webhook is unavailable, requests for
+//! v1alpha1 fail with an error that names the webhook. v1beta1 is the storage version and needs no conversion.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::{
     CustomResourceConversion, CustomResourceDefinition, ServiceReference, WebhookClientConfig, WebhookConversion,

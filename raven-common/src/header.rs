@@ -363,7 +363,10 @@ mod tests {
         assert_eq!(header.ip.tos, 0xb9);
         assert!(u16::from_be_bytes(header.udp.source) >= 0xc000);
         assert_eq!(header.ethernet.ethertype, [0x86, 0xdd]);
-        assert_ne!(header.ethernet.source, header.ethernet.destination, "a VXLAN device drops packets from its own MAC address as a loop");
+        assert_ne!(
+            header.ethernet.source, header.ethernet.destination,
+            "a VXLAN device drops packets from its own MAC address as a loop"
+        );
     }
 
     #[test]
@@ -379,7 +382,11 @@ mod tests {
     fn fragment_has_no_tcp_offset() {
         let tcp = Ipv4 { protocol: IPPROTO_TCP, ..OverlayHeader::new([1; 4], [2; 4], 0, ETH_P_IP, 0, 0).ip };
         assert_eq!(tcp.tcp_offset(), Some(20));
-        assert_eq!(Ipv4 { fragment: [0x20, 0], ..tcp }.tcp_offset(), None, "first fragment: TCP options may be cut off");
+        assert_eq!(
+            Ipv4 { fragment: [0x20, 0], ..tcp }.tcp_offset(),
+            None,
+            "first fragment: TCP options may be cut off"
+        );
         assert_eq!(Ipv4 { fragment: [0, 1], ..tcp }.tcp_offset(), None);
     }
 

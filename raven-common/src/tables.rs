@@ -78,8 +78,8 @@ pub struct Config {
 /// `destination`. The cache makes a packet's cost independent of the number of prefixes. Another pair with the
 /// same hash overwrites the entry.
 ///
-/// `BACK4`/`BACK6` cache the opposite direction: `source` belongs to another pool, and `outer` is the node of this pool that
-/// has `destination`. They are separate maps because the checks of the two directions differ.
+/// `BACK4`/`BACK6` cache the opposite direction: `source` belongs to another pool, and `outer` is the node of this pool
+/// that has `destination`. They are separate maps because the checks of the two directions differ.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Path<A> {
@@ -239,7 +239,8 @@ pub struct KubeletNode {
 /// Minimum time between two [`DropSample`]s of one CPU in nanoseconds.
 pub const SAMPLE_PERIOD_NS: u64 = 10_000_000;
 
-const _: () = assert!(size_of::<Config>() == 32 && size_of::<Path<[u8; 4]>>() == 20 && size_of::<Path<[u8; 16]>>() == 44);
+const _: () =
+    assert!(size_of::<Config>() == 32 && size_of::<Path<[u8; 4]>>() == 20 && size_of::<Path<[u8; 16]>>() == 44);
 const _: () = assert!(size_of::<KubeletAddress>() == 8 && size_of::<KubeletNode>() == 64);
 const _: () = assert!(size_of::<Handshakes>() == 16 && size_of::<DropSample>() == 64);
 const _: () = assert!(size_of::<CounterKey>() == 8 && size_of::<Count>() == 16 && size_of::<Unwrapped>() == 8);
@@ -248,7 +249,9 @@ const _: () = assert!(size_of::<CounterKey>() == 8 && size_of::<Count>() == 16 &
 mod pod {
     use crate::generator::{Generator, Sender};
 
-    use super::{Config, Count, CounterKey, DropSample, Handshakes, KubeletAddress, KubeletNode, Local, Node, PrefixKey, Remote};
+    use super::{
+        Config, Count, CounterKey, DropSample, Handshakes, KubeletAddress, KubeletNode, Local, Node, PrefixKey, Remote,
+    };
 
     macro_rules! pod {
         ($($type:ty),*) => {$(
@@ -258,6 +261,19 @@ mod pod {
         )*};
     }
 
-    pod!(Remote, Local, Node, Config, CounterKey, Count, Handshakes, DropSample, Generator, Sender, KubeletAddress, KubeletNode);
+    pod!(
+        Remote,
+        Local,
+        Node,
+        Config,
+        CounterKey,
+        Count,
+        Handshakes,
+        DropSample,
+        Generator,
+        Sender,
+        KubeletAddress,
+        KubeletNode
+    );
     pod!(PrefixKey<[u8; 4]>, PrefixKey<[u8; 16]>);
 }

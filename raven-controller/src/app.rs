@@ -95,7 +95,8 @@ pub async fn run(config: Config, client: Client, stop: CancellationToken) -> Res
     let (elector, leadership) = Elector::new(client.clone(), &namespace, &config.lease_name, &identity);
     let writer = Writer::new(client.clone(), &identity, leadership.clone());
     let reconciler = Reconciler::new(writer, snapshots.clone(), updates_tx.clone(), leadership.clone());
-    let signer = CertificateSigner::new(client.clone(), namespace.clone(), snapshots.clone(), leadership.clone(), &identity);
+    let signer =
+        CertificateSigner::new(client.clone(), namespace.clone(), snapshots.clone(), leadership.clone(), &identity);
     let publisher = Publisher::new(client.clone(), namespace.clone(), snapshots, leadership.clone());
     tracing::info!(%identity, namespace, lease = config.lease_name, auto_gateways = config.auto_gateways, health = %config.health_probe_addr, "starting");
 
@@ -106,7 +107,10 @@ pub async fn run(config: Config, client: Client, stop: CancellationToken) -> Res
     let mut tasks = NamedTasks::default();
     if let Some((server, webhook)) = webhook {
         tasks.spawn("webhook server", server.run(stop.clone()));
-        tasks.spawn("webhook certificate", CertificateRotation::new(client.clone(), webhook, leadership, identity_tx).run());
+        tasks.spawn(
+            "webhook certificate",
+            CertificateRotation::new(client.clone(), webhook, leadership, identity_tx).run(),
+        );
     }
     tasks.spawn("health probes", health::serve(listener, ready, stop.clone()));
     tasks.spawn("cluster", cluster::run(cluster, updates, snapshots_tx));
@@ -138,7 +142,8 @@ fn webhook_config(config: &Config) -> Option<WebhookConfig> {
         );
         return None;
     };
-    let (namespace, service, url) = (config.namespace.clone(), config.webhook_service.clone(), config.webhook_url.clone());
+    let (namespace, service, url) =
+        (config.namespace.clone(), config.webhook_service.clone(), config.webhook_url.clone());
     Some(WebhookConfig { listen, namespace, service, url })
 }
 

@@ -82,7 +82,8 @@ impl Writer {
     pub(crate) async fn delete(&self, gateway: &Gateway) -> Result<(), Error> {
         self.require_leadership("delete", gateway)?;
         let (uid, resource_version) = (gateway.metadata.uid.clone(), gateway.metadata.resource_version.clone());
-        let params = DeleteParams { preconditions: Some(Preconditions { uid, resource_version }), ..Default::default() };
+        let params =
+            DeleteParams { preconditions: Some(Preconditions { uid, resource_version }), ..Default::default() };
         match self.gateways.delete(name_of(gateway), &params).await {
             Ok(_) => Ok(()),
             Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
@@ -92,7 +93,8 @@ impl Writer {
 
     /// Writes a status, unless the Gateway was changed since the decision.
     pub(crate) async fn status(&self, gateway: &Gateway, status: &GatewayStatus) -> Result<StatusWrite, Error> {
-        let patch = status_patch(gateway, status).map_err(|source| Error::Encode { name: name_of(gateway).to_owned(), source })?;
+        let patch = status_patch(gateway, status)
+            .map_err(|source| Error::Encode { name: name_of(gateway).to_owned(), source })?;
         // Forced: takes over fields of upstream's field manager after a migration.
         let params = PatchParams::apply(MANAGER_CONTROLLER).force();
         self.require_leadership("apply status of", gateway)?;
@@ -103,7 +105,8 @@ impl Writer {
         }
     }
 
-    /// Publishes an Event about a Gateway, with `cause` as the related object. A failure is logged only: the condition has the same content.
+    /// Publishes an Event about a Gateway, with `cause` as the related object. A failure is logged only: the condition
+    /// has the same content.
     pub(crate) async fn event(&self, gateway: &Gateway, change: &Change, cause: Option<&Gateway>) {
         let event = Event {
             type_: if change.warning { EventType::Warning } else { EventType::Normal },
@@ -112,8 +115,8 @@ impl Writer {
             action: "Reconcile".to_owned(),
             secondary: cause.map(|gateway| gateway.object_ref(&())),
         };
-        // A new recorder per Event: a recorder aggregates Events of the same reason and keeps the first note, so a second replacement within
-        // minutes would be published with the nodes of the first one.
+        // A new recorder per Event: a recorder aggregates Events of the same reason and keeps the first note, so a
+        // second replacement within minutes would be published with the nodes of the first one.
         let recorder = Recorder::new(self.client.clone(), self.reporter.clone());
         if let Err(e) = recorder.publish(&event, &gateway.object_ref(&())).await {
             tracing::warn!(gateway = name_of(gateway), reason = %change.reason, error = %e, "cannot publish an Event (check that RBAC allows it)");
@@ -121,12 +124,17 @@ impl Writer {
     }
 
     fn require_leadership(&self, verb: &'static str, gateway: &Gateway) -> Result<(), Error> {
-        if self.leadership.is_valid() { Ok(()) } else { Err(Error::NotLeading { verb, name: name_of(gateway).to_owned() }) }
+        if self.leadership.is_valid() {
+            Ok(())
+        } else {
+            Err(Error::NotLeading { verb, name: name_of(gateway).to_owned() })
+        }
     }
 }
 
-// Server-side apply removes fields that are no longer sent only if no other manager owns them, and upstream's manager may. Empty lists are
-// therefore sent explicitly. UID and resource version make the API server reject the write if the Gateway changed since the decision.
+// Server-side apply removes fields that are no longer sent only if no other manager owns them, and upstream's manager
+// may. Empty lists are therefore sent explicitly. UID and resource version make the API server reject the write if the
+// Gateway changed since the decision.
 fn status_patch(gateway: &Gateway, status: &GatewayStatus) -> Result<Value, serde_json::Error> {
     let mut status = serde_json::to_value(status)?;
     for list in ["nodes", "activeEndpoints", "conditions"] {
@@ -169,7 +177,8 @@ mod tests {
         let (_elector, leadership) = crate::lead::Elector::new(client.clone(), "ns", "lease", "me");
         let writer = Writer::new(client, "me", leadership);
         let gateway = Gateway::new("g", raven_api::GatewaySpec::default());
-        let refused = |result: Result<(), Error>| assert!(matches!(result, Err(Error::NotLeading { .. })), "{result:?}");
+        let refused =
+            |result: Result<(), Error>| assert!(matches!(result, Err(Error::NotLeading { .. })), "{result:?}");
         refused(writer.create(&gateway).await.map(drop));
         refused(writer.delete(&gateway).await);
         refused(writer.status(&gateway, &GatewayStatus::default()).await.map(drop));

@@ -1,6 +1,8 @@
-//! Certificate authorities of the controller, and the Secrets that store them. Used for the conversion webhook and for the proxies.
+//! Certificate authorities of the controller, and the Secrets that store them. Used for the conversion webhook and for
+//! the proxies.
 //!
-//! [`CaSecret`] loads, creates and rotates the content of a Secret; a [`CaMaterial`] defines the content and when it is due for rotation.
+//! [`CaSecret`] loads, creates and rotates the content of a Secret; a [`CaMaterial`] defines the content and when it is
+//! due for rotation.
 
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex};
@@ -84,7 +86,8 @@ pub(crate) enum Rotation<M> {
     Conflict,
 }
 
-/// A Secret that stores a CA. The manifests contain it empty, because RBAC cannot restrict the creation of Secrets to a name.
+/// A Secret that stores a CA. The manifests contain it empty, because RBAC cannot restrict the creation of Secrets to a
+/// name.
 #[derive(Clone)]
 pub(crate) struct CaSecret {
     secrets: Api<Secret>,
@@ -109,7 +112,8 @@ impl CaSecret {
         watch_one("Secret", self.secrets.clone(), &self.name)
     }
 
-    /// Reads the material of `secret`, and stores new material if `next` returns some. Unreadable material counts as absent.
+    /// Reads the material of `secret`, and stores new material if `next` returns some. Unreadable material counts as
+    /// absent.
     pub(crate) async fn rotate<M: CaMaterial>(
         &self,
         mut secret: Secret,
@@ -122,7 +126,8 @@ impl CaSecret {
             (None, Some(present)) => return Ok(Rotation::Unchanged(present)),
             (None, None) => return Ok(Rotation::Conflict),
         };
-        let json = serde_json::to_string(&material).map_err(|source| Error::Encode { name: self.name.clone(), source })?;
+        let json =
+            serde_json::to_string(&material).map_err(|source| Error::Encode { name: self.name.clone(), source })?;
         let entries = material.public_entries().into_iter().chain([(M::KEY, json)]);
         secret.data = Some(entries.map(|(key, text)| (key.to_owned(), ByteString(text.into_bytes()))).collect());
         let params = PostParams { field_manager: Some(MANAGER_CONTROLLER.to_owned()), ..PostParams::default() };
@@ -210,7 +215,8 @@ pub(crate) fn is_due(not_after: Timestamp, life: SignedDuration, now: Timestamp)
     not_after.duration_since(now) < life / 3
 }
 
-/// Returns the end of a validity that starts now, rounded down to a whole day: without the `time` crate, rcgen accepts dates only.
+/// Returns the end of a validity that starts now, rounded down to a whole day: without the `time` crate, rcgen accepts
+/// dates only.
 pub(crate) fn end(now: Timestamp, life: SignedDuration) -> Timestamp {
     let seconds = (now + life).as_second();
     Timestamp::from_second(seconds - seconds.rem_euclid(DAY.as_secs())).unwrap_or(now)

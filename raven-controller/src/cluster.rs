@@ -1,7 +1,8 @@
 //! State of the cluster, maintained from watches and shared by both halves of the controller.
 //!
-//! [`Cluster`] absorbs [`Update`]s and stores validated facts. [`run`] is the task that owns it and publishes a [`Snapshot`] after each change.
-//! An update that changes no fact, such as a Node's heartbeat, publishes nothing and therefore wakes no consumer.
+//! [`Cluster`] absorbs [`Update`]s and stores validated facts. [`run`] is the task that owns it and publishes a
+//! [`Snapshot`] after each change. An update that changes no fact, such as a Node's heartbeat, publishes nothing and
+//! therefore wakes no consumer.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -22,7 +23,8 @@ use raven_api::{Gateway, Guarded};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::gateway::facts::{
-    BalancerFacts, BlockFacts, GatewayFacts, GatewayName, LinkFacts, LinkReports, NodeFacts, NodeName, PoolFacts, Switches, parse_prefix,
+    BalancerFacts, BlockFacts, GatewayFacts, GatewayName, LinkFacts, LinkReports, NodeFacts, NodeName, PoolFacts,
+    Switches, parse_prefix,
 };
 use crate::gateway::inputs::Inputs;
 use crate::gateway::links::Quarantine;
@@ -32,11 +34,15 @@ const BATCH: usize = 1024;
 
 /// An event of a watch, or a result of the controller's own writes.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "nearly all updates are Nodes, the largest variant; boxes would cost more than they save")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all updates are Nodes, the largest variant; boxes would cost more than they save"
+)]
 pub(crate) enum Update {
     /// Event of the watch of Gateways.
     Gateway(Event<Gateway>),
-    /// Gateways as returned by the controller's own writes; the sender is notified once they are in the published snapshot.
+    /// Gateways as returned by the controller's own writes; the sender is notified once they are in the published
+    /// snapshot.
     Written(Vec<Gateway>, oneshot::Sender<()>),
     /// Event of the watch of Nodes.
     Node(Event<Guarded<Node>>),
@@ -72,7 +78,8 @@ pub(crate) enum Update {
     SwitchesUnavailable,
 }
 
-/// A GatewayNode in two representations. The link reports are read leniently, everything else only if the complete object is readable.
+/// A GatewayNode in two representations. The link reports are read leniently, everything else only if the complete
+/// object is readable.
 #[derive(Clone, Debug)]
 pub(crate) struct ObservedGatewayNode {
     /// Name of the object and of its node.
@@ -125,7 +132,8 @@ impl<K: Ord + Clone, V: PartialEq> Cache<K, V> {
         Self { facts: Facts::default(), listing: BTreeMap::new(), complete: false, listed: false }
     }
 
-    // `parse` returns no facts for an object that does not count. Returns true if the facts or their completeness changed.
+    // `parse` returns no facts for an object that does not count. Returns true if the facts or their completeness
+    // changed.
     fn absorb<T>(&mut self, event: Event<T>, parse: impl Fn(T) -> (K, Option<V>)) -> bool {
         match event {
             Event::Init => {
@@ -247,28 +255,32 @@ impl Cluster {
             Update::GatewayNodesUnavailable => self.links.clear(),
             Update::Pool(event) => self.pools.absorb(event, |pool| parse_guarded(pool, |pool| Some(parse_pool(&pool)))),
             Update::PoolsAbsent => self.pools.clear(),
-            Update::Block(event) => {
-                self.blocks.absorb(event, |block| parse_guarded(block, |block| block.data.get("spec").and_then(BlockFacts::parse)))
-            }
+            Update::Block(event) => self.blocks.absorb(event, |block| {
+                parse_guarded(block, |block| block.data.get("spec").and_then(BlockFacts::parse))
+            }),
             Update::BlocksAbsent => self.blocks.clear(),
-            // Known facts stay valid while a kind is unavailable: protected prefixes must not become claimable because of an outage.
+            // Known facts stay valid while a kind is unavailable: protected prefixes must not become claimable because
+            // of an outage.
             Update::ServiceCidr(event) => self.service_cidrs.absorb(event, parse_service_cidr),
             Update::ServiceCidrsUnavailable => self.service_cidrs.assume_complete(),
             Update::ApiServer(event) => self.api_servers.absorb(event, parse_api_server),
             Update::ApiServerUnavailable => self.api_servers.assume_complete(),
-            Update::Balancer(event) => self.balancers.absorb(event, |service| (service.name_any(), BalancerFacts::parse(&service))),
+            Update::Balancer(event) => {
+                self.balancers.absorb(event, |service| (service.name_any(), BalancerFacts::parse(&service)))
+            }
             Update::BalancersUnavailable => self.balancers.assume_complete(),
             Update::InternalService(event) => self.internal_service.absorb(event, parse_internal_service),
-            Update::Switches(event) => {
-                self.switches.absorb(event, |map| (map.name_any(), Some(Switches::parse(&map.data.unwrap_or_default()))))
-            }
+            Update::Switches(event) => self
+                .switches
+                .absorb(event, |map| (map.name_any(), Some(Switches::parse(&map.data.unwrap_or_default())))),
             Update::SwitchesUnavailable => self.switches.assume_complete(),
         };
         self.revision += u64::from(changed);
         changed
     }
 
-    // A watch event may be older than the result of an own write, and must not undo it: the next election would not see the elected nodes.
+    // A watch event may be older than the result of an own write, and must not undo it: the next election would not see
+    // the elected nodes.
     fn absorb_gateway(&mut self, gateway: Gateway) -> bool {
         let (name, facts) = parse_gateway(gateway);
         if let (Some(known), Some(facts)) = (self.gateways.facts.get(&name), &facts)
@@ -290,14 +302,30 @@ impl Cluster {
     /// Returns the present state. Cheap: facts are shared.
     pub(crate) fn snapshot(&self) -> Snapshot {
         let Self {
-            gateways, nodes, pools, switches, blocks, balancers, links, proxies, internal_service, service_cidrs, api_servers, ..
+            gateways,
+            nodes,
+            pools,
+            switches,
+            blocks,
+            balancers,
+            links,
+            proxies,
+            internal_service,
+            service_cidrs,
+            api_servers,
+            ..
         } = self;
         let common = gateways.complete && nodes.complete && switches.complete;
-        let optional = pools.complete && blocks.complete && balancers.complete && service_cidrs.complete && api_servers.complete;
+        let optional =
+            pools.complete && blocks.complete && balancers.complete && service_cidrs.complete && api_servers.complete;
         Snapshot {
             revision: self.revision,
             complete: common && links.complete && optional,
-            proxies_complete: gateways.listed && nodes.listed && switches.listed && proxies.listed && internal_service.listed,
+            proxies_complete: gateways.listed
+                && nodes.listed
+                && switches.listed
+                && proxies.listed
+                && internal_service.listed,
             gateways: gateways.facts.clone(),
             nodes: nodes.facts.clone(),
             pools: pools.facts.clone(),
@@ -307,7 +335,13 @@ impl Cluster {
             quarantine: self.quarantine.clone(),
             proxies: proxies.facts.clone(),
             internal_service: internal_service.facts.values().flat_map(|list| list.iter()).copied().collect(),
-            service_cidrs: service_cidrs.facts.values().flat_map(|list| list.iter()).chain(&self.settings.service_cidrs).copied().collect(),
+            service_cidrs: service_cidrs
+                .facts
+                .values()
+                .flat_map(|list| list.iter())
+                .chain(&self.settings.service_cidrs)
+                .copied()
+                .collect(),
             api_servers: api_servers.facts.values().flat_map(|list| list.iter()).copied().collect(),
             switches: switches.facts.values().next().map(|s| **s).unwrap_or_default(),
             rules: self.settings.rules,
@@ -393,8 +427,13 @@ impl Snapshot {
     }
 }
 
-/// Absorbs updates and publishes a snapshot after each batch that changed a fact. Ends when all senders of updates are dropped.
-pub(crate) async fn run(mut cluster: Cluster, mut updates: mpsc::Receiver<Update>, snapshots: watch::Sender<Arc<Snapshot>>) {
+/// Absorbs updates and publishes a snapshot after each batch that changed a fact. Ends when all senders of updates are
+/// dropped.
+pub(crate) async fn run(
+    mut cluster: Cluster,
+    mut updates: mpsc::Receiver<Update>,
+    snapshots: watch::Sender<Arc<Snapshot>>,
+) {
     let mut batch = Vec::with_capacity(BATCH);
     while updates.recv_many(&mut batch, BATCH).await > 0 {
         let (mut changed, mut waiting) = (false, Vec::new());
@@ -425,7 +464,10 @@ fn parse_gateway(mut gateway: Gateway) -> (GatewayName, Option<GatewayFacts>) {
 }
 
 // An unreadable object yields no facts.
-fn parse_guarded<K: Resource, N: for<'a> From<&'a str>, V>(object: Guarded<K>, parse: impl Fn(K) -> Option<V>) -> (N, Option<V>) {
+fn parse_guarded<K: Resource, N: for<'a> From<&'a str>, V>(
+    object: Guarded<K>,
+    parse: impl Fn(K) -> Option<V>,
+) -> (N, Option<V>) {
     (object.name_any().as_str().into(), object.0.ok().and_then(parse))
 }
 
@@ -433,7 +475,9 @@ fn parse_pool(pool: &DynamicObject) -> PoolFacts {
     let name = pool.name_any();
     let part = |key: &str| pool.data.get(key).cloned().unwrap_or_default();
     let spec = serde_json::from_value::<NodePoolSpec>(part("spec"))
-        .inspect_err(|e| tracing::warn!(pool = %name, error = %e, "cannot parse NodePool spec; treating it as an edge pool"))
+        .inspect_err(
+            |e| tracing::warn!(pool = %name, error = %e, "cannot parse NodePool spec; treating it as an edge pool"),
+        )
         .unwrap_or_default();
     // Without a status, nodes are assigned by their labels.
     let status = serde_json::from_value::<NodePoolStatus>(part("status")).ok();
@@ -473,7 +517,8 @@ mod tests {
     }
 
     fn gateway(name: &str, version: &str) -> Gateway {
-        let metadata = ObjectMeta { name: Some(name.into()), resource_version: Some(version.into()), ..Default::default() };
+        let metadata =
+            ObjectMeta { name: Some(name.into()), resource_version: Some(version.into()), ..Default::default() };
         Gateway { metadata, spec: GatewaySpec::default(), status: None }
     }
 
@@ -511,7 +556,8 @@ mod tests {
     #[test]
     fn heartbeat_changes_no_fact() {
         let mut cluster = cluster();
-        let mut node = Node { metadata: ObjectMeta { name: Some("n".into()), ..Default::default() }, ..Default::default() };
+        let mut node =
+            Node { metadata: ObjectMeta { name: Some("n".into()), ..Default::default() }, ..Default::default() };
         assert!(cluster.absorb(Update::Node(Event::Apply(Guarded(Ok(node.clone()))))));
         node.metadata.resource_version = Some("77".into());
         assert!(!cluster.absorb(Update::Node(Event::Apply(Guarded(Ok(node))))));
@@ -555,13 +601,18 @@ mod tests {
 
     #[test]
     fn protected_prefixes_stay_while_they_are_unavailable() {
-        let mut cluster = Cluster::new(DecisionSettings { rules: true, service_cidrs: vec!["10.97.0.0/16".parse().expect("a prefix")] });
+        let mut cluster = Cluster::new(DecisionSettings {
+            rules: true,
+            service_cidrs: vec!["10.97.0.0/16".parse().expect("a prefix")],
+        });
         let range = serde_json::from_value(
             serde_json::json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16", "fd00:96::/112"]}}),
         );
         assert!(cluster.absorb(Update::ServiceCidr(Event::Apply(range.expect("a ServiceCIDR")))));
         cluster.absorb(Update::ServiceCidr(Event::InitDone));
-        let known = |cluster: &Cluster| cluster.snapshot().inputs().services.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let known = |cluster: &Cluster| {
+            cluster.snapshot().inputs().services.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
         cluster.absorb(Update::ServiceCidr(Event::Init));
         assert!(!cluster.absorb(Update::ServiceCidrsUnavailable));
         assert_eq!(known(&cluster), ["10.97.0.0/16"]);

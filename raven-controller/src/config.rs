@@ -29,10 +29,12 @@ pub struct Config {
     /// Create Gateways by the three pool rules for nodes that no Gateway claims.
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
     pub auto_gateways: bool,
-    /// Protect these ranges of Service addresses, in addition to ServiceCIDR objects (Kubernetes 1.33 and later); repeatable or comma-separated.
+    /// Protect these ranges of Service addresses, in addition to ServiceCIDR objects (Kubernetes 1.33 and later);
+    /// repeatable or comma-separated.
     #[arg(long, value_name = "PREFIX", value_delimiter = ',')]
     pub service_cidr: Vec<IpNet>,
-    /// Serve the conversion webhook for Gateways of v1alpha1 at this address; `:PORT` means all addresses, `off` disables it.
+    /// Serve the conversion webhook for Gateways of v1alpha1 at this address; `:PORT` means all addresses, `off`
+    /// disables it.
     #[arg(long, default_value = ":9443", value_parser = parse_listen_or_off, value_name = "ADDRESS")]
     pub webhook_bind_addr: Listen,
     /// Name the webhook's Service, and the Secret with its certificate, in the controller's namespace.
@@ -104,7 +106,8 @@ mod tests {
 
     #[test]
     fn webhook_has_an_address_and_a_valid_url_or_is_off() {
-        let parse = |args: &[&str]| Config::try_parse_from([&["raven-controller"], args].concat()).map_err(|e| e.to_string());
+        let parse =
+            |args: &[&str]| Config::try_parse_from([&["raven-controller"], args].concat()).map_err(|e| e.to_string());
         assert_eq!(parse(&["--webhook-bind-addr=off"]).map(|c| c.webhook_bind_addr), Ok(Listen::Off));
         let url = |text: &str| parse(&[&format!("--webhook-url={text}")]).map(|c| c.webhook_url.map(|u| u.to_string()));
         assert_eq!(url("https://10.0.0.5:9443"), Ok(Some("https://10.0.0.5:9443/".to_owned())));
@@ -115,7 +118,8 @@ mod tests {
 
     #[test]
     fn pool_rules_can_be_turned_off() {
-        let config = Config::try_parse_from(["raven-controller", "--auto-gateways=false"]).expect("a valid command line");
+        let config =
+            Config::try_parse_from(["raven-controller", "--auto-gateways=false"]).expect("a valid command line");
         assert!(!config.auto_gateways);
         assert!(Config::try_parse_from(["raven-controller"]).expect("all have defaults").auto_gateways);
     }

@@ -39,7 +39,8 @@ impl FakeApi {
         Self { client: Client::try_from(Config::new(uri)).expect("a client"), requests }
     }
 
-    /// Returns the requests since the last call, such as `PATCH /api/v1/namespaces/kube-system/services/a`. Watches are not recorded.
+    /// Returns the requests since the last call, such as `PATCH /api/v1/namespaces/kube-system/services/a`. Watches are
+    /// not recorded.
     pub(crate) fn take_requests(&self) -> Vec<String> {
         std::mem::take(&mut *self.requests.lock().expect("no test holds it"))
     }
@@ -59,7 +60,12 @@ async fn handle(
         Ok(json) => (200, json),
         Err(code) => {
             let reason = if code == 404 { "NotFound" } else { "Forbidden" };
-            (code, format!(r#"{{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"{reason}","message":"no","code":{code}}}"#))
+            (
+                code,
+                format!(
+                    r#"{{"kind":"Status","apiVersion":"v1","status":"Failure","reason":"{reason}","message":"no","code":{code}}}"#
+                ),
+            )
         }
     };
     requests.lock().expect("no test holds it").push(what);

@@ -1,12 +1,12 @@
 //! Decides the desired state of all Gateways: one pure function, [`decide`].
 //!
-//! Input: [`Inputs`], validated facts of the cluster. Output: [`Decisions`], a status per Gateway, and Gateways to create and to delete.
-//! There is no clock, no I/O and no stored state: the same inputs yield the same decisions. Previous elections are read from the status of
-//! each Gateway.
+//! Input: [`Inputs`], validated facts of the cluster. Output: [`Decisions`], a status per Gateway, and Gateways to
+//! create and to delete. There is no clock, no I/O and no stored state: the same inputs yield the same decisions.
+//! Previous elections are read from the status of each Gateway.
 //!
-//! Modules in the order of the computation: [`membership`] and [`rules`] assign nodes to Gateways, [`elect`] elects gateway nodes (using
-//! [`links`] to replace nodes that are cut off), [`prefixes`] assigns prefixes (using [`claims`] and [`protected`]), [`status`] computes the
-//! conditions, and [`events`] derives Events from the new status.
+//! Modules in the order of the computation: [`membership`] and [`rules`] assign nodes to Gateways, [`elect`] elects
+//! gateway nodes (using [`links`] to replace nodes that are cut off), [`prefixes`] assigns prefixes (using [`claims`]
+//! and [`protected`]), [`status`] computes the conditions, and [`events`] derives Events from the new status.
 
 pub(crate) mod claims;
 pub(crate) mod elect;
@@ -48,7 +48,8 @@ pub(crate) struct Decisions {
     pub(crate) strays: Vec<String>,
 }
 
-/// Computes the desired state of all Gateways. Ownership of nodes and prefixes depends on all Gateways, so they are decided together.
+/// Computes the desired state of all Gateways. Ownership of nodes and prefixes depends on all Gateways, so they are
+/// decided together.
 pub(crate) fn decide(inputs: &Inputs) -> Decisions {
     let (mut membership, free) = membership::resolve(inputs);
     if inputs.rules {
@@ -61,7 +62,8 @@ pub(crate) fn decide(inputs: &Inputs) -> Decisions {
     prefixes::assign(inputs, &mut drafts);
 
     let cluster = ClusterView::of(inputs, &drafts);
-    let gateways = drafts.into_iter().map(|draft| (draft.gateway.name.clone(), draft.finish(&cluster, inputs.switches))).collect();
+    let gateways =
+        drafts.into_iter().map(|draft| (draft.gateway.name.clone(), draft.finish(&cluster, inputs.switches))).collect();
     Decisions { gateways, create: membership.create, delete: membership.delete, strays: membership.strays }
 }
 

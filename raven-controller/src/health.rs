@@ -20,7 +20,9 @@ use crate::webhook::serve::ServingIdentity;
 
 /// The port cannot be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {address} for health probes: {source} (another process may use the port; see --health-probe-addr)")]
+#[error(
+    "cannot listen on {address} for health probes: {source} (another process may use the port; see --health-probe-addr)"
+)]
 pub struct Error {
     /// Address to listen on.
     pub address: SocketAddr,
@@ -73,7 +75,8 @@ pub(crate) async fn serve(listener: TcpListener, ready: Ready, stop: Cancellatio
         };
         let (ready, stop) = (ready.clone(), stop.clone());
         tokio::spawn(async move {
-            let service = service_fn(move |request| std::future::ready(Ok::<_, Infallible>(answer(&request, ready.missing()))));
+            let service =
+                service_fn(move |request| std::future::ready(Ok::<_, Infallible>(answer(&request, ready.missing()))));
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(Duration::from_secs(10))

@@ -1,8 +1,9 @@
 //! Leader election among the replicas, by a Lease (`coordination.k8s.io`).
 //!
-//! [`Elector`] maintains a [`Leadership`]: whether this replica leads, and until when. [`next_step`] is the pure decision. The Lease is written with
-//! its resource version, so of two concurrent attempts one fails. Clocks of different hosts are never compared: a Lease counts as expired when
-//! this replica has observed it unchanged for its whole duration (as client-go does).
+//! [`Elector`] maintains a [`Leadership`]: whether this replica leads, and until when. [`next_step`] is the pure
+//! decision. The Lease is written with its resource version, so of two concurrent attempts one fails. Clocks of
+//! different hosts are never compared: a Lease counts as expired when this replica has observed it unchanged for its
+//! whole duration (as client-go does).
 
 use std::time::Duration;
 
@@ -110,10 +111,11 @@ pub(crate) fn claimed(spec: &LeaseSpec, me: &str, step: Step, now: Timestamp) ->
 
 /// The state of this replica's leadership. Writers check it before each write.
 ///
-/// A suspended process (SIGSTOP, a paused container) may resume after its Lease expired, and a pending write would precede the next attempt of the
-/// elector. The leadership therefore has an end, which writers compare with the clock. If the process is suspended between that check and the
-/// write, the resource version protects: the API server rejects the write if the object changed since the decision. The clock is CLOCK_MONOTONIC,
-/// which advances while a process is suspended, but not while the whole machine is; then only the resource versions protect.
+/// A suspended process (SIGSTOP, a paused container) may resume after its Lease expired, and a pending write would
+/// precede the next attempt of the elector. The leadership therefore has an end, which writers compare with the clock.
+/// If the process is suspended between that check and the write, the resource version protects: the API server rejects
+/// the write if the object changed since the decision. The clock is CLOCK_MONOTONIC, which advances while a process is
+/// suspended, but not while the whole machine is; then only the resource versions protect.
 #[derive(Clone, Debug)]
 pub(crate) struct Leadership {
     /// True if this replica leads according to its last attempt.
@@ -145,11 +147,13 @@ impl Elector {
         let (leads, leads_receiver) = watch::channel(false);
         let (until, until_receiver) = watch::channel(None);
         let api = Api::namespaced(client, namespace);
-        let elector = Self { api, name: name.to_owned(), me: me.to_owned(), leads, until, observed: None, renewed: None };
+        let elector =
+            Self { api, name: name.to_owned(), me: me.to_owned(), leads, until, observed: None, renewed: None };
         (elector, Leadership { leads: leads_receiver, until: until_receiver })
     }
 
-    /// Takes part until `stop` is cancelled, then releases the Lease, so that the next leader need not wait until it expires.
+    /// Takes part until `stop` is cancelled, then releases the Lease, so that the next leader need not wait until it
+    /// expires.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         loop {
             // The deadline also bounds a hanging attempt: a leader must detect in time that it no longer leads.
@@ -195,7 +199,8 @@ impl Elector {
 
     async fn create(&self) -> Result<bool, Error> {
         let spec = claimed(&LeaseSpec::default(), &self.me, Step::Take, Timestamp::now());
-        let lease = Lease { metadata: ObjectMeta { name: Some(self.name.clone()), ..Default::default() }, spec: Some(spec) };
+        let lease =
+            Lease { metadata: ObjectMeta { name: Some(self.name.clone()), ..Default::default() }, spec: Some(spec) };
         match self.api.create(&PostParams::default(), &lease).await {
             Ok(_) => Ok(true),
             Err(kube::Error::Api(status)) if status.is_already_exists() || status.is_conflict() => Ok(false),
@@ -203,7 +208,8 @@ impl Elector {
         }
     }
 
-    // Time counts from the start of the attempt: the API server may have renewed the Lease then, and other replicas count from that time.
+    // Time counts from the start of the attempt: the API server may have renewed the Lease then, and other replicas
+    // count from that time.
     fn account(&mut self, outcome: Result<bool, Error>, started: Instant) {
         let leads = match outcome {
             Ok(true) => {
@@ -250,7 +256,7 @@ impl Elector {
         match timeout(RETRY, released).await {
             Ok(Ok(())) => tracing::info!("released the Lease"),
             Ok(Err(e)) => {
-                tracing::warn!(error = %e, "cannot release the Lease; the next leader waits until it expires")
+                tracing::warn!(error = %e, "cannot release the Lease; the next leader waits until it expires");
             }
             Err(_) => tracing::warn!("cannot release the Lease in time; the next leader waits until it expires"),
         }

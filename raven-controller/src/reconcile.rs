@@ -68,7 +68,8 @@ impl Reconciler {
                     if changed.is_err() {
                         return;
                     }
-                    // Own writes do not advance the revision and need no run; a failed run is repeated after its backoff.
+                    // Own writes do not advance the revision and need no run; a failed run is repeated after its
+                    // backoff.
                     let latest = self.snapshots.borrow_and_update().revision;
                     if latest != revision {
                         revision = latest;
@@ -88,8 +89,8 @@ impl Reconciler {
                     if failed == 0 {
                         delays = backoff();
                     }
-                    // The response to a write may contain a concurrent change (for example of the spec). The watch then reports no difference, so
-                    // another run is needed.
+                    // The response to a write may contain a concurrent change (for example of the spec). The watch then
+                    // reports no difference, so another run is needed.
                     due = match (written, failed) {
                         (0, 0) => None,
                         (_, 0) => earlier(None, COALESCE),
@@ -101,8 +102,8 @@ impl Reconciler {
         }
     }
 
-    // A run ends early if this replica loses the Lease or the process stops. A write in progress either takes effect or not; the next leader
-    // observes which.
+    // A run ends early if this replica loses the Lease or the process stops. A write in progress either takes effect or
+    // not; the next leader observes which.
     async fn reconcile_while_leading(&mut self, stop: &CancellationToken) -> Tally {
         let mut leads = self.leadership.leads.clone();
         tokio::select! {

@@ -1,4 +1,5 @@
-//! Watches of the API server. Each task sends [`Update`]s to [`cluster::run`](crate::cluster::run); each kind is watched once for both halves.
+//! Watches of the API server. Each task sends [`Update`]s to [`cluster::run`](crate::cluster::run); each kind is
+//! watched once for both halves.
 
 use std::fmt::Debug;
 use std::pin::pin;
@@ -61,12 +62,16 @@ static BLOCKS: OptionalKind = OptionalKind {
 
 // An upgrade of the API server adds ServiceCIDRs, which is rare.
 const SERVICE_CIDR_RETRY: Duration = Duration::from_secs(600);
-// Number of consecutive 403 and 404 responses after which a kind counts as unavailable. A starting API server, or one without Raven's RBAC
-// yet, refuses for a moment, and decisions without the missing facts would be wrong.
+// Number of consecutive 403 and 404 responses after which a kind counts as unavailable. A starting API server, or one
+// without Raven's RBAC yet, refuses for a moment, and decisions without the missing facts would be wrong.
 const REFUSALS: u32 = 3;
 
 /// Returns the tasks of all watches, with a name for each. They end only when the receiver of the updates is dropped.
-pub(crate) fn tasks(client: &Client, namespace: &str, updates: &mpsc::Sender<Update>) -> Vec<(&'static str, BoxFuture<'static, ()>)> {
+pub(crate) fn tasks(
+    client: &Client,
+    namespace: &str,
+    updates: &mpsc::Sender<Update>,
+) -> Vec<(&'static str, BoxFuture<'static, ()>)> {
     let all = watcher::Config::default;
     let named = |name: &str| watcher::Config::default().fields(&format!("metadata.name={name}"));
     let (client, send) = (|| client.clone(), || updates.clone());
@@ -75,8 +80,8 @@ pub(crate) fn tasks(client: &Client, namespace: &str, updates: &mpsc::Sender<Upd
     let nodes = guarded("Node", Api::<Guarded<Node>>::all(client()), all());
     let config_maps = Api::<ConfigMap>::namespaced(client(), namespace);
     let switches = events(config_maps, named(SWITCHES_CONFIG_MAP));
-    // Two watches of Services with different selectors. Upstream's load balancers lack the label of the controller, so one selector cannot
-    // match both kinds of Services.
+    // Two watches of Services with different selectors. Upstream's load balancers lack the label of the controller, so
+    // one selector cannot match both kinds of Services.
     let balancers = events(services(), watcher::Config::default().labels(LABEL_GATEWAY_TYPE));
     let internal_service = events(services(), named(INTERNAL_SERVICE));
     let slices = Api::<EndpointSlice>::namespaced(client(), API_SERVER_NAMESPACE);
@@ -90,13 +95,27 @@ pub(crate) fn tasks(client: &Client, namespace: &str, updates: &mpsc::Sender<Upd
         ),
         (
             "watch of GatewayNodes",
-            follow("GatewayNode", gateway_nodes(client()), send(), Update::GatewayNode, Some(|| Update::GatewayNodesUnavailable)).boxed(),
+            follow(
+                "GatewayNode",
+                gateway_nodes(client()),
+                send(),
+                Update::GatewayNode,
+                Some(|| Update::GatewayNodesUnavailable),
+            )
+            .boxed(),
         ),
-        ("watch of load balancers", follow("Service", balancers, send(), Update::Balancer, Some(|| Update::BalancersUnavailable)).boxed()),
-        ("watch of the internal Service", follow("Service", internal_service, send(), Update::InternalService, None).boxed()),
+        (
+            "watch of load balancers",
+            follow("Service", balancers, send(), Update::Balancer, Some(|| Update::BalancersUnavailable)).boxed(),
+        ),
+        (
+            "watch of the internal Service",
+            follow("Service", internal_service, send(), Update::InternalService, None).boxed(),
+        ),
         (
             "watch of the API server's addresses",
-            follow("EndpointSlice", api_servers, send(), Update::ApiServer, Some(|| Update::ApiServerUnavailable)).boxed(),
+            follow("EndpointSlice", api_servers, send(), Update::ApiServer, Some(|| Update::ApiServerUnavailable))
+                .boxed(),
         ),
         ("watch of ServiceCIDRs", follow_service_cidrs(client(), send()).boxed()),
         ("watch of BlockAffinities", follow_optional(client(), &BLOCKS, send()).boxed()),
@@ -104,7 +123,8 @@ pub(crate) fn tasks(client: &Client, namespace: &str, updates: &mpsc::Sender<Upd
     ]
 }
 
-/// Watches objects that users and controllers write. They are readable, unless there is a defect; the watch then fails until it is fixed.
+/// Watches objects that users and controllers write. They are readable, unless there is a defect; the watch then fails
+/// until it is fixed.
 fn events<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Result<Event<K>>> + Send + use<K>
 where
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
@@ -112,7 +132,8 @@ where
     watcher(api, config).default_backoff()
 }
 
-/// Watches objects that a node writes about itself (agent, kubelet, CNI). An unreadable object is logged once and counts as absent.
+/// Watches objects that a node writes about itself (agent, kubelet, CNI). An unreadable object is logged once and
+/// counts as absent.
 pub(crate) fn guarded<K>(
     kind: &'static str,
     api: Api<Guarded<K>>,
@@ -132,7 +153,12 @@ where
 fn log_unreadable<K: Resource>(log: &mut UnreadableLog, object: &Guarded<K>) {
     if let Some(error) = log.first_failure(object) {
         let name = object.name_any();
-        tracing::warn!(kind = log.kind(), name, error, "object is unreadable and is ignored; inspect the node that wrote it");
+        tracing::warn!(
+            kind = log.kind(),
+            name,
+            error,
+            "object is unreadable and is ignored; inspect the node that wrote it"
+        );
     }
 }
 
@@ -212,7 +238,8 @@ async fn follow_service_cidrs(client: Client, updates: mpsc::Sender<Update>) {
     follow("ServiceCIDR", ranges, updates, Update::ServiceCidr, Some(|| Update::ServiceCidrsUnavailable)).await;
 }
 
-/// Watches all objects of a kind while its CRD is installed. Follows the installation, the removal and the served versions of the CRD.
+/// Watches all objects of a kind while its CRD is installed. Follows the installation, the removal and the served
+/// versions of the CRD.
 async fn follow_optional(client: Client, optional: &'static OptionalKind, updates: mpsc::Sender<Update>) {
     let only = watcher::Config::default().fields(&format!("metadata.name={}", optional.crd));
     let mut crds = pin!(watcher(Api::<CustomResourceDefinition>::all(client.clone()), only).default_backoff());
@@ -260,7 +287,10 @@ impl Installed {
     }
 
     // Returns the new state if it changed.
-    fn absorb(&mut self, event: Result<Event<CustomResourceDefinition>, watcher::Error>) -> Option<Option<&'static str>> {
+    fn absorb(
+        &mut self,
+        event: Result<Event<CustomResourceDefinition>, watcher::Error>,
+    ) -> Option<Option<&'static str>> {
         let now = match event {
             Ok(Event::Init) => {
                 self.listed = None;
@@ -275,8 +305,8 @@ impl Installed {
             Ok(Event::Delete(_)) => None,
             Err(e) => {
                 tracing::warn!(crd = self.optional.crd, error = %e, "cannot watch the CRD; retrying (check that RBAC allows list and watch)");
-                // Only 403 counts as absent, and only if nothing is known yet: dropping all NodePools because of an outage would dissolve all
-                // pools.
+                // Only 403 counts as absent, and only if nothing is known yet: dropping all NodePools because of an
+                // outage would dissolve all pools.
                 if self.version.is_some() || !is_forbidden(&e) {
                     return None;
                 }
@@ -328,7 +358,8 @@ mod tests {
         let versions: Vec<_> = ["v1alpha1", "v1beta1", "v1beta2"]
             .map(|v| serde_json::json!({"name": v, "served": served.contains(&v), "storage": v == "v1beta1"}))
             .into();
-        let conditions = serde_json::json!([{"type": "Established", "status": if established { "True" } else { "False" }}]);
+        let conditions =
+            serde_json::json!([{"type": "Established", "status": if established { "True" } else { "False" }}]);
         serde_json::from_value(serde_json::json!({
             "metadata": {"name": NODE_POOLS.crd},
             "spec": {
@@ -393,7 +424,8 @@ mod tests {
             tokio::spawn(task);
         }
         tokio::spawn(cluster::run(cluster, updates, snapshots_tx));
-        let listed = tokio::time::timeout(Duration::from_secs(10), snapshots.wait_for(|snapshot| snapshot.proxies_complete));
+        let listed =
+            tokio::time::timeout(Duration::from_secs(10), snapshots.wait_for(|snapshot| snapshot.proxies_complete));
         let snapshot = listed.await.expect("everything is listed").expect("the task runs").clone();
         let names: Vec<String> = snapshot.gateway_nodes().into_iter().filter_map(|node| node.metadata.name).collect();
         assert_eq!(names, ["good"]);

@@ -38,7 +38,7 @@ pub fn set_tunnel_key(skb: &Skb, to: [u8; 4], traffic_class: u8) -> Result<(), (
     key.tunnel_ttl = 64;
     let flags = (BPF_F_ZERO_CSUM_TX | BPF_F_DONT_FRAGMENT) as u64;
     // SAFETY: `key` outlives the call and is at least TUNNEL_KEY_LEN bytes, all of them initialised.
-    match unsafe { bpf_skb_set_tunnel_key(skb.raw(), &mut key, TUNNEL_KEY_LEN, flags) } {
+    match unsafe { bpf_skb_set_tunnel_key(skb.raw(), &raw mut key, TUNNEL_KEY_LEN, flags) } {
         0 => Ok(()),
         _ => Err(()),
     }
@@ -59,7 +59,7 @@ pub fn tunnel_key(skb: &Skb) -> Option<Outer> {
     // SAFETY: as in `set_tunnel_key`.
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     // SAFETY: `key` outlives the call and has at least TUNNEL_KEY_LEN bytes.
-    if unsafe { bpf_skb_get_tunnel_key(skb.raw(), &mut key, TUNNEL_KEY_LEN, 0) } != 0 {
+    if unsafe { bpf_skb_get_tunnel_key(skb.raw(), &raw mut key, TUNNEL_KEY_LEN, 0) } != 0 {
         return None;
     }
     // SAFETY: without BPF_F_TUNINFO_IPV6 the kernel fills the IPv4 member or returns an error.

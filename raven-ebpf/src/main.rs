@@ -12,6 +12,7 @@
     clippy::needless_borrows_for_generic_args,
     reason = "a key passed by value is copied to the 512-byte stack once more (aya #1626)"
 )]
+#![allow(unreachable_pub, missing_docs, reason = "a program has no users; entry points are exported by aya's macros")]
 
 mod count;
 mod forward;
@@ -45,7 +46,9 @@ use crate::{count::Decision, parse::Skb};
 #[inline(always)]
 fn action(verdict: Verdict) -> i32 {
     match verdict {
-        Verdict::ToTunnelFast | Verdict::ToTunnel | Verdict::ToOverlay | Verdict::ToOverlayKey | Verdict::Relayed => TC_ACT_REDIRECT,
+        Verdict::ToTunnelFast | Verdict::ToTunnel | Verdict::ToOverlay | Verdict::ToOverlayKey | Verdict::Relayed => {
+            TC_ACT_REDIRECT
+        }
         Verdict::Multicast => TC_ACT_SHOT,
         v if v.is_drop() => TC_ACT_SHOT,
         // Programs of other owners that are attached behind this one still receive the packet.
@@ -60,7 +63,13 @@ fn finish(skb: &Skb, l3: usize, size: Size, decision: Result<Decision, Decision>
     };
     count::add(decision, size.packets, size.bytes);
     #[cfg(feature = "trace")]
-    aya_log_ebpf::info!(&skb.ctx, "verdict {} gateway {} len {}", decision.verdict as u32, decision.gateway, size.bytes);
+    aya_log_ebpf::info!(
+        &skb.ctx,
+        "verdict {} gateway {} len {}",
+        decision.verdict as u32,
+        decision.gateway,
+        size.bytes
+    );
     if decision.verdict.is_drop() {
         sample::skb(skb, decision, l3);
     }

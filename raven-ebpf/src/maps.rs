@@ -9,7 +9,10 @@ use aya_ebpf::{
 };
 use raven_common::{
     header::{Ip, Ipv4, Ipv6},
-    tables::{Config, Count, CounterKey, DropSample, Handshakes, KubeletAddress, KubeletNode, Local, Node, PATHS, Path, Remote},
+    tables::{
+        Config, Count, CounterKey, DropSample, Handshakes, KubeletAddress, KubeletNode, Local, Node, PATHS, Path,
+        Remote,
+    },
 };
 
 /// Limit of prefixes per trie and family: ten thousand nodes with a dozen prefixes each. Tries
@@ -45,7 +48,8 @@ static NODES: HashMap<[u8; 4], Node, MAX_POOL_NODES> = HashMap::new();
 
 /// Packets and bytes per (remote Gateway, verdict) and CPU. Written by the programs, read by the agent.
 #[btf_map]
-pub static COUNTERS: PerCpuHashMap<CounterKey, Count, MAX_COUNTERS, { BPF_F_NO_PREALLOC as usize }> = PerCpuHashMap::new();
+pub static COUNTERS: PerCpuHashMap<CounterKey, Count, MAX_COUNTERS, { BPF_F_NO_PREALLOC as usize }> =
+    PerCpuHashMap::new();
 
 /// LPM results for pairs of IPv4 addresses on the path into the tunnel. Written and read by `uplink_xdp`, per CPU.
 #[btf_map]

@@ -57,22 +57,35 @@ fn receive<I: Tables>(skb: &Skb) -> Result<Decision, Decision> {
 fn cached<I: Tables>(config: &Config, header: &I) -> Option<(GatewayId, [u8; 4])> {
     // SAFETY: this CPU's own entry, which always exists; softirqs do not interrupt each other on a CPU.
     let entry = unsafe { &*header.back()? };
-    let same = entry.generation == config.generation && entry.source == header.source() && entry.destination == header.destination();
+    let same = entry.generation == config.generation
+        && entry.source == header.source()
+        && entry.destination == header.destination();
     same.then_some((entry.gateway, entry.outer))
 }
 
 #[inline(always)]
 fn cache<I: Tables>(config: &Config, header: &I, gateway: GatewayId, node: [u8; 4]) {
     if let Some(path) = header.back() {
-        let entry =
-            Path { generation: config.generation, gateway, outer: node, source: header.source(), destination: header.destination() };
+        let entry = Path {
+            generation: config.generation,
+            gateway,
+            outer: node,
+            source: header.source(),
+            destination: header.destination(),
+        };
         // SAFETY: as in `cached`.
         unsafe { *path = entry };
     }
 }
 
 #[inline(always)]
-fn to_overlay<I: Tables>(skb: &Skb, config: &Config, header: &I, gateway: GatewayId, node: [u8; 4]) -> Result<Decision, Decision> {
+fn to_overlay<I: Tables>(
+    skb: &Skb,
+    config: &Config,
+    header: &I,
+    gateway: GatewayId,
+    node: [u8; 4],
+) -> Result<Decision, Decision> {
     let decision = |verdict| Decision::new(verdict, gateway);
     if header.ttl() <= 1 {
         return Err(decision(Verdict::StackTtl));
@@ -94,7 +107,8 @@ fn to_overlay<I: Tables>(skb: &Skb, config: &Config, header: &I, gateway: Gatewa
         Err(()) => {
             // This packet cannot be wrapped in place; `raven0` encapsulates it.
             rewrite::set_ethernet(skb, I::ETHERTYPE).map_err(|()| decision(Verdict::DropMalformed))?;
-            forward::set_tunnel_key(skb, node, header.traffic_class()).map_err(|()| decision(Verdict::DropNoGateway))?;
+            forward::set_tunnel_key(skb, node, header.traffic_class())
+                .map_err(|()| decision(Verdict::DropNoGateway))?;
             forward::redirect(config.overlay_ifindex);
             Ok(decision(Verdict::ToOverlayKey))
         }

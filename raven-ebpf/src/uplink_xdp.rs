@@ -140,8 +140,13 @@ fn gateway_of<I: Tables>(config: &Config, outer: &Ipv4, header: &I) -> Result<Ga
         return drop(Verdict::DropSpoofedInner);
     }
     let gateway = I::remote(header.destination()).ok_or(None)?.gateway;
-    *entry =
-        Path { generation: config.generation, gateway, outer: outer.source, source: header.source(), destination: header.destination() };
+    *entry = Path {
+        generation: config.generation,
+        gateway,
+        outer: outer.source,
+        source: header.source(),
+        destination: header.destination(),
+    };
     Ok(gateway)
 }
 

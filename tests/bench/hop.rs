@@ -46,13 +46,13 @@ use raven_common::{
 };
 
 /// Address of the gateway node.
-pub const GATEWAY: [u8; 4] = [10, 9, 0, 1];
+pub(crate) const GATEWAY: [u8; 4] = [10, 9, 0, 1];
 /// Address of the pool's other node, which sends and receives.
-pub const MEMBER: [u8; 4] = [10, 9, 0, 2];
+pub(crate) const MEMBER: [u8; 4] = [10, 9, 0, 2];
 /// Address of the other node's pod.
-pub const POD: [u8; 4] = [10, 244, 2, 10];
+pub(crate) const POD: [u8; 4] = [10, 244, 2, 10];
 /// First remote prefix, a /28; the others follow consecutively.
-pub const REMOTE: [u8; 4] = [10, 128, 0, 0];
+pub(crate) const REMOTE: [u8; 4] = [10, 128, 0, 0];
 const REMOTE_LEN: u32 = 28;
 const REMOTE_STEP: u32 = 16;
 /// Number of prefixes that the generator cycles through: as many flows as a busy site has,
@@ -67,7 +67,7 @@ const FEED_MAC: [u8; 6] = [2, 0, 0, 0, 0, 3];
 
 /// Direction of the packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
+pub(crate) enum Direction {
     /// From a node of the pool into the tunnel.
     ToTunnel,
     /// From the tunnel to a node of the pool.
@@ -75,7 +75,7 @@ pub enum Direction {
 }
 
 /// A gateway node with generator and sink. Dropping it removes the namespaces.
-pub struct Hop {
+pub(crate) struct Hop {
     names: [String; 3],
     generator: Ebpf,
     prefixes: u32,
@@ -83,7 +83,7 @@ pub struct Hop {
 
 /// Result of one measurement.
 #[derive(Clone, Copy, Debug)]
-pub struct Sample {
+pub(crate) struct Sample {
     /// Number of packets that arrived.
     pub packets: u64,
     /// CPU time of the hop.
@@ -92,7 +92,7 @@ pub struct Sample {
 
 impl Sample {
     /// Returns the CPU time per packet in nanoseconds.
-    pub fn nanoseconds(&self) -> f64 {
+    pub(crate) fn nanoseconds(&self) -> f64 {
         self.cpu.as_nanos() as f64 / self.packets.max(1) as f64
     }
 }
@@ -105,7 +105,7 @@ fn sh(script: &str) -> Result<String> {
 
 impl Hop {
     /// Creates namespaces and links, for `prefixes` remote prefixes.
-    pub fn new(object: &Path, prefixes: u32) -> Result<Self> {
+    pub(crate) fn new(object: &Path, prefixes: u32) -> Result<Self> {
         let tag = format!("rvb{:x}", std::process::id() & 0xffff);
         let names = ["lan", "gw", "far"].map(|n| format!("{tag}-{n}"));
         let generator = EbpfLoader::new().load_file(object).with_context(|| format!("load {}", object.display()))?;
@@ -128,9 +128,11 @@ impl Hop {
     }
 
     /// Runs a script inside a namespace, with a separate mount of /sys.
-    pub fn inside(&self, ns: &str, script: &str) -> Result<String> {
+    pub(crate) fn inside(&self, ns: &str, script: &str) -> Result<String> {
         let path = format!("/run/netns/{}", self.ns(ns));
-        sh(&format!("nsenter --net={path} unshare -m --propagation private sh -ec 'mount -t sysfs sysfs /sys; {script}'"))
+        sh(&format!(
+            "nsenter --net={path} unshare -m --propagation private sh -ec 'mount -t sysfs sysfs /sys; {script}'"
+        ))
     }
 
     fn connect(&self) -> Result<()> {
@@ -170,7 +172,7 @@ impl Hop {
     }
 
     /// Creates `raven0` as the agent does (collect metadata) or as upstream does (a plain VXLAN device).
-    pub fn overlay_device(&self, metadata: bool) -> Result<()> {
+    pub(crate) fn overlay_device(&self, metadata: bool) -> Result<()> {
         let kind = if metadata { "external" } else { "id 200 remote 10.9.0.2 local 10.9.0.1" };
         self.inside(
             "gw",
@@ -189,16 +191,22 @@ impl Hop {
 
     fn xdp_of_bench(&mut self, program: &str, ns: &str, device: &str) -> Result<()> {
         let ns = self.ns(ns).to_owned();
-        let xdp: &mut Xdp =
-            self.generator.program_mut(program).with_context(|| format!("the object has no program {program}"))?.try_into()?;
+        let xdp: &mut Xdp = self
+            .generator
+            .program_mut(program)
+            .with_context(|| format!("the object has no program {program}"))?
+            .try_into()?;
         if xdp.fd().is_err() {
             xdp.load()?;
         }
-        within(&ns, || xdp.attach(device, XdpMode::Driver).map(drop).with_context(|| format!("attach {program} to {device}")))
+        within(&ns, || {
+            xdp.attach(device, XdpMode::Driver).map(drop).with_context(|| format!("attach {program} to {device}"))
+        })
     }
 
     fn load_generator(&mut self) -> Result<()> {
-        let xdp: &mut Xdp = self.generator.program_mut("generate").context("the object has no program generate")?.try_into()?;
+        let xdp: &mut Xdp =
+            self.generator.program_mut("generate").context("the object has no program generate")?.try_into()?;
         Ok(xdp.load()?)
     }
 
@@ -239,14 +247,14 @@ impl Hop {
     }
 
     /// Sends for `time` and returns the packets counted and the CPU time of the hop's thread.
-    pub fn measure(&mut self, direction: Direction, time: Duration) -> Result<Sample> {
+    pub(crate) fn measure(&mut self, direction: Direction, time: Duration) -> Result<Sample> {
         self.aim(direction)?;
         self.reset()?;
         let receiver = match direction {
             Direction::ToTunnel => "eth0",
             Direction::ToOverlay => "feed1",
         };
-        let hop = self.napi_of_gateway(receiver)?;
+        let hop = Self::napi_of_gateway(receiver)?;
         pin(hop, 1)?;
         let stop = Arc::new(AtomicBool::new(false));
         let file = fs::File::open(format!("/run/netns/{}", self.ns("lan")))?;
@@ -284,7 +292,7 @@ impl Hop {
         let cpu = || Ok::<_, anyhow::Error>(cpu_time(hop)? + cpu_time(softirqs)?);
         let (packets, before) = (self.arrived()?, cpu()?);
         thread::sleep(time);
-        Ok(Sample { packets: self.arrived()? - packets, cpu: cpu()? - before })
+        Ok(Sample { packets: self.arrived()? - packets, cpu: cpu()?.checked_sub(before).unwrap() })
     }
 
     /// Attaches a program to a device of the gateway node that counts and drops all packets.
@@ -302,7 +310,7 @@ impl Hop {
     }
 
     /// Drops all packets at the L3 device from now on, to measure the cost of what comes before it.
-    pub fn end_at_feed(&mut self) -> Result<()> {
+    pub(crate) fn end_at_feed(&mut self) -> Result<()> {
         self.swallow("tun0", TcAttachType::Ingress)
     }
 
@@ -312,14 +320,14 @@ impl Hop {
     }
 
     /// Returns the NAPI thread of a device of the gateway node.
-    fn napi_of_gateway(&self, device: &str) -> Result<i32> {
+    fn napi_of_gateway(device: &str) -> Result<i32> {
         // Threads are named napi/DEVICE-ID. Devices of other namespaces may have the same name; the newest thread
         // is the right one.
         napi_threads(device)?.into_iter().max().with_context(|| format!("{device} has no NAPI thread"))
     }
 
     /// Attaches Raven's programs to the gateway node and fills their tables.
-    pub fn programs(&self, hooks: &[(Hook, &str)], flags: u32) -> Result<Programs> {
+    pub(crate) fn programs(&self, hooks: &[(Hook, &str)], flags: u32) -> Result<Programs> {
         let mut ebpf = EbpfLoader::new().load(raven_agent::bpf::object())?;
         let config = Config {
             node: GATEWAY,
@@ -348,16 +356,19 @@ impl Hop {
     }
 
     /// Returns the remote prefixes in network order.
-    pub fn remote_prefixes(&self) -> impl Iterator<Item = [u8; 4]> {
+    pub(crate) fn remote_prefixes(&self) -> impl Iterator<Item = [u8; 4]> {
         let base = u32::from_be_bytes(REMOTE);
         (0..self.prefixes).map(move |n| (base + n * REMOTE_STEP).to_be_bytes())
     }
 
     /// Adds routes to the remote prefixes by `raven-wg0` in a table, and back to the pod by `raven0`.
-    pub fn routes(&self, table: &str) -> Result<()> {
+    pub(crate) fn routes(&self, table: &str) -> Result<()> {
         let mut batch = String::new();
         for prefix in self.remote_prefixes() {
-            batch += &format!("route replace {}/{REMOTE_LEN} via 10.9.2.2 dev raven-wg0 table {table}\n", std::net::Ipv4Addr::from(prefix));
+            batch += &format!(
+                "route replace {}/{REMOTE_LEN} via 10.9.2.2 dev raven-wg0 table {table}\n",
+                std::net::Ipv4Addr::from(prefix)
+            );
         }
         batch += "route replace 10.244.2.0/24 via 240.9.0.2 dev raven0 onlink\nneigh replace 240.9.0.2 lladdr 02:72:61:76:65:6f dev raven0 nud permanent\n";
         let file = std::env::temp_dir().join(format!("{}.routes", self.ns("gw")));
@@ -377,7 +388,7 @@ impl Drop for Hop {
 }
 
 /// Attached programs; dropping the value detaches them.
-pub struct Programs {
+pub(crate) struct Programs {
     _ebpf: Ebpf,
 }
 
@@ -392,7 +403,11 @@ fn attach(ebpf: &mut Ebpf, hook: Hook, device: &str) -> Result<()> {
     let classifier: &mut SchedClassifier = program.try_into()?;
     classifier.load()?;
     let _ = tc::qdisc_add_clsact(device);
-    let direction = if matches!(hook, Hook::OverlayEgress | Hook::TunnelEgress) { TcAttachType::Egress } else { TcAttachType::Ingress };
+    let direction = if matches!(hook, Hook::OverlayEgress | Hook::TunnelEgress) {
+        TcAttachType::Egress
+    } else {
+        TcAttachType::Ingress
+    };
     classifier.attach(device, direction)?;
     Ok(())
 }

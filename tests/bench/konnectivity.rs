@@ -12,13 +12,15 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use raven_tests::{Lab, process::Process};
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+};
 
 /// Port of the server for agents.
-pub const AGENT_PORT: u16 = 8132;
+pub(crate) const AGENT_PORT: u16 = 8132;
 
 /// A running server with its agent.
-pub struct Konnectivity {
+pub(crate) struct Konnectivity {
     server: Process,
     agent: Process,
     socket: PathBuf,
@@ -26,14 +28,14 @@ pub struct Konnectivity {
 
 /// Opens connections to an address at the site.
 #[derive(Clone, Debug)]
-pub struct Connector {
+pub(crate) struct Connector {
     socket: PathBuf,
     target: SocketAddr,
 }
 
 impl Konnectivity {
     /// Starts both programs. Returns `None` if one of them is not on PATH.
-    pub fn start(lab: &Lab, cloud: &str, edge: &str) -> Result<Option<Self>> {
+    pub(crate) fn start(lab: &Lab, cloud: &str, edge: &str) -> Result<Option<Self>> {
         let (Some(server), Some(agent)) = (on_path("proxy-server"), on_path("proxy-agent")) else { return Ok(None) };
         let dir = lab.site().dir.join("konnectivity");
         fs::create_dir_all(&dir)?;
@@ -42,32 +44,52 @@ impl Konnectivity {
         let file = |name: &str| dir.join(name).to_string_lossy().into_owned();
         let socket = dir.join("server.sock");
         let mut command = lab.node(cloud).ns.command(server);
-        command.args(["--mode=http-connect", "--server-port=0", "--server-count=1", "--admin-port=18133", "--health-port=18134"]);
+        command.args([
+            "--mode=http-connect",
+            "--server-port=0",
+            "--server-count=1",
+            "--admin-port=18133",
+            "--health-port=18134",
+        ]);
         command.arg(format!("--uds-name={}", socket.display())).arg(format!("--agent-port={AGENT_PORT}"));
-        command.args(["--cluster-ca-cert", &file("ca.crt"), "--cluster-cert", &file("server.crt"), "--cluster-key", &file("server.key")]);
+        command.args([
+            "--cluster-ca-cert",
+            &file("ca.crt"),
+            "--cluster-cert",
+            &file("server.crt"),
+            "--cluster-key",
+            &file("server.key"),
+        ]);
         let server = Process::start("proxy-server", &lab.logs(), command)?;
         let mut command = lab.node(edge).ns.command(agent);
         command.arg(format!("--proxy-server-host={public}")).arg(format!("--proxy-server-port={AGENT_PORT}"));
-        command.args(["--ca-cert", &file("ca.crt"), "--agent-cert", &file("agent.crt"), "--agent-key", &file("agent.key")]);
+        command.args([
+            "--ca-cert",
+            &file("ca.crt"),
+            "--agent-cert",
+            &file("agent.crt"),
+            "--agent-key",
+            &file("agent.key"),
+        ]);
         command.args(["--admin-server-port=18133", "--health-server-port=18134"]);
         let agent = Process::start("proxy-agent", &lab.logs(), command)?;
         Ok(Some(Self { server, agent, socket }))
     }
 
     /// Returns a connector to `target`.
-    pub fn connector(&self, target: SocketAddr) -> Connector {
+    pub(crate) fn connector(&self, target: SocketAddr) -> Connector {
         Connector { socket: self.socket.clone(), target }
     }
 
     /// Returns the process IDs of server and agent.
-    pub fn pids(&self) -> Vec<u32> {
+    pub(crate) fn pids(&self) -> Vec<u32> {
         vec![self.server.pid(), self.agent.pid()]
     }
 }
 
 impl Connector {
     /// Opens a connection; `timeout` applies to each read.
-    pub fn connect(&self, timeout: Duration) -> Result<UnixStream> {
+    pub(crate) fn connect(&self, timeout: Duration) -> Result<UnixStream> {
         let mut stream = UnixStream::connect(&self.socket)?;
         stream.set_read_timeout(Some(timeout))?;
         write!(stream, "CONNECT {0} HTTP/1.1\r\nHost: {0}\r\n\r\n", self.target)?;
@@ -91,7 +113,9 @@ fn certificates(dir: &Path, server: &str) -> Result<()> {
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
     fs::write(dir.join("ca.crt"), params.self_signed(&key)?.pem())?;
     let issuer = Issuer::new(params, key);
-    for (name, usage) in [("server", ExtendedKeyUsagePurpose::ServerAuth), ("agent", ExtendedKeyUsagePurpose::ClientAuth)] {
+    for (name, usage) in
+        [("server", ExtendedKeyUsagePurpose::ServerAuth), ("agent", ExtendedKeyUsagePurpose::ClientAuth)]
+    {
         let mut params = CertificateParams::new(vec![server.to_owned()])?;
         params.distinguished_name.push(DnType::CommonName, name);
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];

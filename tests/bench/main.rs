@@ -77,5 +77,5 @@ fn main() -> Result<()> {
 fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
-    (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0
+    f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2])
 }

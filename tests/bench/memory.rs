@@ -7,10 +7,14 @@ use comfy_table::{Table, presets::ASCII_MARKDOWN};
 use raven_tests::{Lab, process::memory_mb, proof};
 
 /// Runs the benchmark.
-pub fn run(json: bool) -> Result<()> {
+pub(crate) fn run(json: bool) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let rows = runtime.block_on(measure())?;
-    let server = rows.iter().find(|(name, _)| name == "kube-apiserver").map(|(_, mb)| *mb).context("the API server was not measured")?;
+    let server = rows
+        .iter()
+        .find(|(name, _)| name == "kube-apiserver")
+        .map(|(_, mb)| *mb)
+        .context("the API server was not measured")?;
     if json {
         let rows: serde_json::Map<_, _> =
             rows.into_iter().map(|(name, mb)| (name, serde_json::json!((mb * 10.0).round() / 10.0))).collect();
@@ -34,7 +38,9 @@ async fn measure() -> Result<Vec<(String, f64)>> {
     proof::converged(&lab).await?;
     // Memory used only at the start is released after some seconds.
     tokio::time::sleep(Duration::from_secs(5)).await;
-    let agent = |node: &str| agents.iter().find(|a| a.node.name == node).map(|a| a.process.pid()).context("the node has no agent");
+    let agent = |node: &str| {
+        agents.iter().find(|a| a.node.name == node).map(|a| a.process.pid()).context("the node has no agent")
+    };
     let mut rows = vec![
         ("raven-controller".to_owned(), resident(controller.pid())?),
         ("raven-agent, gateway node".to_owned(), resident(agent("cloud-a")?)?),

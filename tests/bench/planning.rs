@@ -38,14 +38,18 @@ struct Cost {
 }
 
 /// Runs all sizes; in a child process, one.
-pub fn run(json: bool) -> Result<()> {
+pub(crate) fn run(json: bool) -> Result<()> {
     if let Ok(nodes) = std::env::var(SIZE) {
         println!("{}", serde_json::to_string(&measure(nodes.parse()?)?)?);
         return Ok(());
     }
     let mut costs: Vec<Cost> = Vec::new();
     for nodes in NODES {
-        let output = Command::new(std::env::current_exe()?).arg("plan").env(SIZE, nodes.to_string()).output().context("run a child")?;
+        let output = Command::new(std::env::current_exe()?)
+            .arg("plan")
+            .env(SIZE, nodes.to_string())
+            .output()
+            .context("run a child")?;
         costs.push(serde_json::from_slice(&output.stdout).context("parse the child's output")?);
     }
     if json {
@@ -84,9 +88,18 @@ fn measure(nodes: usize) -> Result<Cost> {
     let me = |node: &str| Me { node: node.to_owned(), ..Me::default() };
     let (gateway, plan_gateway_ms) = timed(|| plan(&topology, &me("n0-0")));
     let (ordinary, plan_ordinary_ms) = timed(|| plan(&topology, &me("n0-1")));
-    anyhow::ensure!(gateway.state.remote.len() == 2 * (nodes - POOL) && ordinary.state.remote.len() == gateway.state.remote.len());
+    anyhow::ensure!(
+        gateway.state.remote.len() == 2 * (nodes - POOL) && ordinary.state.remote.len() == gateway.state.remote.len()
+    );
     let ((), diff_unchanged_ms) = timed(|| assert!(raven_agent::diff::diff(&gateway.state, &gateway.state).is_empty()));
-    Ok(Cost { nodes, build_ms, plan_gateway_ms, plan_ordinary_ms, diff_unchanged_ms, resident_mb: memory_mb("self", "VmHWM")? })
+    Ok(Cost {
+        nodes,
+        build_ms,
+        plan_gateway_ms,
+        plan_ordinary_ms,
+        diff_unchanged_ms,
+        resident_mb: memory_mb("self", "VmHWM")?,
+    })
 }
 
 /// Returns the last result and the shortest of five times in ms; longer times include other processes' work.
@@ -125,8 +138,11 @@ fn cluster(nodes: usize) -> Inputs {
             public_ip: cloud.then(|| "198.51.100.10".to_owned()),
             ..Endpoint::default()
         };
-        gateway.status =
-            Some(GatewayStatus { nodes: (0..POOL).map(node).collect(), active_endpoints: vec![endpoint], ..GatewayStatus::default() });
+        gateway.status = Some(GatewayStatus {
+            nodes: (0..POOL).map(node).collect(),
+            active_endpoints: vec![endpoint],
+            ..GatewayStatus::default()
+        });
         gateway
     };
     let key = |p: usize| {
@@ -135,5 +151,9 @@ fn cluster(nodes: usize) -> Inputs {
         let key = raven_agent::topology::PublicKey(bytes).to_string();
         GatewayNode::new(&format!("n{p}-0"), GatewayNodeSpec { public_key: Some(key), ..GatewayNodeSpec::default() })
     };
-    Inputs { gateways: (0..pools).map(pool).collect(), gateway_nodes: (0..pools).map(key).collect(), ..Inputs::default() }
+    Inputs {
+        gateways: (0..pools).map(pool).collect(),
+        gateway_nodes: (0..pools).map(key).collect(),
+        ..Inputs::default()
+    }
 }

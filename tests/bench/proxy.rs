@@ -1,6 +1,6 @@
-//! `bench proxy`: proxy streams against a direct TCP connection between the same two nodes (the site's router maps a port for
-//! it, which real sites do not), and against konnectivity if its programs are on PATH. Links: as fast as this machine
-//! copies, 1 Gbit/s, and a bad one. Variants alternate within a run; the median counts.
+//! `bench proxy`: proxy streams against a direct TCP connection between the same two nodes (the site's router maps a
+//! port for it, which real sites do not), and against konnectivity if its programs are on PATH. Links: as fast as this
+//! machine copies, 1 Gbit/s, and a bad one. Variants alternate within a run; the median counts.
 //!
 //! A proxy stream is opened by address on the cloud gateway node: eBPF program, proxy, HTTP/2 over TLS, the site's
 //! NAT, its gateway node, the node. Konnectivity: an HTTP CONNECT by a local socket to its server on the same
@@ -55,10 +55,16 @@ struct Link {
 const GOOD: Link = Link { name: "good", bad: None, bulk: 400_000_000, streams: 100, requests: 300 };
 /// The link of a site with a fast internet connection.
 const GIGABIT: Link = Link { name: "1 Gbit/s", ..GOOD };
-const BAD: Link = Link { name: "50 ms, 1 % lost", bad: Some((Duration::from_millis(25), 100)), bulk: 3_000_000, streams: 20, requests: 60 };
+const BAD: Link = Link {
+    name: "50 ms, 1 % lost",
+    bad: Some((Duration::from_millis(25), 100)),
+    bulk: 3_000_000,
+    streams: 20,
+    requests: 60,
+};
 
 /// Runs the benchmark.
-pub fn run(runs: usize, json: bool) -> Result<()> {
+pub(crate) fn run(runs: usize, json: bool) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let seen = runtime.block_on(measure(runs))?;
     let konnectivity = seen.good.contains_key(KONNECTIVITY);
@@ -70,7 +76,8 @@ pub fn run(runs: usize, json: bool) -> Result<()> {
         return Ok(());
     }
     let mut table = Table::new();
-    let variants: Vec<&str> = [RAVEN, KONNECTIVITY, RELAYS].into_iter().filter(|name| seen.good.contains_key(name)).collect();
+    let variants: Vec<&str> =
+        [RAVEN, KONNECTIVITY, RELAYS].into_iter().filter(|name| seen.good.contains_key(name)).collect();
     table.load_style(ASCII_MARKDOWN).set_header(["link", "value"].into_iter().chain(variants.iter().copied()));
     let ratio = |value: f64| format!("{value:.2}");
     let ms = |value: f64| format!("{value:.2} ms");
@@ -176,9 +183,12 @@ async fn measure(runs: usize) -> Result<Measured> {
     serve(&lab.node("x-b").ns)?;
     let target = SocketAddr::from((lab.node("x-b").lan_v4, PORT));
     let konnectivity = Konnectivity::start(&lab, "cloud-a", "x-a")?;
-    let pid = |node: &str| agents.iter().find(|a| a.node.name == node).map(|a| a.process.pid()).context("the node has no agent");
+    let pid = |node: &str| {
+        agents.iter().find(|a| a.node.name == node).map(|a| a.process.pid()).context("the node has no agent")
+    };
     let mut variants = vec![(RAVEN, Transport::Tcp(target), vec![pid("cloud-a")?, pid("x-a")?])];
-    variants.extend(konnectivity.as_ref().map(|k| (KONNECTIVITY, Transport::Konnectivity(k.connector(target)), k.pids())));
+    variants
+        .extend(konnectivity.as_ref().map(|k| (KONNECTIVITY, Transport::Konnectivity(k.connector(target)), k.pids())));
     let site = lab.pool("edge-x").public_v4;
     relay(&lab.node("x-a").ns, target)?;
     relay(&lab.node("cloud-a").ns, (site, RELAYED).into())?;
@@ -214,7 +224,9 @@ async fn compare(
 ) -> Result<BTreeMap<&'static str, Seen>> {
     let mut raw: BTreeMap<&str, Raw> = BTreeMap::new();
     for _ in 0..runs {
-        for (name, transport) in variants.iter().map(|(name, transport, _)| (*name, transport)).chain([("direct", direct)]) {
+        for (name, transport) in
+            variants.iter().map(|(name, transport, _)| (*name, transport)).chain([("direct", direct)])
+        {
             let raw = raw.entry(name).or_default();
             let busy = busy_seconds()?;
             raw.one.push(within(client, transport, |transport| download(&transport, link.bulk, 1)).await?);
@@ -251,7 +263,9 @@ fn percentile(latency: &[[f64; 2]], n: usize) -> f64 {
 async fn idle(client: &Namespace, transport: &Transport, pids: &[u32]) -> Result<f64> {
     let resident = || pids.iter().map(|pid| memory_mb(*pid, "VmRSS")).sum::<Result<f64>>();
     let before = resident()?;
-    let held = within(client, transport, |transport| (0..IDLE).map(|_| request(&transport)).collect::<Result<Vec<_>>>()).await?;
+    let held =
+        within(client, transport, |transport| (0..IDLE).map(|_| request(&transport)).collect::<Result<Vec<_>>>())
+            .await?;
     let after = resident()?;
     drop(held);
     Ok((after - before) * 1024.0 * 1024.0 / IDLE as f64)
@@ -380,8 +394,14 @@ fn percentiles(transport: &Transport, requests: usize) -> Result<[f64; 2]> {
 /// Returns the CPU time of this machine that was not idle in seconds, summed over all CPUs.
 fn busy_seconds() -> Result<f64> {
     let text = fs::read_to_string("/proc/stat")?;
-    let numbers: Vec<f64> =
-        text.lines().next().context("/proc/stat is empty")?.split_whitespace().skip(1).filter_map(|n| n.parse().ok()).collect();
+    let numbers: Vec<f64> = text
+        .lines()
+        .next()
+        .context("/proc/stat is empty")?
+        .split_whitespace()
+        .skip(1)
+        .filter_map(|n| n.parse().ok())
+        .collect();
     // The fields are user nice system idle iowait irq softirq …, in hundredths of a second.
     let idle = numbers.get(3).unwrap_or(&0.0) + numbers.get(4).unwrap_or(&0.0);
     Ok((numbers.iter().take(8).sum::<f64>() - idle) / 100.0)

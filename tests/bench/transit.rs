@@ -62,7 +62,7 @@ struct Line {
 }
 
 /// Runs the benchmark.
-pub fn run(object: &Path, runs: usize, json: bool) -> Result<()> {
+pub(crate) fn run(object: &Path, runs: usize, json: bool) -> Result<()> {
     let mut lines = Vec::new();
     for prefixes in PREFIXES {
         eprintln!("· {prefixes} prefixes");
@@ -136,8 +136,12 @@ fn to_overlay(hop: &mut Hop, prefixes: u32, runs: usize) -> Result<Vec<Line>> {
     let variants = [Variant::Fast, Variant::Fallback, Variant::Netfilter, Variant::Forwarding];
     let measured = alternate(hop, Direction::ToOverlay, &variants, runs)?;
     let feed = feed(hop, runs)?;
-    let line =
-        |(variant, ns): (Variant, f64)| Line { variant, direction: Direction::ToOverlay, prefixes, kpps: kpps((ns - feed).max(1.0)) };
+    let line = |(variant, ns): (Variant, f64)| Line {
+        variant,
+        direction: Direction::ToOverlay,
+        prefixes,
+        kpps: kpps((ns - feed).max(1.0)),
+    };
     Ok(measured.into_iter().map(line).collect())
 }
 
@@ -145,7 +149,8 @@ fn to_overlay(hop: &mut Hop, prefixes: u32, runs: usize) -> Result<Vec<Line>> {
 /// because the setup forwards no packets afterwards.
 fn feed(hop: &mut Hop, runs: usize) -> Result<f64> {
     hop.end_at_feed()?;
-    let samples: Result<Vec<f64>> = (0..runs).map(|_| Ok(hop.measure(Direction::ToOverlay, TIME)?.nanoseconds())).collect();
+    let samples: Result<Vec<f64>> =
+        (0..runs).map(|_| Ok(hop.measure(Direction::ToOverlay, TIME)?.nanoseconds())).collect();
     Ok(median(&samples?))
 }
 
@@ -159,14 +164,16 @@ impl Setup {
     fn new(hop: &Hop, variant: Variant, direction: Direction) -> Result<Self> {
         hop.overlay_device(matches!(variant, Variant::Fast | Variant::Fallback))?;
         let programs = match (variant, direction) {
-            (Variant::Fast, Direction::ToTunnel) => {
-                Some(hop.programs(&[(Hook::UplinkIngress, "eth0"), (Hook::UplinkXdp, "eth0"), (Hook::OverlayIngress, "raven0")], 0)?)
-            }
+            (Variant::Fast, Direction::ToTunnel) => Some(hop.programs(
+                &[(Hook::UplinkIngress, "eth0"), (Hook::UplinkXdp, "eth0"), (Hook::OverlayIngress, "raven0")],
+                0,
+            )?),
             (Variant::Fallback, Direction::ToTunnel) => Some(hop.programs(&[(Hook::OverlayIngress, "raven0")], 0)?),
             (Variant::Fast, Direction::ToOverlay) => Some(hop.programs(&[(Hook::TunnelIngress, "tun0")], 0)?),
-            (Variant::Fallback, Direction::ToOverlay) => {
-                Some(hop.programs(&[(Hook::TunnelIngress, "tun0"), (Hook::OverlayEgress, "raven0")], raven_common::tables::CONFIG_NO_WRAP)?)
-            }
+            (Variant::Fallback, Direction::ToOverlay) => Some(hop.programs(
+                &[(Hook::TunnelIngress, "tun0"), (Hook::OverlayEgress, "raven0")],
+                raven_common::tables::CONFIG_NO_WRAP,
+            )?),
             (Variant::Netfilter | Variant::Forwarding, _) => {
                 hop.routes("9028")?;
                 hop.inside("gw", "ip rule add pref 101 lookup 9028")?;
@@ -196,7 +203,8 @@ impl Setup {
 /// Upstream's second set has the type hash:net,net. Two sets of type hash:net replace it, because some
 /// kernels lack the type.
 fn upstream_rules(hop: &Hop) -> Result<()> {
-    let mut sets = "create raven-mark-set hash:net maxelem 262144\ncreate raven-skip-nat-set hash:net maxelem 262144\n".to_owned();
+    let mut sets =
+        "create raven-mark-set hash:net maxelem 262144\ncreate raven-skip-nat-set hash:net maxelem 262144\n".to_owned();
     for prefix in hop.remote_prefixes() {
         let prefix = std::net::Ipv4Addr::from(prefix);
         sets += &format!("add raven-mark-set {prefix}/28\nadd raven-skip-nat-set {prefix}/28\n");
@@ -234,10 +242,19 @@ fn ratio(lines: &[Line], direction: Direction, prefixes: u32, other: Variant) ->
 
 fn table(lines: &[Line]) -> Result<Table> {
     let mut table = Table::new();
-    table.load_style(ASCII_MARKDOWN).set_header(["direction", "variant", "prefixes", "kpps per CPU-second", "× (c)", "× (d)"]);
+    table.load_style(ASCII_MARKDOWN).set_header([
+        "direction",
+        "variant",
+        "prefixes",
+        "kpps per CPU-second",
+        "× (c)",
+        "× (d)",
+    ]);
     for line in lines {
         let of = |variant| {
-            let other = lines.iter().find(|l| l.variant == variant && l.direction == line.direction && l.prefixes == line.prefixes);
+            let other = lines
+                .iter()
+                .find(|l| l.variant == variant && l.direction == line.direction && l.prefixes == line.prefixes);
             other.map_or(f64::NAN, |o| line.kpps / o.kpps)
         };
         table.add_row([

@@ -1,5 +1,5 @@
-//! `bench tunnel`: throughput of one TCP connection between two gateway nodes through Raven, and through bare WireGuard of the
-//! same kind between the same two hosts.
+//! `bench tunnel`: throughput of one TCP connection between two gateway nodes through Raven, and through bare WireGuard
+//! of the same kind between the same two hosts.
 //!
 //! The two variants alternate within a run, each host is pinned to one core, and the median of the runs' ratios counts:
 //! scheduling of four engines on two cores would vary more than the difference between the variants.
@@ -8,7 +8,9 @@ use std::{process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use comfy_table::{Table, presets::ASCII_MARKDOWN};
-use raven_tests::{Lab, Node, PoolSpec, Protocol, agent, eventually, namespace::Namespace, offline, probe, process::Process, proof};
+use raven_tests::{
+    Lab, Node, PoolSpec, Protocol, agent, eventually, namespace::Namespace, offline, probe, process::Process, proof,
+};
 
 use crate::median;
 
@@ -22,7 +24,7 @@ const BARE_ENDS: [&str; 2] = ["172.31.255.1", "172.31.255.2"];
 const MTU: &str = "1420";
 
 /// Runs the benchmark.
-pub fn run(runs: usize, json: bool) -> Result<()> {
+pub(crate) fn run(runs: usize, json: bool) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let measured = runtime.block_on(measure(runs))?;
     let Measured { backend, raven, bare, ratio } = &measured;
@@ -65,7 +67,8 @@ async fn measure(runs: usize) -> Result<Measured> {
     eventually(proof::CONVERGENCE, "the two hosts are connected through Raven", answers).await?;
     let (backend, _engines) = bare(&lab, server, client).await?;
     for (node, core) in [(client, 0), (server, 1)] {
-        let pinned = node.ns.sh(&format!("for pid in $(ip netns pids {}); do taskset -a -c -p {core} $pid; done", node.ns.name));
+        let pinned =
+            node.ns.sh(&format!("for pid in $(ip netns pids {}); do taskset -a -c -p {core} $pid; done", node.ns.name));
         let pinned = pinned.with_context(|| format!("pin {} to a core", node.name))?;
         ensure!(
             pinned.lines().any(|line| line.ends_with(&format!("new affinity list: {core}"))),
@@ -104,11 +107,14 @@ async fn bare(lab: &Lab, server: &Node, client: &Node) -> Result<(&'static str, 
             let up = || async { node.ns.run("wg", &["show", BARE]) };
             eventually(Duration::from_secs(10), "the bare engine responds", up).await?;
         }
-        node.ns.sh(&format!("umask 077; wg genkey > /run/raven/{BARE}.key; wg pubkey < /run/raven/{BARE}.key > /run/raven/{BARE}.pub"))?;
+        node.ns.sh(&format!(
+            "umask 077; wg genkey > /run/raven/{BARE}.key; wg pubkey < /run/raven/{BARE}.key > /run/raven/{BARE}.pub"
+        ))?;
     }
     let public = |node: &Node| node.ns.sh(&format!("cat /run/raven/{BARE}.pub")).map(|key| key.trim().to_owned());
     let dialled = format!("endpoint {}:{BARE_PORT} persistent-keepalive 15", lab.cloud().public_v4);
-    for (node, own, peer, more) in [(server, 0, public(client)?, String::new()), (client, 1, public(server)?, dialled)] {
+    for (node, own, peer, more) in [(server, 0, public(client)?, String::new()), (client, 1, public(server)?, dialled)]
+    {
         let (address, other) = (BARE_ENDS[own], BARE_ENDS[1 - own]);
         node.ns.sh(&format!(
             "wg set {BARE} private-key /run/raven/{BARE}.key listen-port {BARE_PORT} peer {peer} allowed-ips {other}/32 {more}

@@ -65,12 +65,19 @@ async fn agent_can_write_only_its_own_gateway_node() {
         ensure_denied(gateways.patch("cloud", &PatchParams::default(), &spec).await, "forbidden")?;
         let status = Patch::Merge(json!({"status": {"nodes": []}}));
         ensure_denied(gateways.patch_status("cloud", &PatchParams::default(), &status).await, "forbidden")?;
-        ensure_denied(gateways.create(&PostParams::default(), &Gateway::new("mine", Default::default())).await, "forbidden")?;
+        ensure_denied(
+            gateways.create(&PostParams::default(), &Gateway::new("mine", Default::default())).await,
+            "forbidden",
+        )?;
         ensure_denied(gateways.delete("cloud", &DeleteParams::default()).await, "forbidden")?;
         let account = format!("--as=system:serviceaccount:kube-system:{AGENT_SERVICE_ACCOUNT}");
-        for (verb, what) in
-            [("get", "secrets"), ("list", "nodes"), ("patch", "nodes"), ("list", "pods"), ("update", "leases.coordination.k8s.io")]
-        {
+        for (verb, what) in [
+            ("get", "secrets"),
+            ("list", "nodes"),
+            ("patch", "nodes"),
+            ("list", "pods"),
+            ("update", "leases.coordination.k8s.io"),
+        ] {
             // kubectl exits with status 1 for "no".
             let answer = fixture.lab.cluster().kubectl(&["auth", "can-i", verb, what, "-n", "kube-system", &account]);
             ensure!(answer.is_err(), "an agent may {verb} {what}");
@@ -79,10 +86,7 @@ async fn agent_can_write_only_its_own_gateway_node() {
         // Deleting the Pod revokes its token.
         fixture.lab.cluster().delete_agent_pod("c-b").await?;
         raven_tests::eventually(crate::fixture::SOON, "the token of a deleted Pod is revoked", async || {
-            let error = match apply(&of(&b), "c-b").await {
-                Ok(_) => anyhow::bail!("the write was allowed"),
-                Err(error) => error,
-            };
+            let Err(error) = apply(&of(&b), "c-b").await else { anyhow::bail!("the write was allowed") };
             ensure!(matches!(&error, kube::Error::Api(status) if status.code == 401), "{error:?}");
             Ok(())
         })
@@ -128,8 +132,11 @@ async fn client(fixture: &Fixture, path: &Path) -> Result<Client> {
 }
 
 async fn token(fixture: &Fixture, args: &[&str]) -> Result<Client> {
-    let mut config =
-        Config::from_custom_kubeconfig(Kubeconfig::read_from(fixture.lab.cluster().kubeconfig())?, &KubeConfigOptions::default()).await?;
+    let mut config = Config::from_custom_kubeconfig(
+        Kubeconfig::read_from(fixture.lab.cluster().kubeconfig())?,
+        &KubeConfigOptions::default(),
+    )
+    .await?;
     let token = fixture.lab.cluster().kubectl(args)?.trim().to_owned();
     config.auth_info = kube::config::AuthInfo { token: Some(token.into()), ..Default::default() };
     Ok(Client::try_from(config)?)

@@ -21,16 +21,28 @@ async fn unknown_endpoint_node_is_rejected_without_side_effects() {
             })
             .await?;
         let after = status(&refused);
-        assert_eq!((after.nodes, after.node_count, after.active_endpoints), (before.nodes, before.node_count, before.active_endpoints));
+        assert_eq!(
+            (after.nodes, after.node_count, after.active_endpoints),
+            (before.nodes, before.node_count, before.active_endpoints)
+        );
         has_condition(&refused, "Elected", "True", "Elected", "tunnel: x-b")?;
         has_condition(&refused, "Ready", "True", "Degraded", "node nowhere, which does not exist")?;
-        assert_eq!(fixture.event("site", "EndpointNodeUnknown", "node nowhere, which does not exist").await?, "Warning");
+        assert_eq!(
+            fixture.event("site", "EndpointNodeUnknown", "node nowhere, which does not exist").await?,
+            "Warning"
+        );
 
         // A node of another pool is rejected too.
         fixture.put_gateway("site", site(&["c-a", "x-b"])).await?;
         let foreign = fixture
             .until("site", "refuses the foreign node", |g| {
-                has_condition(g, "Accepted", "False", "EndpointNodeUnknown", "node c-a, which is not a node of this pool")
+                has_condition(
+                    g,
+                    "Accepted",
+                    "False",
+                    "EndpointNodeUnknown",
+                    "node c-a, which is not a node of this pool",
+                )
             })
             .await?;
         elects(&foreign, &["x-b"])?;

@@ -87,7 +87,11 @@ async fn elected_node_is_replaced_when_not_ready_and_kept_when_no_node_is_ready(
         let before = fixture.raw("site").await?;
         cluster.set_ready("x-b", true).await?;
         fixture.fence().await?;
-        assert_eq!(fixture.raw("site").await?, before, "the election must not change when the preferred node is ready again");
+        assert_eq!(
+            fixture.raw("site").await?,
+            before,
+            "the election must not change when the preferred node is ready again"
+        );
 
         let elected = status(&fixture.gateways.get("site").await?);
         cluster.set_ready("x-b", false).await?;
@@ -98,7 +102,10 @@ async fn elected_node_is_replaced_when_not_ready_and_kept_when_no_node_is_ready(
             })
             .await?;
         has_condition(&none_ready, "Ready", "False", "NoReadyNode", "keeping x-a, elected before")?;
-        assert_eq!((status(&none_ready).active_endpoints, status(&none_ready).nodes), (elected.active_endpoints, elected.nodes));
+        assert_eq!(
+            (status(&none_ready).active_endpoints, status(&none_ready).nodes),
+            (elected.active_endpoints, elected.nodes)
+        );
         assert_eq!(fixture.event("site", "NoReadyNode", "keeping x-a").await?, "Warning");
 
         cluster.set_ready("x-b", true).await?;

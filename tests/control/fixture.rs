@@ -22,27 +22,27 @@ use raven_tests::{Lab, PoolSpec, eventually, is_privileged};
 use serde_json::{Value, json};
 
 /// Time limit for reactions that take the controller one or two reconcile runs.
-pub const SOON: Duration = Duration::from_secs(10);
+pub(crate) const SOON: Duration = Duration::from_secs(10);
 
 const MANAGER: &str = "a-person";
 /// A Gateway used only by [`Fixture::fence`]; no test asserts on it.
 const FENCE: &str = "fence";
 
 /// The lab of a test.
-pub struct Fixture {
+pub(crate) struct Fixture {
     pub lab: Lab,
     pub gateways: Api<Gateway>,
     fences: AtomicU8,
 }
 
 /// Runs `test` in its own lab, without a controller. Saves evidence under `name` if it fails.
-pub async fn run(name: &str, test: impl AsyncFnOnce(&Fixture) -> Result<()>) {
+pub(crate) async fn run(name: &str, test: impl AsyncFnOnce(&Fixture) -> Result<()>) {
     let cloud = PoolSpec { nodes: Vec::new(), ..PoolSpec::new("cloud", "cloud", 0, 10) };
     run_with_pools(vec![cloud], name, test).await;
 }
 
 /// Like [`run`], in a lab with the given pools.
-pub async fn run_with_pools(pools: Vec<PoolSpec>, name: &str, test: impl AsyncFnOnce(&Fixture) -> Result<()>) {
+pub(crate) async fn run_with_pools(pools: Vec<PoolSpec>, name: &str, test: impl AsyncFnOnce(&Fixture) -> Result<()>) {
     if !is_privileged(name) {
         return;
     }
@@ -58,7 +58,9 @@ pub async fn run_with_pools(pools: Vec<PoolSpec>, name: &str, test: impl AsyncFn
         eprintln!("{error:#}");
     }
     match result {
-        Ok(outcome) => outcome.and_then(|()| fixture.ensure_nothing_forbidden()).unwrap_or_else(|error| panic!("{error:?}")),
+        Ok(outcome) => {
+            outcome.and_then(|()| fixture.ensure_nothing_forbidden()).unwrap_or_else(|error| panic!("{error:?}"));
+        }
         Err(panic) => resume_unwind(panic),
     }
 }
@@ -67,7 +69,7 @@ pub async fn run_with_pools(pools: Vec<PoolSpec>, name: &str, test: impl AsyncFn
 
 impl Fixture {
     /// Starts a controller as replica `identity`, with the token of its service account.
-    pub async fn controller(&self, identity: &str, args: &[&str]) -> Result<Process> {
+    pub(crate) async fn controller(&self, identity: &str, args: &[&str]) -> Result<Process> {
         fresh_controller()?;
         let kubeconfig = self.lab.cluster().controller_kubeconfig(&self.lab).await?;
         let mut command = self.lab.control_plane.command(binary("raven-controller")?);
@@ -82,12 +84,12 @@ impl Fixture {
 
     /// Writes Node `name`, ready, with these labels. Its address is 10.1.0.`number`, its prefixes
     /// are 10.244.`number`.0/24 and fd00:244:`number`::/64.
-    pub async fn put_node(&self, name: &str, number: u8, labels: &[(&str, &str)]) -> Result<()> {
+    pub(crate) async fn put_node(&self, name: &str, number: u8, labels: &[(&str, &str)]) -> Result<()> {
         self.put_node_at(name, number, number, labels).await
     }
 
     /// Like [`Fixture::put_node`], with the address 10.1.0.`host`.
-    pub async fn put_node_at(&self, name: &str, number: u8, host: u8, labels: &[(&str, &str)]) -> Result<()> {
+    pub(crate) async fn put_node_at(&self, name: &str, number: u8, host: u8, labels: &[(&str, &str)]) -> Result<()> {
         let mut object = json!({
             "apiVersion": "v1",
             "kind": "Node",
@@ -98,14 +100,18 @@ impl Fixture {
             object["metadata"]["labels"][key] = json!(value);
         }
         let parameters = PatchParams::apply(MANAGER).force();
-        self.nodes().patch(name, &parameters, &Patch::Apply(&object)).await.with_context(|| format!("apply Node {name}"))?;
-        let addresses = json!([{"type": "Hostname", "address": name}, {"type": "InternalIP", "address": format!("10.1.0.{host}")}]);
+        self.nodes()
+            .patch(name, &parameters, &Patch::Apply(&object))
+            .await
+            .with_context(|| format!("apply Node {name}"))?;
+        let addresses =
+            json!([{"type": "Hostname", "address": name}, {"type": "InternalIP", "address": format!("10.1.0.{host}")}]);
         self.put_node_status(name, MANAGER, json!({"addresses": addresses})).await?;
         self.lab.cluster().set_ready(name, true).await
     }
 
     /// Writes fields of a Node's status.
-    pub async fn put_node_status(&self, name: &str, manager: &str, status: Value) -> Result<()> {
+    pub(crate) async fn put_node_status(&self, name: &str, manager: &str, status: Value) -> Result<()> {
         let object = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "status": status});
         let parameters = PatchParams::apply(manager).force();
         self.nodes()
@@ -116,7 +122,7 @@ impl Fixture {
     }
 
     /// Sets or removes a Node's label.
-    pub async fn label(&self, node: &str, key: &str, value: Option<&str>) -> Result<()> {
+    pub(crate) async fn label(&self, node: &str, key: &str, value: Option<&str>) -> Result<()> {
         let patch = json!({"metadata": {"labels": {key: value}}});
         self.nodes()
             .patch(node, &PatchParams::default(), &Patch::Merge(&patch))
@@ -126,33 +132,43 @@ impl Fixture {
     }
 
     /// Writes a Gateway as `kubectl apply` does.
-    pub async fn put_gateway(&self, name: &str, spec: Value) -> Result<Gateway> {
+    pub(crate) async fn put_gateway(&self, name: &str, spec: Value) -> Result<Gateway> {
         let object = json!({"apiVersion": "raven.openyurt.io/v1beta1", "kind": "Gateway", "metadata": {"name": name}, "spec": spec});
         let parameters = PatchParams::apply(MANAGER).force();
-        self.gateways.patch(name, &parameters, &Patch::Apply(&object)).await.with_context(|| format!("apply Gateway {name}"))
+        self.gateways
+            .patch(name, &parameters, &Patch::Apply(&object))
+            .await
+            .with_context(|| format!("apply Gateway {name}"))
     }
 
     /// Sets the annotation with the additional prefixes of a site.
-    pub async fn put_extra_prefixes(&self, gateway: &str, prefixes: &str) -> Result<()> {
+    pub(crate) async fn put_extra_prefixes(&self, gateway: &str, prefixes: &str) -> Result<()> {
         let patch = json!({"metadata": {"annotations": {raven_api::ANNOTATION_EXTRA_CIDRS: prefixes}}});
-        self.gateways.patch(gateway, &PatchParams::default(), &Patch::Merge(&patch)).await.map(drop).context("annotate the Gateway")
+        self.gateways
+            .patch(gateway, &PatchParams::default(), &Patch::Merge(&patch))
+            .await
+            .map(drop)
+            .context("annotate the Gateway")
     }
 
     /// Writes an exposed Gateway `cloud` with node c-a, and an edge Gateway `site` with x-a and x-b, which prefers
     /// x-b for the tunnel.
-    pub async fn put_two_pools(&self) -> Result<()> {
+    pub(crate) async fn put_two_pools(&self) -> Result<()> {
         self.put_node("c-a", 1, &[(LABEL_GATEWAY, "cloud")]).await?;
         self.put_node("x-a", 2, &[(LABEL_GATEWAY, "site")]).await?;
         self.put_node("x-b", 3, &[(LABEL_GATEWAY, "site")]).await?;
-        self.put_gateway("cloud", json!({"exposeType": "PublicIP", "endpoints": [{"nodeName": "c-a", "publicIP": "198.51.100.10"}]}))
-            .await?;
+        self.put_gateway(
+            "cloud",
+            json!({"exposeType": "PublicIP", "endpoints": [{"nodeName": "c-a", "publicIP": "198.51.100.10"}]}),
+        )
+        .await?;
         self.put_gateway("site", site(&["x-b", "x-a"])).await?;
         Ok(())
     }
 
     /// Waits until both Gateways of [`Fixture::put_two_pools`] are Ready. The controller then has
     /// no more pending writes.
-    pub async fn two_pools_are_ready(&self) -> Result<()> {
+    pub(crate) async fn two_pools_are_ready(&self) -> Result<()> {
         for name in ["cloud", "site"] {
             self.until(name, "is ready", |gateway| has_condition(gateway, "Ready", "True", "Ready", "")).await?;
         }
@@ -160,12 +176,23 @@ impl Fixture {
     }
 
     /// Waits until `check` succeeds for a Gateway.
-    pub async fn until(&self, name: &str, what: &str, check: impl Fn(&Gateway) -> Result<()>) -> Result<Gateway> {
+    pub(crate) async fn until(
+        &self,
+        name: &str,
+        what: &str,
+        check: impl Fn(&Gateway) -> Result<()>,
+    ) -> Result<Gateway> {
         self.within(SOON, name, what, check).await
     }
 
     /// Like [`Fixture::until`], with another deadline.
-    pub async fn within(&self, deadline: Duration, name: &str, what: &str, check: impl Fn(&Gateway) -> Result<()>) -> Result<Gateway> {
+    pub(crate) async fn within(
+        &self,
+        deadline: Duration,
+        name: &str,
+        what: &str,
+        check: impl Fn(&Gateway) -> Result<()>,
+    ) -> Result<Gateway> {
         eventually(deadline, &format!("Gateway {name} {what}"), async || {
             let gateway = self.gateways.get(name).await?;
             check(&gateway).with_context(|| format!("status of the Gateway: {}", json!(gateway.status)))?;
@@ -175,10 +202,11 @@ impl Fixture {
     }
 
     /// Waits until exactly these Gateways exist, ignoring [`FENCE`].
-    pub async fn until_gateways(&self, expected: &[&str]) -> Result<()> {
+    pub(crate) async fn until_gateways(&self, expected: &[&str]) -> Result<()> {
         eventually(SOON, &format!("exactly the Gateways {expected:?} exist"), async || {
             let all = self.gateways.list(&ListParams::default()).await?;
-            let names: Vec<String> = all.items.into_iter().filter_map(|g| g.metadata.name).filter(|name| name != FENCE).collect();
+            let names: Vec<String> =
+                all.items.into_iter().filter_map(|g| g.metadata.name).filter(|name| name != FENCE).collect();
             ensure!(names == expected, "the Gateways are {names:?}");
             Ok(())
         })
@@ -186,7 +214,7 @@ impl Fixture {
     }
 
     /// Returns the whole object as sent by the API server, for byte-wise comparison.
-    pub async fn raw(&self, gateway: &str) -> Result<String> {
+    pub(crate) async fn raw(&self, gateway: &str) -> Result<String> {
         let request = Request::new("/apis/raven.openyurt.io/v1beta1/gateways").get(gateway, &GetParams::default())?;
         Ok(self.lab.cluster().client().request_text(request).await?)
     }
@@ -194,7 +222,7 @@ impl Fixture {
     /// Waits until the controller has processed all previous changes of Nodes: it receives Nodes in the order of their
     /// changes, so once a later one appears in a status, the earlier ones have been processed. Repeated once, because
     /// the fence's Gateway may be written first in a reconcile run.
-    pub async fn fence(&self) -> Result<()> {
+    pub(crate) async fn fence(&self) -> Result<()> {
         self.put_gateway(FENCE, json!({})).await?;
         for _ in 0..2 {
             let number = 200 + self.fences.fetch_add(1, Ordering::Relaxed);
@@ -210,14 +238,17 @@ impl Fixture {
     }
 
     /// Waits for an Event about a Gateway whose note contains `part`. Returns the Event's type.
-    pub async fn event(&self, gateway: &str, reason: &str, part: &str) -> Result<String> {
+    pub(crate) async fn event(&self, gateway: &str, reason: &str, part: &str) -> Result<String> {
         let api: Api<Event> = Api::namespaced(self.lab.cluster().client(), "default");
         eventually(SOON, &format!("an Event {reason} about Gateway {gateway} contains {part:?}"), async || {
             let all = api.list(&ListParams::default()).await?.items;
-            let about: Vec<&Event> =
-                all.iter().filter(|e| e.regarding.as_ref().is_some_and(|r| r.name.as_deref() == Some(gateway))).collect();
-            let found =
-                about.iter().find(|e| e.reason.as_deref() == Some(reason) && e.note.as_deref().is_some_and(|note| note.contains(part)));
+            let about: Vec<&Event> = all
+                .iter()
+                .filter(|e| e.regarding.as_ref().is_some_and(|r| r.name.as_deref() == Some(gateway)))
+                .collect();
+            let found = about.iter().find(|e| {
+                e.reason.as_deref() == Some(reason) && e.note.as_deref().is_some_and(|note| note.contains(part))
+            });
             let seen = || about.iter().map(|e| format!("{:?}: {:?}", e.reason, e.note)).collect::<Vec<_>>().join("\n");
             found.and_then(|e| e.type_.clone()).with_context(|| format!("the Events are:\n{}", seen()))
         })
@@ -225,7 +256,7 @@ impl Fixture {
     }
 
     /// Returns the API of Node objects.
-    pub fn nodes(&self) -> Api<Node> {
+    pub(crate) fn nodes(&self) -> Api<Node> {
         Api::all(self.lab.cluster().client())
     }
 
@@ -244,39 +275,47 @@ impl Fixture {
 }
 
 /// Returns the spec of an edge Gateway behind NAT with these nodes as candidates for the tunnel.
-pub fn site(nodes: &[&str]) -> Value {
+pub(crate) fn site(nodes: &[&str]) -> Value {
     let endpoints: Vec<Value> = nodes.iter().map(|name| json!({"nodeName": name, "underNAT": true})).collect();
     json!({ "endpoints": endpoints })
 }
 
 /// Returns a Gateway's status; empty before the controller wrote one.
-pub fn status(gateway: &Gateway) -> GatewayStatus {
+pub(crate) fn status(gateway: &Gateway) -> GatewayStatus {
     gateway.status.clone().unwrap_or_default()
 }
 
 /// Returns the names of the nodes in a Gateway's status.
-pub fn nodes(gateway: &Gateway) -> Vec<&str> {
+pub(crate) fn nodes(gateway: &Gateway) -> Vec<&str> {
     gateway.status.iter().flat_map(|s| &s.nodes).map(|n| n.node_name.as_str()).collect()
 }
 
 /// Returns the nodes elected for the tunnel.
-pub fn tunnel(gateway: &Gateway) -> Vec<&str> {
+pub(crate) fn tunnel(gateway: &Gateway) -> Vec<&str> {
     let active = gateway.status.iter().flat_map(|s| &s.active_endpoints);
     active.filter(|e| e.type_ == EndpointType::Tunnel).map(|e| e.node_name.as_str()).collect()
 }
 
 /// Fails unless exactly these nodes are elected for the tunnel.
-pub fn elects(gateway: &Gateway, expected: &[&str]) -> Result<()> {
+pub(crate) fn elects(gateway: &Gateway, expected: &[&str]) -> Result<()> {
     ensure!(tunnel(gateway) == expected, "elected: {:?}, expected: {expected:?}", tunnel(gateway));
     Ok(())
 }
 
 /// Fails unless a condition of the current generation has this status and reason, and its message contains `part`.
-pub fn has_condition(gateway: &Gateway, type_: &str, status: &str, reason: &str, part: &str) -> Result<()> {
+pub(crate) fn has_condition(gateway: &Gateway, type_: &str, status: &str, reason: &str, part: &str) -> Result<()> {
     let all = gateway.status.iter().flat_map(|s| &s.conditions);
     let condition = all.clone().find(|c| c.type_ == type_).with_context(|| format!("no condition {type_}"))?;
-    ensure!((condition.status.as_str(), condition.reason.as_str()) == (status, reason), "{type_}: {}", json!(condition));
-    ensure!(condition.message.contains(part), "the message of {type_} does not contain {part:?}: {}", condition.message);
+    ensure!(
+        (condition.status.as_str(), condition.reason.as_str()) == (status, reason),
+        "{type_}: {}",
+        json!(condition)
+    );
+    ensure!(
+        condition.message.contains(part),
+        "the message of {type_} does not contain {part:?}: {}",
+        condition.message
+    );
     ensure!(condition.observed_generation == gateway.metadata.generation, "{type_} is of an older generation");
     Ok(())
 }
@@ -297,7 +336,9 @@ fn fresh_controller() -> Result<()> {
         match built {
             Ok(built) if built.status.success() => Ok(()),
             Ok(built) => Err(format!("build raven-controller: {}", String::from_utf8_lossy(&built.stderr))),
-            Err(e) => Err(format!("run cargo to build raven-controller: {e} (RAVEN_BIN_DIR can name existing binaries)")),
+            Err(e) => {
+                Err(format!("run cargo to build raven-controller: {e} (RAVEN_BIN_DIR can name existing binaries)"))
+            }
         }
     };
     BUILT.get_or_init(build).clone().map_err(anyhow::Error::msg)

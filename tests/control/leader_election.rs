@@ -16,8 +16,8 @@ use crate::fixture::{Fixture, SOON, elects, run};
 
 /// Time limit for a takeover, which takes up to 20.1 s; the rest is a margin for busy machines.
 ///
-/// The other replica checks the Lease every 2 s, or 2.4 s with jitter. The Lease expires 15 s after the replica last saw a
-/// renewal, which it detects with the same delay, and then it needs a reconcile run of 0.3 s.
+/// The other replica checks the Lease every 2 s, or 2.4 s with jitter. The Lease expires 15 s after the replica last
+/// saw a renewal, which it detects with the same delay, and then it needs a reconcile run of 0.3 s.
 const TAKEOVER: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -111,7 +111,12 @@ async fn suspended_leader_does_not_write_after_its_lease_expired() {
         two.ensure_running()?;
         ensure!(holder(fixture).await? == "two", "the Lease changed its holder");
         let end = fixture.gateways.get("site").await?;
-        assert_eq!(end.metadata.resource_version, settled.metadata.resource_version, "the Gateway was written: {}", one.output()?);
+        assert_eq!(
+            end.metadata.resource_version,
+            settled.metadata.resource_version,
+            "the Gateway was written: {}",
+            one.output()?
+        );
         let seen = history(fixture, &start, &end).await?;
         let moved = seen.iter().any(|g| elects(g, &["x-b"]).is_err());
         ensure!(!moved, "the election changed: {seen:?}");
@@ -123,8 +128,10 @@ async fn suspended_leader_does_not_write_after_its_lease_expired() {
 /// Reports whether a replica has ever logged that it leads. The field `still_leading` of other messages does not count.
 fn leads(log: &str) -> bool {
     // Remove escape sequences of colours, which would separate the words.
-    let plain: String =
-        log.split('\u{1b}').map(|part| part.strip_prefix('[').and_then(|p| p.split_once('m')).map_or(part, |(_, text)| text)).collect();
+    let plain: String = log
+        .split('\u{1b}')
+        .map(|part| part.strip_prefix('[').and_then(|p| p.split_once('m')).map_or(part, |(_, text)| text))
+        .collect();
     plain.lines().any(|line| line.contains("raven_controller::lead: leading identity="))
 }
 

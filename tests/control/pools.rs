@@ -37,7 +37,9 @@ async fn pools_are_derived_from_node_pools_or_node_labels() {
         fixture.until("node-e-b", "is ready", |g| has_condition(g, "Ready", "True", "Ready", "")).await?;
 
         // A Gateway written by a user takes precedence.
-        fixture.put_gateway("mine", json!({"nodeSelector": {"matchLabels": {"kubernetes.io/hostname": "e-b"}}})).await?;
+        fixture
+            .put_gateway("mine", json!({"nodeSelector": {"matchLabels": {"kubernetes.io/hostname": "e-b"}}}))
+            .await?;
         fixture.until_gateways(&["cloud", "mine", "node-e-a"]).await?;
         has(fixture, "mine", &["e-b"]).await?;
 
@@ -98,5 +100,8 @@ async fn put_node_pool(fixture: &Fixture, name: &str, type_: &str) -> Result<()>
     let pool: NodePool = serde_json::from_value(json!({
         "apiVersion": "apps.openyurt.io/v1beta1", "kind": "NodePool", "metadata": {"name": name}, "spec": {"type": type_},
     }))?;
-    eventually(SOON, "the API server accepts NodePools", async || Ok(pools.create(&PostParams::default(), &pool).await.map(drop)?)).await
+    eventually(SOON, "the API server accepts NodePools", async || {
+        Ok(pools.create(&PostParams::default(), &pool).await.map(drop)?)
+    })
+    .await
 }

@@ -103,9 +103,11 @@ async fn calico_blocks_become_pool_prefixes() {
 
         install_calico(fixture).await?;
         let blocks: Api<DynamicObject> = Api::all_with(fixture.lab.cluster().client(), &affinities());
-        for (node, cidr, state) in
-            [("x-a", "10.50.0.64/26", "confirmed"), ("x-a", "10.50.0.0/26", "confirmed"), ("x-b", "10.50.1.0/26", "pending")]
-        {
+        for (node, cidr, state) in [
+            ("x-a", "10.50.0.64/26", "confirmed"),
+            ("x-a", "10.50.0.0/26", "confirmed"),
+            ("x-b", "10.50.1.0/26", "pending"),
+        ] {
             put_block(&blocks, node, cidr, state).await?;
         }
         subnets_become(fixture, "x-a", &["10.50.0.0/26", "10.50.0.64/26"]).await?;
@@ -115,7 +117,9 @@ async fn calico_blocks_become_pool_prefixes() {
         put_block(&blocks, "x-b", "10.50.0.64/27", "confirmed").await?;
         let part = "Calico block 10.50.0.64/27 of node x-b overlaps 10.50.0.64/26 of node x-a in Gateway site";
         fixture
-            .until("site", "has two nodes with one block", |g| has_condition(g, "Accepted", "False", "PrefixClaimedTwice", part))
+            .until("site", "has two nodes with one block", |g| {
+                has_condition(g, "Accepted", "False", "PrefixClaimedTwice", part)
+            })
             .await?;
         blocks.delete("x-b-10-50-0-64-27", &DeleteParams::default()).await?;
 

@@ -118,8 +118,10 @@ async fn webhook_survives_restarts_and_reapplied_manifests() {
     run(test_name!(), async |fixture| {
         // As installed: the API server calls the Service. Without a kube-proxy, its address is assigned
         // to the control plane.
-        let service =
-            kubectl(fixture, &["-n", "kube-system", "get", "service", "raven-controller-webhook", "-o", "jsonpath={.spec.clusterIP}"])?;
+        let service = kubectl(
+            fixture,
+            &["-n", "kube-system", "get", "service", "raven-controller-webhook", "-o", "jsonpath={.spec.clusterIP}"],
+        )?;
         fixture.lab.control_plane.run("ip", &["address", "add", &format!("{service}/32"), "dev", "lo"])?;
         let at = |port: u16| format!("--webhook-bind-addr={service}:{port}");
         fixture.put_two_pools().await?;
@@ -143,7 +145,10 @@ async fn webhook_survives_restarts_and_reapplied_manifests() {
         drop(two);
 
         // The manifest is applied again in all usual ways: the CA stays or is restored.
-        let crd = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("deploy").join("crds").join(format!("{GATEWAY_CRD}.yaml"));
+        let crd = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .with_file_name("deploy")
+            .join("crds")
+            .join(format!("{GATEWAY_CRD}.yaml"));
         let crd = crd.to_string_lossy().into_owned();
         kubectl(fixture, &["apply", "--server-side", "--force-conflicts", "-f", &crd])?;
         old_is_served(fixture).await?;
@@ -176,7 +181,10 @@ async fn webhook_survives_restarts_and_reapplied_manifests() {
 
         // A user empties the Secret, as documented: the controller creates a new CA and updates the CRD.
         let empty = r#"[{"op": "remove", "path": "/data"}]"#;
-        kubectl(fixture, &["-n", "kube-system", "patch", "secret", "raven-controller-webhook", "--type=json", "-p", empty])?;
+        kubectl(
+            fixture,
+            &["-n", "kube-system", "patch", "secret", "raven-controller-webhook", "--type=json", "-p", empty],
+        )?;
         // The first replica was killed while it held the Lease, so the next one leads only after the Lease has expired.
         eventually(Duration::from_secs(30), "the CRD has a new CA", async || {
             ensure!(ca_bundle(fixture).await? != ca);
@@ -191,7 +199,10 @@ async fn webhook_survives_restarts_and_reapplied_manifests() {
 async fn old_is_served(fixture: &Fixture) -> Result<()> {
     // Usually within a second. In some runs, the API server uses the old address for about 25 s after
     // the CRD has changed.
-    eventually(Duration::from_secs(90), "Gateways of v1alpha1 can be read", async || kubectl(fixture, &["get", OLD]).map(drop)).await
+    eventually(Duration::from_secs(90), "Gateways of v1alpha1 can be read", async || {
+        kubectl(fixture, &["get", OLD]).map(drop)
+    })
+    .await
 }
 
 async fn ca_bundle(fixture: &Fixture) -> Result<Vec<u8>> {

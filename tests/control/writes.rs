@@ -47,7 +47,16 @@ async fn controller_has_only_required_permissions() {
         let may_in = |namespace: &str, verb: &str, what: &str| {
             let (resource, sub) = what.split_once('/').unwrap_or((what, ""));
             let subresource = format!("--subresource={sub}");
-            let answer = fixture.lab.cluster().kubectl(&["auth", "can-i", verb, resource, &subresource, "-n", namespace, account]);
+            let answer = fixture.lab.cluster().kubectl(&[
+                "auth",
+                "can-i",
+                verb,
+                resource,
+                &subresource,
+                "-n",
+                namespace,
+                account,
+            ]);
             // kubectl exits with status 1 for "no".
             answer.is_ok_and(|text| text.trim() == "yes")
         };
@@ -85,7 +94,8 @@ async fn controller_has_only_required_permissions() {
             assert!(!may(verb, what), "{verb} {what}");
         }
         let by_name = format!("endpoints/{INTERNAL_SERVICE}");
-        let answer = fixture.lab.cluster().kubectl(&["auth", "can-i", "delete", &by_name, "-n", "kube-system", account])?;
+        let answer =
+            fixture.lab.cluster().kubectl(&["auth", "can-i", "delete", &by_name, "-n", "kube-system", account])?;
         assert_eq!(answer.trim(), "yes", "delete the Endpoints that upstream left behind");
         // Outside its own namespace, the controller has no access to Services and EndpointSlices.
         for (verb, what) in [("list", slices), ("patch", slices), ("patch", "services"), ("create", "services")] {

@@ -26,7 +26,11 @@ async fn tunnel_keeps_old_port_while_new_port_is_in_use() {
         let mut endpoints = gateways.get("edge-x").await?.spec.endpoints;
         endpoints.iter_mut().filter(|e| e.type_ == EndpointType::Tunnel).for_each(|e| e.port = Some(i32::from(port)));
         let patch = serde_json::json!({ "spec": { "endpoints": endpoints } });
-        gateways.patch("edge-x", &PatchParams::default(), &Patch::Merge(&patch)).await.map(drop).context("change edge-x")
+        gateways
+            .patch("edge-x", &PatchParams::default(), &Patch::Merge(&patch))
+            .await
+            .map(drop)
+            .context("change edge-x")
     };
     let (from, to) = (running.lab.pod("x-b"), running.lab.pod("cloud-b"));
     let flow = Flow::start(&from.ns, &to.ns, to.v4.into(), 500).expect("start the flow");
@@ -34,7 +38,8 @@ async fn tunnel_keeps_old_port_while_new_port_is_in_use() {
     running.until_ready("the port is reported", |status, m| status == "False" && m.contains(&TAKEN.to_string())).await;
     let report = running.check(flow.stop().await);
     assert_eq!(report.lost, 0, "{report:?}");
-    let programs = running.check(node.ns.sh("ls /sys/fs/bpf/raven/v1/links 2>/dev/null; tc filter show dev raven-wg0 ingress"));
+    let programs =
+        running.check(node.ns.sh("ls /sys/fs/bpf/raven/v1/links 2>/dev/null; tc filter show dev raven-wg0 ingress"));
     assert!(programs.contains("tunnel_ingress"), "packets of peers are still checked: {programs}");
     drop(taken);
     running.until_ready("the port is used when it is free", |status, _| status == "True").await;
@@ -55,7 +60,8 @@ async fn ipv4_works_on_node_with_ipv6_disabled() {
         running.agent(node).restart().expect("restart the agent");
     }
     let (cloud, edge) = (running.lab.pool("cloud").clone(), running.lab.pool("edge-x").clone());
-    let connected = eventually(std::time::Duration::from_secs(30), "IPv4 works", || proof::reach(&running.lab, &cloud, &edge, 0));
+    let connected =
+        eventually(std::time::Duration::from_secs(30), "IPv4 works", || proof::reach(&running.lab, &cloud, &edge, 0));
     running.check(connected.await);
     for node in ["x-a", "x-b"] {
         let ready = proof::ready(running.agent(node)).await;
@@ -72,7 +78,8 @@ async fn hung_engine_is_restarted() {
     running.check(running.lab.node("x-a").ns.sh(stopped));
     let (cloud, edge) = (running.lab.pool("cloud").clone(), running.lab.pool("edge-x").clone());
     // The agent queries the engine within 30 s and gives up after 10 s.
-    let connected =
-        eventually(std::time::Duration::from_secs(90), "the pools are connected again", || proof::reach(&running.lab, &cloud, &edge, 0));
+    let connected = eventually(std::time::Duration::from_secs(90), "the pools are connected again", || {
+        proof::reach(&running.lab, &cloud, &edge, 0)
+    });
     running.check(connected.await);
 }

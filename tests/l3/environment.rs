@@ -19,7 +19,13 @@ impl Running {
         let seen = eventually(SOON, what, || async {
             let status = api.get("x-a").await?.status.context("the GatewayNode has no status")?;
             let ready = status.conditions.iter().find(|c| c.type_ == "Ready").context("there is no Ready condition")?;
-            ensure!(wanted(&ready.status, &ready.message), "Ready is {} {}: {}", ready.status, ready.reason, ready.message);
+            ensure!(
+                wanted(&ready.status, &ready.message),
+                "Ready is {} {}: {}",
+                ready.status,
+                ready.reason,
+                ready.message
+            );
             Ok(())
         });
         self.check(seen.await);
@@ -38,13 +44,17 @@ async fn obstacles_are_reported_with_remedy_until_removed() {
 
     running.run_on("x-a", "iptables -P FORWARD DROP");
     running
-        .until_ready("the FORWARD policy", |s, m| s == "False" && m.contains("FORWARD") && m.contains("iptables -I FORWARD -i raven0"))
+        .until_ready("the FORWARD policy", |s, m| {
+            s == "False" && m.contains("FORWARD") && m.contains("iptables -I FORWARD -i raven0")
+        })
         .await;
     running.run_on("x-a", "iptables -P FORWARD ACCEPT");
     running.until_ready("no obstacle", |status, _| status == "True").await;
 
     running.run_on("x-a", "ip route add 10.244.1.0/24 dev cni0 table 77; ip rule add pref 50 lookup 77");
-    running.until_ready("the conflicting route", |s, m| s == "False" && m.contains("cni0") && m.contains("10.244.1.0/24")).await;
+    running
+        .until_ready("the conflicting route", |s, m| s == "False" && m.contains("cni0") && m.contains("10.244.1.0/24"))
+        .await;
     running.run_on("x-a", "ip rule del pref 50");
     running.until_ready("no obstacle", |status, _| status == "True").await;
 
@@ -78,7 +88,9 @@ async fn port_in_use_is_reported_and_used_when_free() {
         running.agent("x-a").restart().expect("restart the agent");
         let what = format!("UDP port {port} is reported");
         running
-            .until_ready(&what, |status, message| status == "False" && message.contains(&port.to_string()) && message.contains(word))
+            .until_ready(&what, |status, message| {
+                status == "False" && message.contains(&port.to_string()) && message.contains(word)
+            })
             .await;
         drop(taken);
         running.until_ready("no obstacle", |status, _| status == "True").await;
@@ -97,10 +109,12 @@ async fn agent_exits_and_names_missing_requirement() {
         String::from_utf8_lossy(&done.stderr).into_owned()
     };
     // Root without all capabilities, as in a container whose manifest lacks one.
-    let without = failure(&format!("exec setpriv --bounding-set=-sys_admin,-bpf --inh-caps=-all {agent} --node-name x-a --offline"));
+    let without = failure(&format!(
+        "exec setpriv --bounding-set=-sys_admin,-bpf --inh-caps=-all {agent} --node-name x-a --offline"
+    ));
     assert!(without.contains("CAP_BPF"), "{without}");
     let no_bpffs = failure(&format!("mount -t tmpfs none /sys/fs/bpf; exec {agent} --node-name x-a --offline"));
-    assert!(no_bpffs.contains("is no BPF file system") && no_bpffs.contains("mount -t bpf"), "{no_bpffs}");
+    assert!(no_bpffs.contains("is not a BPF file system") && no_bpffs.contains("mount -t bpf"), "{no_bpffs}");
     let nameless = failure(&format!("exec env -u NODE_NAME {agent} --offline"));
     assert!(nameless.contains("--node-name"), "{nameless}");
 }

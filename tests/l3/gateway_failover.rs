@@ -30,16 +30,23 @@ async fn member_takes_over_when_gateway_node_fails() {
     println!("convergence: the gateway node is replaced: {} ms from the API to the map of x-b", took.as_millis());
     let moved = eventually(Duration::from_secs(20), "x-b is elected", || async {
         let status = gateways.get("edge-x").await?.status.context("the Gateway has no status")?;
-        let elected = status.active_endpoints.iter().find(|e| e.type_ == EndpointType::Tunnel).context("no node is elected")?;
+        let elected =
+            status.active_endpoints.iter().find(|e| e.type_ == EndpointType::Tunnel).context("no node is elected")?;
         ensure!(elected.node_name == "x-b", "{} is elected", elected.node_name);
         Ok(())
     });
     running.check(moved.await);
     let back = || async { probe::ping(&own_pod.ns, to.v4.into()).await?.context("no answer") };
     running.check(eventually(proof::CONVERGENCE, "x-b reaches cloud-b", back).await);
-    println!("convergence: the gateway node is replaced: {} ms until its pods reach other pools again", begin.elapsed().as_millis());
+    println!(
+        "convergence: the gateway node is replaced: {} ms until its pods reach other pools again",
+        begin.elapsed().as_millis()
+    );
     let (other_flow, own_flow) = (running.check(other_flow.stop().await), running.check(own_flow.stop().await));
-    println!("convergence: the pool's flow was interrupted for {} ms; another pool's: {other_flow:?}", own_flow.longest_gap.as_millis());
+    println!(
+        "convergence: the pool's flow was interrupted for {} ms; another pool's: {other_flow:?}",
+        own_flow.longest_gap.as_millis()
+    );
     // Packets may be lost only because of the embedded engine (see `live_changes`): the cloud's engine stops while a
     // peer is replaced, and the other pool's engine recreates its session with the cloud when the pool's prefixes are
     // removed and when they are added again.
@@ -49,8 +56,9 @@ async fn member_takes_over_when_gateway_node_fails() {
         for to in ["cloud-b", "y-b"] {
             for address in lab.pod(to).addresses() {
                 let what = format!("{from} reaches {address} of {to} again");
-                let answer =
-                    eventually(proof::CONVERGENCE, &what, || async { probe::ping(&lab.pod(from).ns, address).await?.context("no answer") });
+                let answer = eventually(proof::CONVERGENCE, &what, || async {
+                    probe::ping(&lab.pod(from).ns, address).await?.context("no answer")
+                });
                 running.check(answer.await);
             }
         }
@@ -100,10 +108,15 @@ async fn ready_but_unreachable_gateway_node_is_replaced() {
     running.check(moved.await);
     println!("convergence: an unreachable gateway node is replaced: {} s after the start", begin.elapsed().as_secs());
     running.check(proof::converged(&running.lab).await);
-    assert_eq!(running.check(elected("edge-y", EndpointType::Tunnel).await), "y-a", "no other pool changes its gateway node");
+    assert_eq!(
+        running.check(elected("edge-y", EndpointType::Tunnel).await),
+        "y-a",
+        "no other pool changes its gateway node"
+    );
     let events: Api<Event> = Api::all(running.lab.cluster().client());
     let reported = eventually(Duration::from_secs(10), "an Event reports the reason", || async {
-        let notes = events.list(&ListParams::default()).await?.items.into_iter().filter_map(|e| e.note).collect::<Vec<_>>();
+        let notes =
+            events.list(&ListParams::default()).await?.items.into_iter().filter_map(|e| e.note).collect::<Vec<_>>();
         ensure!(notes.iter().any(|note| note.contains("x-b replaces x-a (it is Ready but cut off")), "{notes:?}");
         Ok(())
     });

@@ -29,7 +29,11 @@ impl Running {
         let start = Instant::now();
         let what = format!("{map} of {node} {} {words}", if present { "contains" } else { "no longer contains" });
         let seen = eventually(SOON, &what, || async {
-            let dump = self.lab.node(node).ns.sh(&format!("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/{map} | tr -d ' \\n'"))?;
+            let dump = self
+                .lab
+                .node(node)
+                .ns
+                .sh(&format!("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/{map} | tr -d ' \\n'"))?;
             ensure!(dump.contains(words) == present, "the map is {dump}");
             Ok(())
         });
@@ -49,7 +53,11 @@ async fn topology_changes_do_not_interrupt_other_pools() {
     let gateways: Api<Gateway> = Api::all(lab.cluster().client());
     let annotate = async |value: Option<&str>| -> Result<()> {
         let patch = serde_json::json!({ "metadata": { "annotations": { "raven.openyurt.io/extra-allowed-source-cidrs": value } } });
-        gateways.patch("edge-y", &PatchParams::default(), &Patch::Merge(&patch)).await.map(drop).context("annotate edge-y")
+        gateways
+            .patch("edge-y", &PatchParams::default(), &Patch::Merge(&patch))
+            .await
+            .map(drop)
+            .context("annotate edge-y")
     };
 
     running.check(annotate(Some("192.168.77.0/24")).await);

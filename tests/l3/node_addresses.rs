@@ -30,7 +30,9 @@ async fn node_addresses_are_forwarded_only_if_enabled() {
     }
     // Routes within the node's own networks are unchanged: to the API server, a node of the pool,
     // and the tunnel's endpoint.
-    for (node, address) in [("cloud-b", "10.0.0.5"), ("cloud-b", "10.0.0.11"), ("x-b", "10.1.0.11"), ("x-a", "198.51.100.10")] {
+    for (node, address) in
+        [("cloud-b", "10.0.0.5"), ("cloud-b", "10.0.0.11"), ("x-b", "10.1.0.11"), ("x-a", "198.51.100.10")]
+    {
         let route = running.check(lab.node(node).ns.run("ip", &["route", "get", address]));
         assert!(route.contains("dev eth0"), "{node} to {address}: {route}");
     }

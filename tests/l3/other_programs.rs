@@ -20,7 +20,8 @@ fn foreign(ns: &Namespace, xdp: bool) -> Result<Ebpf> {
     ns.within(move || -> Result<Ebpf> {
         let mut ebpf = EbpfLoader::new().load(raven_agent::bpf::object())?;
         if xdp {
-            let program: &mut Xdp = ebpf.program_mut("uplink_xdp").context("the object has no program uplink_xdp")?.try_into()?;
+            let program: &mut Xdp =
+                ebpf.program_mut("uplink_xdp").context("the object has no program uplink_xdp")?.try_into()?;
             program.load()?;
             program.attach("eth0", XdpMode::Driver)?;
         } else {
@@ -41,11 +42,14 @@ async fn foreign_xdp_program_disables_only_the_fast_tier() {
     running.agent("x-a").kill().expect("kill the agent");
     // The other program is attached before the agent starts, as on a node where Cilium was installed first.
     running.check(node.ns.sh("rm /sys/fs/bpf/raven/v1/links/uplink_xdp-*"));
-    let taken = eventually(Duration::from_secs(5), "the other program is attached", || async { foreign(&node.ns, true) });
+    let taken =
+        eventually(Duration::from_secs(5), "the other program is attached", || async { foreign(&node.ns, true) });
     let other = running.check(taken.await);
     running.agent("x-a").restart().expect("restart the agent");
     running
-        .until_ready("the fallback tier with its reason", |status, message| status == "True" && message.contains("not the fastest tier"))
+        .until_ready("the fallback tier with its reason", |status, message| {
+            status == "True" && message.contains("not the fastest tier")
+        })
         .await;
     running.carried_by(&node, Verdict::ToTunnel).await;
     drop(other);
@@ -71,11 +75,16 @@ async fn foreign_tc_program_can_coexist() {
 }
 
 /// Attaches a program to TC ingress of a device that ends the chain for every packet.
-fn last_word(ns: &Namespace, device: &'static str, options: impl FnOnce() -> TcAttachOptions + Send + 'static) -> Result<Ebpf> {
+fn last_word(
+    ns: &Namespace,
+    device: &'static str,
+    options: impl FnOnce() -> TcAttachOptions + Send + 'static,
+) -> Result<Ebpf> {
     let object = ebpf_object("ebpf", "raven-bench")?;
     ns.within(move || -> Result<Ebpf> {
         let mut ebpf = EbpfLoader::new().load_file(object)?;
-        let program: &mut SchedClassifier = ebpf.program_mut("last_word").context("the object has no program last_word")?.try_into()?;
+        let program: &mut SchedClassifier =
+            ebpf.program_mut("last_word").context("the object has no program last_word")?.try_into()?;
         program.load()?;
         let _ = qdisc_add_clsact(device);
         program.attach_with_options(device, TcAttachType::Ingress, options())?;
@@ -110,7 +119,9 @@ impl Running {
 
 const FAST: fn(&str, &str) -> bool = |status, message| status == "True" && !message.contains("not the fastest tier");
 const BYPASSED: fn(&str, &str) -> bool = |status, message| {
-    status == "True" && message.contains("not the fastest tier") && message.contains("last_word is asked before uplink_ingress")
+    status == "True"
+        && message.contains("not the fastest tier")
+        && message.contains("last_word runs before uplink_ingress")
 };
 
 #[tokio::test(flavor = "multi_thread")]
@@ -133,7 +144,8 @@ async fn terminal_tc_program_in_front_disables_only_the_fast_tier() {
     // On Raven's own device, another program in front would let packets pass unchecked.
     let intruder = running.check(last_word(&node.ns, "raven0", || TcAttachOptions::TcxOrder(LinkOrder::first())));
     running.trigger_run(&node);
-    let named = |status: &str, message: &str| status == "False" && message.contains("last_word is asked before overlay_ingress");
+    let named =
+        |status: &str, message: &str| status == "False" && message.contains("last_word runs before overlay_ingress");
     running.until_ready("the program on Raven's device", named).await;
     drop(intruder);
     running.trigger_run(&node);

@@ -143,7 +143,9 @@ async fn idle_site_recovers_after_outage() {
     // The tested duration of the outage.
     tokio::time::sleep(Duration::from_secs(130)).await;
     // The site's NAT has lost its mappings by then, so the cloud cannot initiate a handshake.
-    running.check(router.sh("conntrack -F 2>/dev/null; ip link set wan up; ip route replace default via 198.51.100.1 dev wan"));
+    running.check(
+        router.sh("conntrack -F 2>/dev/null; ip link set wan up; ip route replace default via 198.51.100.1 dev wan"),
+    );
     let begin = Instant::now();
     running.check(reached(&running.lab, "cloud-b", "x-b").await);
     println!("outage: reached again {} s after the link came back", begin.elapsed().as_secs());

@@ -31,20 +31,24 @@ async fn tcp_adapts_to_path_mtu_below_its_mss() {
     let lab = &running.lab;
     let gateway = &lab.node("x-a").ns;
     let map = "/sys/fs/bpf/raven/v1/maps/CONFIG";
-    let config = running.check(gateway.run("bpftool", &["-j", "map", "lookup", "pinned", map, "key", "0", "0", "0", "0"]));
+    let config =
+        running.check(gateway.run("bpftool", &["-j", "map", "lookup", "pinned", map, "key", "0", "0", "0", "0"]));
     let config: serde_json::Value = serde_json::from_str(&config).expect("bpftool prints JSON");
-    let mut value: Vec<String> =
-        config["value"].as_array().expect("an array of bytes").iter().map(|b| b.as_str().expect("a hexadecimal byte").to_owned()).collect();
+    let mut value: Vec<String> = config["value"]
+        .as_array()
+        .expect("an array of bytes")
+        .iter()
+        .map(|b| b.as_str().expect("a hexadecimal byte").to_owned())
+        .collect();
     // The field `tunnel_mtu`.
     let narrow = NARROW.to_ne_bytes().map(|byte| format!("{byte:#04x}"));
     value[16..20].clone_from_slice(&narrow);
     running.check(gateway.sh(&format!("bpftool map update pinned {map} key 0 0 0 0 value {}", value.join(" "))));
     let routes = "route show table 9027 dev raven-wg0 | sed 's/ mtu [0-9]*//'";
     for ip in ["ip", "ip -6"] {
-        running
-            .check(gateway.sh(&format!(
-                "{ip} {routes} | while read route; do {ip} route replace table 9027 $route dev raven-wg0 mtu {NARROW}; done"
-            )));
+        running.check(gateway.sh(&format!(
+            "{ip} {routes} | while read route; do {ip} route replace table 9027 $route dev raven-wg0 mtu {NARROW}; done"
+        )));
     }
     let lan = running.check(Capture::start(lab.site(), &lab.node("x-b").ns, "eth0", proof::FRAGMENTS).await);
     let before = running.check(proof::counters(lab.node("x-a")));
@@ -55,7 +59,10 @@ async fn tcp_adapts_to_path_mtu_below_its_mss() {
         assert!(learned.contains(&format!("mtu {NARROW}")), "the sender has not learned the MTU: {learned}");
     }
     let after = running.check(proof::counters(lab.node("x-a")));
-    let (large, fast) = (proof::increase(&before, &after, Verdict::StackTooBig), proof::increase(&before, &after, Verdict::ToTunnelFast));
+    let (large, fast) = (
+        proof::increase(&before, &after, Verdict::StackTooBig),
+        proof::increase(&before, &after, Verdict::ToTunnelFast),
+    );
     assert!(large > 0 && fast > 50 * large, "{large} packets were too large, {fast} were redirected: {after:?}");
     let recording = running.check(lan.stop().await);
     assert_eq!(running.check(recording.lines("")), Vec::<String>::new(), "there are fragments");

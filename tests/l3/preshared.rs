@@ -51,7 +51,10 @@ async fn preshared_key_is_applied_at_runtime_and_required_on_both_ends() {
     ping.args(["-c", "8", "-i", "1", "-W", "1", &lab.pod("cloud-b").v4.to_string()]);
     let pinged = tokio::process::Command::from(ping).output().await.expect("run ping");
     let output = String::from_utf8_lossy(&pinged.stdout);
-    assert!(pinged.status.code() == Some(1) && output.contains("8 packets transmitted, 0 received"), "x-b still reaches cloud-b: {output}");
+    assert!(
+        pinged.status.code() == Some(1) && output.contains("8 packets transmitted, 0 received"),
+        "x-b still reaches cloud-b: {output}"
+    );
     running.check(proof::reach(lab, &cloud, &y, 0).await);
 
     running.check(write_key(lab.node("x-a"), KEY));

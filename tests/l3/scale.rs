@@ -34,8 +34,11 @@ fn pool(number: usize) -> (Gateway, GatewayStatus, GatewayNode) {
         public_ip: Some(format!("203.{}.{}.1", number / 250, number % 250)),
         ..Endpoint::default()
     };
-    let status =
-        GatewayStatus { nodes: (0..NODES_PER_POOL).map(node).collect(), active_endpoints: vec![endpoint], ..GatewayStatus::default() };
+    let status = GatewayStatus {
+        nodes: (0..NODES_PER_POOL).map(node).collect(),
+        active_endpoints: vec![endpoint],
+        ..GatewayStatus::default()
+    };
     let mut key = [0u8; 32];
     key[..8].copy_from_slice(&(number as u64 + 1).to_be_bytes());
     let key = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, key);
@@ -44,7 +47,8 @@ fn pool(number: usize) -> (Gateway, GatewayStatus, GatewayNode) {
 }
 
 async fn publish(lab: &Lab, number: usize) -> Result<()> {
-    let (gateways, nodes): (Api<Gateway>, Api<GatewayNode>) = (Api::all(lab.cluster().client()), Api::all(lab.cluster().client()));
+    let (gateways, nodes): (Api<Gateway>, Api<GatewayNode>) =
+        (Api::all(lab.cluster().client()), Api::all(lab.cluster().client()));
     let (gateway, status, node) = pool(number);
     let name = format!("pool-{number}");
     gateways.create(&PostParams::default(), &gateway).await.with_context(|| format!("create {name}"))?;
@@ -83,7 +87,10 @@ async fn ten_thousand_nodes_fit_into_one_agents_maps() {
     writes.expect("publish the pools");
     let start = Instant::now();
     let remote = |map: &str| -> Result<usize> {
-        let dump = agent.node.ns.run("bpftool", &["-j", "map", "dump", "pinned", &format!("/sys/fs/bpf/raven/v1/maps/{map}")])?;
+        let dump = agent
+            .node
+            .ns
+            .run("bpftool", &["-j", "map", "dump", "pinned", &format!("/sys/fs/bpf/raven/v1/maps/{map}")])?;
         Ok(serde_json::from_str::<Vec<serde_json::Value>>(&dump)?.len())
     };
     let wanted = POOLS * NODES_PER_POOL;
@@ -99,13 +106,22 @@ async fn ten_thousand_nodes_fit_into_one_agents_maps() {
         start.elapsed().as_millis(),
         resident()
     );
-    let shown = agent.node.ns.sh("for map in /sys/fs/bpf/raven/v1/maps/*; do bpftool -j map show pinned $map; done").expect("run bpftool");
+    let shown = agent
+        .node
+        .ns
+        .sh("for map in /sys/fs/bpf/raven/v1/maps/*; do bpftool -j map show pinned $map; done")
+        .expect("run bpftool");
     let mut total = 0;
     for map in shown.lines().map(serde_json::from_str::<serde_json::Value>) {
         let map = map.expect("bpftool prints JSON");
         let bytes = map["bytes_memlock"].as_u64().expect("the map has bytes_memlock");
         total += bytes;
-        println!("scale: map {}: {} entries at most, {} KB", map["name"].as_str().unwrap_or_default(), map["max_entries"], bytes >> 10);
+        println!(
+            "scale: map {}: {} entries at most, {} KB",
+            map["name"].as_str().unwrap_or_default(),
+            map["max_entries"],
+            bytes >> 10
+        );
     }
     println!("scale: all maps: {} MB", total >> 20);
     assert!(total < 128 << 20, "{total} bytes of maps");

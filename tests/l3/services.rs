@@ -59,9 +59,17 @@ async fn services_and_host_processes_reach_other_pools_and_policies_apply() {
     running.check(node.ns.nft(&rules));
 
     let cluster_ip = SocketAddr::from(([10, 96, 0, 50], 80));
-    assert_eq!(running.check(seen(&client.ns, cluster_ip).await), IpAddr::V4(client.v4), "ClusterIP: source is the pod's address");
+    assert_eq!(
+        running.check(seen(&client.ns, cluster_ip).await),
+        IpAddr::V4(client.v4),
+        "ClusterIP: source is the pod's address"
+    );
     let cluster_ip6 = SocketAddr::from((Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x50), 80));
-    assert_eq!(running.check(seen(&client.ns, cluster_ip6).await), IpAddr::V6(client.v6), "ClusterIP: source is the pod's address");
+    assert_eq!(
+        running.check(seen(&client.ns, cluster_ip6).await),
+        IpAddr::V6(client.v6),
+        "ClusterIP: source is the pod's address"
+    );
     let node_port = SocketAddr::from((node.lan_v4, 30080));
     let outside = running.check(seen(&lab.control_plane, node_port).await);
     assert_eq!(outside, first_address(lab, "cloud-b"), "NodePort: source is an address to which answers are routed");
@@ -74,7 +82,10 @@ async fn services_and_host_processes_reach_other_pools_and_policies_apply() {
     }
 
     // A policy on the receiver's node applies to the sender's real address.
-    let policy = format!("table ip np {{\n chain f {{ type filter hook forward priority 0; ip saddr {} counter drop; }}\n}}\n", client.v4);
+    let policy = format!(
+        "table ip np {{\n chain f {{ type filter hook forward priority 0; ip saddr {} counter drop; }}\n}}\n",
+        client.v4
+    );
     running.check(lab.node("y-b").ns.nft(&policy));
     assert!(seen(&client.ns, cluster_ip).await.is_err(), "the policy must deny the connection");
     let dropped = running.check(lab.node("y-b").ns.sh("nft list table ip np"));
@@ -104,7 +115,8 @@ async fn traffic_between_pools_is_exempt_from_masquerade() {
                 }
             }
             // The CNI's rule still exists and applies to traffic that leaves the cluster.
-            let list = if by == MasqueradeBy::IptablesLegacy { "iptables-legacy-save -t nat" } else { "nft list ruleset" };
+            let list =
+                if by == MasqueradeBy::IptablesLegacy { "iptables-legacy-save -t nat" } else { "nft list ruleset" };
             let rules = running.lab.node("x-b").ns.sh(list)?;
             ensure!(rules.to_lowercase().contains("masquerade"), "the CNI's masquerade rule is missing: {rules}");
             Ok(())

@@ -31,10 +31,12 @@ async fn certificate_for_another_node_is_denied_with_event() {
         .expect("read the kubeconfig")
         .replace("198.51.100.10", &lab.host_link.control_plane.to_string());
     std::fs::write(&kubeconfig, text).expect("write the kubeconfig");
-    let stolen: Api<CertificateSigningRequest> = Api::all(raven_tests::kubernetes::client(&kubeconfig).await.expect("create a client"));
-    for (name, signer, usage, reason) in
-        [("x-a", SIGNER_CLIENT, "client auth", "NamesNotAllowed"), ("198.51.100.10", SIGNER_SERVER, "server auth", "NotElected")]
-    {
+    let stolen: Api<CertificateSigningRequest> =
+        Api::all(raven_tests::kubernetes::client(&kubeconfig).await.expect("create a client"));
+    for (name, signer, usage, reason) in [
+        ("x-a", SIGNER_CLIENT, "client auth", "NamesNotAllowed"),
+        ("198.51.100.10", SIGNER_SERVER, "server auth", "NotElected"),
+    ] {
         let key = KeyPair::generate().expect("generate a key");
         let params = CertificateParams::new(vec![name.to_owned()]).expect("a valid name");
         let pem = params.serialize_request(&key).expect("create the request").pem().expect("encode the request");
@@ -42,14 +44,20 @@ async fn certificate_for_another_node_is_denied_with_event() {
             "metadata": { "generateName": "stolen-" },
             "spec": { "request": ByteString(pem.into_bytes()), "signerName": signer, "usages": ["digital signature", usage] },
         }));
-        let created =
-            stolen.create(&PostParams::default(), &request.expect("a valid object")).await.expect("any agent may create requests");
+        let created = stolen
+            .create(&PostParams::default(), &request.expect("a valid object"))
+            .await
+            .expect("any agent may create requests");
         let created = created.metadata.name.expect("the request has a name");
         let denied = || async {
             let status = stolen.get(&created).await?.status.context("the request has no status yet")?;
             ensure!(status.certificate.is_none(), "the request was signed");
-            let condition =
-                status.conditions.into_iter().flatten().find(|c| c.type_ == "Denied").context("the request is not denied yet")?;
+            let condition = status
+                .conditions
+                .into_iter()
+                .flatten()
+                .find(|c| c.type_ == "Denied")
+                .context("the request is not denied yet")?;
             ensure!(condition.reason.as_deref() == Some(reason), "{condition:?}");
             Ok(())
         };
@@ -57,7 +65,10 @@ async fn certificate_for_another_node_is_denied_with_event() {
         let events: Api<Event> = Api::all(lab.cluster().client());
         let reported = || async {
             let events = events.list(&ListParams::default()).await?;
-            let event = events.items.into_iter().find(|e| e.regarding.as_ref().and_then(|r| r.name.as_deref()) == Some(&created));
+            let event = events
+                .items
+                .into_iter()
+                .find(|e| e.regarding.as_ref().and_then(|r| r.name.as_deref()) == Some(&created));
             let event = event.context("there is no Event about the request")?;
             ensure!(
                 event.reason.as_deref() == Some(reason) && event.note.is_some_and(|n| n.contains("x-b")),
@@ -75,7 +86,8 @@ async fn certificate_is_revoked_with_its_node_even_if_the_name_is_reused() {
     let mut running = Running::of(Lab::builder()).await.expect("start the lab");
     // With one listed endpoint, no other node of the pool takes over.
     let mut gateway = default_gateway(running.lab.site(), running.lab.pool("edge-x"));
-    let only = Endpoint { node_name: "x-a".to_owned(), type_: EndpointType::Proxy, under_nat: true, ..Endpoint::default() };
+    let only =
+        Endpoint { node_name: "x-a".to_owned(), type_: EndpointType::Proxy, under_nat: true, ..Endpoint::default() };
     gateway.spec.endpoints.push(only);
     running.check(running.lab.cluster().apply_gateway(&gateway).await);
     running.check(running.serve("x-b").await);
@@ -99,7 +111,10 @@ async fn certificate_is_revoked_with_its_node_even_if_the_name_is_reused() {
     let denied = || async {
         let requests = requests.list(&ListParams::default()).await?;
         let conditions = requests.items.iter().filter_map(|r| r.status.as_ref()?.conditions.as_ref()).flatten();
-        ensure!(conditions.into_iter().any(|c| c.type_ == "Denied" && c.reason.as_deref() == Some("NodeReplaced")), "{requests:?}");
+        ensure!(
+            conditions.into_iter().any(|c| c.type_ == "Denied" && c.reason.as_deref() == Some("NodeReplaced")),
+            "{requests:?}"
+        );
         Ok(())
     };
     running.check(eventually(SOON, "a request with the old token is denied", denied).await);

@@ -32,7 +32,8 @@ async fn kubectl_reaches_edge_pod_by_name_and_address_with_and_without_l3() {
     let server = running.check(lab.api_server_on("cloud-a", Prefer::InternalIP).await);
     running.all(&server, "by address, from the gateway node", 10).await;
     // Interception is limited to the kubelet's ports and visible in a map.
-    let taken = running.check(lab.node("cloud-a").ns.sh("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/KUBELETS | tr -d ' \\n'"));
+    let taken = running
+        .check(lab.node("cloud-a").ns.sh("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/KUBELETS | tr -d ' \\n'"));
     assert!(taken.contains("\"address\":[10,1,0,12],\"port\":10250"), "{taken}");
     let route = |port: u16| lab.node("cloud-a").ns.sh(&format!("ip route get 10.1.0.12 ipproto tcp dport {port}"));
     assert!(running.check(route(10250)).contains("dev lo"), "the kubelet's port is intercepted");
@@ -48,8 +49,11 @@ async fn kubectl_reaches_edge_pod_by_name_and_address_with_and_without_l3() {
     // certificate and requires the API server's client certificate.
     let file = |name: &str| lab.cluster().file(name).display().to_string();
     let (ca, certificate, key) = (file("ca.crt"), file("kubelet-client.crt"), file("kubelet-client.key"));
-    let scrape =
-        |more: &str| lab.pod("cloud-b").ns.sh(&format!("curl -sS -m 10 --cacert {ca} {more} https://10.1.0.12:10250/metrics/resource"));
+    let scrape = |more: &str| {
+        lab.pod("cloud-b")
+            .ns
+            .sh(&format!("curl -sS -m 10 --cacert {ca} {more} https://10.1.0.12:10250/metrics/resource"))
+    };
     let metrics = running.check(scrape(&format!("--cert {certificate} --key {key}")));
     assert!(metrics.contains("node_cpu_usage_seconds_total"), "{metrics}");
     assert_eq!(running.check(scrape("")), "Unauthorized", "a request without client certificate must be denied");

@@ -14,8 +14,8 @@ use raven_api::{
     proxy::INTERNAL_SERVICE,
 };
 use raven_tests::{
-    Lab, Namespace, Nat, PoolSpec, Protocol, eventually, kubernetes::objects::default_gateway, patience, process::Process, proof,
-    require_root,
+    Lab, Namespace, Nat, PoolSpec, Protocol, eventually, kubernetes::objects::default_gateway, patience,
+    process::Process, proof, require_root,
 };
 
 use crate::{Running, SOON};
@@ -66,7 +66,10 @@ impl Running {
 
     /// Sends one request by name to the given gateway node.
     fn request_at(&self, gateway: &str, from: &str, node: &str, seconds: u32) -> Result<String> {
-        self.lab.node(from).ns.sh(&format!("curl -sS -m {seconds} -H 'Host: {node}:10255' http://{gateway}:10264/metrics"))
+        self.lab
+            .node(from)
+            .ns
+            .sh(&format!("curl -sS -m {seconds} -H 'Host: {node}:10255' http://{gateway}:10264/metrics"))
     }
 
     /// Waits until a request by address is answered by a node. Addresses are intercepted by other rules than names.
@@ -96,9 +99,18 @@ impl Running {
     async fn answered_soonest(&self, node: &str) -> Result<()> {
         let host = format!("{node}:10255");
         eventually(SOON, &format!("a new request for {node} is answered"), || async {
-            let answer = proof::http_of(&self.lab.node("cloud-b").ns, "10.0.0.11:10264", &host, "/metrics", ATTEMPT.mul_f64(patience()));
+            let answer = proof::http_of(
+                &self.lab.node("cloud-b").ns,
+                "10.0.0.11:10264",
+                &host,
+                "/metrics",
+                ATTEMPT.mul_f64(patience()),
+            );
             let answer = answer.await?;
-            ensure!(answer.starts_with("HTTP/1.1 200 ") && answer.contains(&format!("of {node}\n")), "unexpected answer {answer:?}");
+            ensure!(
+                answer.starts_with("HTTP/1.1 200 ") && answer.contains(&format!("of {node}\n")),
+                "unexpected answer {answer:?}"
+            );
             Ok(())
         })
         .await
@@ -174,10 +186,14 @@ async fn requests_recover_after_link_and_agent_outages() {
 
     // L7 is disabled: no listener, no rule and no stream is left.
     let client = &mut running.lab.node("cloud-b").ns.command("busybox");
-    let mut open = KillOnDrop(client.args(["nc", "10.1.0.12", "10255"]).stdin(std::process::Stdio::piped()).spawn().expect("start nc"));
+    let mut open = KillOnDrop(
+        client.args(["nc", "10.1.0.12", "10255"]).stdin(std::process::Stdio::piped()).spawn().expect("start nc"),
+    );
     // A connection without data has no stream.
     std::io::Write::write_all(open.0.stdin.as_mut().expect("standard input is a pipe"), b"GET /").expect("write to nc");
-    let streams = async || proof::metric(&running.lab.node("x-a").ns, "raven_proxy_open_streams").await?.context("there is no such metric");
+    let streams = async || {
+        proof::metric(&running.lab.node("x-a").ns, "raven_proxy_open_streams").await?.context("there is no such metric")
+    };
     let opened = || async {
         ensure!(streams().await? != 0);
         Ok(())
@@ -185,7 +201,11 @@ async fn requests_recover_after_link_and_agent_outages() {
     running.check(eventually(SOON, "a stream is open", opened).await);
     running.check(running.lab.cluster().put_setting("raven-cfg", "enable-l7-proxy", "false").await);
     let disabled = || async {
-        let left = running.lab.node("cloud-a").ns.sh("ss -Hltn | grep -E ':(1026[234]|20000) ' || true; ip rule | grep 9029 || true")?;
+        let left = running
+            .lab
+            .node("cloud-a")
+            .ns
+            .sh("ss -Hltn | grep -E ':(1026[234]|20000) ' || true; ip rule | grep 9029 || true")?;
         ensure!(left.is_empty(), "{left}");
         let left = running.lab.node("cloud-b").ns.sh("ip rule | grep 9029 || true")?;
         ensure!(left.is_empty(), "{left}");
@@ -235,7 +255,8 @@ async fn ambiguous_address_is_rejected_and_names_work() {
         let events = events.list(&ListParams::default()).await?.items;
         let of = |gateway: &str| {
             events.iter().find(|e| {
-                e.reason.as_deref() == Some("NodeAddressAmbiguous") && e.regarding.as_ref().and_then(|r| r.name.as_deref()) == Some(gateway)
+                e.reason.as_deref() == Some("NodeAddressAmbiguous")
+                    && e.regarding.as_ref().and_then(|r| r.name.as_deref()) == Some(gateway)
             })
         };
         let note = of("edge-y").and_then(|e| e.note.clone()).context("there is no Event about edge-y")?;
@@ -306,12 +327,17 @@ impl RequestLoad {
     fn stop(self, fault: Instant) -> Result<(usize, Duration)> {
         let _ = self.stop.send(());
         let threads = self.thread.join().map_err(|_| anyhow::anyhow!("the thread panicked"))?;
-        let results = threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow::anyhow!("a request's thread panicked")));
+        let results =
+            threads.into_iter().map(|thread| thread.join().map_err(|_| anyhow::anyhow!("a request's thread panicked")));
         let results: Vec<RequestResult> = results.collect::<Result<_>>()?;
         let after: Vec<&RequestResult> = results.iter().filter(|a| a.began >= fault).collect();
         let failures: Vec<&str> = after.iter().filter_map(|a| a.failure.as_deref()).collect();
         ensure!(failures.is_empty(), "{} of {} requests failed: {}", failures.len(), after.len(), failures.join("; "));
-        let longest = after.iter().map(|a| a.took).max().context("no request was sent after the fault, so the test proves nothing")?;
+        let longest = after
+            .iter()
+            .map(|a| a.took)
+            .max()
+            .context("no request was sent after the fault, so the test proves nothing")?;
         Ok((after.len(), longest))
     }
 }
@@ -323,7 +349,8 @@ async fn service_has(lab: &Lab, wanted: &[&str]) -> Result<Duration> {
     let of_service = ListParams::default().labels(&format!("kubernetes.io/service-name={INTERNAL_SERVICE}"));
     eventually(SOON, &format!("the Service has the addresses {}", wanted.join(" and ")), || async {
         let list = slices.list(&of_service).await?;
-        let mut addresses: Vec<String> = list.items.into_iter().flat_map(|s| s.endpoints).flat_map(|e| e.addresses).collect();
+        let mut addresses: Vec<String> =
+            list.items.into_iter().flat_map(|s| s.endpoints).flat_map(|e| e.addresses).collect();
         addresses.sort();
         ensure!(addresses == wanted, "the addresses are {addresses:?}");
         Ok(())
@@ -393,7 +420,13 @@ async fn narrow_link_carries_large_and_small_requests_concurrently() {
     running.check(running.serve("x-b").await);
     std::fs::write(running.lab.node("x-b").dir.join("www/large"), vec![b'x'; BYTES]).expect("write the file");
     running.check(running.answered("x-b").await);
-    let connections = || running.lab.node("cloud-a").ns.sh("curl -sS http://[::1]:10265/connections | grep edge-x | sed 's/,.*//' | sort");
+    let connections = || {
+        running
+            .lab
+            .node("cloud-a")
+            .ns
+            .sh("curl -sS http://[::1]:10265/connections | grep edge-x | sed 's/,.*//' | sort")
+    };
     let both = || async {
         let listed = connections()?;
         ensure!(listed.lines().count() == 2, "{listed}");
@@ -404,7 +437,8 @@ async fn narrow_link_carries_large_and_small_requests_concurrently() {
     let router = running.lab.pool("edge-x").router.clone();
     running.check(router.sh("tc qdisc add dev wan root tbf rate 1mbit burst 16kb latency 2s"));
     let ns = running.lab.node("cloud-b").ns.clone();
-    let large = std::thread::spawn(move || ns.sh("curl -sS -m 120 -H 'Host: x-b:10255' http://10.0.0.11:10264/large | wc -c"));
+    let large =
+        std::thread::spawn(move || ns.sh("curl -sS -m 120 -H 'Host: x-b:10255' http://10.0.0.11:10264/large | wc -c"));
     let mut slowest = Duration::ZERO;
     while !large.is_finished() {
         let begin = Instant::now();
@@ -413,6 +447,9 @@ async fn narrow_link_carries_large_and_small_requests_concurrently() {
     }
     let arrived = running.check(large.join().expect("join the thread"));
     assert_eq!(arrived.trim(), BYTES.to_string());
-    println!("{BYTES} bytes by a link of 1 Mbit/s; the slowest concurrent small request took {} ms", slowest.as_millis());
+    println!(
+        "{BYTES} bytes by a link of 1 Mbit/s; the slowest concurrent small request took {} ms",
+        slowest.as_millis()
+    );
     assert_eq!(running.check(connections()), before, "the proxy connections are the same as before");
 }

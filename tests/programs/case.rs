@@ -12,7 +12,7 @@ use crate::dataplane::{Context, Counters, Dataplane, TC_REDIRECT, TC_SHOT, TC_UN
 
 /// A test case.
 #[derive(Clone, Debug)]
-pub struct Case {
+pub(crate) struct Case {
     name: String,
     packet: Vec<u8>,
     context: Context,
@@ -33,61 +33,69 @@ enum Out {
 
 impl Case {
     /// Creates a case. Default expectation: the packet passes, unchanged and uncounted.
-    pub fn new(name: impl Into<String>, packet: Vec<u8>) -> Self {
+    pub(crate) fn new(name: impl Into<String>, packet: Vec<u8>) -> Self {
         let context = Context::default();
-        Self { name: name.into(), packet, context, action: TC_UNSPEC, counted: None, meta: Vec::new(), out: Out::Unchanged }
+        Self {
+            name: name.into(),
+            packet,
+            context,
+            action: TC_UNSPEC,
+            counted: None,
+            meta: Vec::new(),
+            out: Out::Unchanged,
+        }
     }
 
     /// Makes the packet an aggregate.
-    pub fn aggregate(mut self, gso_segs: u32, gso_size: u32) -> Self {
-        self.context = Context { gso_segs, gso_size };
+    pub(crate) fn aggregate(mut self, gso_segs: u32, gso_size: u32) -> Self {
+        self.context = Context { gso_size, gso_segs };
         self
     }
 
     /// Expects that the packet passes to the next program and is counted.
-    pub fn passes(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
+    pub(crate) fn passes(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
         (self.action, self.counted) = (TC_UNSPEC, Some((gateway, verdict)));
         self
     }
 
     /// Expects a redirect.
-    pub fn redirected(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
+    pub(crate) fn redirected(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
         (self.action, self.counted) = (TC_REDIRECT, Some((gateway, verdict)));
         self
     }
 
     /// Expects a drop.
-    pub fn dropped(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
+    pub(crate) fn dropped(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
         (self.action, self.counted) = (TC_SHOT, Some((gateway, verdict)));
         self
     }
 
     /// XDP: expects that the packet passes uncounted.
-    pub fn xdp_passes(mut self) -> Self {
+    pub(crate) fn xdp_passes(mut self) -> Self {
         self.action = XDP_PASS;
         self
     }
 
     /// XDP: expects a drop.
-    pub fn xdp_dropped(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
+    pub(crate) fn xdp_dropped(mut self, gateway: GatewayId, verdict: Verdict) -> Self {
         (self.action, self.counted) = (XDP_DROP, Some((gateway, verdict)));
         self
     }
 
     /// Expects these bytes.
-    pub fn becomes(mut self, packet: Vec<u8>) -> Self {
+    pub(crate) fn becomes(mut self, packet: Vec<u8>) -> Self {
         self.out = Out::Exactly(packet);
         self
     }
 
     /// Does not compare the bytes, which another test compares with real devices.
-    pub fn becomes_elsewhere(mut self) -> Self {
+    pub(crate) fn becomes_elsewhere(mut self) -> Self {
         self.out = Out::Elsewhere;
         self
     }
 
     /// Expects this XDP metadata.
-    pub fn with_meta(mut self, meta: Vec<u8>) -> Self {
+    pub(crate) fn with_meta(mut self, meta: Vec<u8>) -> Self {
         self.meta = meta;
         self
     }
@@ -98,7 +106,8 @@ impl Case {
         let ran = dataplane.run(hook, &self.packet, self.context);
         let counted = difference(&before, &dataplane.counters());
         let packets = u64::from(self.context.gso_segs.max(1));
-        let expected = self.counted.map(|key| (key, Count { packets, bytes: self.packet.len() as u64 })).into_iter().collect();
+        let expected =
+            self.counted.map(|key| (key, Count { packets, bytes: self.packet.len() as u64 })).into_iter().collect();
         let mut text = String::new();
         if ran.action != self.action {
             let _ = writeln!(text, "  action {}, expected {}", ran.action as i32, self.action as i32);
@@ -117,13 +126,20 @@ impl Case {
 }
 
 /// Runs all cases and fails with the deviations of all of them.
-pub fn check(dataplane: &Dataplane, hook: Hook, cases: &[Case]) {
+pub(crate) fn check(dataplane: &Dataplane, hook: Hook, cases: &[Case]) {
     let failures: Vec<String> = cases.iter().filter_map(|case| case.failure(dataplane, hook)).collect();
-    assert!(failures.is_empty(), "{} of {} cases of {}:\n{}", failures.len(), cases.len(), hook.program(), failures.join("\n"));
+    assert!(
+        failures.is_empty(),
+        "{} of {} cases of {}:\n{}",
+        failures.len(),
+        cases.len(),
+        hook.program(),
+        failures.join("\n")
+    );
 }
 
 /// Returns the increase of counters.
-pub fn difference(before: &Counters, after: &Counters) -> Counters {
+pub(crate) fn difference(before: &Counters, after: &Counters) -> Counters {
     let increased = after.iter().filter_map(|(key, count)| {
         let old = before.get(key).copied().unwrap_or_default();
         let increase = Count { packets: count.packets - old.packets, bytes: count.bytes - old.bytes };
@@ -133,7 +149,7 @@ pub fn difference(before: &Counters, after: &Counters) -> Counters {
 }
 
 /// Returns the lines of 16 bytes in which two packets differ; empty if they are equal.
-pub fn hex_difference(what: &str, expected: &[u8], seen: &[u8]) -> String {
+pub(crate) fn hex_difference(what: &str, expected: &[u8], seen: &[u8]) -> String {
     if expected == seen {
         return String::new();
     }

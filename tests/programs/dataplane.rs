@@ -10,24 +10,27 @@ use aya::{
 use raven_agent::bpf::{Hook, object};
 use raven_common::{
     Verdict,
-    tables::{Config, Count, CounterKey, DropSample, GatewayId, KubeletAddress, KubeletNode, Local, NODE_IS_GATEWAY, Node, Remote},
+    tables::{
+        Config, Count, CounterKey, DropSample, GatewayId, KubeletAddress, KubeletNode, Local, NODE_IS_GATEWAY, Node,
+        Remote,
+    },
 };
 
 use crate::topology::{GATEWAY, KUBELET, KUBELET_PORT, LOCAL, LOST, ME, MEMBER, Net, REMOTE};
 
 /// Counters, summed over CPUs, without those that are zero.
-pub type Counters = BTreeMap<(GatewayId, Verdict), Count>;
+pub(crate) type Counters = BTreeMap<(GatewayId, Verdict), Count>;
 
 /// Constants of linux/pkt_cls.h and linux/bpf.h, defined here again on purpose, independently of the programs.
-pub const TC_UNSPEC: u32 = u32::MAX;
-pub const TC_SHOT: u32 = 2;
-pub const TC_REDIRECT: u32 = 7;
-pub const XDP_DROP: u32 = 1;
-pub const XDP_PASS: u32 = 2;
+pub(crate) const TC_UNSPEC: u32 = u32::MAX;
+pub(crate) const TC_SHOT: u32 = 2;
+pub(crate) const TC_REDIRECT: u32 = 7;
+pub(crate) const XDP_DROP: u32 = 1;
+pub(crate) const XDP_PASS: u32 = 2;
 
 /// Metadata of a packet.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Context {
+pub(crate) struct Context {
     /// Payload bytes per segment of an aggregate; 0 otherwise.
     pub gso_size: u32,
     /// Number of packets in an aggregate; 0 otherwise.
@@ -54,7 +57,7 @@ fn xdp_md(frame: usize) -> [u8; 24] {
 
 /// Result of a program's run.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ran {
+pub(crate) struct Ran {
     pub action: u32,
     /// XDP metadata in front of the packet.
     pub meta: Vec<u8>,
@@ -62,13 +65,13 @@ pub struct Ran {
 }
 
 /// The loaded object.
-pub struct Dataplane {
+pub(crate) struct Dataplane {
     ebpf: Ebpf,
 }
 
 impl Dataplane {
     /// Loads every program and fills the maps.
-    pub fn load(config: Config) -> Self {
+    pub(crate) fn load(config: Config) -> Self {
         let ebpf = EbpfLoader::new().load(object()).expect("load the object");
         let mut dataplane = Self { ebpf };
         for hook in Hook::ALL {
@@ -83,7 +86,7 @@ impl Dataplane {
     }
 
     /// Changes the configuration of the node.
-    pub fn configure(&mut self, config: Config) {
+    pub(crate) fn configure(&mut self, config: Config) {
         let mut map: Array<_, Config> = self.ebpf.map_mut("CONFIG").expect("CONFIG").try_into().expect("an array");
         map.set(0, config, 0).expect("write CONFIG");
     }
@@ -97,7 +100,8 @@ impl Dataplane {
             let via = if gateway == LOST || config.tunnel_ifindex != 0 { [0; 4] } else { GATEWAY };
             self.put("REMOTE4", "REMOTE6", net, Remote { gateway, via });
         }
-        let mut nodes: HashMap<_, [u8; 4], Node> = self.ebpf.map_mut("NODES").expect("NODES").try_into().expect("a hash");
+        let mut nodes: HashMap<_, [u8; 4], Node> =
+            self.ebpf.map_mut("NODES").expect("NODES").try_into().expect("a hash");
         for (node, flags) in [(ME, 0), (MEMBER, 0), (GATEWAY, NODE_IS_GATEWAY)] {
             nodes.insert(node, Node { flags }, 0).expect("write NODES");
         }
@@ -108,18 +112,20 @@ impl Dataplane {
     }
 
     /// Routes connections to kubelets into the overlay, as on a member.
-    pub fn intercept_kubelet(&mut self, gateway: GatewayId, via: [u8; 4]) {
+    pub(crate) fn intercept_kubelet(&mut self, gateway: GatewayId, via: [u8; 4]) {
         self.put("REMOTE4", "REMOTE6", KUBELET, Remote { gateway, via });
     }
 
     /// Assigns a remote prefix to another Gateway, or removes it.
-    pub fn remote(&mut self, net: Net, gateway: Option<GatewayId>) {
+    pub(crate) fn remote(&mut self, net: Net, gateway: Option<GatewayId>) {
         if let Some(gateway) = gateway {
             return self.put("REMOTE4", "REMOTE6", net, Remote { gateway, via: [0; 4] });
         }
-        let mut trie: LpmTrie<_, [u8; 4], Remote> = self.ebpf.map_mut("REMOTE4").expect("REMOTE4").try_into().expect("a trie");
+        let mut trie: LpmTrie<_, [u8; 4], Remote> =
+            self.ebpf.map_mut("REMOTE4").expect("REMOTE4").try_into().expect("a trie");
         trie.remove(&Key::new(24, net.prefix4())).expect("remove the IPv4 prefix");
-        let mut trie: LpmTrie<_, [u8; 16], Remote> = self.ebpf.map_mut("REMOTE6").expect("REMOTE6").try_into().expect("a trie");
+        let mut trie: LpmTrie<_, [u8; 16], Remote> =
+            self.ebpf.map_mut("REMOTE6").expect("REMOTE6").try_into().expect("a trie");
         trie.remove(&Key::new(64, net.prefix6())).expect("remove the IPv6 prefix");
     }
 
@@ -131,7 +137,7 @@ impl Dataplane {
     }
 
     /// Runs a program once, without a device.
-    pub fn run(&self, hook: Hook, packet: &[u8], context: Context) -> Ran {
+    pub(crate) fn run(&self, hook: Hook, packet: &[u8], context: Context) -> Ran {
         match hook {
             Hook::UplinkXdp => self.run_xdp(packet),
             _ => self.run_tc(hook, packet, context),
@@ -146,7 +152,8 @@ impl Dataplane {
             ctx_in: Some(&context.to_sk_buff()),
             ..TestRunOptions::default()
         };
-        let result = self.tc(hook).test_run(options).unwrap_or_else(|e| panic!("test run of {}: {e:?}", hook.program()));
+        let result =
+            self.tc(hook).test_run(options).unwrap_or_else(|e| panic!("test run of {}: {e:?}", hook.program()));
         out.truncate(result.data_size_out as usize);
         Ran { action: result.return_value, meta: Vec::new(), packet: out }
     }
@@ -169,7 +176,7 @@ impl Dataplane {
     }
 
     /// Returns the samples of dropped packets that are in the ring buffer.
-    pub fn samples(&mut self) -> Vec<DropSample> {
+    pub(crate) fn samples(&mut self) -> Vec<DropSample> {
         let mut ring = RingBuf::try_from(self.ebpf.map_mut("EVENTS").expect("EVENTS")).expect("a ring buffer");
         let mut samples = Vec::new();
         while let Some(bytes) = ring.next() {
@@ -179,20 +186,23 @@ impl Dataplane {
     }
 
     /// Returns the counters since the object was loaded.
-    pub fn counters(&self) -> Counters {
+    pub(crate) fn counters(&self) -> Counters {
         let map: PerCpuHashMap<&MapData, CounterKey, Count> =
             self.ebpf.map("COUNTERS").expect("COUNTERS").try_into().expect("a per-CPU hash");
         let entries = map.iter().map(|entry| {
             let (key, values) = entry.expect("read COUNTERS");
-            let verdict = Verdict::from_number(key.verdict).unwrap_or_else(|| panic!("no verdict has the number {}", key.verdict));
-            let sum = values.iter().fold(Count::default(), |a, b| Count { packets: a.packets + b.packets, bytes: a.bytes + b.bytes });
+            let verdict = Verdict::from_number(key.verdict)
+                .unwrap_or_else(|| panic!("no verdict has the number {}", key.verdict));
+            let sum = values
+                .iter()
+                .fold(Count::default(), |a, b| Count { packets: a.packets + b.packets, bytes: a.bytes + b.bytes });
             ((key.gateway, verdict), sum)
         });
         entries.collect()
     }
 
     /// Attaches a program to a device of the current thread's namespace, until the value is dropped.
-    pub fn attach(&mut self, hook: Hook, device: &str) {
+    pub(crate) fn attach(&mut self, hook: Hook, device: &str) {
         if hook == Hook::UplinkXdp {
             self.xdp_mut().attach(device, XdpMode::Driver).expect("attach uplink_xdp");
             return;
@@ -203,7 +213,9 @@ impl Dataplane {
             Hook::OverlayEgress | Hook::TunnelEgress => TcAttachType::Egress,
             _ => TcAttachType::Ingress,
         };
-        self.tc_mut(hook).attach(device, direction).unwrap_or_else(|e| panic!("attach {} to {device}: {e:?}", hook.program()));
+        self.tc_mut(hook)
+            .attach(device, direction)
+            .unwrap_or_else(|e| panic!("attach {} to {device}: {e:?}", hook.program()));
     }
 
     fn tc(&self, hook: Hook) -> &SchedClassifier {

@@ -87,7 +87,9 @@ fn xdp_drops_packets_that_are_not_wireguard() {
     require_root!();
     let (passes, refused) = messages();
     let mut cases: Vec<Case> = passes.into_iter().map(|(name, packet)| Case::new(name, packet).xdp_passes()).collect();
-    cases.extend(refused.into_iter().map(|(name, packet)| Case::new(name, packet).xdp_dropped(NONE, Verdict::DropNotWireguard)));
+    cases.extend(
+        refused.into_iter().map(|(name, packet)| Case::new(name, packet).xdp_dropped(NONE, Verdict::DropNotWireguard)),
+    );
     check(&Dataplane::load(topology::gateway()), Hook::UplinkXdp, &cases);
 }
 
@@ -96,13 +98,18 @@ fn tc_drops_packets_that_are_not_wireguard_without_xdp() {
     require_root!();
     let (passes, refused) = messages();
     let mut cases: Vec<Case> = passes.into_iter().map(|(name, packet)| Case::new(name, packet)).collect();
-    cases.extend(refused.into_iter().map(|(name, packet)| Case::new(name, packet).dropped(NONE, Verdict::DropNotWireguard)));
+    cases.extend(
+        refused.into_iter().map(|(name, packet)| Case::new(name, packet).dropped(NONE, Verdict::DropNotWireguard)),
+    );
     for family in Family::BOTH {
         let inner = udp(family, MEMBERS, EDGES);
         let good = overlay(MEMBER, ME, inner.overlay_frame());
         cases.push(Case::new(format!("{family:?}: overlay from a node of the pool"), good.frame()));
         let outsider = Overlay { from: OUTSIDER, ..good.clone() };
-        cases.push(Case::new(format!("{family:?}: from outside the pool"), outsider.frame()).dropped(NONE, Verdict::DropOuterNotInPool));
+        cases.push(
+            Case::new(format!("{family:?}: from outside the pool"), outsider.frame())
+                .dropped(NONE, Verdict::DropOuterNotInPool),
+        );
         let elsewhere = Overlay { to: GATEWAY, ..outsider };
         cases.push(Case::new(format!("{family:?}: from outside the pool to another node"), elsewhere.frame()));
     }
@@ -113,7 +120,8 @@ fn tc_drops_packets_that_are_not_wireguard_without_xdp() {
 #[test]
 fn handshake_flood_is_dropped_and_other_sources_pass() {
     require_root!();
-    for (hook, config, pass) in [(Hook::UplinkXdp, topology::gateway(), 2), (Hook::UplinkIngress, tc_guard(), u32::MAX)] {
+    for (hook, config, pass) in [(Hook::UplinkXdp, topology::gateway(), 2), (Hook::UplinkIngress, tc_guard(), u32::MAX)]
+    {
         let dataplane = Dataplane::load(config);
         let initiation = |source| datagram(source, ME, TUNNEL_PORT, &message(1, 148));
         let run = |source| dataplane.run(hook, &initiation(source), Context::default()).action == pass;
@@ -131,14 +139,18 @@ fn handshake_flood_is_dropped_and_other_sources_pass() {
 fn dropped_packets_are_sampled() {
     require_root!();
     let mut dataplane = Dataplane::load(topology::gateway());
-    let outsider = Overlay { from: OUTSIDER, ..overlay(MEMBER, ME, udp(Family::V4, MEMBERS, EDGES).overlay_frame()) }.frame();
+    let outsider =
+        Overlay { from: OUTSIDER, ..overlay(MEMBER, ME, udp(Family::V4, MEMBERS, EDGES).overlay_frame()) }.frame();
     dataplane.run(Hook::UplinkXdp, &outsider, Context::default());
     let samples = dataplane.samples();
     assert_eq!(samples.len(), 1, "{samples:?}");
     let sample = samples[0];
     assert_eq!(Verdict::from_number(sample.verdict), Some(Verdict::DropOuterNotInPool));
     assert_eq!((sample.source[..4].to_vec(), sample.destination[..4].to_vec()), (OUTSIDER.to_vec(), ME.to_vec()));
-    assert_eq!((sample.ethertype, sample.protocol, sample.destination_port), (ETH_P_IP, IPPROTO_UDP, 4472u16.to_be_bytes()));
+    assert_eq!(
+        (sample.ethertype, sample.protocol, sample.destination_port),
+        (ETH_P_IP, IPPROTO_UDP, 4472u16.to_be_bytes())
+    );
     assert_eq!(sample.len as usize, outsider.len());
 
     // A flood of drops yields few samples, but all drops are counted.

@@ -67,9 +67,16 @@ fn mutated_packets_are_forwarded_only_to_known_addresses() {
             }
         }
         // A sufficient share must be forwarded, or the test would prove nothing.
-        println!("{}: {packets} mutated packets, {forwarded} forwarded, all to allowed destinations", target.hook.program());
+        println!(
+            "{}: {packets} mutated packets, {forwarded} forwarded, all to allowed destinations",
+            target.hook.program()
+        );
         assert!((packets / 100..packets).contains(&forwarded), "{}: {forwarded} forwarded", target.hook.program());
-        let counted = dataplane.counters().values().fold(Count::default(), |a, b| Count { packets: a.packets + b.packets, ..a }).packets;
+        let counted = dataplane
+            .counters()
+            .values()
+            .fold(Count::default(), |a, b| Count { packets: a.packets + b.packets, ..a })
+            .packets;
         if target.counts_all {
             assert_eq!(counted, packets, "{}", target.hook.program());
         }
@@ -86,7 +93,10 @@ fn targets() -> Vec<Target> {
         Target {
             hook: Hook::OverlayEgress,
             config: topology::member(),
-            seeds: by(&|family, to| tcp(family, MINE, to, SYN, &[1, 2, 4, 5, 180, 1, 1, 0]).frame(), &[EDGES, MEMBERS, UNKNOWN]),
+            seeds: by(
+                &|family, to| tcp(family, MINE, to, SYN, &[1, 2, 4, 5, 180, 1, 1, 0]).frame(),
+                &[EDGES, MEMBERS, UNKNOWN],
+            ),
             l3: 14,
             ethertype: 12,
             forwarded: |_, ran| ran.action == TC_UNSPEC,
@@ -95,7 +105,10 @@ fn targets() -> Vec<Target> {
         Target {
             hook: Hook::UplinkXdp,
             config: topology::gateway(),
-            seeds: by(&|family, to| overlay(MEMBER, ME, udp(family, MEMBERS, to).overlay_frame()).frame(), &[EDGES, MEMBERS, UNKNOWN]),
+            seeds: by(
+                &|family, to| overlay(MEMBER, ME, udp(family, MEMBERS, to).overlay_frame()).frame(),
+                &[EDGES, MEMBERS, UNKNOWN],
+            ),
             l3: 64,
             ethertype: 62,
             forwarded: |packet, ran| ran.packet.len() < packet.len(),
@@ -118,7 +131,8 @@ fn targets() -> Vec<Target> {
 fn mutated_packets_are_not_redirected_by_other_programs() {
     require_root!();
     let frames: Vec<Vec<u8>> = Family::BOTH.iter().map(|family| udp(*family, MEMBERS, EDGES).frame()).collect();
-    let packets = Family::BOTH.iter().map(|family| tcp(*family, MINE, EDGES, SYN, &[1, 2, 4, 5, 180, 1, 1, 0]).bytes()).collect();
+    let packets =
+        Family::BOTH.iter().map(|family| tcp(*family, MINE, EDGES, SYN, &[1, 2, 4, 5, 180, 1, 1, 0]).bytes()).collect();
     // For the guard, as on a node without native XDP: from a member, and to the tunnel's port.
     let lan = |ports| Overlay { ports, ..overlay(MEMBER, ME, frames[0].clone()) }.frame();
     let lan = vec![lan([50_000, OVERLAY_PORT]), lan([50_000, TUNNEL_PORT])];
@@ -132,7 +146,11 @@ fn mutated_packets_are_not_redirected_by_other_programs() {
         for number in numbers() {
             let packet = mutated(&seeds, &mut random);
             let ran = dataplane.run(hook, &packet, Context::default());
-            assert!([TC_UNSPEC, TC_SHOT].contains(&ran.action), "{}: packet {number}: {packet:02x?} → {ran:02x?}", hook.program());
+            assert!(
+                [TC_UNSPEC, TC_SHOT].contains(&ran.action),
+                "{}: packet {number}: {packet:02x?} → {ran:02x?}",
+                hook.program()
+            );
             assert_eq!(ran.packet.len(), packet.len(), "{}: packet {number}: {packet:02x?}", hook.program());
             packets += 1;
             passed += u64::from(ran.action == TC_UNSPEC);
@@ -169,7 +187,8 @@ fn mutated_overlay_packets_enter_the_tunnel_only_with_allowed_addresses() {
             for _ in 0..BATCH {
                 // The VXLAN device drops frames from its own address.
                 let other = |frame: &Vec<u8>| frame[6..12] != OVERLAY_MAC;
-                let frame = std::iter::repeat_with(|| mutated(&seeds, &mut random)).find(other).expect("an infinite iterator");
+                let frame =
+                    std::iter::repeat_with(|| mutated(&seeds, &mut random)).find(other).expect("an infinite iterator");
                 lan.send(&overlay(MEMBER, ME, frame).frame());
                 sent += 1;
             }
@@ -179,14 +198,22 @@ fn mutated_overlay_packets_enter_the_tunnel_only_with_allowed_addresses() {
         for packet in tunnel.drain() {
             entered += 1;
             let (source, destination) = match packet[0] >> 4 {
-                4 => (packet[12..15] == MEMBERS.prefix4()[..3], REMOTE.iter().any(|(net, _)| packet[16..19] == net.prefix4()[..3])),
-                6 => (packet[8..16] == MEMBERS.prefix6()[..8], REMOTE.iter().any(|(net, _)| packet[24..32] == net.prefix6()[..8])),
+                4 => (
+                    packet[12..15] == MEMBERS.prefix4()[..3],
+                    REMOTE.iter().any(|(net, _)| packet[16..19] == net.prefix4()[..3]),
+                ),
+                6 => (
+                    packet[8..16] == MEMBERS.prefix6()[..8],
+                    REMOTE.iter().any(|(net, _)| packet[24..32] == net.prefix6()[..8]),
+                ),
                 _ => (false, false),
             };
             assert!(source && destination, "batch {batch}: {packet:02x?}");
         }
     }
-    println!("overlay_ingress: {sent} mutated packets on devices, {entered} entered the tunnel, all from and to allowed addresses");
+    println!(
+        "overlay_ingress: {sent} mutated packets on devices, {entered} entered the tunnel, all from and to allowed addresses"
+    );
     assert!((sent / 100..sent).contains(&entered), "{entered} of {sent}");
     assert_eq!(kernel_log::complaints().expect("read the kernel log"), before, "new warnings in the kernel log");
 }

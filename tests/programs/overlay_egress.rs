@@ -8,16 +8,21 @@ use crate::{
     case::{Case, check},
     dataplane::Dataplane,
     packet::{
-        ACK, Family, Packet, SYN, assert_from_vxlan_device, assert_sound, ethernet, extended_syn, icmp_error, later_fragment, sent_by, tcp,
-        udp,
+        ACK, Family, Packet, SYN, assert_from_vxlan_device, assert_sound, ethernet, extended_syn, icmp_error,
+        later_fragment, sent_by, tcp, udp,
     },
     testbed::Testbed,
-    topology::{self, EDGE, EDGES, FAR, FARS, GATEWAY, KUBELET, LOST, LOSTS, ME, MEMBER, MEMBERS, MINE, NONE, Net, TUNNEL_MTU, UNKNOWN},
+    topology::{
+        self, EDGE, EDGES, FAR, FARS, GATEWAY, KUBELET, LOST, LOSTS, ME, MEMBER, MEMBERS, MINE, NONE, Net, TUNNEL_MTU,
+        UNKNOWN,
+    },
 };
 
 /// Expects that the packet passes with a tunnel key, as `after`.
 fn encapsulated(name: &str, before: &Packet, after: &Packet) -> Case {
-    Case::new(format!("{:?}: {name}", before.family), before.frame()).passes(EDGE, Verdict::Encapsulated).becomes(after.overlay_frame())
+    Case::new(format!("{:?}: {name}", before.family), before.frame())
+        .passes(EDGE, Verdict::Encapsulated)
+        .becomes(after.overlay_frame())
 }
 
 #[test]
@@ -38,8 +43,13 @@ fn packets_for_another_pool_get_overlay_source_mac() {
                     &datagram.clone().ttl(1).class(0xbb),
                     &datagram.clone().ttl(1).class(0xbb),
                 ),
-                encapsulated("a datagram of the tunnel's MTU", &datagram.clone().len(1420), &datagram.clone().len(1420)),
-                encapsulated("an aggregate of five segments", &segment.clone().len(2000), &segment.clone().len(2000)).aggregate(5, 400),
+                encapsulated(
+                    "a datagram of the tunnel's MTU",
+                    &datagram.clone().len(1420),
+                    &datagram.clone().len(1420),
+                ),
+                encapsulated("an aggregate of five segments", &segment.clone().len(2000), &segment.clone().len(2000))
+                    .aggregate(5, 400),
                 Case::new("a third pool", udp(family, MINE, FARS).frame())
                     .passes(FAR, Verdict::Encapsulated)
                     .becomes(udp(family, MINE, FARS).overlay_frame()),
@@ -50,8 +60,9 @@ fn packets_for_another_pool_get_overlay_source_mac() {
 
 /// Returns packets without a TCP or UDP header behind the IP header. Programs use the IP header only and
 /// must not change them.
-pub fn neither_tcp_nor_udp(from: Net, to: Net) -> Vec<(&'static str, Packet)> {
-    let mut all: Vec<(&str, Packet)> = Family::BOTH.iter().map(|family| ("an ICMP error", icmp_error(*family, from, to))).collect();
+pub(crate) fn neither_tcp_nor_udp(from: Net, to: Net) -> Vec<(&'static str, Packet)> {
+    let mut all: Vec<(&str, Packet)> =
+        Family::BOTH.iter().map(|family| ("an ICMP error", icmp_error(*family, from, to))).collect();
     all.push(("a SYN behind an extension header", extended_syn(from, to)));
     all.push(("a later fragment", later_fragment(from, to)));
     all
@@ -60,7 +71,10 @@ pub fn neither_tcp_nor_udp(from: Net, to: Net) -> Vec<(&'static str, Packet)> {
 #[test]
 fn icmp_errors_extension_headers_and_fragments_are_unchanged() {
     require_root!();
-    let cases = neither_tcp_nor_udp(MINE, EDGES).iter().map(|(name, packet)| encapsulated(name, packet, packet)).collect::<Vec<_>>();
+    let cases = neither_tcp_nor_udp(MINE, EDGES)
+        .iter()
+        .map(|(name, packet)| encapsulated(name, packet, packet))
+        .collect::<Vec<_>>();
     check(&Dataplane::load(topology::member()), Hook::OverlayEgress, &cases);
 }
 
@@ -68,19 +82,22 @@ fn icmp_errors_extension_headers_and_fragments_are_unchanged() {
 fn invalid_packets_are_dropped_and_counted() {
     require_root!();
     let dataplane = Dataplane::load(topology::member());
-    let mut cases = vec![Case::new("ARP", ethernet([0xff; 6], [2; 6], [0x08, 0x06], &[0; 46])).dropped(NONE, Verdict::DropNotIp)];
+    let mut cases =
+        vec![Case::new("ARP", ethernet([0xff; 6], [2; 6], [0x08, 0x06], &[0; 46])).dropped(NONE, Verdict::DropNotIp)];
     for family in Family::BOTH {
         let good = udp(family, MINE, EDGES).frame();
         cases.extend(malformed(family, &good, ETH_LEN));
         cases.extend([
-            Case::new(format!("{family:?}: to an unknown prefix"), udp(family, MINE, UNKNOWN).frame()).dropped(NONE, Verdict::DropNoRoute),
+            Case::new(format!("{family:?}: to an unknown prefix"), udp(family, MINE, UNKNOWN).frame())
+                .dropped(NONE, Verdict::DropNoRoute),
             Case::new(format!("{family:?}: to a node of this pool"), udp(family, MINE, MEMBERS).frame())
                 .dropped(NONE, Verdict::DropNoRoute),
             Case::new(format!("{family:?}: from another node"), udp(family, MEMBERS, EDGES).frame())
                 .dropped(EDGE, Verdict::DropSourceNotMine),
             Case::new(format!("{family:?}: from an unknown prefix"), udp(family, UNKNOWN, EDGES).frame())
                 .dropped(EDGE, Verdict::DropSourceNotMine),
-            Case::new(format!("{family:?}: from another pool"), udp(family, FARS, EDGES).frame()).dropped(EDGE, Verdict::DropSourceNotMine),
+            Case::new(format!("{family:?}: from another pool"), udp(family, FARS, EDGES).frame())
+                .dropped(EDGE, Verdict::DropSourceNotMine),
             Case::new(format!("{family:?}: to a pool without gateway node"), udp(family, MINE, LOSTS).frame())
                 .dropped(LOST, Verdict::DropNoGateway),
         ]);
@@ -100,8 +117,12 @@ fn node_address_may_be_used_for_the_proxy_only() {
         &dataplane,
         Hook::OverlayEgress,
         &[
-            Case::new("the node's pod", segment.frame()).passes(EDGE, Verdict::Encapsulated).becomes(segment.overlay_frame()),
-            Case::new("the node", frame(&segment, ME)).passes(EDGE, Verdict::Encapsulated).becomes(sent_by(segment.overlay_frame(), ME)),
+            Case::new("the node's pod", segment.frame())
+                .passes(EDGE, Verdict::Encapsulated)
+                .becomes(segment.overlay_frame()),
+            Case::new("the node", frame(&segment, ME))
+                .passes(EDGE, Verdict::Encapsulated)
+                .becomes(sent_by(segment.overlay_frame(), ME)),
             Case::new("another node", frame(&segment, MEMBER)).dropped(EDGE, Verdict::DropSourceNotMine),
             Case::new("the node, not TCP", frame(&datagram, ME)).dropped(EDGE, Verdict::DropSourceNotMine),
             Case::new("the node, to another pool's pod", frame(&tcp(Family::V4, MINE, EDGES, ACK, &[]), ME))
@@ -114,7 +135,7 @@ fn node_address_may_be_used_for_the_proxy_only() {
 /// counted for no Gateway. `l3` is the offset of the IP header.
 ///
 /// Truncated headers are tested with devices, because Linux 6.18 rejects test runs with them.
-pub fn malformed(family: Family, good: &[u8], l3: usize) -> Vec<Case> {
+pub(crate) fn malformed(family: Family, good: &[u8], l3: usize) -> Vec<Case> {
     let edited = |name: &str, edit: &dyn Fn(&mut Vec<u8>)| {
         let mut packet = good.to_vec();
         edit(&mut packet);
@@ -131,18 +152,20 @@ pub fn malformed(family: Family, good: &[u8], l3: usize) -> Vec<Case> {
             edited("shorter than its header", &|p| p[l3 + 2..l3 + 4].copy_from_slice(&[0, 19])),
             edited("length field 65,535", &|p| p[l3 + 2..l3 + 4].copy_from_slice(&[0xff, 0xff])),
         ]),
-        Family::V6 => cases.push(edited("length of 65,575 bytes", &|p| p[l3 + 4..l3 + 6].copy_from_slice(&[0xff, 0xff]))),
+        Family::V6 => {
+            cases.push(edited("length of 65,575 bytes", &|p| p[l3 + 4..l3 + 6].copy_from_slice(&[0xff, 0xff])));
+        }
     }
     cases
 }
 
 /// Returns the MSS that fits into the tunnel.
-pub fn fitting_mss(family: Family) -> u16 {
+pub(crate) fn fitting_mss(family: Family) -> u16 {
     TUNNEL_MTU as u16 - family.header_len() as u16 - 20
 }
 
 /// Returns SYNs with the expected results, which are the same for both programs that clamp the MSS.
-pub fn syns(family: Family) -> Vec<(String, Packet, Packet)> {
+pub(crate) fn syns(family: Family) -> Vec<(String, Packet, Packet)> {
     let limit = fitting_mss(family);
     // 0xbeef in a list of options is replaced by the MSS.
     let options = |template: &[u16], mss: u16| -> Vec<u8> {
@@ -191,7 +214,7 @@ pub fn syns(family: Family) -> Vec<(String, Packet, Packet)> {
 }
 
 /// Returns SYNs whose options cannot be parsed. Programs must not change them.
-pub fn odd_syns(family: Family) -> Vec<(&'static str, Packet)> {
+pub(crate) fn odd_syns(family: Family) -> Vec<(&'static str, Packet)> {
     let syn = |options: &[u8]| tcp(family, MINE, EDGES, SYN, options);
     let mut all = vec![
         ("header length beyond the packet, MSS cut off", syn(&[2, 4]).doff(15)),
@@ -201,8 +224,14 @@ pub fn odd_syns(family: Family) -> Vec<(&'static str, Packet)> {
         ("an MSS of length 2", syn(&[2, 2, 5, 180])),
         ("an MSS of length 3, then others", syn(&[2, 3, 5, 180, 1, 1, 1, 0])),
         ("an MSS of length 5", syn(&[2, 5, 5, 180, 1, 1, 1, 0])),
-        ("an MSS that begins in the last two bytes of the options, and data", syn(&[1, 1, 2, 4]).data(&[0xff, 0xff, 0xff, 0xff])),
-        ("an MSS that begins in the last three bytes of the options, and data", syn(&[1, 2, 4, 0xff]).data(&[0xff, 0xff])),
+        (
+            "an MSS that begins in the last two bytes of the options, and data",
+            syn(&[1, 1, 2, 4]).data(&[0xff, 0xff, 0xff, 0xff]),
+        ),
+        (
+            "an MSS that begins in the last three bytes of the options, and data",
+            syn(&[1, 2, 4, 0xff]).data(&[0xff, 0xff]),
+        ),
     ];
     if family == Family::V4 {
         all.push(("a first fragment", syn(&[2, 4, 5, 180]).fragment(0x2000)));
@@ -239,7 +268,10 @@ fn fallback_packets_of_gateway_node_pass_unchanged() {
     for family in Family::BOTH {
         let syn = tcp(family, EDGES, MEMBERS, SYN, &[2, 4, 5, 180]);
         cases.extend([
-            Case::new(format!("{family:?}: already counted where it was redirected"), udp(family, EDGES, MEMBERS).overlay_frame()),
+            Case::new(
+                format!("{family:?}: already counted where it was redirected"),
+                udp(family, EDGES, MEMBERS).overlay_frame(),
+            ),
             Case::new(format!("{family:?}: a SYN is unchanged"), syn.overlay_frame()),
             Case::new(format!("{family:?}: to an unknown prefix"), udp(family, EDGES, UNKNOWN).overlay_frame())
                 .dropped(NONE, Verdict::DropNoRoute),
@@ -306,8 +338,10 @@ fn link_local_multicast_is_not_counted_as_drop() {
         Case::new("MLD", with(Family::V6, &group)).dropped(NONE, Verdict::Multicast),
         Case::new("IGMP's group", with(Family::V4, &[224, 0, 0, 22])).dropped(NONE, Verdict::Multicast),
         Case::new("the last group", with(Family::V4, &[239, 255, 255, 255])).dropped(NONE, Verdict::Multicast),
-        Case::new("not a group, below the range", with(Family::V4, &[223, 255, 255, 255])).dropped(NONE, Verdict::DropNoRoute),
-        Case::new("not a group, above the range", with(Family::V4, &[240, 0, 0, 1])).dropped(NONE, Verdict::DropNoRoute),
+        Case::new("not a group, below the range", with(Family::V4, &[223, 255, 255, 255]))
+            .dropped(NONE, Verdict::DropNoRoute),
+        Case::new("not a group, above the range", with(Family::V4, &[240, 0, 0, 1]))
+            .dropped(NONE, Verdict::DropNoRoute),
         Case::new("not a group", with(Family::V6, &almost)).dropped(NONE, Verdict::DropNoRoute),
     ];
     check(&Dataplane::load(topology::member()), Hook::OverlayEgress, &cases);

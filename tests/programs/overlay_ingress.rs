@@ -13,7 +13,10 @@ use crate::{
     dataplane::Dataplane,
     packet::{ACK, Family, Overlay, Packet, ethernet, overlay, sent_by, tcp, udp},
     testbed::{Port, Sender, Testbed},
-    topology::{self, EDGE, EDGES, FAR, FARS, GATEWAY, GATEWAYS, KUBELET, ME, MEMBER, MEMBERS, MINE, NONE, OUTSIDER, TUNNEL_MTU, UNKNOWN},
+    topology::{
+        self, EDGE, EDGES, FAR, FARS, GATEWAY, GATEWAYS, KUBELET, ME, MEMBER, MEMBERS, MINE, NONE, OUTSIDER,
+        TUNNEL_MTU, UNKNOWN,
+    },
 };
 
 #[test]
@@ -68,7 +71,11 @@ fn gateway_node_redirects_members_packets_into_tunnel() {
         let packets: [(&str, Packet, GatewayId); 6] = [
             ("a datagram", inner.clone(), EDGE),
             ("a segment", tcp(family, MEMBERS, EDGES, ACK, &[]).data(b"odd"), EDGE),
-            ("a SYN, whose MSS was clamped on the sender's node", tcp(family, MEMBERS, EDGES, crate::packet::SYN, &[2, 4, 5, 180]), EDGE),
+            (
+                "a SYN, whose MSS was clamped on the sender's node",
+                tcp(family, MEMBERS, EDGES, crate::packet::SYN, &[2, 4, 5, 180]),
+                EDGE,
+            ),
             ("to a third pool", udp(family, MEMBERS, FARS), FAR),
             ("with TTL 2", inner.clone().ttl(2), EDGE),
             ("of the tunnel's MTU", inner.clone().class(0xb9).len(TUNNEL_MTU as usize), EDGE),
@@ -78,7 +85,13 @@ fn gateway_node_redirects_members_packets_into_tunnel() {
         }
         // Packets that the fast tier leaves to this one. Here the kernel has merged the ECN marks (RFC 6040).
         let marked = Overlay { class: 0x03, ..from_member(&inner.clone().class(0x02)) };
-        node.check_redirected(&tunnel, &format!("{family:?}: congestion experienced"), &marked, &inner.clone().class(0x03), EDGE);
+        node.check_redirected(
+            &tunnel,
+            &format!("{family:?}: congestion experienced"),
+            &marked,
+            &inner.clone().class(0x03),
+            EDGE,
+        );
         let with_options = Overlay { ip_options: vec![1, 1, 1, 0], ..from_member(&inner) };
         node.check_redirected(&tunnel, &format!("{family:?}: outer IP options"), &with_options, &inner, EDGE);
         let own = overlay(GATEWAY, ME, udp(family, GATEWAYS, EDGES).overlay_frame());
@@ -107,21 +120,66 @@ fn gateway_node_passes_or_drops_other_packets() {
             ("another identifier", Overlay { vni: 201, ..good.clone() }, NONE, Verdict::DropWrongVni),
             ("identifier 0", Overlay { vni: 0, ..good.clone() }, NONE, Verdict::DropWrongVni),
             ("from outside the pool", from(OUTSIDER, inner.clone()), NONE, Verdict::DropOuterNotInPool),
-            ("from outside the pool, source of another pool", from(OUTSIDER, udp(family, EDGES, MINE)), NONE, Verdict::DropOuterNotInPool),
-            ("from a member, source of this node's pod", from(MEMBER, udp(family, MINE, EDGES)), NONE, Verdict::DropSpoofedInner),
-            ("from a member, source of another node's pod", from(MEMBER, udp(family, GATEWAYS, EDGES)), NONE, Verdict::DropSpoofedInner),
-            ("from a gateway node, source of another node's pod", from(GATEWAY, inner.clone()), NONE, Verdict::DropSpoofedInner),
-            ("from a member, unknown source", from(MEMBER, udp(family, UNKNOWN, EDGES)), NONE, Verdict::DropSpoofedInner),
-            ("from a gateway node, unknown source", from(GATEWAY, udp(family, UNKNOWN, MINE)), NONE, Verdict::DropSpoofedInner),
-            ("from a member, source of another pool", from(MEMBER, udp(family, EDGES, MINE)), EDGE, Verdict::DropNotFromGateway),
-            ("from another pool to another node", from(GATEWAY, udp(family, EDGES, MEMBERS)), EDGE, Verdict::DropNoRoute),
+            (
+                "from outside the pool, source of another pool",
+                from(OUTSIDER, udp(family, EDGES, MINE)),
+                NONE,
+                Verdict::DropOuterNotInPool,
+            ),
+            (
+                "from a member, source of this node's pod",
+                from(MEMBER, udp(family, MINE, EDGES)),
+                NONE,
+                Verdict::DropSpoofedInner,
+            ),
+            (
+                "from a member, source of another node's pod",
+                from(MEMBER, udp(family, GATEWAYS, EDGES)),
+                NONE,
+                Verdict::DropSpoofedInner,
+            ),
+            (
+                "from a gateway node, source of another node's pod",
+                from(GATEWAY, inner.clone()),
+                NONE,
+                Verdict::DropSpoofedInner,
+            ),
+            (
+                "from a member, unknown source",
+                from(MEMBER, udp(family, UNKNOWN, EDGES)),
+                NONE,
+                Verdict::DropSpoofedInner,
+            ),
+            (
+                "from a gateway node, unknown source",
+                from(GATEWAY, udp(family, UNKNOWN, MINE)),
+                NONE,
+                Verdict::DropSpoofedInner,
+            ),
+            (
+                "from a member, source of another pool",
+                from(MEMBER, udp(family, EDGES, MINE)),
+                EDGE,
+                Verdict::DropNotFromGateway,
+            ),
+            (
+                "from another pool to another node",
+                from(GATEWAY, udp(family, EDGES, MEMBERS)),
+                EDGE,
+                Verdict::DropNoRoute,
+            ),
             ("from another pool to a third pool", from(GATEWAY, udp(family, EDGES, FARS)), EDGE, Verdict::DropNoRoute),
             ("from another pool to this node", from(GATEWAY, udp(family, EDGES, MINE)), EDGE, Verdict::Delivered),
             ("to an unknown prefix", from(MEMBER, udp(family, MEMBERS, UNKNOWN)), NONE, Verdict::StackNotRemote),
             ("to this node", from(MEMBER, udp(family, MEMBERS, MINE)), NONE, Verdict::StackNotRemote),
             ("TTL 1", from(MEMBER, inner.clone().ttl(1)), EDGE, Verdict::StackTtl),
             ("TTL 0", from(MEMBER, inner.clone().ttl(0)), EDGE, Verdict::StackTtl),
-            ("one byte above the tunnel's MTU", from(MEMBER, inner.clone().len(TUNNEL_MTU as usize + 1)), EDGE, Verdict::StackTooBig),
+            (
+                "one byte above the tunnel's MTU",
+                from(MEMBER, inner.clone().len(TUNNEL_MTU as usize + 1)),
+                EDGE,
+                Verdict::StackTooBig,
+            ),
         ];
         for (name, outer, gateway, verdict) in &table {
             node.check(&format!("{family:?}: {name}"), outer, *gateway, *verdict);
@@ -141,7 +199,10 @@ fn malformed(good: &Overlay, family: Family) -> Vec<(&'static str, Overlay)> {
         edit(&mut outer.inner);
         (name, outer)
     };
-    let mut all = vec![edited("last byte missing", &|f| f.truncate(f.len() - 1)), edited("version 5", &|f| f[14] = 0x50 | f[14] & 0xf)];
+    let mut all = vec![
+        edited("last byte missing", &|f| f.truncate(f.len() - 1)),
+        edited("version 5", &|f| f[14] = 0x50 | f[14] & 0xf),
+    ];
     if family == Family::V4 {
         all.push(edited("header of 16 bytes", &|f| f[14] = 0x44));
         all.push(edited("shorter than its header", &|f| f[16..18].copy_from_slice(&[0, 19])));
@@ -157,7 +218,12 @@ fn packets_pass_to_stack_without_redirect_support() {
         let inner = udp(family, MEMBERS, EDGES);
         node.check(&format!("{family:?}: valid"), &from_member(&inner), EDGE, Verdict::StackNoRedirect);
         node.check(&format!("{family:?}: TTL 1"), &from_member(&inner.clone().ttl(1)), EDGE, Verdict::StackTtl);
-        node.check(&format!("{family:?}: spoofed"), &from_member(&udp(family, MINE, EDGES)), NONE, Verdict::DropSpoofedInner);
+        node.check(
+            &format!("{family:?}: spoofed"),
+            &from_member(&udp(family, MINE, EDGES)),
+            NONE,
+            Verdict::DropSpoofedInner,
+        );
     }
 }
 
@@ -176,7 +242,13 @@ fn member_accepts_packets_from_gateway_nodes_only() {
         check("to an unknown prefix", GATEWAY, udp(family, EDGES, UNKNOWN), EDGE, Verdict::DropNoRoute);
         check("from a member", MEMBER, udp(family, EDGES, MINE), EDGE, Verdict::DropNotFromGateway);
         check("from outside the pool", OUTSIDER, udp(family, EDGES, MINE), NONE, Verdict::DropOuterNotInPool);
-        check("from a member's pod, for gateway nodes only", MEMBER, udp(family, MEMBERS, EDGES), NONE, Verdict::DropNotFromGateway);
+        check(
+            "from a member's pod, for gateway nodes only",
+            MEMBER,
+            udp(family, MEMBERS, EDGES),
+            NONE,
+            Verdict::DropNotFromGateway,
+        );
         check("from a gateway node's pod", GATEWAY, udp(family, GATEWAYS, MINE), NONE, Verdict::DropNotFromGateway);
         check("spoofed", GATEWAY, udp(family, MEMBERS, MINE), NONE, Verdict::DropSpoofedInner);
     }
@@ -185,7 +257,9 @@ fn member_accepts_packets_from_gateway_nodes_only() {
 #[test]
 fn kubelet_connections_pass_to_proxy_with_and_without_tunnel() {
     require_root!();
-    for (config, otherwise) in [(topology::gateway(), Verdict::StackNotRemote), (topology::member(), Verdict::DropNotFromGateway)] {
+    for (config, otherwise) in
+        [(topology::gateway(), Verdict::StackNotRemote), (topology::member(), Verdict::DropNotFromGateway)]
+    {
         let node = Node::new(config);
         let inner = |packet: Packet| packet.overlay_frame();
         let segment = tcp(Family::V4, MEMBERS, KUBELET, ACK, &[]);
@@ -193,7 +267,12 @@ fn kubelet_connections_pass_to_proxy_with_and_without_tunnel() {
         let table = [
             ("from a member's pod", MEMBER, inner(segment.clone()), Verdict::ToProxy),
             ("from the member's own address", MEMBER, from_node(MEMBER, &segment), Verdict::ToProxy),
-            ("from a member with another node's address", MEMBER, from_node(GATEWAY, &segment), Verdict::DropSpoofedInner),
+            (
+                "from a member with another node's address",
+                MEMBER,
+                from_node(GATEWAY, &segment),
+                Verdict::DropSpoofedInner,
+            ),
             ("from a member with this node's address", MEMBER, from_node(ME, &segment), Verdict::DropSpoofedInner),
             (
                 "from a member, source of another node's pod",

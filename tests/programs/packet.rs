@@ -7,27 +7,27 @@ use raven_common::{OVERLAY_MAC, OVERLAY_PORT, OVERLAY_SOURCE_MAC, OVERLAY_VNI};
 
 use crate::topology::Net;
 
-pub const SYN: u8 = 0x02;
-pub const ACK: u8 = 0x10;
+pub(crate) const SYN: u8 = 0x02;
+pub(crate) const ACK: u8 = 0x10;
 /// Source MAC address that a node's stack sets on overlay packets: that of its own `raven0`.
-pub const STACK_MAC: [u8; 6] = OVERLAY_MAC;
+pub(crate) const STACK_MAC: [u8; 6] = OVERLAY_MAC;
 
 /// MAC address of the uplink of the node under test.
-pub const UPLINK_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x11];
+pub(crate) const UPLINK_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x11];
 /// MAC address of all other nodes on its LAN.
-pub const LAN_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x12];
+pub(crate) const LAN_MAC: [u8; 6] = [0x02, 0, 0, 0, 0, 0x12];
 
 /// Address family of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
+pub(crate) enum Family {
     V4,
     V6,
 }
 
 impl Family {
-    pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
+    pub(crate) const BOTH: [Self; 2] = [Self::V4, Self::V6];
 
-    pub fn ethertype(self) -> [u8; 2] {
+    pub(crate) fn ethertype(self) -> [u8; 2] {
         match self {
             Self::V4 => [0x08, 0x00],
             Self::V6 => [0x86, 0xdd],
@@ -35,7 +35,7 @@ impl Family {
     }
 
     /// Returns the length of the IP header without options in bytes.
-    pub fn header_len(self) -> usize {
+    pub(crate) fn header_len(self) -> usize {
         match self {
             Self::V4 => 20,
             Self::V6 => 40,
@@ -45,7 +45,7 @@ impl Family {
 
 /// Content of a packet.
 #[derive(Clone, Debug)]
-pub enum Body {
+pub(crate) enum Body {
     Udp {
         data: Vec<u8>,
     },
@@ -64,7 +64,7 @@ pub enum Body {
 
 /// An IP packet from the pod of one prefix to the pod of another.
 #[derive(Clone, Debug)]
-pub struct Packet {
+pub(crate) struct Packet {
     pub family: Family,
     pub from: Net,
     pub to: Net,
@@ -78,20 +78,20 @@ pub struct Packet {
 }
 
 /// Returns a UDP datagram.
-pub fn udp(family: Family, from: Net, to: Net) -> Packet {
+pub(crate) fn udp(family: Family, from: Net, to: Net) -> Packet {
     let body = Body::Udp { data: b"payload of a pod, with odd length".to_vec() };
     Packet { family, from, to, ttl: 64, class: 0, fragment: 0x4000, ip_options: Vec::new(), body }
 }
 
 /// Returns a TCP segment.
-pub fn tcp(family: Family, from: Net, to: Net, flags: u8, options: &[u8]) -> Packet {
+pub(crate) fn tcp(family: Family, from: Net, to: Net, flags: u8, options: &[u8]) -> Packet {
     let body = Body::Tcp { flags, options: options.to_vec(), doff: None, data: Vec::new() };
     Packet { body, ..udp(family, from, to) }
 }
 
 /// Returns an ICMP error of a router that could not forward a packet: to the packet's sender,
 /// with the packet's beginning.
-pub fn icmp_error(family: Family, from: Net, to: Net) -> Packet {
+pub(crate) fn icmp_error(family: Family, from: Net, to: Net) -> Packet {
     let about = &udp(family, to, from).bytes()[..family.header_len() + 8];
     // "Fragmentation needed" and "packet too big", 1,400 bytes (RFC 792, RFC 4443). The checksum is arbitrary.
     let (protocol, head) = match family {
@@ -102,7 +102,7 @@ pub fn icmp_error(family: Family, from: Net, to: Net) -> Packet {
 }
 
 /// Returns an IPv6 packet with an extension header (destination options, RFC 8200) in front of a SYN with a large MSS.
-pub fn extended_syn(from: Net, to: Net) -> Packet {
+pub(crate) fn extended_syn(from: Net, to: Net) -> Packet {
     let syn = tcp(Family::V6, from, to, SYN, &[2, 4, 0xff, 0xff]).bytes()[40..].to_vec();
     // Next header TCP, 8 bytes, padded by PadN.
     let bytes = [&[6, 0, 1, 4, 0, 0, 0, 0][..], &syn].concat();
@@ -110,30 +110,30 @@ pub fn extended_syn(from: Net, to: Net) -> Packet {
 }
 
 /// Returns the second fragment of a datagram (IPv6 fragment header, RFC 8200), which contains no ports.
-pub fn later_fragment(from: Net, to: Net) -> Packet {
+pub(crate) fn later_fragment(from: Net, to: Net) -> Packet {
     let bytes = [&[17, 0, 0x05, 0x00, 0, 0, 0, 1][..], b"data of one pod"].concat();
     Packet { body: Body::Other { protocol: 44, bytes }, ..udp(Family::V6, from, to) }
 }
 
 impl Packet {
-    pub fn ttl(self, ttl: u8) -> Self {
+    pub(crate) fn ttl(self, ttl: u8) -> Self {
         Self { ttl, ..self }
     }
 
-    pub fn class(self, class: u8) -> Self {
+    pub(crate) fn class(self, class: u8) -> Self {
         Self { class, ..self }
     }
 
-    pub fn fragment(self, fragment: u16) -> Self {
+    pub(crate) fn fragment(self, fragment: u16) -> Self {
         Self { fragment, ..self }
     }
 
-    pub fn ip_options(self, options: &[u8]) -> Self {
+    pub(crate) fn ip_options(self, options: &[u8]) -> Self {
         Self { ip_options: options.to_vec(), ..self }
     }
 
     /// Sets the TCP header length (data offset), in 32-bit words.
-    pub fn doff(mut self, claimed: u8) -> Self {
+    pub(crate) fn doff(mut self, claimed: u8) -> Self {
         match &mut self.body {
             Body::Tcp { doff, .. } => *doff = Some(claimed),
             Body::Udp { .. } | Body::Other { .. } => unreachable!("only TCP has such a field"),
@@ -141,21 +141,21 @@ impl Packet {
         self
     }
 
-    pub fn data(mut self, new: &[u8]) -> Self {
+    pub(crate) fn data(mut self, new: &[u8]) -> Self {
         let (Body::Udp { data } | Body::Tcp { data, .. } | Body::Other { bytes: data, .. }) = &mut self.body;
         *data = new.to_vec();
         self
     }
 
     /// Pads or truncates the payload so that the whole packet has `len` bytes.
-    pub fn len(self, len: usize) -> Self {
+    pub(crate) fn len(self, len: usize) -> Self {
         let headers = self.clone().data(&[]).bytes().len();
         let data: Vec<u8> = (0..len - headers).map(|i| i as u8).collect();
         self.data(&data)
     }
 
     /// Returns the bytes from the IP header on.
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let (protocol, mut body) = self.transport();
         if let Body::Other { .. } = self.body {
             return [self.header(protocol, body.len()), body].concat();
@@ -171,12 +171,12 @@ impl Packet {
     }
 
     /// Returns the frame that `raven0` receives from the stack.
-    pub fn frame(&self) -> Vec<u8> {
+    pub(crate) fn frame(&self) -> Vec<u8> {
         ethernet(OVERLAY_MAC, STACK_MAC, self.family.ethertype(), &self.bytes())
     }
 
     /// Returns the inner frame of the overlay.
-    pub fn overlay_frame(&self) -> Vec<u8> {
+    pub(crate) fn overlay_frame(&self) -> Vec<u8> {
         ethernet(OVERLAY_MAC, OVERLAY_SOURCE_MAC, self.family.ethertype(), &self.bytes())
     }
 
@@ -191,7 +191,8 @@ impl Packet {
             }
             Body::Tcp { flags, options, doff, data } => {
                 let doff = doff.unwrap_or(5 + options.len().div_ceil(4) as u8);
-                let mut bytes = vec![0x9c, 0x40, 0x01, 0xbb, 1, 2, 3, 4, 5, 6, 7, 8, doff << 4, *flags, 0xff, 0xff, 0, 0, 0, 0];
+                let mut bytes =
+                    vec![0x9c, 0x40, 0x01, 0xbb, 1, 2, 3, 4, 5, 6, 7, 8, doff << 4, *flags, 0xff, 0xff, 0, 0, 0, 0];
                 bytes.extend(options);
                 bytes.extend(data);
                 (6, bytes)
@@ -250,7 +251,7 @@ fn checksum(parts: &[&[u8]]) -> u16 {
 
 /// Returns the frame of an IPv4 packet with another source address. Updates the header's checksum, but not that
 /// of TCP or UDP.
-pub fn sent_by(mut frame: Vec<u8>, source: [u8; 4]) -> Vec<u8> {
+pub(crate) fn sent_by(mut frame: Vec<u8>, source: [u8; 4]) -> Vec<u8> {
     let header = &mut frame[14..34];
     header[10..12].fill(0);
     header[12..16].copy_from_slice(&source);
@@ -260,13 +261,13 @@ pub fn sent_by(mut frame: Vec<u8>, source: [u8; 4]) -> Vec<u8> {
 }
 
 /// Returns an Ethernet frame.
-pub fn ethernet(to: [u8; 6], from: [u8; 6], ethertype: [u8; 2], payload: &[u8]) -> Vec<u8> {
+pub(crate) fn ethernet(to: [u8; 6], from: [u8; 6], ethertype: [u8; 2], payload: &[u8]) -> Vec<u8> {
     [&to[..], &from, &ethertype, payload].concat()
 }
 
 /// An overlay frame on the pool's LAN.
 #[derive(Clone, Debug)]
-pub struct Overlay {
+pub(crate) struct Overlay {
     /// Destination and source MAC address.
     pub macs: [[u8; 6]; 2],
     pub from: [u8; 4],
@@ -283,7 +284,7 @@ pub struct Overlay {
 }
 
 /// Returns a valid overlay frame with `inner` from one node to another.
-pub fn overlay(from: [u8; 4], to: [u8; 4], inner: Vec<u8>) -> Overlay {
+pub(crate) fn overlay(from: [u8; 4], to: [u8; 4], inner: Vec<u8>) -> Overlay {
     Overlay {
         macs: [UPLINK_MAC, LAN_MAC],
         from,
@@ -301,11 +302,11 @@ pub fn overlay(from: [u8; 4], to: [u8; 4], inner: Vec<u8>) -> Overlay {
 
 impl Overlay {
     /// Swaps the MAC addresses for a frame that leaves the node under test.
-    pub fn leaving(self) -> Self {
+    pub(crate) fn leaving(self) -> Self {
         Self { macs: [LAN_MAC, UPLINK_MAC], ..self }
     }
 
-    pub fn frame(&self) -> Vec<u8> {
+    pub(crate) fn frame(&self) -> Vec<u8> {
         let words = 5 + self.ip_options.len() / 4;
         let udp_len = 8 + 8 + self.inner.len();
         let mut ip = vec![0x40 | words as u8, self.class];
@@ -329,12 +330,16 @@ impl Overlay {
 }
 
 /// Fails unless lengths and checksums of an IP packet are valid according to etherparse.
-pub fn assert_sound(packet: &[u8], what: &str) {
+pub(crate) fn assert_sound(packet: &[u8], what: &str) {
     let sliced = SlicedPacket::from_ip(packet).unwrap_or_else(|e| panic!("{what}: {e}"));
     let ip = match sliced.net {
         Some(etherparse::NetSlice::Ipv4(ip)) => {
             let header = ip.header();
-            assert_eq!(header.header_checksum(), header.to_header().calc_header_checksum(), "{what}: IPv4 header checksum");
+            assert_eq!(
+                header.header_checksum(),
+                header.to_header().calc_header_checksum(),
+                "{what}: IPv4 header checksum"
+            );
             IpSlice::Ipv4(ip)
         }
         Some(etherparse::NetSlice::Ipv6(ip)) => IpSlice::Ipv6(ip),
@@ -367,7 +372,7 @@ pub fn assert_sound(packet: &[u8], what: &str) {
 
 /// Fails unless `frame` is the overlay frame of `inner` as created by the VXLAN device of the node under test. Source
 /// port and identification are arbitrary; all other bytes must match.
-pub fn assert_from_vxlan_device(frame: &[u8], what: &str, from: [u8; 4], to: [u8; 4], inner: &Packet) {
+pub(crate) fn assert_from_vxlan_device(frame: &[u8], what: &str, from: [u8; 4], to: [u8; 4], inner: &Packet) {
     let mut expected = Overlay { class: inner.class, ..overlay(from, to, inner.overlay_frame()).leaving() }.frame();
     assert!(frame.len() >= 36, "{what}: {} bytes", frame.len());
     let sum = etherparse::Ipv4HeaderSlice::from_slice(&frame[14..]).expect("parse the outer header").to_header();

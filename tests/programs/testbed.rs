@@ -39,7 +39,7 @@ use crate::{
 const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The node under test with its programs, and its LAN.
-pub struct Testbed {
+pub(crate) struct Testbed {
     /// Object that is attached on the node.
     pub dataplane: Dataplane,
     /// The TUN device `raven-wg0`, on the side of the encryption.
@@ -52,7 +52,7 @@ pub struct Testbed {
 
 impl Testbed {
     /// Creates the namespaces. Replaces interface indexes in `config` by the real ones, unless they are zero.
-    pub fn new(config: Config, hooks: &[Hook], mtu: u32) -> Self {
+    pub(crate) fn new(config: Config, hooks: &[Hook], mtu: u32) -> Self {
         let [node, lan] = ["node", "lan"].map(namespace);
         node.ip(&format!(
             "link add uplink mtu {mtu} address {uplink} type veth peer name lan mtu {mtu} address {lan_mac} netns {lan}
@@ -72,49 +72,53 @@ impl Testbed {
         ))
         .expect("create the node's devices");
         lan.ip("link set lan up").expect("set up the LAN's device");
-        let tun = node.within(|| TunSocket::new("raven-wg0")).expect("enter the namespace").expect("create the TUN device");
+        let tun =
+            node.within(|| TunSocket::new("raven-wg0")).expect("enter the namespace").expect("create the TUN device");
         node.ip(&format!("link set raven-wg0 mtu {mtu}\nlink set raven-wg0 up")).expect("set up the TUN device");
-        let into_tunnel = node.within(|| Port::open("raven-wg0")).map(|port| link_addresses(&tun, &port)).expect("enter the namespace");
+        let into_tunnel = node
+            .within(|| Port::open("raven-wg0"))
+            .map(|port| link_addresses(&tun, &port))
+            .expect("enter the namespace");
         let hooks = hooks.to_vec();
         let dataplane = node.within(move || attached(config, &hooks)).expect("enter the namespace");
         Self { dataplane, tun, into_tunnel, node, lan }
     }
 
     /// Injects a decrypted packet into `raven-wg0`.
-    pub fn decrypted(&self, packet: &[u8]) {
+    pub(crate) fn decrypted(&self, packet: &[u8]) {
         assert_eq!(self.tun.write4(packet), packet.len(), "write to the TUN device");
     }
 
     /// Sends a packet from `raven-wg0`, as the node's stack does.
-    pub fn send_into_tunnel(&self, packet: &[u8]) {
+    pub(crate) fn send_into_tunnel(&self, packet: &[u8]) {
         let address = self.into_tunnel[usize::from(packet[0] >> 4 == 6)];
         let port = self.on_node("raven-wg0");
         sendto(port.socket.as_raw_fd(), packet, &address, MsgFlags::empty()).expect("send into the tunnel");
     }
 
     /// Opens a port on a device of the node.
-    pub fn on_node(&self, device: &'static str) -> Port {
+    pub(crate) fn on_node(&self, device: &'static str) -> Port {
         self.node.within(move || Port::open(device)).expect("enter the namespace")
     }
 
     /// Opens a port on the pool's LAN.
-    pub fn on_lan(&self) -> Port {
+    pub(crate) fn on_lan(&self) -> Port {
         self.lan.within(|| Port::open("lan")).expect("enter the namespace")
     }
 
     /// Returns a sender on the LAN, which sends to the node as other nodes do.
-    pub fn lan_sender(&self) -> Sender {
+    pub(crate) fn lan_sender(&self) -> Sender {
         self.lan.within(|| Sender::open("lan")).expect("enter the namespace")
     }
 
     /// Returns a sender on `raven0`, which sends as the node's stack does.
-    pub fn overlay_sender(&self) -> Sender {
+    pub(crate) fn overlay_sender(&self) -> Sender {
         self.node.within(|| Sender::open("raven0")).expect("enter the namespace")
     }
 
     /// Runs `act` and returns the increase of the counters. Waits until something is counted and two consecutive reads
     /// are equal, because packets and bytes are not updated atomically.
-    pub fn counted(&self, what: &str, act: impl FnOnce()) -> Counters {
+    pub(crate) fn counted(&self, what: &str, act: impl FnOnce()) -> Counters {
         let before = self.dataplane.counters();
         act();
         let end = Instant::now() + TIMEOUT;
@@ -141,7 +145,8 @@ impl Drop for Testbed {
 
 /// Loads the object and attaches the programs. Must run on a thread in the node's namespace.
 fn attached(config: Config, hooks: &[Hook]) -> Dataplane {
-    let real = |device: &str, given: u32| if given == 0 { 0 } else { if_nametoindex(device).expect("the device exists") };
+    let real =
+        |device: &str, given: u32| if given == 0 { 0 } else { if_nametoindex(device).expect("the device exists") };
     let mut dataplane = Dataplane::load(Config {
         uplink_ifindex: real("uplink", config.uplink_ifindex),
         overlay_ifindex: real("raven0", config.overlay_ifindex),
@@ -170,7 +175,7 @@ fn link_addresses(tun: &TunSocket, port: &Port) -> [LinkAddr; 2] {
 }
 
 /// A packet socket that receives and sends whole frames on a device.
-pub struct Port {
+pub(crate) struct Port {
     device: &'static str,
     index: usize,
     socket: OwnedFd,
@@ -180,14 +185,15 @@ impl Port {
     /// Opens a port in the current thread's namespace.
     fn open(device: &'static str) -> Self {
         let index = if_nametoindex(device).expect("the device exists") as usize;
-        let socket =
-            socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll).expect("open a packet socket");
-        setsockopt(&socket, ReceiveTimeout, &TimeVal::new(TIMEOUT.as_secs() as i64, 0)).expect("set the receive timeout");
+        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)
+            .expect("open a packet socket");
+        setsockopt(&socket, ReceiveTimeout, &TimeVal::new(TIMEOUT.as_secs() as i64, 0))
+            .expect("set the receive timeout");
         Self { device, index, socket }
     }
 
     /// Returns the next frame of the device.
-    pub fn next(&self, what: &str) -> Vec<u8> {
+    pub(crate) fn next(&self, what: &str) -> Vec<u8> {
         self.receive(what).0
     }
 
@@ -206,7 +212,7 @@ impl Port {
     }
 
     /// Returns all frames received so far.
-    pub fn drain(&self) -> Vec<Vec<u8>> {
+    pub(crate) fn drain(&self) -> Vec<Vec<u8>> {
         let flags = OFlag::from_bits_retain(fcntl(&self.socket, FcntlArg::F_GETFL).expect("get the socket's flags"));
         let set = |flags| fcntl(&self.socket, FcntlArg::F_SETFL(flags)).expect("set the socket's flags");
         set(flags | OFlag::O_NONBLOCK);
@@ -222,13 +228,13 @@ impl Port {
     }
 
     /// Fails unless the next frame equals `frame`. This also shows that no other frame was sent before.
-    pub fn expect(&self, what: &str, frame: &[u8]) {
+    pub(crate) fn expect(&self, what: &str, frame: &[u8]) {
         let difference = hex_difference("frame", frame, &self.next(what));
         assert!(difference.is_empty(), "{what}: on {}:\n{difference}", self.device);
     }
 
     /// Fails unless the next frame equals `overlay`, except for its outer source port, which is returned.
-    pub fn expect_overlay(&self, what: &str, overlay: &Overlay) -> u16 {
+    pub(crate) fn expect_overlay(&self, what: &str, overlay: &Overlay) -> u16 {
         let seen = self.next(what);
         let port = seen.get(34..36).map_or(0, |p| u16::from_be_bytes([p[0], p[1]]));
         let expected = Overlay { ports: [port, overlay.ports[1]], ..overlay.clone() }.frame();
@@ -239,7 +245,7 @@ impl Port {
 }
 
 /// Sends frames on an Ethernet device.
-pub struct Sender {
+pub(crate) struct Sender {
     socket: OwnedFd,
     address: LinkAddr,
 }
@@ -248,20 +254,23 @@ impl Sender {
     fn open(device: &str) -> Self {
         let index = if_nametoindex(device).expect("the device exists") as usize;
         let addresses = getifaddrs().expect("list the addresses").filter_map(|i| i.address);
-        let address =
-            addresses.filter_map(|a| a.as_link_addr().copied()).find(|a| a.ifindex() == index).expect("the device has a MAC address");
+        let address = addresses
+            .filter_map(|a| a.as_link_addr().copied())
+            .find(|a| a.ifindex() == index)
+            .expect("the device has a MAC address");
         // Without a protocol, the socket receives nothing.
-        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None).expect("open a packet socket");
+        let socket =
+            socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None).expect("open a packet socket");
         Self { socket, address }
     }
 
     /// Sends a frame.
-    pub fn send(&self, frame: &[u8]) {
+    pub(crate) fn send(&self, frame: &[u8]) {
         assert_eq!(self.try_send(frame), Ok(frame.len()), "send the frame");
     }
 
     /// Sends a frame that a program of the device must drop, which the kernel reports as ENOBUFS.
-    pub fn send_dropped(&self, frame: &[u8]) {
+    pub(crate) fn send_dropped(&self, frame: &[u8]) {
         assert_eq!(self.try_send(frame), Err(Errno::ENOBUFS), "the device's program must drop the frame");
     }
 
@@ -278,7 +287,8 @@ fn namespace(role: &str) -> Namespace {
     let created = Command::new("ip").args(["netns", "add", &name]).status().expect("run ip");
     assert!(created.success(), "ip netns add {name}: {created}");
     let ns = Namespace { name, mount: None };
-    ns.sh("for scope in all default; do echo 1 >/proc/sys/net/ipv6/conf/$scope/disable_ipv6; done").expect("disable IPv6");
+    ns.sh("for scope in all default; do echo 1 >/proc/sys/net/ipv6/conf/$scope/disable_ipv6; done")
+        .expect("disable IPv6");
     ns
 }
 

@@ -3,20 +3,20 @@
 use raven_common::tables::{Config, GatewayId, NO_GATEWAY};
 
 /// Address of the node on which the program runs.
-pub const ME: [u8; 4] = [10, 0, 0, 11];
+pub(crate) const ME: [u8; 4] = [10, 0, 0, 11];
 /// Address of a member of the pool.
-pub const MEMBER: [u8; 4] = [10, 0, 0, 12];
+pub(crate) const MEMBER: [u8; 4] = [10, 0, 0, 12];
 /// Address of another gateway node of the pool.
-pub const GATEWAY: [u8; 4] = [10, 0, 0, 10];
+pub(crate) const GATEWAY: [u8; 4] = [10, 0, 0, 10];
 /// Address on the same LAN that belongs to no node of the pool.
-pub const OUTSIDER: [u8; 4] = [10, 0, 0, 99];
+pub(crate) const OUTSIDER: [u8; 4] = [10, 0, 0, 99];
 
 /// Gateway of another pool.
-pub const EDGE: GatewayId = 71;
+pub(crate) const EDGE: GatewayId = 71;
 /// Gateway of a third pool.
-pub const FAR: GatewayId = 72;
+pub(crate) const FAR: GatewayId = 72;
 /// Gateway of a pool for which this pool has no gateway node.
-pub const LOST: GatewayId = 73;
+pub(crate) const LOST: GatewayId = 73;
 
 /// A prefix in both families with one pod that sends and receives.
 ///
@@ -25,45 +25,45 @@ pub const LOST: GatewayId = 73;
 /// family, these are part of the source address. With sources in 8.0.0.0/16 they are 0x0800, with 2001:db8:86dd::/48
 /// they are 0x86dd: so the type is correct, and the program sees the packet from its first byte on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Net(pub u8);
+pub(crate) struct Net(pub u8);
 
 /// Prefix of [`ME`].
-pub const MINE: Net = Net(1);
+pub(crate) const MINE: Net = Net(1);
 /// Prefix of [`MEMBER`].
-pub const MEMBERS: Net = Net(2);
+pub(crate) const MEMBERS: Net = Net(2);
 /// Prefix of [`GATEWAY`].
-pub const GATEWAYS: Net = Net(3);
+pub(crate) const GATEWAYS: Net = Net(3);
 /// Prefix of the pool behind [`EDGE`].
-pub const EDGES: Net = Net(101);
+pub(crate) const EDGES: Net = Net(101);
 /// Prefix of the pool behind [`FAR`].
-pub const FARS: Net = Net(102);
+pub(crate) const FARS: Net = Net(102);
 /// Prefix of the pool behind [`LOST`].
-pub const LOSTS: Net = Net(103);
+pub(crate) const LOSTS: Net = Net(103);
 /// Prefix that is in no table.
-pub const UNKNOWN: Net = Net(200);
+pub(crate) const UNKNOWN: Net = Net(200);
 /// Prefix that is only in the table of kubelets (IPv4).
-pub const KUBELET: Net = Net(201);
+pub(crate) const KUBELET: Net = Net(201);
 /// TCP port of the kubelet, which is the destination port of all segments in the tests.
-pub const KUBELET_PORT: u16 = 443;
+pub(crate) const KUBELET_PORT: u16 = 443;
 
 impl Net {
     /// Returns the IPv4 prefix, a /24.
-    pub fn prefix4(self) -> [u8; 4] {
+    pub(crate) fn prefix4(self) -> [u8; 4] {
         [8, 0, self.0, 0]
     }
 
     /// Returns the IPv6 prefix, a /64.
-    pub fn prefix6(self) -> [u8; 16] {
+    pub(crate) fn prefix6(self) -> [u8; 16] {
         [0x20, 0x01, 0x0d, 0xb8, 0x86, 0xdd, 0, self.0, 0, 0, 0, 0, 0, 0, 0, 0]
     }
 
     /// Returns the pod's IPv4 address.
-    pub fn pod4(self) -> [u8; 4] {
+    pub(crate) fn pod4(self) -> [u8; 4] {
         [8, 0, self.0, 5]
     }
 
     /// Returns the pod's IPv6 address.
-    pub fn pod6(self) -> [u8; 16] {
+    pub(crate) fn pod6(self) -> [u8; 16] {
         let mut address = self.prefix6();
         address[15] = 5;
         address
@@ -71,24 +71,24 @@ impl Net {
 }
 
 /// Prefixes of the pool's nodes.
-pub const LOCAL: [(Net, [u8; 4]); 3] = [(MINE, ME), (MEMBERS, MEMBER), (GATEWAYS, GATEWAY)];
+pub(crate) const LOCAL: [(Net, [u8; 4]); 3] = [(MINE, ME), (MEMBERS, MEMBER), (GATEWAYS, GATEWAY)];
 
 /// Prefixes of other pools, by Gateway.
-pub const REMOTE: [(Net, GatewayId); 3] = [(EDGES, EDGE), (FARS, FAR), (LOSTS, LOST)];
+pub(crate) const REMOTE: [(Net, GatewayId); 3] = [(EDGES, EDGE), (FARS, FAR), (LOSTS, LOST)];
 
 /// Size of the largest packet that fits into the tunnel in bytes.
-pub const TUNNEL_MTU: u32 = 1420;
+pub(crate) const TUNNEL_MTU: u32 = 1420;
 /// UDP port of the tunnel.
-pub const TUNNEL_PORT: u16 = 4500;
+pub(crate) const TUNNEL_PORT: u16 = 4500;
 /// Interface index of the uplink; arbitrary, because test runs do not use it.
-pub const UPLINK: u32 = 1001;
+pub(crate) const UPLINK: u32 = 1001;
 /// Interface index of `raven0`; arbitrary.
-pub const OVERLAY: u32 = 1002;
+pub(crate) const OVERLAY: u32 = 1002;
 /// Interface index of `raven-wg0`; arbitrary.
-pub const TUNNEL: u32 = 1003;
+pub(crate) const TUNNEL: u32 = 1003;
 
 /// Returns the configuration of [`ME`] as a member.
-pub fn member() -> Config {
+pub(crate) fn member() -> Config {
     Config {
         node: ME,
         uplink_ifindex: UPLINK,
@@ -102,10 +102,15 @@ pub fn member() -> Config {
 }
 
 /// Returns the configuration of [`ME`] as a gateway node with all features of a new kernel and as a relay.
-pub fn gateway() -> Config {
+pub(crate) fn gateway() -> Config {
     use raven_common::tables::{CONFIG_RELAY, CONFIG_TUNNEL_REDIRECT};
-    Config { tunnel_ifindex: TUNNEL, flags: CONFIG_TUNNEL_REDIRECT | CONFIG_RELAY, tunnel_port: TUNNEL_PORT.into(), ..member() }
+    Config {
+        tunnel_ifindex: TUNNEL,
+        flags: CONFIG_TUNNEL_REDIRECT | CONFIG_RELAY,
+        tunnel_port: TUNNEL_PORT.into(),
+        ..member()
+    }
 }
 
 /// Gateway ID of packets that are counted for no Gateway.
-pub const NONE: GatewayId = NO_GATEWAY;
+pub(crate) const NONE: GatewayId = NO_GATEWAY;

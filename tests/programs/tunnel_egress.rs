@@ -16,7 +16,9 @@ use crate::{
 
 /// Expects that the packet enters the tunnel through the stack, as `after`.
 fn from_stack(name: &str, before: &Packet, after: &Packet) -> Case {
-    Case::new(format!("{:?}: {name}", before.family), before.bytes()).passes(EDGE, Verdict::FromStack).becomes(after.bytes())
+    Case::new(format!("{:?}: {name}", before.family), before.bytes())
+        .passes(EDGE, Verdict::FromStack)
+        .becomes(after.bytes())
 }
 
 #[test]
@@ -31,8 +33,10 @@ fn own_packets_are_counted_and_redirected_ones_unchanged() {
             from_stack("TTL 1", &datagram.clone().ttl(1), &datagram.clone().ttl(1)),
             from_stack("an aggregate", &datagram.clone().len(2000), &datagram.clone().len(2000)).aggregate(5, 400),
             from_stack("a segment", &tcp(family, MINE, EDGES, ACK, &[]), &tcp(family, MINE, EDGES, ACK, &[])),
-            Case::new(format!("{family:?}: to a third pool"), udp(family, MINE, FARS).bytes()).passes(FAR, Verdict::FromStack),
-            Case::new(format!("{family:?}: to an unknown prefix"), udp(family, MINE, UNKNOWN).bytes()).passes(NONE, Verdict::FromStack),
+            Case::new(format!("{family:?}: to a third pool"), udp(family, MINE, FARS).bytes())
+                .passes(FAR, Verdict::FromStack),
+            Case::new(format!("{family:?}: to an unknown prefix"), udp(family, MINE, UNKNOWN).bytes())
+                .passes(NONE, Verdict::FromStack),
             Case::new(format!("{family:?}: redirected, from another node"), udp(family, MEMBERS, EDGES).bytes()),
             Case::new(format!("{family:?}: redirected SYN, clamped on the sender's node"), syn_of_member.bytes()),
             Case::new(format!("{family:?}: relayed, from another pool"), udp(family, FARS, EDGES).bytes()),
@@ -55,7 +59,7 @@ fn mss_of_own_syns_is_clamped_and_malformed_packets_dropped() {
 }
 
 /// Returns a packet that is neither IPv4 nor IPv6 for the kernel.
-pub fn not_ip() -> Case {
+pub(crate) fn not_ip() -> Case {
     let mut packet = udp(Family::V4, MINE, EDGES).bytes();
     packet[12..14].copy_from_slice(&[0x08, 0x06]);
     Case::new("neither IPv4 nor IPv6", packet).dropped(NONE, Verdict::DropNotIp)
@@ -67,11 +71,16 @@ fn syns_enter_tunnel_with_clamped_mss_on_devices() {
     let testbed = Testbed::new(topology::gateway(), &[Hook::TunnelEgress], 1500);
     let tunnel = testbed.on_node("raven-wg0");
     for family in Family::BOTH {
-        let own = |mss: u16| tcp(family, MINE, EDGES, SYN, &[[1, 2, 4].as_slice(), &mss.to_be_bytes(), &[1, 1, 0]].concat());
+        let own =
+            |mss: u16| tcp(family, MINE, EDGES, SYN, &[[1, 2, 4].as_slice(), &mss.to_be_bytes(), &[1, 1, 0]].concat());
         let what = format!("{family:?}: a SYN");
         let before = own(1460).bytes();
         let counted = testbed.counted(&what, || testbed.send_into_tunnel(&before));
-        assert_eq!(counted, [((EDGE, Verdict::FromStack), Count { packets: 1, bytes: before.len() as u64 })].into(), "{what}");
+        assert_eq!(
+            counted,
+            [((EDGE, Verdict::FromStack), Count { packets: 1, bytes: before.len() as u64 })].into(),
+            "{what}"
+        );
         tunnel.expect(&what, &own(fitting_mss(family)).bytes());
         let foreign = tcp(family, MEMBERS, EDGES, SYN, &[2, 4, 5, 180]).bytes();
         testbed.send_into_tunnel(&foreign);

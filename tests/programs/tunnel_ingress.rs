@@ -31,16 +31,22 @@ fn packets_go_to_destination_node_or_stack() {
         cases.extend([
             case("for this node", here.bytes()).passes(EDGE, Verdict::Delivered),
             case("for this node, TTL 1", here.clone().ttl(1).bytes()).passes(EDGE, Verdict::Delivered),
-            case("for this node, above the tunnel's MTU", here.clone().len(1500).bytes()).passes(EDGE, Verdict::Delivered),
-            case("for this node, an aggregate", here.clone().len(1500).bytes()).aggregate(3, 500).passes(EDGE, Verdict::Delivered),
+            case("for this node, above the tunnel's MTU", here.clone().len(1500).bytes())
+                .passes(EDGE, Verdict::Delivered),
+            case("for this node, an aggregate", here.clone().len(1500).bytes())
+                .aggregate(3, 500)
+                .passes(EDGE, Verdict::Delivered),
             case("for another node", there.bytes()).redirected(EDGE, Verdict::ToOverlay).becomes_elsewhere(),
-            case("for another node, TTL 2", there.clone().ttl(2).bytes()).redirected(EDGE, Verdict::ToOverlay).becomes_elsewhere(),
+            case("for another node, TTL 2", there.clone().ttl(2).bytes())
+                .redirected(EDGE, Verdict::ToOverlay)
+                .becomes_elsewhere(),
             case("for another node, TTL 1", there.clone().ttl(1).bytes()).passes(EDGE, Verdict::StackTtl),
             case("for another node, TTL 0", there.clone().ttl(0).bytes()).passes(EDGE, Verdict::StackTtl),
             case("for another node, of the tunnel's MTU", there.clone().len(1420).bytes())
                 .redirected(EDGE, Verdict::ToOverlay)
                 .becomes_elsewhere(),
-            case("for another node, one byte above the tunnel's MTU", there.clone().len(1421).bytes()).passes(EDGE, Verdict::StackTooBig),
+            case("for another node, one byte above the tunnel's MTU", there.clone().len(1421).bytes())
+                .passes(EDGE, Verdict::StackTooBig),
             // A test run cannot set an aggregate's type, and the kernel wraps none of unknown type: the
             // tunnel key is used.
             case("for another node, an aggregate whose segments fit", aggregate.bytes())
@@ -64,7 +70,10 @@ fn packets_go_to_destination_node_or_stack() {
         cases.push(Case::new(name, packet.bytes()).redirected(EDGE, Verdict::ToOverlay).becomes_elsewhere());
     }
     for (name, packet) in neither_tcp_nor_udp(EDGES, MINE) {
-        cases.push(Case::new(format!("{:?}: {name}, for this node", packet.family), packet.bytes()).passes(EDGE, Verdict::Delivered));
+        cases.push(
+            Case::new(format!("{:?}: {name}, for this node", packet.family), packet.bytes())
+                .passes(EDGE, Verdict::Delivered),
+        );
     }
     check(&Dataplane::load(topology::gateway()), Hook::TunnelIngress, &cases);
 }
@@ -77,9 +86,12 @@ fn disallowed_packets_of_peer_are_dropped() {
         let case = |name: &str, packet: Vec<u8>| Case::new(format!("{family:?}: {name}"), packet);
         cases.extend(malformed(family, &udp(family, EDGES, MEMBERS).bytes(), 0));
         cases.extend([
-            case("from an unknown prefix", udp(family, UNKNOWN, MINE).bytes()).dropped(NONE, Verdict::DropSourceNotRemote),
-            case("with a source of this pool", udp(family, MEMBERS, MINE).bytes()).dropped(NONE, Verdict::DropSourceNotRemote),
-            case("with a source of this node", udp(family, MINE, MEMBERS).bytes()).dropped(NONE, Verdict::DropSourceNotRemote),
+            case("from an unknown prefix", udp(family, UNKNOWN, MINE).bytes())
+                .dropped(NONE, Verdict::DropSourceNotRemote),
+            case("with a source of this pool", udp(family, MEMBERS, MINE).bytes())
+                .dropped(NONE, Verdict::DropSourceNotRemote),
+            case("with a source of this node", udp(family, MINE, MEMBERS).bytes())
+                .dropped(NONE, Verdict::DropSourceNotRemote),
             case("to an unknown prefix", udp(family, EDGES, UNKNOWN).bytes()).dropped(EDGE, Verdict::DropNoRoute),
             case("back to the same pool", udp(family, EDGES, EDGES).bytes()).dropped(EDGE, Verdict::DropRelayLoop),
         ]);
@@ -96,7 +108,9 @@ fn relay_changes_only_the_hop_count() {
         let packet = udp(family, EDGES, FARS);
         cases.extend((2..=255).map(|ttl| {
             let after = packet.clone().ttl(ttl - 1).bytes();
-            case(&format!("TTL {ttl}"), packet.clone().ttl(ttl).bytes()).redirected(FAR, Verdict::Relayed).becomes(after)
+            case(&format!("TTL {ttl}"), packet.clone().ttl(ttl).bytes())
+                .redirected(FAR, Verdict::Relayed)
+                .becomes(after)
         }));
         let aggregate = tcp(family, EDGES, FARS, ACK, &[]).len(2500);
         cases.extend([
@@ -156,7 +170,10 @@ fn outer_header_is_exact_on_devices() {
         }
         assert!(ports.iter().all(|port| *port >= 0xc000), "{family:?}: source ports {ports:?}");
         assert_ne!(ports[0], ports[1], "{family:?}: different flows must have different source ports");
-        assert!(ports[2..].iter().all(|port| *port == ports[0]), "{family:?}: one flow must have one source port: {ports:?}");
+        assert!(
+            ports[2..].iter().all(|port| *port == ports[0]),
+            "{family:?}: one flow must have one source port: {ports:?}"
+        );
     }
 }
 
@@ -170,7 +187,11 @@ fn truncated_headers_are_dropped_on_devices() {
         for len in [1, 12, family.header_len() - 1] {
             let what = format!("{family:?}: {len} bytes");
             let counted = testbed.counted(&what, || testbed.decrypted(&good.bytes()[..len]));
-            assert_eq!(counted, [((NONE, Verdict::DropMalformed), Count { packets: 1, bytes: len as u64 })].into(), "{what}");
+            assert_eq!(
+                counted,
+                [((NONE, Verdict::DropMalformed), Count { packets: 1, bytes: len as u64 })].into(),
+                "{what}"
+            );
         }
         testbed.decrypted(&good.bytes());
         lan.expect_overlay("the first packet", &overlay(ME, MEMBER, good.ttl(63).overlay_frame()).leaving());
@@ -208,7 +229,11 @@ fn unwrappable_packets_use_tunnel_key_on_devices() {
             let what = format!("{family:?}: {len} bytes");
             let counted = testbed.counted(&what, || testbed.decrypted(&packet.bytes()));
             let (&(gateway, verdict), count) = counted.first_key_value().expect("a counter");
-            assert_eq!((counted.len(), gateway, *count), (1, EDGE, Count { packets: 1, bytes: len as u64 }), "{what}: {counted:?}");
+            assert_eq!(
+                (counted.len(), gateway, *count),
+                (1, EDGE, Count { packets: 1, bytes: len as u64 }),
+                "{what}: {counted:?}"
+            );
             match verdict {
                 Verdict::ToOverlay => {
                     lan.next(&what);

@@ -65,21 +65,34 @@ fn unwrapped_packets_enter_tunnel_on_devices() {
 #[test]
 fn other_packets_take_the_fallback_tier_on_devices() {
     require_root!();
-    let testbed = Testbed::new(topology::gateway(), &[Hook::UplinkXdp, Hook::UplinkIngress, Hook::OverlayIngress], 1500);
+    let testbed =
+        Testbed::new(topology::gateway(), &[Hook::UplinkXdp, Hook::UplinkIngress, Hook::OverlayIngress], 1500);
     let (lan, tunnel) = (testbed.lan_sender(), testbed.on_node("raven-wg0"));
     for family in Family::BOTH {
         let inner = udp(family, MEMBERS, EDGES);
         let bytes = inner.overlay_frame().len() as u64;
         let marked = Overlay { class: 0x03, ..overlay(MEMBER, ME, inner.clone().class(0x01).overlay_frame()) };
         let counted = testbed.counted("congestion experienced", || lan.send(&marked.frame()));
-        assert_eq!(counted, [((EDGE, Verdict::ToTunnel), Count { packets: 1, bytes })].into(), "{family:?}: {counted:?}");
+        assert_eq!(
+            counted,
+            [((EDGE, Verdict::ToTunnel), Count { packets: 1, bytes })].into(),
+            "{family:?}: {counted:?}"
+        );
         tunnel.expect("congestion experienced", &inner.clone().class(0x03).ttl(63).bytes());
         let spent = overlay(MEMBER, ME, inner.clone().ttl(1).overlay_frame());
         let counted = testbed.counted("TTL 1", || lan.send(&spent.frame()));
-        assert_eq!(counted, [((EDGE, Verdict::StackTtl), Count { packets: 1, bytes })].into(), "{family:?}: {counted:?}");
+        assert_eq!(
+            counted,
+            [((EDGE, Verdict::StackTtl), Count { packets: 1, bytes })].into(),
+            "{family:?}: {counted:?}"
+        );
         let outsider = overlay(OUTSIDER, ME, inner.overlay_frame()).frame();
         let counted = testbed.counted("from outside the pool", || lan.send(&outsider));
         let bytes = outsider.len() as u64;
-        assert_eq!(counted, [((NONE, Verdict::DropOuterNotInPool), Count { packets: 1, bytes })].into(), "{family:?}: {counted:?}");
+        assert_eq!(
+            counted,
+            [((NONE, Verdict::DropOuterNotInPool), Count { packets: 1, bytes })].into(),
+            "{family:?}: {counted:?}"
+        );
     }
 }

@@ -13,7 +13,8 @@ use crate::{
     overlay_egress::neither_tcp_nor_udp,
     packet::{ACK, Family, Overlay, Packet, ethernet, overlay, tcp, udp},
     topology::{
-        self, EDGE, EDGES, FAR, FARS, GATEWAY, GATEWAYS, LOST, LOSTS, ME, MEMBER, MEMBERS, MINE, NONE, OUTSIDER, TUNNEL_MTU, UNKNOWN,
+        self, EDGE, EDGES, FAR, FARS, GATEWAY, GATEWAYS, LOST, LOSTS, ME, MEMBER, MEMBERS, MINE, NONE, OUTSIDER,
+        TUNNEL_MTU, UNKNOWN,
     },
 };
 
@@ -49,10 +50,19 @@ fn packets_for_another_pool_are_unwrapped() {
         ]);
         for class in [0x00, 0x01, 0x02, 0xb8] {
             let marked = Overlay { class, ..from_member(&inner.clone().class(0xbb)) };
-            cases.push(unwrapped(&format!("outer traffic class {class:#x}"), &marked, &inner.clone().class(0xbb), EDGE));
+            cases.push(unwrapped(
+                &format!("outer traffic class {class:#x}"),
+                &marked,
+                &inner.clone().class(0xbb),
+                EDGE,
+            ));
         }
     }
-    cases.extend(neither_tcp_nor_udp(MEMBERS, EDGES).iter().map(|(name, inner)| unwrapped(name, &from_member(inner), inner, EDGE)));
+    cases.extend(
+        neither_tcp_nor_udp(MEMBERS, EDGES)
+            .iter()
+            .map(|(name, inner)| unwrapped(name, &from_member(inner), inner, EDGE)),
+    );
     let with_options = udp(Family::V4, MEMBERS, EDGES).ip_options(&[1, 1, 1, 0]);
     cases.push(unwrapped("inner IP options", &from_member(&with_options), &with_options, EDGE));
     check(&Dataplane::load(topology::gateway()), Hook::UplinkXdp, &cases);
@@ -130,7 +140,9 @@ fn foreign_and_spoofed_packets_are_dropped_and_counted() {
     require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
-        let case = |name: &str, frame: Vec<u8>, verdict| Case::new(format!("{family:?}: {name}"), frame).xdp_dropped(NONE, verdict);
+        let case = |name: &str, frame: Vec<u8>, verdict| {
+            Case::new(format!("{family:?}: {name}"), frame).xdp_dropped(NONE, verdict)
+        };
         let inner = udp(family, MEMBERS, EDGES);
         let good = from_member(&inner);
         let ip = 14 + 50;
@@ -140,7 +152,11 @@ fn foreign_and_spoofed_packets_are_dropped_and_counted() {
             case(name, frame, Verdict::DropMalformed)
         };
         cases.extend([
-            case("from outside the pool", Overlay { from: OUTSIDER, ..good.clone() }.frame(), Verdict::DropOuterNotInPool),
+            case(
+                "from outside the pool",
+                Overlay { from: OUTSIDER, ..good.clone() }.frame(),
+                Verdict::DropOuterNotInPool,
+            ),
             case(
                 "from outside the pool, truncated within the VXLAN header",
                 Overlay { from: OUTSIDER, ..good.clone() }.frame()[..40].to_vec(),
@@ -151,7 +167,11 @@ fn foreign_and_spoofed_packets_are_dropped_and_counted() {
                 Overlay { from: OUTSIDER, vni: 1, ..good.clone() }.frame(),
                 Verdict::DropOuterNotInPool,
             ),
-            case("ARP inside", overlay(MEMBER, ME, ethernet([0xff; 6], [2; 6], [0x08, 0x06], &[0; 28])).frame(), Verdict::DropNotIp),
+            case(
+                "ARP inside",
+                overlay(MEMBER, ME, ethernet([0xff; 6], [2; 6], [0x08, 0x06], &[0; 28])).frame(),
+                Verdict::DropNotIp,
+            ),
             case(
                 "source of this node's pod",
                 overlay(MEMBER, ME, udp(family, MINE, EDGES).overlay_frame()).frame(),
@@ -167,7 +187,11 @@ fn foreign_and_spoofed_packets_are_dropped_and_counted() {
                 overlay(MEMBER, ME, udp(family, FARS, EDGES).overlay_frame()).frame(),
                 Verdict::DropSpoofedInner,
             ),
-            case("unknown source", overlay(MEMBER, ME, udp(family, UNKNOWN, EDGES).overlay_frame()).frame(), Verdict::DropSpoofedInner),
+            case(
+                "unknown source",
+                overlay(MEMBER, ME, udp(family, UNKNOWN, EDGES).overlay_frame()).frame(),
+                Verdict::DropSpoofedInner,
+            ),
             case(
                 "unknown source and destination",
                 overlay(MEMBER, ME, udp(family, UNKNOWN, UNKNOWN).overlay_frame()).frame(),
@@ -186,7 +210,9 @@ fn foreign_and_spoofed_packets_are_dropped_and_counted() {
                 edited("shorter than its header", &|f| f[ip + 2..ip + 4].copy_from_slice(&[0, 19])),
                 edited("length field 65,535", &|f| f[ip + 2..ip + 4].copy_from_slice(&[0xff, 0xff])),
             ]),
-            Family::V6 => cases.push(edited("length of 65,575 bytes", &|f| f[ip + 4..ip + 6].copy_from_slice(&[0xff, 0xff]))),
+            Family::V6 => {
+                cases.push(edited("length of 65,575 bytes", &|f| f[ip + 4..ip + 6].copy_from_slice(&[0xff, 0xff])));
+            }
         }
     }
     check(&Dataplane::load(topology::gateway()), Hook::UplinkXdp, &cases);
@@ -200,7 +226,11 @@ fn node_without_tunnel_passes_everything() {
         let inner = udp(family, MEMBERS, EDGES);
         cases.extend([
             Case::new(format!("{family:?}: from a node of the pool"), from_member(&inner).frame()).xdp_passes(),
-            Case::new(format!("{family:?}: from outside the pool"), overlay(OUTSIDER, ME, inner.overlay_frame()).frame()).xdp_passes(),
+            Case::new(
+                format!("{family:?}: from outside the pool"),
+                overlay(OUTSIDER, ME, inner.overlay_frame()).frame(),
+            )
+            .xdp_passes(),
         ]);
     }
     check(&Dataplane::load(topology::member()), Hook::UplinkXdp, &cases);
@@ -221,10 +251,12 @@ fn path_cache_is_per_sender_and_generation() {
             // member does not apply.
             Case::new("from outside the pool", Overlay { from: OUTSIDER, ..from_member(&inner) }.frame())
                 .xdp_dropped(NONE, Verdict::DropOuterNotInPool),
-            Case::new("from this node", Overlay { from: ME, ..from_member(&inner) }.frame()).xdp_dropped(NONE, Verdict::DropSpoofedInner),
+            Case::new("from this node", Overlay { from: ME, ..from_member(&inner) }.frame())
+                .xdp_dropped(NONE, Verdict::DropSpoofedInner),
             unwrapped("another destination", &from_member(&elsewhere), &elsewhere, FAR),
             Case::new("TTL 1", from_member(&inner.clone().ttl(1)).frame()).xdp_passes(),
-            Case::new("above the tunnel's MTU", from_member(&inner.clone().len(TUNNEL_MTU as usize + 1)).frame()).xdp_passes(),
+            Case::new("above the tunnel's MTU", from_member(&inner.clone().len(TUNNEL_MTU as usize + 1)).frame())
+                .xdp_passes(),
             good(),
         ];
         check(&dataplane, Hook::UplinkXdp, &cases);

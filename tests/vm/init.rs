@@ -17,7 +17,9 @@ const PROGRAMS: &str = "/raven";
 
 /// Runs the machine. Never returns: the kernel panics if the first process ends.
 pub(crate) fn run() -> ! {
-    for (kind, place) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/run"), ("tmpfs", "/tmp")] {
+    for (kind, place) in
+        [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/run"), ("tmpfs", "/tmp")]
+    {
         // The kernel may have mounted /dev already.
         if let Err(error) = mount(Some(kind), place, Some(kind), MsFlags::empty(), None::<&Path>)
             && error != Errno::EBUSY
@@ -33,7 +35,8 @@ pub(crate) fn run() -> ! {
     }
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     println!("raven-vm: {} is up", release.trim());
-    let started = Command::new("/proc/self/exe").env("PATH", "/usr/sbin:/usr/bin").env("RAVEN_BIN_DIR", PROGRAMS).spawn();
+    let started =
+        Command::new("/proc/self/exe").env("PATH", "/usr/sbin:/usr/bin").env("RAVEN_BIN_DIR", PROGRAMS).spawn();
     match started {
         Ok(tests) => reap_until_end_of(tests.id()),
         Err(error) => println!("raven-vm: start the tests: {error}"),
@@ -47,7 +50,11 @@ pub(crate) fn run() -> ! {
 fn reap_until_end_of(tests: u32) {
     loop {
         match wait() {
-            Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _)) if pid.as_raw().unsigned_abs() == tests => return,
+            Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _))
+                if pid.as_raw().unsigned_abs() == tests =>
+            {
+                return;
+            }
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => {
                 println!("raven-vm: wait: {error}");

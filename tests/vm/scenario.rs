@@ -79,7 +79,10 @@ async fn with_agents(results: &mut Results, lab: &Lab, gateways: &[String], agen
     results.note("fast tier: redirected, not seen by netfilter and conntrack", proof::redirected(lab, &before, 100));
     let internet = proof::record(lab).await?;
     pairs(results, lab).await;
-    results.note("nothing crossed the internet unencrypted", internet.stop().await.and_then(|seen| proof::encrypted(lab, &seen)));
+    results.note(
+        "nothing crossed the internet unencrypted",
+        internet.stop().await.and_then(|seen| proof::encrypted(lab, &seen)),
+    );
     results.note("host processes reach pods of other pools and vice versa", hosts(lab).await);
     results.note("traceroute shows every gateway node", proof::traceroute(lab));
     results.note("packets are not fragmented", proof::unfragmented(lab, BULK / 4).await);
@@ -121,7 +124,8 @@ async fn with_agents(results: &mut Results, lab: &Lab, gateways: &[String], agen
         let agent = agents.iter_mut().find(|a| a.node.name == node).context("the node has no agent")?;
         topology::put(&agent.node, &topology::empty())?;
         agent.restart()?;
-        results.note(&format!("{node} leaves its pool, and Raven's state is removed from it"), removed(&agent.node).await);
+        results
+            .note(&format!("{node} leaves its pool, and Raven's state is removed from it"), removed(&agent.node).await);
     }
     for node in ["x-a", "x-b"] {
         let agent = agents.iter_mut().find(|a| a.node.name == node).context("the node has no agent")?;
@@ -150,7 +154,9 @@ async fn twice(mut attempt: impl AsyncFnMut() -> Result<String>) -> Result<Strin
         Err(error) => error,
     };
     let second = attempt().await;
-    second.map(|seen| format!("{seen} (a second attempt; the first: {first:#})")).with_context(|| format!("twice; first: {first:#}"))
+    second
+        .map(|seen| format!("{seen} (a second attempt; the first: {first:#})"))
+        .with_context(|| format!("twice; first: {first:#}"))
 }
 
 /// A filter of another owner passes every packet before Raven's program sees it, and is later
@@ -177,7 +183,7 @@ async fn bypassed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     let carried = proof::increase(&before, &proof::counters(&node)?, Verdict::ToTunnel);
     ensure!(carried > 0, "the fallback tier forwarded no packets");
     let log = agent.process.output()?;
-    ensure!(log.contains("is asked before uplink_ingress"), "the agent does not log the reason");
+    ensure!(log.contains("runs before uplink_ingress"), "the agent does not log the reason");
     node.ns.sh("tc filter del dev eth0 ingress pref 1 matchall")?;
     agent.restart()?;
     let restored = || async {
@@ -220,7 +226,11 @@ async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     const MANY: u32 = 400;
     let (from, to) = (lab.pod("x-b"), lab.pod("cloud-b"));
     let before = topology::get(lab.node("x-b"))?;
-    let after = topology::with_prefixes(&before, "edge-y", (0..MANY).map(|n| format!("172.{}.{}.0/24", 24 + n / 256, n % 256)))?;
+    let after = topology::with_prefixes(
+        &before,
+        "edge-y",
+        (0..MANY).map(|n| format!("172.{}.{}.0/24", 24 + n / 256, n % 256)),
+    )?;
     let flow = probe::Flow::start(&from.ns, &to.ns, to.v4.into(), RATE)?;
     let gateway = lab.node("x-a");
     for (snapshot, wanted) in [(&after, MANY), (&before, 0)] {
@@ -243,7 +253,11 @@ async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     }
     let report = flow.stop().await?;
     ensure!(report.lost == 0, "{report:?}");
-    Ok(format!("{MANY} added and removed, {} packets sent, 0 lost, longest gap {} ms", report.sent, report.longest_gap.as_millis()))
+    Ok(format!(
+        "{MANY} added and removed, {} packets sent, 0 lost, longest gap {} ms",
+        report.sent,
+        report.longest_gap.as_millis()
+    ))
 }
 
 /// A run without changes has no effect: it restores exactly the one rule that was deleted.
@@ -334,7 +348,8 @@ fn intercepted(lab: &Lab) -> Result<String> {
         let connected = ns.within(move || std::net::TcpStream::connect_timeout(&kubelet, ANSWER))?;
         connected.with_context(|| format!("{kubelet} from {}", ns.name))?;
     }
-    let taken = lab.node("cloud-a").ns.sh("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/KUBELETS | grep -c port")?;
+    let taken =
+        lab.node("cloud-a").ns.sh("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/KUBELETS | grep -c port")?;
     Ok(format!("accepted from the gateway node, its pod and a member; {} addresses and ports", taken.trim()))
 }
 
@@ -367,11 +382,16 @@ fn attached(lab: &Lab, gateways: &[String], xdp: bool) -> Result<String> {
     for node in &lab.nodes {
         let gateway = gateways.contains(&node.name);
         let links = node.ns.sh("ls /sys/fs/bpf/raven/v1/links | sed 's/-[0-9]*$//' | sort")?;
-        let mut expected: Vec<&str> = if tcx { hooks(gateway).iter().map(|(_, _, program)| *program).collect() } else { Vec::new() };
+        let mut expected: Vec<&str> =
+            if tcx { hooks(gateway).iter().map(|(_, _, program)| *program).collect() } else { Vec::new() };
         expected.extend((gateway && xdp).then_some("uplink_xdp"));
         expected.extend((gateway && node.pool == lab.cloud().spec.name).then_some("kubelet_lookup"));
         expected.sort_unstable();
-        ensure!(links.lines().collect::<Vec<_>>() == expected, "{}: pinned links are {links}, not {expected:?}", node.name);
+        ensure!(
+            links.lines().collect::<Vec<_>>() == expected,
+            "{}: pinned links are {links}, not {expected:?}",
+            node.name
+        );
         let on_uplink = node.ns.run("ip", &["-d", "link", "show", "eth0"])?;
         ensure!(on_uplink.contains("prog/xdp") == (gateway && xdp), "{}: {on_uplink}", node.name);
         for (device, direction, program) in hooks(gateway) {
@@ -379,7 +399,11 @@ fn attached(lab: &Lab, gateways: &[String], xdp: bool) -> Result<String> {
             let shown = node.ns.sh(&format!("tc filter show dev {device} {direction} 2>/dev/null || true"))?;
             let filters = shown.lines().filter(|line| line.contains(" handle ")).count();
             ensure!(filters == usize::from(!tcx), "{}: {filters} filters at {device} {direction}: {shown}", node.name);
-            ensure!(tcx || shown.contains(program), "{}: {program} is not attached to {device} {direction}: {shown}", node.name);
+            ensure!(
+                tcx || shown.contains(program),
+                "{}: {program} is not attached to {device} {direction}: {shown}",
+                node.name
+            );
         }
     }
     let mechanism = if tcx { "TCX" } else { "clsact" };

@@ -10,7 +10,8 @@ use crate::{
     toolchain, workspace,
 };
 
-/// Returns the task that builds `raven-agent` (with the eBPF object in it) and `raven-controller` into xtask's own folder.
+/// Returns the task that builds `raven-agent` (with the eBPF object in it) and `raven-controller` into xtask's own
+/// folder.
 pub(crate) fn binaries_task() -> Task {
     let name = "building raven-controller and raven-agent, with the eBPF programs";
     Task::new(name, |_| progress::logged(&mut cargo_build(&["-p", "raven-agent", "-p", "raven-controller"])))
@@ -29,7 +30,10 @@ pub(crate) fn tracing_object() -> Result<()> {
 
 /// Builds the tests that run inside a virtual machine.
 pub(crate) fn vm_tests() -> Result<()> {
-    progress::run("building the tests for virtual machines", &mut cargo_build(&["-p", "raven-tests", "--bin", "raven-vm-tests"]))
+    progress::run(
+        "building the tests for virtual machines",
+        &mut cargo_build(&["-p", "raven-tests", "--bin", "raven-vm-tests"]),
+    )
 }
 
 fn cargo_build(arguments: &[&str]) -> Command {

@@ -37,7 +37,10 @@ fn manifests() -> Result<Vec<Manifest>> {
         let name = crd.metadata.name.clone().context("a CRD has no name")?;
         // Through JSON, which is the wire format of the Kubernetes types.
         let body = serde_saphyr::to_string(&serde_json::to_value(&crd)?)?;
-        let text = format!("# Written by `cargo xtask crds` from raven-api; change the types, not this file.\n{}\n", body.trim_end());
+        let text = format!(
+            "# Written by `cargo xtask crds` from raven-api; change the types, not this file.\n{}\n",
+            body.trim_end()
+        );
         manifests.push(Manifest { path: folder().join(format!("{name}.yaml")), text });
     }
     Ok(manifests)

@@ -1,6 +1,7 @@
 //! `cargo xtask cycles`: finds import cycles among the modules of a crate.
 //!
-//! A submodule is a part of its parent, so imports of an ancestor do not count. Two views are checked: files, and top-level modules with their submodules.
+//! A submodule is a part of its parent, so imports of an ancestor do not count. Two views are checked: files, and
+//! top-level modules with their submodules.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,13 +29,15 @@ type Module = Vec<String>;
 type Graph = BTreeMap<Module, BTreeSet<Module>>;
 
 impl Cycles {
-    pub(crate) fn run(&self) -> Result<()> {
+    pub(crate) fn run() -> Result<()> {
         let mut found = Vec::new();
         for name in CRATES {
             let graph = imports(&workspace().join(name).join("src"))?;
             let top = collapse(&graph);
             let cycles = cycles(&graph).into_iter().chain(cycles(&top));
-            found.extend(cycles.map(|cycle| format!("{name}: {}", cycle.iter().map(|m| m.join("::")).collect::<Vec<_>>().join(" ↔ "))));
+            found.extend(cycles.map(|cycle| {
+                format!("{name}: {}", cycle.iter().map(|m| m.join("::")).collect::<Vec<_>>().join(" ↔ "))
+            }));
             println!("{name}: {} modules, {} imports", graph.len(), graph.values().map(BTreeSet::len).sum::<usize>());
         }
         ensure!(found.is_empty(), "import cycles:\n{}", found.join("\n"));
@@ -72,7 +75,12 @@ fn read(src: &Path, folder: &Path, sources: &mut BTreeMap<Module, syn::File>) ->
         if path.extension().is_none_or(|extension| extension != "rs") {
             continue;
         }
-        let module = path.with_extension("").strip_prefix(src)?.iter().map(|part| part.to_string_lossy().into_owned()).collect::<Module>();
+        let module = path
+            .with_extension("")
+            .strip_prefix(src)?
+            .iter()
+            .map(|part| part.to_string_lossy().into_owned())
+            .collect::<Module>();
         if module.iter().any(|part| part == "tests" || part == "fixture" || part == "main") {
             continue;
         }
@@ -150,7 +158,8 @@ impl<'ast> Visit<'ast> for Paths<'_> {
 
     fn visit_item_mod(&mut self, item: &'ast ItemMod) {
         let test = item.attrs.iter().any(|attribute| {
-            attribute.path().is_ident("cfg") && attribute.parse_args::<syn::Path>().is_ok_and(|condition| condition.is_ident("test"))
+            attribute.path().is_ident("cfg")
+                && attribute.parse_args::<syn::Path>().is_ok_and(|condition| condition.is_ident("test"))
         });
         if !test {
             visit::visit_item_mod(self, item);
@@ -158,7 +167,8 @@ impl<'ast> Visit<'ast> for Paths<'_> {
     }
 }
 
-/// The same graph with every module replaced by its top-level module. The crate root is left out: it connects everything.
+/// The same graph with every module replaced by its top-level module. The crate root is left out: it connects
+/// everything.
 fn collapse(graph: &Graph) -> Graph {
     let top = |module: &Module| module[..1].to_vec();
     let mut collapsed = Graph::new();
@@ -171,11 +181,15 @@ fn collapse(graph: &Graph) -> Graph {
 
 /// The groups of modules that reach each other (strongly connected components with more than one module).
 fn cycles(graph: &Graph) -> Vec<BTreeSet<Module>> {
-    let reachable: BTreeMap<&Module, BTreeSet<&Module>> = graph.keys().map(|module| (module, reach(graph, module))).collect();
+    let reachable: BTreeMap<&Module, BTreeSet<&Module>> =
+        graph.keys().map(|module| (module, reach(graph, module))).collect();
     let mut groups = BTreeSet::new();
     for (module, others) in &reachable {
-        let group: BTreeSet<Module> =
-            others.iter().filter(|other| reachable.get(*other).is_some_and(|back| back.contains(module))).map(|m| (*m).clone()).collect();
+        let group: BTreeSet<Module> = others
+            .iter()
+            .filter(|other| reachable.get(*other).is_some_and(|back| back.contains(module)))
+            .map(|m| (*m).clone())
+            .collect();
         if group.len() > 1 {
             groups.insert(group);
         }

@@ -60,9 +60,12 @@ impl Series {
 
     /// Reports whether a package of this name contains a kernel of this series.
     fn matches(self, package: &str) -> bool {
-        let Some(release) = package.strip_prefix("linux-image-").and_then(|p| p.strip_suffix(FLAVOUR)) else { return false };
+        let Some(release) = package.strip_prefix("linux-image-").and_then(|p| p.strip_suffix(FLAVOUR)) else {
+            return false;
+        };
         let numbers: Vec<&str> = release.split(['.', '-', '+']).collect();
-        let whole = numbers.iter().take(3).filter(|n| !n.is_empty() && n.chars().all(|c| c.is_ascii_digit())).count() == 3;
+        let whole =
+            numbers.iter().take(3).filter(|n| !n.is_empty() && n.chars().all(|c| c.is_ascii_digit())).count() == 3;
         whole && (self == Self::Newest || release.starts_with(&format!("{}.", self.name())))
     }
 }
@@ -95,7 +98,9 @@ pub(crate) fn find_or_fetch(series: Series) -> Result<Kernel> {
 }
 
 fn cache() -> Result<PathBuf> {
-    let base = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
+    let base = env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
     Ok(base.context("neither HOME nor XDG_CACHE_HOME is set")?.join("raven/kernels"))
 }
 
@@ -123,7 +128,8 @@ fn fetch_into(beside: &Path, series: Series, folder: &Path, mirror: &str, suites
     let release = package.strip_prefix("linux-image-").context("the package is not a kernel image")?;
     // Newer packages consist of separate packages for image and modules.
     let depends = apt.run("apt-cache", &["depends", "--no-recommends", "--no-suggests", package])?;
-    let parts = depends.split_whitespace().filter(|word| word.starts_with("linux-") && word.ends_with(&format!("-{release}")));
+    let parts =
+        depends.split_whitespace().filter(|word| word.starts_with("linux-") && word.ends_with(&format!("-{release}")));
     let debs = beside.join("debs");
     fs::create_dir_all(&debs)?;
     for part in [package].into_iter().chain(parts) {
@@ -280,10 +286,11 @@ mod tests {
 
     #[test]
     fn mirrors_are_found_in_both_formats_of_apt_sources() {
-        let new = "Types: deb\nURIs: http://mirror.test/debian\nSuites: x\n\nURIs: http://mirror.test/debian-security/\n";
-        let old =
-            "# deb http://no.test/debian x main\ndeb [arch=amd64] https://old.test/debian/ x main\ndeb https://other.test/things x main\n";
-        let (main, security) = (Some("http://mirror.test/debian".to_owned()), Some("http://mirror.test/debian-security/".to_owned()));
+        let new =
+            "Types: deb\nURIs: http://mirror.test/debian\nSuites: x\n\nURIs: http://mirror.test/debian-security/\n";
+        let old = "# deb http://no.test/debian x main\ndeb [arch=amd64] https://old.test/debian/ x main\ndeb https://other.test/things x main\n";
+        let (main, security) =
+            (Some("http://mirror.test/debian".to_owned()), Some("http://mirror.test/debian-security/".to_owned()));
         assert_eq!(mirrors_in(new), Mirrors { main, security });
         assert_eq!(mirrors_in(old), Mirrors { main: Some("https://old.test/debian/".to_owned()), security: None });
     }

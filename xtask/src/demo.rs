@@ -57,7 +57,9 @@ impl Demo {
         progress::step("checking tools");
         let needs = [Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet];
         setup::ensure_and_build(&needs, vec![build::binaries_task()])?;
-        progress::step("creating the lab: a cloud pool and two edge pools behind NAT, two nodes each, and a Kubernetes API server");
+        progress::step(
+            "creating the lab: a cloud pool and two edge pools behind NAT, two nodes each, and a Kubernetes API server",
+        );
         let mut lab = Lab::builder().up().await?;
         let result = check_all(&lab, results).await;
         if result.is_err() || results.checks.iter().any(|c| !c.ok) {
@@ -83,8 +85,14 @@ async fn check_all(lab: &Lab, results: &mut Results) -> Result<()> {
     let before = proof::all_counters(lab)?;
     proof::watch_netfilter(lab)?;
     for (n, family) in FAMILIES.iter().enumerate() {
-        results.check(format!("{family}: {} from cloud-b to x-b", megabytes()), proof::bulk(lab, "cloud-b", "x-b", n, BULK).await);
-        results.check(format!("{family}: {} from x-b to y-b, relayed", megabytes()), proof::bulk(lab, "x-b", "y-b", n, BULK).await);
+        results.check(
+            format!("{family}: {} from cloud-b to x-b", megabytes()),
+            proof::bulk(lab, "cloud-b", "x-b", n, BULK).await,
+        );
+        results.check(
+            format!("{family}: {} from x-b to y-b, relayed", megabytes()),
+            proof::bulk(lab, "x-b", "y-b", n, BULK).await,
+        );
     }
     results.check("packets were redirected, not seen by netfilter and conntrack", proof::redirected(lab, &before, 100));
     let internet = proof::record(lab).await?;
@@ -95,7 +103,10 @@ async fn check_all(lab: &Lab, results: &mut Results) -> Result<()> {
     }
     results.check("WireGuard sessions", proof::handshakes(lab).await);
     results.check("MTU", proof::mtu(lab, "cloud-b", "y-b").await);
-    results.check("agents killed and restarted under 1,000 packets/s", proof::restart(lab, &mut agents, "x-b", "y-b", 0).await);
+    results.check(
+        "agents killed and restarted under 1,000 packets/s",
+        proof::restart(lab, &mut agents, "x-b", "y-b", 0).await,
+    );
     results.check("no packet was dropped", proof::no_drops(lab, &before));
     let internet = internet.stop().await?;
     results.check("nothing crossed the internet unencrypted", proof::encrypted(lab, &internet));
@@ -147,7 +158,10 @@ impl Results {
 fn table(checks: &[Check]) -> Table {
     let colour = std::io::stdout().is_terminal();
     let mut table = Table::new();
-    table.load_style(UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic).set_header(["", "check", "result"]);
+    table
+        .load_style(UTF8_HORIZONTAL_ONLY)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_header(["", "check", "result"]);
     if !colour {
         // A pipe has no width.
         table.set_width(140);

@@ -50,7 +50,10 @@ impl Fuzz {
             println!("\n=== fuzz {name}, {} s ===", self.seconds);
             let mut fuzzer = Command::new(target.join(HOST).join("release").join(&name));
             fuzzer.arg(&corpus).args([folder.join("corpus").join(&name)].iter().filter(|seeds| seeds.is_dir()));
-            fuzzer.args([format!("-max_total_time={}", self.seconds), format!("-artifact_prefix={}/", artifacts.display())]);
+            fuzzer.args([
+                format!("-max_total_time={}", self.seconds),
+                format!("-artifact_prefix={}/", artifacts.display()),
+            ]);
             fuzzer.args(["-print_final_stats=1", "-verbosity=0", "-rss_limit_mb=2048", "-timeout=10"]);
             let status = fuzzer.status().with_context(|| format!("start fuzz target {name}"))?;
             ensure!(status.success(), "fuzz target {name} found a defect: see {}", artifacts.display());
@@ -61,7 +64,8 @@ impl Fuzz {
 
 fn names(folder: &Path) -> Result<Vec<String>> {
     let files = fs::read_dir(folder.join("fuzz_targets")).with_context(|| format!("list {}", folder.display()))?;
-    let mut names: Vec<String> = files.flatten().filter_map(|file| Some(file.path().file_stem()?.to_string_lossy().into_owned())).collect();
+    let mut names: Vec<String> =
+        files.flatten().filter_map(|file| Some(file.path().file_stem()?.to_string_lossy().into_owned())).collect();
     names.sort();
     Ok(names)
 }

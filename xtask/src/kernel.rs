@@ -136,7 +136,12 @@ fn boot(series: Series, kernel: &Kernel) -> Result<Outcome> {
     })?;
     println!("console: {}", machine.console.display());
     let Summary { release: Some(release), counts: Some((passed, failed)), complaint: None } = summary else {
-        bail!("{}", summary.complaint.unwrap_or_else(|| "the console contains no result, because the tests did not complete".to_owned()));
+        bail!(
+            "{}",
+            summary
+                .complaint
+                .unwrap_or_else(|| "the console contains no result, because the tests did not complete".to_owned())
+        );
     };
     println!("kernel: {release}");
     println!("{passed} passed, {failed} failed");

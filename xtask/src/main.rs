@@ -104,7 +104,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Fuzz(fuzz) => fuzz.run(),
         Command::Test(test) => test.run(),
         Command::Crds(crds) => crds.run(),
-        Command::Cycles(cycles) => cycles.run(),
+        Command::Cycles(_) => cycles::Cycles::run(),
         Command::Lab(command) => lab::run(command),
     }
 }

@@ -1,4 +1,5 @@
-//! Progress of xtask on standard error: one line per step with the elapsed time. Output of other programs goes to a log file.
+//! Progress of xtask on standard error: one line per step with the elapsed time. Output of other programs goes to a log
+//! file.
 //!
 //! Standard output is left to results, which may be JSON.
 
@@ -111,7 +112,10 @@ pub(crate) struct Task {
 
 impl Task {
     /// Creates a task. `work` reports details through its argument.
-    pub(crate) fn new(name: impl Into<String>, work: impl FnOnce(&Reporter<'_>) -> Result<()> + Send + 'static) -> Self {
+    pub(crate) fn new(
+        name: impl Into<String>,
+        work: impl FnOnce(&Reporter<'_>) -> Result<()> + Send + 'static,
+    ) -> Self {
         Self { name: name.into(), work: Box::new(work) }
     }
 }
@@ -148,8 +152,8 @@ impl Status {
     }
 }
 
-/// Runs lanes of tasks in parallel; the tasks of one lane run in their order. After a failure, a lane ends and the other lanes
-/// complete. Returns the first error.
+/// Runs lanes of tasks in parallel; the tasks of one lane run in their order. After a failure, a lane ends and the
+/// other lanes complete. Returns the first error.
 pub(crate) fn parallel(lanes: Vec<Vec<Task>>) -> Result<()> {
     let total = lanes.iter().map(Vec::len).sum();
     if total == 0 {

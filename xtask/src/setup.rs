@@ -1,7 +1,7 @@
 //! `cargo xtask setup`: finds or installs what builds and tests need.
 //!
-//! It checks the things themselves each time (a file, a program on PATH) and keeps no record, so nothing can become stale. If
-//! everything is installed, that takes milliseconds. Other commands call [`ensure`] with their needs.
+//! It checks the things themselves each time (a file, a program on PATH) and keeps no record, so nothing can become
+//! stale. If everything is installed, that takes milliseconds. Other commands call [`ensure`] with their needs.
 
 use std::env;
 use std::ffi::OsString;
@@ -101,14 +101,20 @@ impl Need {
         let name = |names: &str| format!("building {names} from Go modules (5 to 10 minutes, once)");
         match self {
             Self::Kubernetes if !matches!(Binaries::find(), Ok(Some(_))) => {
-                Some(Task::new(name(Binaries::NAMES), |reporter| Binaries::find_or_build_with(&|text| reporter.detail(text)).map(drop)))
+                Some(Task::new(name(Binaries::NAMES), |reporter| {
+                    Binaries::find_or_build_with(&|text| reporter.detail(text)).map(drop)
+                }))
             }
-            Self::Kubelet if !matches!(NodeBinaries::find(), Ok(Some(_))) => Some(Task::new(name(NodeBinaries::NAMES), |reporter| {
-                NodeBinaries::find_or_build_with(&|text| reporter.detail(text)).map(drop)
-            })),
-            Self::Metrics if !matches!(MetricsServer::find(), Ok(Some(_))) => Some(Task::new(name(MetricsServer::NAMES), |reporter| {
-                MetricsServer::find_or_build_with(&|text| reporter.detail(text)).map(drop)
-            })),
+            Self::Kubelet if !matches!(NodeBinaries::find(), Ok(Some(_))) => {
+                Some(Task::new(name(NodeBinaries::NAMES), |reporter| {
+                    NodeBinaries::find_or_build_with(&|text| reporter.detail(text)).map(drop)
+                }))
+            }
+            Self::Metrics if !matches!(MetricsServer::find(), Ok(Some(_))) => {
+                Some(Task::new(name(MetricsServer::NAMES), |reporter| {
+                    MetricsServer::find_or_build_with(&|text| reporter.detail(text)).map(drop)
+                }))
+            }
             _ => None,
         }
     }
@@ -245,7 +251,10 @@ fn install_packages(tools: &[Tool], toolchain: bool, bpf_linker: bool) -> Result
         bail!("missing programs, and this system has no apt-get to install them: {}{compiler}", programs.join(", "));
     };
     if !is_root()? {
-        bail!("missing packages, which only root can install: apt-get install --no-install-recommends {}", packages.join(" "));
+        bail!(
+            "missing packages, which only root can install: apt-get install --no-install-recommends {}",
+            packages.join(" ")
+        );
     }
     progress::run("updating apt's package lists", Command::new(&apt).args(["update", "-qq"]))?;
     let mut install = Command::new(&apt);

@@ -156,7 +156,12 @@ fn run(level: Level) -> Result<Outcome> {
         build::tracing_object()?;
     }
     println!("\n=== {} ===", level.name());
-    let status = Command::new("cargo").current_dir(workspace()).arg("test").args(level.arguments()).status().context("start cargo test")?;
+    let status = Command::new("cargo")
+        .current_dir(workspace())
+        .arg("test")
+        .args(level.arguments())
+        .status()
+        .context("start cargo test")?;
     Ok(if status.success() { Outcome::Passed } else { Outcome::Failed })
 }
 

@@ -1,4 +1,5 @@
-//! Handshakes with peers that this node dials: retried early while a peer is new, and started again with peers that are silent.
+//! Handshakes with peers that this node dials: retried early while a peer is new, and started again with peers that are
+//! silent.
 
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
@@ -13,8 +14,8 @@ use crate::{
 
 /// Delay before the first retry; each further delay is twice as long.
 ///
-/// A peer that does not know this node yet ignores its first handshake, and WireGuard itself retries only after five seconds. The delay
-/// doubles so that the response of a distant peer still matches the last handshake.
+/// A peer that does not know this node yet ignores its first handshake, and WireGuard itself retries only after five
+/// seconds. The delay doubles so that the response of a distant peer still matches the last handshake.
 pub(super) const FIRST_RETRY: Duration = Duration::from_millis(500);
 /// The last delay; then WireGuard's own timer takes over.
 const LAST_RETRY: Duration = Duration::from_secs(4);
@@ -30,8 +31,8 @@ struct Pending {
 pub(super) struct Handshakes {
     /// Peers without a session so far.
     pending: BTreeMap<PublicKey, Pending>,
-    /// Last endpoints of deleted peers. A peer that is added again is dialled there for a new session: by itself it may continue the previous one, which
-    /// this node no longer has, for two minutes.
+    /// Last endpoints of deleted peers. A peer that is added again is dialled there for a new session: by itself it may
+    /// continue the previous one, which this node no longer has, for two minutes.
     last_endpoints: BTreeMap<PublicKey, SocketAddr>,
 }
 
@@ -46,7 +47,8 @@ impl Handshakes {
         !self.pending.is_empty()
     }
 
-    /// The peer to configure, with its last endpoint if it has no other. Starts retries for a new peer that this node keeps a session with.
+    /// The peer to configure, with its last endpoint if it has no other. Starts retries for a new peer that this node
+    /// keeps a session with.
     pub(super) fn added(&mut self, key: PublicKey, peer: &Peer, have: &State) -> Peer {
         let peer = Peer { endpoint: peer.endpoint.or_else(|| self.last_endpoints.remove(&key)), ..peer.clone() };
         if peer.keepalive.is_some() && peer.endpoint.is_some() && !have.peers.contains_key(&key) {
@@ -60,7 +62,8 @@ impl Handshakes {
         self.last_endpoints.extend(have.peers.get(&key).and_then(|peer| peer.endpoint).map(|endpoint| (key, endpoint)));
     }
 
-    /// Repeats the handshake with each peer whose delay has passed: a peer that is deleted and added again is dialled at once.
+    /// Repeats the handshake with each peer whose delay has passed: a peer that is deleted and added again is dialled
+    /// at once.
     pub(super) async fn retry(&mut self, tunnel: &Tunnel, want: &State, outcome: &mut Outcome) {
         if self.pending.is_empty() {
             return;

@@ -19,9 +19,9 @@ impl Reconciler {
                 Ok(change) => outcome.change += change,
                 // Requests by name still work, and L3 is not affected: reported, but no failure.
                 Err(e) => {
-                    return outcome
-                        .surroundings
-                        .push(format!("kubelets of edge nodes cannot be reached by address on this node, only by name: {e}"));
+                    return outcome.surroundings.push(format!(
+                        "kubelets of edge nodes cannot be reached by address on this node, only by name: {e}"
+                    ));
                 }
             }
         }

@@ -11,9 +11,15 @@ use crate::{
 };
 
 impl Reconciler {
-    /// Attaches all programs that the plan needs. Called after the maps are filled: an XDP program without entries would drop the
-    /// packets of its pool.
-    pub(super) async fn attach_programs(&mut self, plan: &Plan, uplink: &Uplink, indexes: Indexes, outcome: &mut Outcome) {
+    /// Attaches all programs that the plan needs. Called after the maps are filled: an XDP program without entries
+    /// would drop the packets of its pool.
+    pub(super) async fn attach_programs(
+        &mut self,
+        plan: &Plan,
+        uplink: &Uplink,
+        indexes: Indexes,
+        outcome: &mut Outcome,
+    ) {
         for (hook, device, index) in [
             (Hook::OverlayIngress, names::OVERLAY, Some(indexes.overlay)),
             (Hook::OverlayEgress, names::OVERLAY, Some(indexes.overlay)),

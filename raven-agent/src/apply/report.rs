@@ -40,7 +40,8 @@ pub struct Report {
     pub surroundings: Vec<String>,
     /// Objects that this run changed.
     pub change: Change,
-    /// Objects changed since the agent's start without a new topology: restored after another program removed them, or applied after an earlier failure.
+    /// Objects changed since the agent's start without a new topology: restored after another program removed them, or
+    /// applied after an earlier failure.
     pub restored: u64,
     /// How packets enter the tunnel on a gateway node: `xdp+tc`, `tc` or `stack`.
     pub tier: Option<&'static str>,

@@ -37,8 +37,8 @@ impl Reconciler {
         self.start_handshakes(&steps, &have, plan);
     }
 
-    /// Starts handshakes with new peers and silent ones, now that their routes exist. The embedded engine gives up a peer that has not answered
-    /// for 90 s until a packet is sent to it, so an idle site would stay cut off.
+    /// Starts handshakes with new peers and silent ones, now that their routes exist. The embedded engine gives up a
+    /// peer that has not answered for 90 s until a packet is sent to it, so an idle site would stay cut off.
     fn start_handshakes(&self, steps: &[Step], have: &State, plan: &Plan) {
         let Some(tunnel) = &self.tunnel else { return };
         let new = steps.iter().filter_map(|step| if let Step::PutPeer(key, _) = step { Some(key) } else { None });
@@ -83,7 +83,8 @@ fn is_route(step: &Step) -> bool {
     matches!(step, Step::PutRoute(..) | Step::DeleteRoute(_))
 }
 
-/// Routes do not depend on each other: they are requested without waiting for each answer, or ten thousand of them would take a minute.
+/// Routes do not depend on each other: they are requested without waiting for each answer, or ten thousand of them
+/// would take a minute.
 async fn change_routes(links: &Links, steps: &[Step], indexes: Indexes, outcome: &mut Outcome) {
     let mut answers = stream::iter(steps).map(|step| change_route(links, step, indexes)).buffer_unordered(IN_FLIGHT);
     while let Some(answer) = answers.next().await {

@@ -1,7 +1,7 @@
 //! Attaches programs so that they outlive the agent, and replaces them without a gap.
 //!
-//! TCX (Linux 6.6) and XDP have links, which are pinned by program and device and updated in place. Older kernels have TC filters,
-//! which persist by themselves; Raven's have a fixed priority and handle, by which they are replaced.
+//! TCX (Linux 6.6) and XDP have links, which are pinned by program and device and updated in place. Older kernels have
+//! TC filters, which persist by themselves; Raven's have a fixed priority and handle, by which they are replaced.
 
 use std::{fs, mem, path::PathBuf};
 
@@ -37,8 +37,14 @@ pub enum Hook {
 
 impl Hook {
     /// All hooks.
-    pub const ALL: [Self; 6] =
-        [Self::OverlayEgress, Self::OverlayIngress, Self::UplinkXdp, Self::UplinkIngress, Self::TunnelIngress, Self::TunnelEgress];
+    pub const ALL: [Self; 6] = [
+        Self::OverlayEgress,
+        Self::OverlayIngress,
+        Self::UplinkXdp,
+        Self::UplinkIngress,
+        Self::TunnelIngress,
+        Self::TunnelEgress,
+    ];
 
     /// Name of the program in the object, in `bpftool` and in pins.
     pub fn program(self) -> &'static str {
@@ -66,8 +72,12 @@ impl Bpf {
     /// Ensures that the program of `hook` is attached to the device.
     pub fn attach(&mut self, hook: Hook, device: &str, ifindex: u32) -> Result<Change, Error> {
         self.load(hook)?;
-        let failed =
-            |reason: String| Error::Program { action: Action::Attach, program: hook.program(), place: format!(" to {device}"), reason };
+        let failed = |reason: String| Error::Program {
+            action: Action::Attach,
+            program: hook.program(),
+            place: format!(" to {device}"),
+            reason,
+        };
         // A recreated device has another index, and its old link is stale.
         self.unpin_other_devices(hook, ifindex);
         if hook != Hook::UplinkXdp && !self.tcx {
@@ -81,7 +91,8 @@ impl Bpf {
             match self.update(hook, pinned) {
                 Ok(change) => return Ok(change),
                 Err(e) if !is_stale(e.as_ref()) => return Err(failed(chain(e.as_ref()))),
-                Err(_) => fs::remove_file(&path).map_err(|e| failed(format!("cannot remove the stale link {}: {e}", path.display())))?,
+                Err(_) => fs::remove_file(&path)
+                    .map_err(|e| failed(format!("cannot remove the stale link {}: {e}", path.display())))?,
             }
         }
         let link = self.create(hook, device, ifindex).map_err(|e| failed(chain(e.as_ref())))?;
@@ -184,7 +195,8 @@ impl Bpf {
         }
     }
 
-    /// Attaches a TC filter, below Linux 6.6. Aya detaches a filter when its link is dropped, so the link is leaked on purpose.
+    /// Attaches a TC filter, below Linux 6.6. Aya detaches a filter when its link is dropped, so the link is leaked on
+    /// purpose.
     ///
     /// A filter that is replaced in place counts as unchanged: aya cannot read which program it runs.
     fn attach_filter(&mut self, hook: Hook, device: &str) -> Result<Change, ProgramError> {
@@ -214,12 +226,13 @@ impl Bpf {
         Err(error)
     }
 
-    /// Names of the TCX programs that run before the program of `hook` on a device. They also run before every clsact filter. Empty below
-    /// Linux 6.6.
+    /// Names of the TCX programs that run before the program of `hook` on a device. They also run before every clsact
+    /// filter. Empty below Linux 6.6.
     pub fn programs_before(&self, hook: Hook, device: &str, ifindex: u32) -> Vec<String> {
         let Ok((_, attached)) = SchedClassifier::query_tcx(device, hook.direction()) else { return Vec::new() };
-        let ours =
-            PinnedLink::from_pin(self.pin(hook, ifindex)).ok().and_then(|pinned| Some(FdLink::from(pinned).info().ok()?.program_id()));
+        let ours = PinnedLink::from_pin(self.pin(hook, ifindex))
+            .ok()
+            .and_then(|pinned| Some(FdLink::from(pinned).info().ok()?.program_id()));
         let names = |programs: &[ProgramInfo]| -> Vec<String> {
             programs.iter().map(|p| p.name_as_str().unwrap_or("a program").to_owned()).collect()
         };
@@ -234,7 +247,9 @@ impl Bpf {
 
 /// ENOLINK: the device of a link was deleted. After any other error the link may still work and is kept.
 fn is_stale(error: &(dyn std::error::Error + 'static)) -> bool {
-    let errno = |e: &(dyn std::error::Error + 'static)| e.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+    let errno = |e: &(dyn std::error::Error + 'static)| {
+        e.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error)
+    };
     std::iter::successors(Some(error), |e| e.source()).any(|e| errno(e) == Some(nix::errno::Errno::ENOLINK as i32))
 }
 
@@ -243,7 +258,8 @@ pub(crate) fn detach_filter(hook: Hook, device: &str) {
     let _ = tc::qdisc_detach_program(device, hook.direction(), hook.program());
 }
 
-/// Removes Raven's clsact filter from every device that is or was the uplink. Filters on Raven's devices are deleted with them.
+/// Removes Raven's clsact filter from every device that is or was the uplink. Filters on Raven's devices are deleted
+/// with them.
 pub(crate) fn detach_uplink_filter() {
     for device in nix::net::if_::if_nameindex().iter().flatten() {
         detach_filter(Hook::UplinkIngress, &device.name().to_string_lossy());

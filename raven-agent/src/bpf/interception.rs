@@ -1,5 +1,5 @@
-//! The `kubelet_lookup` program, which hands connections to kubelets of edge nodes to the proxy: attached to the network namespace,
-//! pinned, with its two maps.
+//! The `kubelet_lookup` program, which hands connections to kubelets of edge nodes to the proxy: attached to the
+//! network namespace, pinned, with its two maps.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,7 +35,8 @@ impl Bpf {
     pub fn intercept(&mut self, listener: &impl AsRawFd) -> Result<Change, Error> {
         let failed = failed(Action::Attach);
         let mut proxy: SockMap<_> = self.map("PROXY")?;
-        // Storing the same socket again has no effect. The entry of an earlier agent was removed when its socket closed.
+        // Storing the same socket again has no effect. The entry of an earlier agent was removed when its socket
+        // closed.
         proxy.set(0, listener, 0).map_err(|e| Error::Map { map: "PROXY", reason: chain(&e) })?;
         let pin = self.lookup_pin();
         let loaded = self.loaded.insert(PROGRAM);
@@ -50,8 +51,10 @@ impl Bpf {
             return Err(self::failed(Action::Load)(chain(&e)));
         }
         let ours = program.info().map_err(|e| failed(chain(&e)))?.tag();
-        let running =
-            PinnedLink::from_pin(&pin).ok().and_then(|link| FdLink::from(link).info().ok()).and_then(|info| tag_of(info.program_id()));
+        let running = PinnedLink::from_pin(&pin)
+            .ok()
+            .and_then(|link| FdLink::from(link).info().ok())
+            .and_then(|info| tag_of(info.program_id()));
         if running == Some(ours) {
             return Ok(Change::NONE);
         }

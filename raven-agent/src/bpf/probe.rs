@@ -22,7 +22,8 @@ impl fmt::Display for Release {
 impl FromStr for Release {
     type Err = std::num::ParseIntError;
 
-    /// Parses `uname -r`. The text after the third number (`-46-cloud-amd64`, `+deb12u1`) is specific to a distribution and ignored.
+    /// Parses `uname -r`. The text after the third number (`-46-cloud-amd64`, `+deb12u1`) is specific to a distribution
+    /// and ignored.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
         let mut next = || numbers.next().unwrap_or(Ok(0));
@@ -32,8 +33,10 @@ impl FromStr for Release {
 
 /// The running kernel's release.
 pub fn release() -> Result<Release, String> {
-    let text = fs::read_to_string("/proc/sys/kernel/osrelease").map_err(|e| format!("cannot read /proc/sys/kernel/osrelease: {e}"))?;
-    let release: Release = text.trim().parse().map_err(|_| format!("kernel release {:?} does not have the form 5.10.0", text.trim()))?;
+    let text = fs::read_to_string("/proc/sys/kernel/osrelease")
+        .map_err(|e| format!("cannot read /proc/sys/kernel/osrelease: {e}"))?;
+    let release: Release =
+        text.trim().parse().map_err(|_| format!("kernel release {:?} does not have the form 5.10.0", text.trim()))?;
     let version = fs::read_to_string("/proc/sys/kernel/version").unwrap_or_default();
     Ok(release.with_point_release_of(&version))
 }
@@ -45,7 +48,8 @@ impl Release {
     /// The point release from `uname -v`, where `uname -r` lacks it: Debian's `5.10.0-46-cloud-amd64` is `#1 SMP Debian
     /// 5.10.262-1 (2026-07-31)`. Numbers of another series are ignored.
     fn with_point_release_of(self, version: &str) -> Self {
-        let releases = version.split_whitespace().filter_map(|word| word.split(['-', '~', '+']).next()?.parse::<Self>().ok());
+        let releases =
+            version.split_whitespace().filter_map(|word| word.split(['-', '~', '+']).next()?.parse::<Self>().ok());
         releases.filter(|r| (r.major, r.minor) == (self.major, self.minor)).fold(self, Self::max)
     }
 
@@ -101,7 +105,11 @@ mod tests {
         ] {
             assert_eq!(release(name).with_point_release_of(version), release(expected), "{name} {version}");
         }
-        assert!(!release("5.10.0-9-amd64").with_point_release_of("#1 SMP Debian 5.10.70-1 (2021-09-30)").wireguard_takes_metadata());
+        assert!(
+            !release("5.10.0-9-amd64")
+                .with_point_release_of("#1 SMP Debian 5.10.70-1 (2021-09-30)")
+                .wireguard_takes_metadata()
+        );
     }
 
     #[test]

@@ -21,7 +21,10 @@ use crate::{
 
 /// True for a step that changes a map.
 pub fn is_map_entry(step: &Step) -> bool {
-    !matches!(step, Step::PutRoute(..) | Step::DeleteRoute(_) | Step::PutPeer(..) | Step::TakePrefixes(..) | Step::DeletePeer(_))
+    !matches!(
+        step,
+        Step::PutRoute(..) | Step::DeleteRoute(_) | Step::PutPeer(..) | Step::TakePrefixes(..) | Step::DeletePeer(_)
+    )
 }
 
 /// Counters by gateway id and verdict, summed over CPUs.
@@ -63,8 +66,8 @@ impl Bpf {
         Ok(map.get(&0, 0).map(|config| config.generation).unwrap_or_default())
     }
 
-    /// Invalidates the lookups that programs have cached. Call it *after* the tables have changed: a lookup made before is cached under
-    /// the previous generation.
+    /// Invalidates the lookups that programs have cached. Call it *after* the tables have changed: a lookup made before
+    /// is cached under the previous generation.
     pub fn next_generation(&mut self) -> Result<(), Error> {
         let mut map: Array<_, Config> = self.map("CONFIG")?;
         let config = map.get(&0, 0).unwrap_or_default();
@@ -112,11 +115,13 @@ impl Bpf {
         match prefix {
             IpNet::V4(p) => {
                 let mut trie: LpmTrie<&mut MapData, [u8; 4], V> = self.map(v4)?;
-                trie.insert(&Key::new(p.prefix_len().into(), p.network().octets()), value, 0).map_err(|e| refused(v4, prefix, &e))
+                trie.insert(&Key::new(p.prefix_len().into(), p.network().octets()), value, 0)
+                    .map_err(|e| refused(v4, prefix, &e))
             }
             IpNet::V6(p) => {
                 let mut trie: LpmTrie<&mut MapData, [u8; 16], V> = self.map(v6)?;
-                trie.insert(&Key::new(p.prefix_len().into(), p.network().octets()), value, 0).map_err(|e| refused(v6, prefix, &e))
+                trie.insert(&Key::new(p.prefix_len().into(), p.network().octets()), value, 0)
+                    .map_err(|e| refused(v6, prefix, &e))
             }
         }
     }
@@ -136,7 +141,13 @@ impl Bpf {
 }
 
 fn refused(map: &'static str, entry: &dyn std::fmt::Display, error: &dyn std::fmt::Display) -> Error {
-    Error::Map { map, reason: format!("entry {entry}: {error} (is the map full? `bpftool map show pinned {}/maps/{map}`)", names::PINS) }
+    Error::Map {
+        map,
+        reason: format!(
+            "entry {entry}: {error} (is the map full? `bpftool map show pinned {}/maps/{map}`)",
+            names::PINS
+        ),
+    }
 }
 
 /// Reads the counters by their pin, without a loaded object.

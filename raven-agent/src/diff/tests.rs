@@ -7,7 +7,8 @@ use proptest::{collection, option, prelude::*};
 use super::*;
 use crate::{state::Device, topology::PresharedKey};
 
-/// The kernel's answer to each step. WireGuard moves an allowed IP to the peer that was configured last, and keeps it there until it is removed.
+/// The kernel's answer to each step. WireGuard moves an allowed IP to the peer that was configured last, and keeps it
+/// there until it is removed.
 fn apply(mut state: State, steps: &[Step]) -> State {
     for step in steps {
         match step.clone() {
@@ -61,10 +62,13 @@ fn peers() -> impl Strategy<Value = BTreeMap<PublicKey, Peer>> {
     // A prefix has one peer at most, in the kernel and in a plan.
     let owned = collection::btree_map(prefix(), 0u8..4, 0..12);
     let preshared = option::of((1u8..3).prop_map(|n| PresharedKey([n; 32]))).prop_map(Preshared::from);
-    let rest = collection::vec((option::of(endpoint()), option::of(Just(15u16)), preshared, any::<bool>(), any::<bool>()), 4);
+    let rest =
+        collection::vec((option::of(endpoint()), option::of(Just(15u16)), preshared, any::<bool>(), any::<bool>()), 4);
     (owned, rest).prop_map(|(owned, rest)| {
         let mut peers = BTreeMap::new();
-        for (n, (endpoint, keepalive, preshared, alive, exists)) in rest.into_iter().enumerate().map(|(n, r)| (n as u8, r)) {
+        for (n, (endpoint, keepalive, preshared, alive, exists)) in
+            rest.into_iter().enumerate().map(|(n, r)| (n as u8, r))
+        {
             let allowed: BTreeSet<_> = owned.iter().filter(|(_, o)| **o == n).map(|(p, _)| *p).collect();
             if exists {
                 peers.insert(PublicKey([n; 32]), Peer { endpoint, allowed, keepalive, preshared, alive });
@@ -174,9 +178,14 @@ fn silent_peer_is_reset_to_its_configured_endpoint() {
 #[test]
 fn unknown_preshared_key_keeps_the_installed_one() {
     let key = PublicKey([7; 32]);
-    let with = |preshared| State { peers: BTreeMap::from([(key, Peer { preshared, ..Peer::default() })]), ..State::default() };
+    let with =
+        |preshared| State { peers: BTreeMap::from([(key, Peer { preshared, ..Peer::default() })]), ..State::default() };
     let installed = with(Preshared::Key(PresharedKey([1; 32])));
     assert_eq!(diff(&installed, &with(Preshared::Keep)), vec![]);
-    assert_eq!(diff(&State::default(), &with(Preshared::Keep)), vec![Step::PutPeer(key, Peer::default())], "a new peer has none to keep");
+    assert_eq!(
+        diff(&State::default(), &with(Preshared::Keep)),
+        vec![Step::PutPeer(key, Peer::default())],
+        "a new peer has none to keep"
+    );
     assert_eq!(diff(&installed, &with(Preshared::None)).len(), 1);
 }

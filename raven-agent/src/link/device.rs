@@ -1,4 +1,5 @@
-//! Raven's two devices: created when missing, changed in place where possible, recreated only when they are of the wrong kind.
+//! Raven's two devices: created when missing, changed in place where possible, recreated only when they are of the
+//! wrong kind.
 
 use std::{collections::BTreeSet, fs, net::IpAddr};
 
@@ -43,17 +44,20 @@ impl From<&LinkMessage> for Found {
                 _ => None,
             })
         };
-        let kind = info(|i| matches!(i, LinkInfo::Kind(_))).and_then(|i| if let LinkInfo::Kind(kind) = i { Some(kind) } else { None });
+        let kind = info(|i| matches!(i, LinkInfo::Kind(_)))
+            .and_then(|i| if let LinkInfo::Kind(kind) = i { Some(kind) } else { None });
         let vxlan = match info(|i| matches!(i, LinkInfo::Data(InfoData::Vxlan(_)))) {
             Some(LinkInfo::Data(InfoData::Vxlan(infos))) => infos,
             _ => Vec::new(),
         };
         Self {
-            name: attribute(message, |a| if let LinkAttribute::IfName(n) = a { Some(n.clone()) } else { None }).unwrap_or_default(),
+            name: attribute(message, |a| if let LinkAttribute::IfName(n) = a { Some(n.clone()) } else { None })
+                .unwrap_or_default(),
             index: message.header.index,
             mtu: attribute(message, |a| if let LinkAttribute::Mtu(m) = a { Some(*m) } else { None }).unwrap_or(0),
             up: message.header.flags.contains(LinkFlags::Up),
-            mac: attribute(message, |a| if let LinkAttribute::Address(m) = a { Some(m.clone()) } else { None }).unwrap_or_default(),
+            mac: attribute(message, |a| if let LinkAttribute::Address(m) = a { Some(m.clone()) } else { None })
+                .unwrap_or_default(),
             kind,
             vxlan,
         }
@@ -92,7 +96,11 @@ impl Links {
         let found = match self.find(name).await? {
             Some(found) if found.is_overlay() => found,
             Some(other) => {
-                tracing::warn!(ifname = name, kind = other.kind_name(), "a device of another kind has the overlay's name; recreating it");
+                tracing::warn!(
+                    ifname = name,
+                    kind = other.kind_name(),
+                    "a device of another kind has the overlay's name; recreating it"
+                );
                 self.delete_device(name).await?;
                 self.add_overlay().await?
             }
@@ -116,7 +124,8 @@ impl Links {
             .append_info_data(InfoVxlan::Port(OVERLAY_PORT))
             .append_info_data(InfoVxlan::Learning(false))
             .build();
-        let action = format!("create device {} (UDP port {OVERLAY_PORT}; does another VXLAN device use it?)", names::OVERLAY);
+        let action =
+            format!("create device {} (UDP port {OVERLAY_PORT}; does another VXLAN device use it?)", names::OVERLAY);
         self.handle.link().add(message).execute().await.map_err(failed(action))?;
         self.must_find(names::OVERLAY).await
     }
@@ -138,7 +147,9 @@ impl Links {
     }
 
     async fn must_find(&self, name: &str) -> Result<Found, Error> {
-        self.find(name).await?.ok_or_else(|| failed(format!("find device {name} after its creation"))(rtnetlink::Error::RequestFailed))
+        self.find(name)
+            .await?
+            .ok_or_else(|| failed(format!("find device {name} after its creation"))(rtnetlink::Error::RequestFailed))
     }
 
     async fn change(&self, name: &str, message: LinkMessage) -> Result<(), Error> {
@@ -157,13 +168,21 @@ impl Links {
         let (mut have, mut change) = (BTreeSet::new(), Change::NONE);
         let mut stream = self.handle.address().get().set_link_index_filter(index).execute();
         while let Some(message) = stream.try_next().await.map_err(failed(format!("list addresses of {name}")))? {
-            let ip = message.attributes.iter().find_map(|a| if let AddressAttribute::Address(ip) = a { Some(*ip) } else { None });
+            let ip = message
+                .attributes
+                .iter()
+                .find_map(|a| if let AddressAttribute::Address(ip) = a { Some(*ip) } else { None });
             let Some(ip) = ip.filter(|ip| !is_link_local(ip)) else { continue };
             let address = IpNet::new(ip, message.header.prefix_len).unwrap_or_else(|_| IpNet::from(ip));
             if want.contains(&address) {
                 have.insert(address);
             } else {
-                self.handle.address().del(message).execute().await.map_err(failed(format!("delete address {address} from {name}")))?;
+                self.handle
+                    .address()
+                    .del(message)
+                    .execute()
+                    .await
+                    .map_err(failed(format!("delete address {address} from {name}")))?;
                 change += Change::ONE;
             }
         }
@@ -187,7 +206,8 @@ fn is_link_local(ip: &IpAddr) -> bool {
     }
 }
 
-/// Disables link-local addresses and router solicitations: no host on the device answers them, and each would be a counted drop.
+/// Disables link-local addresses and router solicitations: no host on the device answers them, and each would be a
+/// counted drop.
 fn disable_ipv6_autoconfiguration(name: &str) {
     for (key, value) in [("addr_gen_mode", "1"), ("accept_ra", "0"), ("autoconf", "0")] {
         // Fails only in a kernel without IPv6, where there is nothing to disable.
@@ -195,11 +215,16 @@ fn disable_ipv6_autoconfiguration(name: &str) {
     }
 }
 
-/// Sets what Raven's own devices need: loose source checks (the effective value is the maximum of `all` and this one, so 2
-/// overrides a strict `all`); forwarding, for packets that the fast path leaves to the stack; and IPv6 also on a node that
-/// disables it on its own devices. Returns one error per setting that could not be changed.
+/// Sets what Raven's own devices need: loose source checks (the effective value is the maximum of `all` and this one,
+/// so 2 overrides a strict `all`); forwarding, for packets that the fast path leaves to the stack; and IPv6 also on a
+/// node that disables it on its own devices. Returns one error per setting that could not be changed.
 pub fn set_sysctls(name: &str) -> Vec<Error> {
-    let wanted = [("ipv4", "rp_filter", "2"), ("ipv4", "forwarding", "1"), ("ipv6", "disable_ipv6", "0"), ("ipv6", "forwarding", "1")];
+    let wanted = [
+        ("ipv4", "rp_filter", "2"),
+        ("ipv4", "forwarding", "1"),
+        ("ipv6", "disable_ipv6", "0"),
+        ("ipv6", "forwarding", "1"),
+    ];
     let mut errors = Vec::new();
     for (family, key, value) in wanted {
         let path = format!("/proc/sys/net/{family}/conf/{name}/{key}");

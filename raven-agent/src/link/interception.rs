@@ -1,8 +1,8 @@
-//! Routes and rules of the interception: on a cloud gateway node, connections to kubelet ports of edge nodes are delivered locally; on
-//! a member node of the cloud they go to the gateway node over the overlay.
+//! Routes and rules of the interception: on a cloud gateway node, connections to kubelet ports of edge nodes are
+//! delivered locally; on a member node of the cloud they go to the gateway node over the overlay.
 //!
-//! A table of its own has one route per address, and one rule per port leads to it. Other ports of these addresses are not
-//! affected, and the lookup cost grows with the number of ports, not of sites.
+//! A table of its own has one route per address, and one rule per port leads to it. Other ports of these addresses are
+//! not affected, and the lookup cost grows with the number of ports, not of sites.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -37,9 +37,13 @@ struct Output {
 }
 
 impl Links {
-    /// Brings the table and its rules to the desired state; `None` removes them. `overlay`: index of `raven0`, without which nothing is
-    /// sent to another node.
-    pub async fn ensure_interception(&self, want: Option<&Interception>, overlay: Option<u32>) -> Result<Change, Error> {
+    /// Brings the table and its rules to the desired state; `None` removes them. `overlay`: index of `raven0`, without
+    /// which nothing is sent to another node.
+    pub async fn ensure_interception(
+        &self,
+        want: Option<&Interception>,
+        overlay: Option<u32>,
+    ) -> Result<Change, Error> {
         let want = want.and_then(|interception| Some((interception, Output::of(interception, overlay)?)));
         let ports = want.map_or_else(BTreeSet::new, |(interception, _)| interception.ports.clone());
         // Rules lead to routes: they are added last and deleted first.
@@ -62,13 +66,15 @@ impl Links {
         let routes = self.interception_routes().await?;
         let mut change = Change::NONE;
         if let Some((interception, output)) = want {
-            for address in interception.nodes.keys().filter(|a| routes.get(a).is_none_or(|have| !output.matches(have))) {
+            for address in interception.nodes.keys().filter(|a| routes.get(a).is_none_or(|have| !output.matches(have)))
+            {
                 let action = format!("add route {address} to table {}", names::INTERCEPTION_TABLE);
                 self.handle.route().add(output.route(*address)).replace().execute().await.map_err(failed(action))?;
                 change += Change::ONE;
             }
         }
-        let wanted = |address: &Ipv4Addr| want.is_some_and(|(interception, _)| interception.nodes.contains_key(address));
+        let wanted =
+            |address: &Ipv4Addr| want.is_some_and(|(interception, _)| interception.nodes.contains_key(address));
         for (address, message) in routes.iter().filter(|(address, _)| !wanted(address)) {
             let action = format!("delete route {address} from table {}", names::INTERCEPTION_TABLE);
             self.handle.route().del(message.clone()).execute().await.map_err(failed(action))?;
@@ -78,7 +84,8 @@ impl Links {
     }
 
     async fn add_interception_rule(&self, port: u16) -> Result<(), Error> {
-        let rule = self.handle.rule().add().v4().table_id(names::INTERCEPTION_TABLE).priority(names::INTERCEPTION_PRIORITY);
+        let rule =
+            self.handle.rule().add().v4().table_id(names::INTERCEPTION_TABLE).priority(names::INTERCEPTION_PRIORITY);
         let mut request = rule.action(RuleAction::ToTable);
         let attributes = &mut request.message_mut().attributes;
         attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(names::ROUTE_PROTOCOL)));
@@ -93,8 +100,10 @@ impl Links {
         while let Some(rule) = stream.try_next().await.map_err(failed("list rules"))? {
             let table = rule.attributes.contains(&RuleAttribute::Table(names::INTERCEPTION_TABLE));
             if table && rule.attributes.contains(&RuleAttribute::Priority(names::INTERCEPTION_PRIORITY)) {
-                let port =
-                    rule.attributes.iter().find_map(|a| if let RuleAttribute::DestinationPortRange(r) = a { Some(r.start) } else { None });
+                let port = rule
+                    .attributes
+                    .iter()
+                    .find_map(|a| if let RuleAttribute::DestinationPortRange(r) = a { Some(r.start) } else { None });
                 found.insert(port.unwrap_or(0), rule);
             }
         }

@@ -20,11 +20,12 @@ use crate::{
 };
 
 impl Links {
-    /// The routes of Raven's table. A route that Raven did not add, or whose device is missing, is returned with a value that no plan
-    /// wants, so that it is replaced or deleted.
+    /// The routes of Raven's table. A route that Raven did not add, or whose device is missing, is returned with a
+    /// value that no plan wants, so that it is replaced or deleted.
     pub async fn routes(&self, indexes: Indexes) -> Result<BTreeMap<IpNet, Route>, Error> {
         let mut routes = BTreeMap::new();
-        for message in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()] {
+        for message in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
+        {
             let mut stream = self.handle.route().get(message).execute();
             while let Some(message) = stream.try_next().await.map_err(failed("list routes"))? {
                 if table_of(&message) == names::TABLE
@@ -62,7 +63,10 @@ impl Links {
             Err(e) => return Err(failed(format!("look up the route to {address}"))(e)),
         };
         Ok(found.and_then(|message| {
-            let index = message.attributes.iter().find_map(|a| if let RouteAttribute::Oif(oif) = a { Some(*oif) } else { None })?;
+            let index = message
+                .attributes
+                .iter()
+                .find_map(|a| if let RouteAttribute::Oif(oif) = a { Some(*oif) } else { None })?;
             let table = Some(table_of(&message)).filter(|t| *t != 0);
             Some(Hop { index, table })
         }))
@@ -71,12 +75,14 @@ impl Links {
     /// Deletes a route.
     pub async fn delete_route(&self, prefix: IpNet) -> Result<(), Error> {
         let mut message = match prefix {
-            IpNet::V4(p) => {
-                RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(p.addr(), p.prefix_len()).table_id(names::TABLE).build()
-            }
-            IpNet::V6(p) => {
-                RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(p.addr(), p.prefix_len()).table_id(names::TABLE).build()
-            }
+            IpNet::V4(p) => RouteMessageBuilder::<Ipv4Addr>::new()
+                .destination_prefix(p.addr(), p.prefix_len())
+                .table_id(names::TABLE)
+                .build(),
+            IpNet::V6(p) => RouteMessageBuilder::<Ipv6Addr>::new()
+                .destination_prefix(p.addr(), p.prefix_len())
+                .table_id(names::TABLE)
+                .build(),
         };
         // Matches any scope, protocol and type.
         message.header.scope = RouteScope::NoWhere;
@@ -99,7 +105,13 @@ impl Links {
             if !self.rules(version.clone()).await?.is_empty() {
                 continue;
             }
-            let mut request = self.handle.rule().add().table_id(names::TABLE).priority(names::RULE_PRIORITY).action(RuleAction::ToTable);
+            let mut request = self
+                .handle
+                .rule()
+                .add()
+                .table_id(names::TABLE)
+                .priority(names::RULE_PRIORITY)
+                .action(RuleAction::ToTable);
             request.message_mut().attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(names::ROUTE_PROTOCOL)));
             let action = format!("add rule {} for table {}", names::RULE_PRIORITY, names::TABLE);
             match version {
@@ -117,7 +129,12 @@ impl Links {
         let mut change = Change::NONE;
         for version in [IpVersion::V4, IpVersion::V6] {
             for rule in self.rules(version).await? {
-                self.handle.rule().del(rule).execute().await.map_err(failed(format!("delete rule {}", names::RULE_PRIORITY)))?;
+                self.handle
+                    .rule()
+                    .del(rule)
+                    .execute()
+                    .await
+                    .map_err(failed(format!("delete rule {}", names::RULE_PRIORITY)))?;
                 change += Change::ONE;
             }
         }
@@ -195,7 +212,10 @@ fn as_route(message: &RouteMessage, indexes: Indexes) -> Route {
             RouteAttribute::Oif(oif) => index = *oif,
             RouteAttribute::PrefSource(source) => route.source = address(source),
             RouteAttribute::Metrics(metrics) => {
-                route.mtu = metrics.iter().find_map(|m| if let RouteMetric::Mtu(mtu) = m { Some(*mtu) } else { None }).unwrap_or(0);
+                route.mtu = metrics
+                    .iter()
+                    .find_map(|m| if let RouteMetric::Mtu(mtu) = m { Some(*mtu) } else { None })
+                    .unwrap_or(0);
             }
             _ => {}
         }
@@ -210,12 +230,16 @@ fn as_route(message: &RouteMessage, indexes: Indexes) -> Route {
 }
 
 pub(super) fn table_of(message: &RouteMessage) -> u32 {
-    let long = message.attributes.iter().find_map(|a| if let RouteAttribute::Table(table) = a { Some(*table) } else { None });
+    let long =
+        message.attributes.iter().find_map(|a| if let RouteAttribute::Table(table) = a { Some(*table) } else { None });
     long.unwrap_or(u32::from(message.header.table))
 }
 
 fn destination(message: &RouteMessage) -> Option<IpNet> {
-    let address = message.attributes.iter().find_map(|a| if let RouteAttribute::Destination(d) = a { address(d) } else { None })?;
+    let address = message
+        .attributes
+        .iter()
+        .find_map(|a| if let RouteAttribute::Destination(d) = a { address(d) } else { None })?;
     IpNet::new(address, message.header.destination_prefix_length).ok()
 }
 

@@ -13,8 +13,8 @@ use crate::proxy::{ProxyReport, stats::Stats};
 /// Timeout for the head of a request.
 const HEAD: Duration = Duration::from_secs(5);
 
-/// Maximum age of the last run. A run takes seconds, and the next one starts within half a minute; after this time the loop hangs. A restart
-/// loses no packet.
+/// Maximum age of the last run. A run takes seconds, and the next one starts within half a minute; after this time the
+/// loop hangs. A restart loses no packet.
 const STUCK: Duration = Duration::from_secs(300);
 
 /// The state that is served.
@@ -34,7 +34,9 @@ pub struct Sources {
 pub async fn serve(address: SocketAddr, sources: Sources) {
     let listener = match bind(address).await {
         Ok(listener) => listener,
-        Err(e) => return tracing::error!(%address, error = %e, "cannot listen; metrics and health are not served on this address"),
+        Err(e) => {
+            return tracing::error!(%address, error = %e, "cannot listen; metrics and health are not served on this address");
+        }
     };
     loop {
         let stream = match listener.accept().await {
@@ -63,7 +65,9 @@ pub async fn serve(address: SocketAddr, sources: Sources) {
 /// Binds `address`. A kernel without IPv6 refuses `[::]`; then all IPv4 addresses are used.
 async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     match TcpListener::bind(address).await {
-        Err(_) if address.ip().is_unspecified() && address.is_ipv6() => TcpListener::bind(("0.0.0.0", address.port())).await,
+        Err(_) if address.ip().is_unspecified() && address.is_ipv6() => {
+            TcpListener::bind(("0.0.0.0", address.port())).await
+        }
         result => result,
     }
 }

@@ -1,8 +1,8 @@
-//! Conditions `TunnelConnected` and `ProxyConnected`, by which the controller may elect another node: True while this gateway node has a connection to
-//! another pool, False after a period without one, absent in between.
+//! Conditions `TunnelConnected` and `ProxyConnected`, by which the controller may elect another node: True while this
+//! gateway node has a connection to another pool, False after a period without one, absent in between.
 //!
-//! When the other end fails, all sites lose their connections. The period in between ensures that the last True disappears before the first
-//! False, so that no site is judged by the others. Pure: the clock is an argument.
+//! When the other end fails, all sites lose their connections. The period in between ensures that the last True
+//! disappears before the first False, so that no site is judged by the others. Pure: the clock is an argument.
 
 use std::time::{Duration, Instant};
 
@@ -12,8 +12,8 @@ use raven_api::condition::{ConditionType, Verdict};
 const FIRST: Duration = Duration::from_secs(60);
 /// Time without a proxy connection. Every site notices a failed connection within seconds.
 const PROXY: Duration = Duration::from_secs(60);
-/// Time without a WireGuard session. A session counts as alive for 180 s after a handshake, and handshakes repeat every 120 s, so the last of several
-/// sites notices a common failure two minutes after the first.
+/// Time without a WireGuard session. A session counts as alive for 180 s after a handshake, and handshakes repeat every
+/// 120 s, so the last of several sites notices a common failure two minutes after the first.
 const TUNNEL: Duration = Duration::from_secs(150);
 
 /// The connections of one half, since the node was elected.
@@ -49,7 +49,8 @@ impl Connected {
         (self.had, self.lost) = (false, None);
     }
 
-    /// The condition, if it is decided. `live`: the number of connections, of `all` that are planned. If none is planned, none can be missing.
+    /// The condition, if it is decided. `live`: the number of connections, of `all` that are planned. If none is
+    /// planned, none can be missing.
     pub(super) fn verdict(&mut self, (live, all): (usize, usize), now: Instant) -> Option<Verdict> {
         if all == 0 {
             self.reset();
@@ -62,7 +63,11 @@ impl Connected {
         let since = *self.lost.get_or_insert(now);
         let limit = if self.had { self.limit } else { FIRST };
         (now.duration_since(since) >= limit).then(|| {
-            let message = format!("the node has had no {} for at least {} s; check its uplink and firewall", self.what, limit.as_secs());
+            let message = format!(
+                "the node has had no {} for at least {} s; check its uplink and firewall",
+                self.what,
+                limit.as_secs()
+            );
             self.condition(false, "CutOff", message)
         })
     }
@@ -79,8 +84,9 @@ mod tests {
     #[test]
     fn condition_is_true_while_connected_and_false_after_the_limit() {
         let (begin, mut connected) = (Instant::now(), Connected::tunnel());
-        let mut at =
-            |seconds: u64, live: usize| connected.verdict((live, 2), begin + Duration::from_secs(seconds)).map(|verdict| verdict.ok);
+        let mut at = |seconds: u64, live: usize| {
+            connected.verdict((live, 2), begin + Duration::from_secs(seconds)).map(|verdict| verdict.ok)
+        };
         assert_eq!(at(0, 0), None, "just elected");
         assert_eq!(at(59, 0), None);
         assert_eq!(at(60, 0), Some(false), "never connected");

@@ -47,7 +47,8 @@ struct Line {
 }
 
 impl Drops {
-    /// Reads the ring buffer until the process ends. After a failure only samples are missing; counters are not affected.
+    /// Reads the ring buffer until the process ends. After a failure only samples are missing; counters are not
+    /// affected.
     pub async fn read(self) {
         if let Err(e) = self.follow().await {
             tracing::warn!(error = e, "cannot read samples of dropped packets; counters are not affected");
@@ -71,7 +72,11 @@ impl Drops {
     }
 
     fn keep(&self, sample: DropSample) {
-        tracing::debug!(reason = Verdict::from_number(sample.verdict).map(Verdict::as_str), ?sample, "dropped a packet");
+        tracing::debug!(
+            reason = Verdict::from_number(sample.verdict).map(Verdict::as_str),
+            ?sample,
+            "dropped a packet"
+        );
         let mut samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
         if samples.len() == KEPT {
             samples.pop_front();
@@ -92,11 +97,13 @@ impl Drops {
 
 impl Line {
     fn new(sample: &DropSample, report: Option<&Report>) -> Self {
-        let end = |address: &[u8; 16], port: [u8; 2]| match (address_of(sample.ethertype, address), u16::from_be_bytes(port)) {
-            (Some(ip), 0) => ip.to_string(),
-            (Some(ip), port) => std::net::SocketAddr::new(ip, port).to_string(),
-            (None, _) => String::new(),
-        };
+        let end =
+            |address: &[u8; 16], port: [u8; 2]| match (address_of(sample.ethertype, address), u16::from_be_bytes(port))
+            {
+                (Some(ip), 0) => ip.to_string(),
+                (Some(ip), port) => std::net::SocketAddr::new(ip, port).to_string(),
+                (None, _) => String::new(),
+            };
         Self {
             seconds: Duration::from_nanos(sample.time_ns).as_secs_f64(),
             reason: Verdict::from_number(sample.verdict).map_or("unknown", Verdict::as_str),

@@ -24,8 +24,16 @@ pub(super) fn render(report: Option<&Report>, proxy: &Stats) -> Result<String, S
     let mut registry = Registry::default();
     proxy.register(&mut registry);
     let (packets, bytes) = (Counters::default(), Counters::default());
-    registry.register("raven_packets", "Packets by verdict and by the Gateway of their source or destination", packets.clone());
-    registry.register("raven_bytes", "Bytes by verdict and by the Gateway of their source or destination", bytes.clone());
+    registry.register(
+        "raven_packets",
+        "Packets by verdict and by the Gateway of their source or destination",
+        packets.clone(),
+    );
+    registry.register(
+        "raven_bytes",
+        "Bytes by verdict and by the Gateway of their source or destination",
+        bytes.clone(),
+    );
     for ((gateway, verdict), count) in bpf::counters().map_err(|e| e.to_string())? {
         let labels = Labels { gateway: name(report, gateway), verdict: verdict.as_str() };
         packets.get_or_create(&labels).inc_by(count.packets);
@@ -37,9 +45,19 @@ pub(super) fn render(report: Option<&Report>, proxy: &Stats) -> Result<String, S
         let help = "Routes, rules, devices, map entries and programs restored after an external change, or applied after a failure";
         registry.register("raven_restored", help, restored);
         gauge(&mut registry, "raven_apply_failures", "Steps of the last run that failed", report.failures.len());
-        gauge(&mut registry, "raven_plan_problems", "Problems in the topology that limit the plan", report.plan.problems.len());
+        gauge(
+            &mut registry,
+            "raven_plan_problems",
+            "Problems in the topology that limit the plan",
+            report.plan.problems.len(),
+        );
         gauge(&mut registry, "raven_peers", "Planned WireGuard peers", report.plan.state.peers.len());
-        gauge(&mut registry, "raven_remote_prefixes", "Planned prefixes of other pools", report.plan.state.remote.len());
+        gauge(
+            &mut registry,
+            "raven_remote_prefixes",
+            "Planned prefixes of other pools",
+            report.plan.state.remote.len(),
+        );
     }
     let refused: Counter = Counter::default();
     refused.inc_by(refused_by_wireguard());

@@ -1,4 +1,5 @@
-//! The GatewayNode of this node: created when the node is elected (for L3, L7 or both), kept up to date, deleted when it is no longer elected.
+//! The GatewayNode of this node: created when the node is elected (for L3, L7 or both), kept up to date, deleted when
+//! it is no longer elected.
 
 use std::{
     collections::BTreeMap,
@@ -30,10 +31,11 @@ use crate::{
 
 /// Interval at which peers are read.
 const PERIOD: Duration = Duration::from_secs(10);
-/// Minimum age of the status before handshake times alone cause a write: they are informative only, and every agent of the cluster receives the
-/// object.
+/// Minimum age of the status before handshake times alone cause a write: they are informative only, and every agent of
+/// the cluster receives the object.
 const REFRESH: Duration = Duration::from_secs(1800);
-/// Minimum age before changes of peers alone cause a write, per peer: with a thousand sites some peer always changes, and the list is long.
+/// Minimum age before changes of peers alone cause a write, per peer: with a thousand sites some peer always changes,
+/// and the list is long.
 const PEER: Duration = Duration::from_millis(100);
 /// Maximum of the sum over all peers.
 const PEERS: Duration = Duration::from_secs(60);
@@ -94,7 +96,12 @@ struct Publisher {
 type Sessions = BTreeMap<PublicKey, (Peer, Option<Duration>)>;
 
 impl Publisher {
-    async fn publish(&mut self, report: &Report, tunnel: Option<Tunnel>, proxied: Option<ProxyReport>) -> Result<(), kube::Error> {
+    async fn publish(
+        &mut self,
+        report: &Report,
+        tunnel: Option<Tunnel>,
+        proxied: Option<ProxyReport>,
+    ) -> Result<(), kube::Error> {
         if report.plan.role != Role::Gateway && proxied.is_none() {
             return self.withdraw().await;
         }
@@ -106,7 +113,13 @@ impl Publisher {
         let old = self.status.as_ref().map(|s| s.conditions.clone()).unwrap_or_default();
         let verdicts = self.verdicts(report, &sessions, proxied.as_ref(), Instant::now());
         let proxy = proxied.map(|proxied| proxied.status);
-        let status = status(report, &sessions, proxy, condition::merge(&old, &verdicts, None, Timestamp::now()), Timestamp::now());
+        let status = status(
+            report,
+            &sessions,
+            proxy,
+            condition::merge(&old, &verdicts, None, Timestamp::now()),
+            Timestamp::now(),
+        );
         let age = self.written.map_or(Duration::MAX, |written| written.elapsed());
         if age > self.status.as_ref().map_or(Duration::ZERO, |old| minimum_age(old, &status)) {
             self.publish_status(status).await?;
@@ -114,7 +127,13 @@ impl Publisher {
         Ok(())
     }
 
-    fn verdicts(&mut self, report: &Report, sessions: &Sessions, proxied: Option<&ProxyReport>, now: Instant) -> Vec<Verdict> {
+    fn verdicts(
+        &mut self,
+        report: &Report,
+        sessions: &Sessions,
+        proxied: Option<&ProxyReport>,
+        now: Instant,
+    ) -> Vec<Verdict> {
         // Without a keepalive an idle peer has no session, which is no fault.
         let kept = sessions.values().filter(|(peer, _)| peer.keepalive.is_some());
         let peers = (kept.clone().filter(|(peer, _)| peer.alive).count(), kept.count());
@@ -168,11 +187,20 @@ impl Publisher {
 
 fn spec(report: &Report, proxied: Option<&ProxyReport>) -> GatewayNodeSpec {
     GatewayNodeSpec {
-        gateway: report.plan.pool.clone().or_else(|| proxied.map(|proxied| proxied.gateway.clone())).unwrap_or_default(),
+        gateway: report
+            .plan
+            .pool
+            .clone()
+            .or_else(|| proxied.map(|proxied| proxied.gateway.clone()))
+            .unwrap_or_default(),
         // Agents of other pools configure every node with a key as a peer.
         public_key: (report.plan.role == Role::Gateway).then(|| report.public_key.to_string()),
         listen_port: report.plan.tunnel.as_ref().map(|t| i32::from(t.port)),
-        addresses: Some(report.plan.config.node).filter(|a| !a.is_unspecified()).map(|a| a.to_string()).into_iter().collect(),
+        addresses: Some(report.plan.config.node)
+            .filter(|a| !a.is_unspecified())
+            .map(|a| a.to_string())
+            .into_iter()
+            .collect(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     }
 }
@@ -220,8 +248,12 @@ fn verdict(report: &Report) -> Verdict {
     } else {
         (true, "Forwarding")
     };
-    let tier = report.tier_reason.as_ref().map(|r| format!(" (not in the fastest tier: {r})")).unwrap_or_default();
-    let message = if ok { format!("the dataplane is as planned{tier}") } else { summary(&report.complaints().collect::<Vec<_>>()) };
+    let tier = report.tier_reason.as_ref().map(|r| format!(" (not the fastest tier: {r})")).unwrap_or_default();
+    let message = if ok {
+        format!("the dataplane is as planned{tier}")
+    } else {
+        summary(&report.complaints().collect::<Vec<_>>())
+    };
     Verdict { type_: ConditionType::Ready, ok, reason, message }
 }
 
@@ -234,7 +266,12 @@ const LENGTH: usize = 400;
 fn summary(complaints: &[String]) -> String {
     let cut = |text: &String| text.chars().take(LENGTH).collect::<String>();
     let [only] = complaints else {
-        let shown = complaints.iter().take(SHOWN).enumerate().map(|(n, text)| format!("({}) {}", n + 1, cut(text))).collect::<Vec<_>>();
+        let shown = complaints
+            .iter()
+            .take(SHOWN)
+            .enumerate()
+            .map(|(n, text)| format!("({}) {}", n + 1, cut(text)))
+            .collect::<Vec<_>>();
         let rest = match complaints.len().saturating_sub(SHOWN) {
             0 => String::new(),
             rest => format!("; and {rest} more: GET /status on the agent's metrics port lists all"),
@@ -251,10 +288,13 @@ fn minimum_age(old: &GatewayNodeStatus, new: &GatewayNodeStatus) -> Duration {
         status.peers.iter_mut().for_each(|p| p.last_handshake = None);
         status
     };
-    let without_peers = |status: &GatewayNodeStatus| GatewayNodeStatus { peers: Vec::new(), peer_summary: None, ..status.clone() };
+    let without_peers =
+        |status: &GatewayNodeStatus| GatewayNodeStatus { peers: Vec::new(), peer_summary: None, ..status.clone() };
     match (without_handshakes(old), without_handshakes(new)) {
         (old, new) if old == new => REFRESH,
-        (old, new) if without_peers(&old) == without_peers(&new) => PEERS.min(PEER * u32::try_from(new.peers.len()).unwrap_or(u32::MAX)),
+        (old, new) if without_peers(&old) == without_peers(&new) => {
+            PEERS.min(PEER * u32::try_from(new.peers.len()).unwrap_or(u32::MAX))
+        }
         _ => Duration::ZERO,
     }
 }
@@ -270,7 +310,11 @@ mod tests {
             observed_endpoint: Some(format!("192.0.2.1:{n}")),
             last_handshake: Some(Time(Timestamp::UNIX_EPOCH)),
         };
-        GatewayNodeStatus { peer_summary: Some(format!("{live}/{peers}")), peers: (0..peers).map(peer).collect(), ..Default::default() }
+        GatewayNodeStatus {
+            peer_summary: Some(format!("{live}/{peers}")),
+            peers: (0..peers).map(peer).collect(),
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -290,7 +334,11 @@ mod tests {
         let complaints: Vec<String> = (0..12).map(|n| format!("problem {n}{}", "x".repeat(1000))).collect();
         assert_eq!(summary(&complaints[..1]).len(), LENGTH);
         let message = summary(&complaints);
-        assert!(message.starts_with("12 problems: (1) problem 0") && message.contains("; (3) problem 2") && !message.contains("problem 3"));
+        assert!(
+            message.starts_with("12 problems: (1) problem 0")
+                && message.contains("; (3) problem 2")
+                && !message.contains("problem 3")
+        );
         assert!(message.ends_with("; and 9 more: GET /status on the agent's metrics port lists all"), "{message}");
         assert!(message.len() < 1500, "{}", message.len());
     }

@@ -1,4 +1,5 @@
-//! Interception: connections to kubelet ports of edge nodes, by address, that a cloud node redirects to a proxy of its pool.
+//! Interception: connections to kubelet ports of edge nodes, by address, that a cloud node redirects to a proxy of its
+//! pool.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,7 +15,8 @@ use crate::{
     topology::{Pool, Topology},
 };
 
-/// The interception of this node, and the map entries by which the overlay carries it; `None` where nothing is intercepted.
+/// The interception of this node, and the map entries by which the overlay carries it; `None` where nothing is
+/// intercepted.
 ///
 /// `outer`: this node's outer address. `own_v4`: its address inside its first IPv4 prefix.
 pub(super) fn interception(
@@ -39,8 +41,8 @@ pub(super) fn interception(
     Some((Interception { to, nodes, ports, source }, overlay_entries(topology, to, &candidates)))
 }
 
-/// The proxy on this node if it was elected, else a gateway node of the pool that runs one. The present choice is kept while it
-/// works, because another one would break the open connections.
+/// The proxy on this node if it was elected, else a gateway node of the pool that runs one. The present choice is kept
+/// while it works, because another one would break the open connections.
 fn destination(own: &Pool, me: &Me) -> Option<InterceptTo> {
     if own.proxies.contains_key(&me.node) {
         return Some(InterceptTo::Here);
@@ -49,20 +51,29 @@ fn destination(own: &Pool, me: &Me) -> Option<InterceptTo> {
     let any_ready = own.proxies.values().any(|proxy| proxy.ready);
     let usable = own.proxies.iter().filter(|(_, proxy)| proxy.ready || !any_ready);
     let usable = usable.filter_map(|(proxy, _)| Some((proxy, own.members.get(proxy)?.outer)));
-    let (_, chosen) = usable.max_by_key(|(proxy, address)| (me.intercepting_gateway == Some(*address), weight(&[&me.node, proxy])))?;
+    let (_, chosen) = usable
+        .max_by_key(|(proxy, address)| (me.intercepting_gateway == Some(*address), weight(&[&me.node, proxy])))?;
     Some(InterceptTo::Gateway(chosen))
 }
 
-/// Edge nodes by address, as pairs of node and Gateway. An address that several nodes have is included, so that the client gets
-/// an error that names them.
+/// Edge nodes by address, as pairs of node and Gateway. An address that several nodes have is included, so that the
+/// client gets an error that names them.
 ///
-/// Excluded, whatever address an edge node claims: nodes of exposed pools, API servers, and what this node needs itself.
+/// Excluded, whatever address an edge node claims: nodes of exposed pools, API servers, and what this node needs
+/// itself.
 fn edge_nodes<'a>(topology: &'a Topology, me: &Me) -> BTreeMap<Ipv4Addr, Vec<(&'a str, &'a str)>> {
-    let exposed = topology.pools.values().filter(|pool| pool.exposed).flat_map(|pool| pool.members.values()).map(|member| member.outer);
-    let api_servers = topology.api_servers.iter().filter_map(|address| if let IpAddr::V4(v4) = address { Some(*v4) } else { None });
+    let exposed = topology
+        .pools
+        .values()
+        .filter(|pool| pool.exposed)
+        .flat_map(|pool| pool.members.values())
+        .map(|member| member.outer);
+    let api_servers =
+        topology.api_servers.iter().filter_map(|address| if let IpAddr::V4(v4) = address { Some(*v4) } else { None });
     let excluded: BTreeSet<Ipv4Addr> = exposed.chain(api_servers).collect();
     let is_free = |address: Ipv4Addr| {
-        let needed = me.protected.iter().any(|p| p.contains(&IpAddr::V4(address))) || me.addresses.contains(&IpAddr::V4(address));
+        let needed = me.protected.iter().any(|p| p.contains(&IpAddr::V4(address)))
+            || me.addresses.contains(&IpAddr::V4(address));
         !excluded.contains(&address) && !needed
     };
     let mut nodes: BTreeMap<Ipv4Addr, Vec<(&str, &str)>> = BTreeMap::new();
@@ -74,9 +85,13 @@ fn edge_nodes<'a>(topology: &'a Topology, me: &Me) -> BTreeMap<Ipv4Addr, Vec<(&'
     nodes
 }
 
-/// On a member node, the overlay carries these connections to the gateway node. The gateway node has no such entries and hands the packets to its
-/// own stack.
-fn overlay_entries(topology: &Topology, to: InterceptTo, nodes: &BTreeMap<Ipv4Addr, Vec<(&str, &str)>>) -> BTreeMap<IpNet, Remote> {
+/// On a member node, the overlay carries these connections to the gateway node. The gateway node has no such entries
+/// and hands the packets to its own stack.
+fn overlay_entries(
+    topology: &Topology,
+    to: InterceptTo,
+    nodes: &BTreeMap<Ipv4Addr, Vec<(&str, &str)>>,
+) -> BTreeMap<IpNet, Remote> {
     let InterceptTo::Gateway(via) = to else { return BTreeMap::new() };
     let ids = gateway_ids(topology);
     let entries = nodes.iter().filter_map(|(address, nodes)| {
@@ -106,7 +121,11 @@ mod tests {
         let here = intercept(&topology, "c1", None).expect("a gateway node");
         assert_eq!((here.to, here.ports), (InterceptTo::Here, BTreeSet::from([10250, 10255])));
         assert_eq!(here.nodes[&Ipv4Addr::new(10, 1, 0, 1)], "x1");
-        assert_eq!(here.nodes[&Ipv4Addr::new(192, 168, 0, 2)], "x2 or y2", "both, so that the client's error names them");
+        assert_eq!(
+            here.nodes[&Ipv4Addr::new(192, 168, 0, 2)],
+            "x2 or y2",
+            "both, so that the client's error names them"
+        );
         assert!(!here.nodes.contains_key(&Ipv4Addr::new(10, 0, 0, 2)), "its own pool");
         assert_eq!(intercept(&topology, "c2", None).map(|i| i.to), Some(InterceptTo::Gateway([10, 0, 0, 1].into())));
         assert_eq!(intercept(&topology, "x1", None), None);

@@ -12,7 +12,9 @@ use crate::{state::Role, topology::Pool};
 /// program drops and counts the packet.
 pub(super) fn remote(paths: &BTreeMap<&str, Path>, role: Role, me: &str, own: &Pool) -> BTreeMap<IpNet, Remote> {
     let via = match role {
-        Role::Member => owner(own, me).and_then(|gateway| own.members.get(gateway)).map_or([0; 4], |m| m.outer.octets()),
+        Role::Member => {
+            owner(own, me).and_then(|gateway| own.members.get(gateway)).map_or([0; 4], |m| m.outer.octets())
+        }
         Role::Gateway | Role::None => [0; 4],
     };
     let entry = |path: &Path, prefix: &IpNet| (*prefix, Remote { gateway: path.id, via });

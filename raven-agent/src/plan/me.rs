@@ -16,7 +16,8 @@ pub struct Me {
     pub node: String,
     /// MTU of the uplink in bytes.
     pub uplink_mtu: u32,
-    /// Prefixes that must never enter the tunnel, whatever a Gateway claims: the API server, the node's own subnets, the Service range.
+    /// Prefixes that must never enter the tunnel, whatever a Gateway claims: the API server, the node's own subnets,
+    /// the Service range.
     pub protected: BTreeSet<IpNet>,
     /// Addresses of the node's devices.
     pub addresses: BTreeSet<IpAddr>,

@@ -1,8 +1,8 @@
 //! How each other pool is reached, and which gateway node owns the prefixes of each member.
 //!
-//! WireGuard assigns each prefix to one peer, for sending and for what it accepts. With several active gateway nodes in a pool,
-//! each member therefore has one *owner* among them, and both directions of its traffic pass through that owner. The owner is
-//! chosen by rendezvous hash ([`weight`]).
+//! WireGuard assigns each prefix to one peer, for sending and for what it accepts. With several active gateway nodes in
+//! a pool, each member therefore has one *owner* among them, and both directions of its traffic pass through that
+//! owner. The owner is chosen by rendezvous hash ([`weight`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -60,8 +60,16 @@ pub(super) fn paths<'a>(
         .collect()
 }
 
-fn allowed<'a>(name: &str, pool: &'a Pool, protected: &BTreeSet<IpNet>, problems: &mut Vec<String>) -> BTreeMap<&'a str, BTreeSet<IpNet>> {
-    let mut keep = |node: &str, prefix: &IpNet| match protected.iter().find(|g| g.contains(prefix) || prefix.contains(*g)) {
+fn allowed<'a>(
+    name: &str,
+    pool: &'a Pool,
+    protected: &BTreeSet<IpNet>,
+    problems: &mut Vec<String>,
+) -> BTreeMap<&'a str, BTreeSet<IpNet>> {
+    let mut keep = |node: &str, prefix: &IpNet| match protected
+        .iter()
+        .find(|g| g.contains(prefix) || prefix.contains(*g))
+    {
         Some(conflict) => {
             problems.push(format!(
                 "Gateway {name}: prefix {prefix} of node {node} is not sent into the tunnel: it overlaps {conflict}, which this node \
@@ -71,7 +79,10 @@ fn allowed<'a>(name: &str, pool: &'a Pool, protected: &BTreeSet<IpNet>, problems
         }
         None => true,
     };
-    pool.members.iter().map(|(node, member)| (node.as_str(), member.prefixes.iter().filter(|p| keep(node, p)).copied().collect())).collect()
+    pool.members
+        .iter()
+        .map(|(node, member)| (node.as_str(), member.prefixes.iter().filter(|p| keep(node, p)).copied().collect()))
+        .collect()
 }
 
 fn path_kind(topology: &Topology, own: (&str, &Pool), other: (&str, &Pool)) -> PathKind {
@@ -80,12 +91,17 @@ fn path_kind(topology: &Topology, own: (&str, &Pool), other: (&str, &Pool)) -> P
     }
     // Both ends must choose the same relay, so the pair of names is hashed in a fixed order.
     let (a, b) = if own.0 < other.0 { (own.0, other.0) } else { (other.0, own.0) };
-    let relays = topology.pools.values().filter(|p| p.exposed).flat_map(|p| p.usable()).filter(|(_, _, peer)| peer.dial.is_some());
+    let relays = topology
+        .pools
+        .values()
+        .filter(|p| p.exposed)
+        .flat_map(super::super::topology::Pool::usable)
+        .filter(|(_, _, peer)| peer.dial.is_some());
     relays.max_by_key(|(node, _, _)| weight(&[a, b, node])).map_or(PathKind::None, |(_, key, _)| PathKind::Relay(key))
 }
 
-/// The gateway node that owns the prefixes of `member`: the member itself if it is a gateway node, else one with a key, by
-/// rendezvous hash.
+/// The gateway node that owns the prefixes of `member`: the member itself if it is a gateway node, else one with a key,
+/// by rendezvous hash.
 pub(super) fn owner<'a>(pool: &'a Pool, member: &str) -> Option<&'a str> {
     if let Some((name, _)) = pool.gateways.get_key_value(member) {
         return Some(name);
@@ -93,8 +109,8 @@ pub(super) fn owner<'a>(pool: &'a Pool, member: &str) -> Option<&'a str> {
     pool.usable().map(|(name, _, _)| name).max_by_key(|name| weight(&[member, name]))
 }
 
-/// The ids of all Gateways: a hash of the name, so that counters keep their meaning when Gateways are added and deleted.
-/// Collisions are resolved in the order of the names; 0 stands for no Gateway.
+/// The ids of all Gateways: a hash of the name, so that counters keep their meaning when Gateways are added and
+/// deleted. Collisions are resolved in the order of the names; 0 stands for no Gateway.
 pub fn gateway_ids(topology: &Topology) -> BTreeMap<String, u32> {
     let mut taken = BTreeSet::from([raven_common::tables::NO_GATEWAY]);
     let mut ids = BTreeMap::new();

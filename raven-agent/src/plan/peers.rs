@@ -8,12 +8,12 @@ use crate::{
     topology::{Pool, PublicKey, Topology},
 };
 
-/// Persistent keepalive in seconds towards a peer that this node dials: shorter than the 30 s after which the strictest NATs expire
-/// a UDP mapping, and long enough for a metered link.
+/// Persistent keepalive in seconds towards a peer that this node dials: shorter than the 30 s after which the strictest
+/// NATs expire a UDP mapping, and long enough for a metered link.
 const KEEPALIVE: u16 = 15;
 
-/// One peer per gateway node of a directly reached pool. Its allowed IPs are the prefixes that it owns in its pool, and the
-/// prefixes of the pools that it relays.
+/// One peer per gateway node of a directly reached pool. Its allowed IPs are the prefixes that it owns in its pool, and
+/// the prefixes of the pools that it relays.
 pub(super) fn peers(paths: &BTreeMap<&str, Path>, own: &Pool, preshared: Preshared) -> BTreeMap<PublicKey, Peer> {
     let mut peers = BTreeMap::new();
     // A gateway node behind NAT dials. One that can be dialled does not, so that it never sends to a stale address.

@@ -1,4 +1,5 @@
-//! The L7 part of the plan: what this node does for the proxy, which proxies it dials, and which node a name or an address denotes.
+//! The L7 part of the plan: what this node does for the proxy, which proxies it dials, and which node a name or an
+//! address denotes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -90,7 +91,9 @@ pub enum NotFound {
         nodes: Vec<String>,
     },
     /// The L7 half does not reach this port.
-    #[error("port {0} is not one that Raven reaches on nodes (see proxyHTTPPort and proxyHTTPSPort of the exposed Gateways)")]
+    #[error(
+        "port {0} is not one that Raven reaches on nodes (see proxyHTTPPort and proxyHTTPSPort of the exposed Gateways)"
+    )]
     Port(u16),
 }
 
@@ -102,7 +105,9 @@ pub(super) fn proxy(topology: &Topology, me: &str) -> ProxyPlan {
     };
     let own = pool.proxies.get(me);
     let role = match own {
-        Some(own) if pool.exposed => ProxyRole::Cloud { port: own.port, names: own.dial.iter().map(|(host, _)| host.clone()).collect() },
+        Some(own) if pool.exposed => {
+            ProxyRole::Cloud { port: own.port, names: own.dial.iter().map(|(host, _)| host.clone()).collect() }
+        }
         Some(_) => ProxyRole::Edge(cloud_proxies(topology)),
         None => ProxyRole::None,
     };
@@ -111,11 +116,15 @@ pub(super) fn proxy(topology: &Topology, me: &str) -> ProxyPlan {
 
 fn cloud_proxies(topology: &Topology) -> BTreeMap<String, (String, u16)> {
     let exposed = topology.pools.values().filter(|pool| pool.exposed);
-    exposed.flat_map(|pool| &pool.proxies).filter_map(|(node, proxy)| Some((node.clone(), proxy.dial.clone()?))).collect()
+    exposed
+        .flat_map(|pool| &pool.proxies)
+        .filter_map(|(node, proxy)| Some((node.clone(), proxy.dial.clone()?)))
+        .collect()
 }
 
 fn directory(topology: &Topology, own_pool: &str) -> Directory {
-    let mut directory = Directory { own_pool: own_pool.to_owned(), ports: topology.ports.clone(), ..Directory::default() };
+    let mut directory =
+        Directory { own_pool: own_pool.to_owned(), ports: topology.ports.clone(), ..Directory::default() };
     for (name, pool) in &topology.pools {
         for (node, member) in &pool.members {
             let address = IpAddr::V4(member.outer);
@@ -123,7 +132,9 @@ fn directory(topology: &Topology, own_pool: &str) -> Directory {
             directory.addresses.entry(address).or_default().insert(node.clone());
         }
         if !pool.exposed {
-            directory.proxies.extend(pool.proxies.iter().map(|(node, proxy)| (node.clone(), (proxy.uid.clone(), name.clone()))));
+            directory
+                .proxies
+                .extend(pool.proxies.iter().map(|(node, proxy)| (node.clone(), (proxy.uid.clone(), name.clone()))));
         }
     }
     directory
@@ -161,8 +172,8 @@ impl Directory {
         self.nodes.get(node).map(|target| target.pool.as_str())
     }
 
-    /// The pool that this edge may open proxy connections for: the node is elected for it, and the certificate was not issued to an
-    /// earlier node of the same name.
+    /// The pool that this edge may open proxy connections for: the node is elected for it, and the certificate was not
+    /// issued to an earlier node of the same name.
     pub fn pool_of_proxy(&self, edge: &EdgeIdentity) -> Option<&str> {
         let (uid, pool) = self.proxies.get(&edge.node)?;
         (uid.is_none() || *uid == edge.uid).then_some(pool.as_str())
@@ -177,8 +188,14 @@ mod tests {
     #[test]
     fn only_elected_nodes_have_a_role() {
         let topology = three_sites();
-        assert_eq!(proxy(&topology, "c1").role, ProxyRole::Cloud { port: 10262, names: BTreeSet::from(["198.51.100.10".to_owned()]) });
-        assert_eq!(proxy(&topology, "x1").role, ProxyRole::Edge(BTreeMap::from([("c1".to_owned(), ("198.51.100.10".to_owned(), 10262))])));
+        assert_eq!(
+            proxy(&topology, "c1").role,
+            ProxyRole::Cloud { port: 10262, names: BTreeSet::from(["198.51.100.10".to_owned()]) }
+        );
+        assert_eq!(
+            proxy(&topology, "x1").role,
+            ProxyRole::Edge(BTreeMap::from([("c1".to_owned(), ("198.51.100.10".to_owned(), 10262))]))
+        );
         for node in ["c2", "x2", "stranger"] {
             assert_eq!(proxy(&topology, node).role, ProxyRole::None, "{node}");
         }
@@ -193,7 +210,10 @@ mod tests {
         assert_eq!(directory.by_address([10, 1, 0, 1].into(), 10250).map(|t| t.node.as_str()), Ok("x1"));
         assert_eq!(directory.by_name("y2", 10255).map(|t| t.pool.as_str()), Ok("edge-y"));
         let both = directory.by_address([192, 168, 0, 2].into(), 10250);
-        assert_eq!(both, Err(NotFound::Ambiguous { address: [192, 168, 0, 2].into(), nodes: vec!["x2".into(), "y2".into()] }));
+        assert_eq!(
+            both,
+            Err(NotFound::Ambiguous { address: [192, 168, 0, 2].into(), nodes: vec!["x2".into(), "y2".into()] })
+        );
     }
 
     #[test]
@@ -209,10 +229,15 @@ mod tests {
         let edge = |node: &str, uid: Option<&str>| EdgeIdentity { node: node.to_owned(), uid: uid.map(str::to_owned) };
         let mut topology = three_sites();
         let directory = proxy(&topology, "c1").directory;
-        assert_eq!(directory.pool_of_proxy(&edge("x1", Some("1"))), Some("edge-x"), "the controller has published no UID");
+        assert_eq!(
+            directory.pool_of_proxy(&edge("x1", Some("1"))),
+            Some("edge-x"),
+            "the controller has published no UID"
+        );
         assert_eq!(directory.pool_of_proxy(&edge("x2", None)), None, "not elected");
         assert_eq!(directory.pool_of_proxy(&edge("c1", None)), None, "the cloud is dialled");
-        topology.pools.get_mut("edge-x").expect("it is there").proxies.get_mut("x1").expect("elected").uid = Some("2".to_owned());
+        topology.pools.get_mut("edge-x").expect("it is there").proxies.get_mut("x1").expect("elected").uid =
+            Some("2".to_owned());
         let directory = proxy(&topology, "c1").directory;
         assert_eq!(directory.pool_of_proxy(&edge("x1", Some("2"))), Some("edge-x"));
         assert_eq!(directory.pool_of_proxy(&edge("x1", Some("1"))), None, "an earlier node of this name");

@@ -15,22 +15,23 @@ pub(super) fn own_address(prefix: &IpNet) -> IpNet {
     IpNet::from(prefix.network())
 }
 
-/// The source address of packets from host processes: an address that the node has inside its prefix (on its CNI's bridge,
-/// for example), else [`own_address`].
+/// The source address of packets from host processes: an address that the node has inside its prefix (on its CNI's
+/// bridge, for example), else [`own_address`].
 ///
-/// An existing address is preferred because the first one of a prefix has limits: beside a bridge with the same prefix, Linux before
-/// 5.14 takes it for a broadcast address and refuses it as a source; every Linux takes the first address of an IPv6 prefix for an anycast address,
-/// which accepts no TCP connections.
+/// An existing address is preferred because the first one of a prefix has limits: beside a bridge with the same prefix,
+/// Linux before 5.14 takes it for a broadcast address and refuses it as a source; every Linux takes the first address
+/// of an IPv6 prefix for an anycast address, which accepts no TCP connections.
 pub(super) fn source(prefix: &IpNet, addresses: &BTreeSet<IpAddr>) -> IpAddr {
     let own = own_address(prefix).addr();
     addresses.range(own..).take_while(|a| prefix.contains(*a)).find(|a| **a != own).copied().unwrap_or(own)
 }
 
-/// One route per remote prefix. A pool that cannot be reached has its routes too: its packets must reach the program, which
-/// drops and counts them, and must not leave unencrypted by the default route.
+/// One route per remote prefix. A pool that cannot be reached has its routes too: its packets must reach the program,
+/// which drops and counts them, and must not leave unencrypted by the default route.
 pub(super) fn routes(paths: &BTreeMap<&str, Path>, role: Role, sources: &[IpAddr], mtu: u32) -> BTreeMap<IpNet, Route> {
     let device = if role == Role::Gateway { Device::Tunnel } else { Device::Overlay };
-    let source = |prefix: &IpNet| -> Option<IpAddr> { sources.iter().copied().find(|s| s.is_ipv4() == prefix.addr().is_ipv4()) };
+    let source =
+        |prefix: &IpNet| -> Option<IpAddr> { sources.iter().copied().find(|s| s.is_ipv4() == prefix.addr().is_ipv4()) };
     paths
         .values()
         .flat_map(|path| path.prefixes.values().flatten())

@@ -25,7 +25,13 @@ struct Site {
 
 fn site() -> impl Strategy<Value = Site> {
     (any::<bool>(), 1u8..5, 0u8..3, prop::bool::weighted(0.9), prop::bool::weighted(0.1)).prop_map(
-        |(exposed, nodes, gateways, published, overlaps)| Site { exposed, nodes, gateways: gateways.min(nodes), published, overlaps },
+        |(exposed, nodes, gateways, published, overlaps)| Site {
+            exposed,
+            nodes,
+            gateways: gateways.min(nodes),
+            published,
+            overlaps,
+        },
     )
 }
 
@@ -66,7 +72,11 @@ fn inputs(sites: &[Site]) -> Inputs {
             GatewayNode::new(&node_name(n, i), GatewayNodeSpec { public_key: Some(key), ..GatewayNodeSpec::default() })
         })
     });
-    Inputs { gateways: sites.iter().enumerate().map(|(n, s)| gateway(n, s)).collect(), gateway_nodes: keys.collect(), ..Inputs::default() }
+    Inputs {
+        gateways: sites.iter().enumerate().map(|(n, s)| gateway(n, s)).collect(),
+        gateway_nodes: keys.collect(),
+        ..Inputs::default()
+    }
 }
 
 fn me(site: usize, node: u8) -> Me {
@@ -140,9 +150,12 @@ proptest! {
 
 /// Follows a packet between two nodes: a path that a plan offers must reach its destination.
 fn follow(topology: &Topology, plans: &BTreeMap<String, Plan>, from: &str, to: &str) -> Result<(), TestCaseError> {
-    let prefix_of = |node: &str| topology.pool_of(node).and_then(|(_, p)| p.members[node].prefixes.iter().next().copied());
+    let prefix_of =
+        |node: &str| topology.pool_of(node).and_then(|(_, p)| p.members[node].prefixes.iter().next().copied());
     let (Some(source), Some(destination)) = (prefix_of(from), prefix_of(to)) else { return Ok(()) };
-    let by_outer = |pool: &Pool, outer: [u8; 4]| pool.members.iter().find(|(_, m)| m.outer.octets() == outer).map(|(n, _)| n.clone());
+    let by_outer = |pool: &Pool, outer: [u8; 4]| {
+        pool.members.iter().find(|(_, m)| m.outer.octets() == outer).map(|(n, _)| n.clone())
+    };
     let (_, own) = topology.pool_of(from).expect("planned nodes are in pools");
     let remote = plans[from].state.remote[&destination];
     let mut at = match plans[from].role {
@@ -224,16 +237,28 @@ fn member_sends_everything_to_its_gateway_node() {
 fn protected_prefixes_never_enter_the_tunnel() {
     let mut inputs = inputs(&three_pools());
     let status = inputs.gateways[1].status.as_mut().expect("the site has a status");
-    status.nodes[1].subnets = vec!["172.16.0.0/12".into(), "10.96.0.0/12".into(), "198.51.100.0/24".into(), "10.9.0.0/24".into()];
+    status.nodes[1].subnets =
+        vec!["172.16.0.0/12".into(), "10.96.0.0/12".into(), "198.51.100.0/24".into(), "10.9.0.0/24".into()];
     let me = Me {
-        protected: BTreeSet::from(["172.20.0.1/32".parse().expect("a prefix"), "10.96.0.0/16".parse().expect("a prefix")]),
+        protected: BTreeSet::from([
+            "172.20.0.1/32".parse().expect("a prefix"),
+            "10.96.0.0/16".parse().expect("a prefix"),
+        ]),
         ..me(0, 1)
     };
     let plan = plan(&build(&inputs), &me);
     let routes: Vec<String> = plan.state.routes.keys().map(ToString::to_string).collect();
-    assert!(!routes.iter().any(|r| r.starts_with("172.") || r.starts_with("10.96.") || r.starts_with("198.")), "{routes:?}");
+    assert!(
+        !routes.iter().any(|r| r.starts_with("172.") || r.starts_with("10.96.") || r.starts_with("198.")),
+        "{routes:?}"
+    );
     assert!(routes.contains(&"10.9.0.0/24".to_owned()), "the unprotected prefix of the same node stays: {routes:?}");
-    assert_eq!(plan.problems.iter().filter(|p| p.contains("not sent into the tunnel")).count(), 3, "{:?}", plan.problems);
+    assert_eq!(
+        plan.problems.iter().filter(|p| p.contains("not sent into the tunnel")).count(),
+        3,
+        "{:?}",
+        plan.problems
+    );
 }
 
 #[test]
@@ -244,7 +269,8 @@ fn node_addresses_are_forwarded_except_those_of_the_own_network() {
     inputs.gateways[2].status.as_mut().expect("a status").nodes[1].private_ip = "192.168.1.77".into();
     let me = Me { protected: BTreeSet::from(["192.168.1.0/24".parse().expect("a prefix")]), ..me(1, 1) };
     let plan = plan(&build(&inputs), &me);
-    let routes: Vec<String> = plan.state.routes.keys().map(ToString::to_string).filter(|r| r.starts_with("192.")).collect();
+    let routes: Vec<String> =
+        plan.state.routes.keys().map(ToString::to_string).filter(|r| r.starts_with("192.")).collect();
     assert_eq!(routes, ["192.168.0.10/32", "192.168.0.11/32", "192.168.2.10/32"]);
     assert!(plan.problems.iter().any(|p| p.contains("192.168.1.77/32")), "{:?}", plan.problems);
     assert!(
@@ -279,7 +305,8 @@ fn without_l3_the_overlay_carries_only_kubelet_connections() {
     }
     assert!(gateway.overlay.is_some() && member.overlay.is_some());
     assert!(member.state.routes.is_empty() && member.state.peers.is_empty(), "{:?}", member.state);
-    let kubelets: BTreeSet<IpNet> = member.interception.expect("a member node").nodes.keys().map(|a| IpNet::from(IpAddr::V4(*a))).collect();
+    let kubelets: BTreeSet<IpNet> =
+        member.interception.expect("a member node").nodes.keys().map(|a| IpNet::from(IpAddr::V4(*a))).collect();
     assert_eq!(member.state.remote.keys().copied().collect::<BTreeSet<_>>(), kubelets);
     assert!(!kubelets.is_empty() && member.state.remote.values().all(|remote| remote.via == via));
 }
@@ -289,18 +316,29 @@ fn stolen_node_with_the_clouds_key_cuts_off_only_itself() {
     let honest = inputs(&three_pools());
     let mut stolen = honest.clone();
     let cloud = stolen.gateway_nodes[0].spec.public_key.clone();
-    let stolen_node = stolen.gateway_nodes.iter_mut().find(|n| n.metadata.name == Some(node_name(1, 0))).expect("an edge's gateway node");
+    let stolen_node = stolen
+        .gateway_nodes
+        .iter_mut()
+        .find(|n| n.metadata.name == Some(node_name(1, 0)))
+        .expect("an edge's gateway node");
     stolen_node.spec.public_key = cloud.clone();
     // Its site is the oldest.
-    let created =
-        |second| Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::from_second(second).expect("a time")));
+    let created = |second| {
+        Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(
+            jiff::Timestamp::from_second(second).expect("a time"),
+        ))
+    };
     for (n, gateway) in stolen.gateways.iter_mut().enumerate() {
         gateway.metadata.creation_timestamp = created(if n == 1 { 1 } else { 1000 });
     }
     let (before, after) = (build(&honest), build(&stolen));
     assert_eq!(after.pools["site-0"], before.pools["site-0"]);
     assert_eq!(after.pools["site-1"].gateways[&node_name(1, 0)].key, None);
-    assert!(after.problems.iter().any(|p| p.contains("claims the WireGuard key of node s0-n0")), "{:?}", after.problems);
+    assert!(
+        after.problems.iter().any(|p| p.contains("claims the WireGuard key of node s0-n0")),
+        "{:?}",
+        after.problems
+    );
 }
 
 #[test]
@@ -350,7 +388,8 @@ fn host_source_is_an_address_inside_the_own_prefix() {
     let sources = |addresses: &[&str]| {
         let addresses = addresses.iter().map(|a| a.parse().expect("an address")).collect();
         let plan = plan(&topology, &Me { addresses, ..me(1, 0) });
-        let sources: BTreeSet<String> = plan.state.routes.values().filter_map(|r| r.source).map(|s| s.to_string()).collect();
+        let sources: BTreeSet<String> =
+            plan.state.routes.values().filter_map(|r| r.source).map(|s| s.to_string()).collect();
         (sources, plan.overlay.expect("an overlay").addresses)
     };
     let (without, own) = sources(&["192.168.1.10", "127.0.0.1"]);
@@ -376,5 +415,9 @@ fn edges_without_an_exposed_pool_report_it_and_keep_their_routes() {
     sites[0].exposed = false;
     let plan = plan(&build(&inputs(&sites)), &me(1, 1));
     assert!(plan.problems.iter().any(|p| p.contains("cannot be reached")), "{:?}", plan.problems);
-    assert_eq!(plan.state.routes.len(), 8, "the routes stay, so that no packet leaves unencrypted by the default route");
+    assert_eq!(
+        plan.state.routes.len(),
+        8,
+        "the routes stay, so that no packet leaves unencrypted by the default route"
+    );
 }

@@ -1,7 +1,7 @@
 //! A connection that can be aborted from outside.
 //!
-//! hyper moves the bytes of an HTTP/2 connection in its own task, which runs until the last stream has ended, even after the handle is
-//! dropped. A node that lost its rights must lose its open streams too.
+//! hyper moves the bytes of an HTTP/2 connection in its own task, which runs until the last stream has ended, even
+//! after the handle is dropped. A node that lost its rights must lose its open streams too.
 
 use std::{
     io,

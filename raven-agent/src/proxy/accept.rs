@@ -1,7 +1,7 @@
 //! The cloud's side of a proxy connection: accepts, authenticates and admits the connections that edges open.
 //!
-//! The certificate proves which node dials. The topology decides whether that node may connect, and for which pool. A node that is deleted or no longer
-//! elected loses its connections.
+//! The certificate proves which node dials. The topology decides whether that node may connect, and for which pool. A
+//! node that is deleted or no longer elected loses its connections.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -96,7 +96,8 @@ impl Edge {
         match admitted {
             Ok(Ok((tls, edge, pool))) => {
                 // The election may have changed during the handshake, so the connection set checks it again.
-                let may_connect = |edge: &EdgeIdentity, pool: &str| self.plan.borrow().directory.pool_of_proxy(edge) == Some(pool);
+                let may_connect =
+                    |edge: &EdgeIdentity, pool: &str| self.plan.borrow().directory.pool_of_proxy(edge) == Some(pool);
                 // Its end is logged there.
                 let _ = self.connections.serve(edge, &pool, tls, may_connect).await;
             }
@@ -120,14 +121,18 @@ async fn admit(
     stream::prepare_connection(&tcp);
     let tls = acceptor.accept(tcp).await.map_err(|e| (Refusal::Unauthenticated, format!("TLS: {e}")))?;
     let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
-    let certificate = certificate.ok_or_else(|| (Refusal::Unauthenticated, "the edge sent no certificate".to_owned()))?;
+    let certificate =
+        certificate.ok_or_else(|| (Refusal::Unauthenticated, "the edge sent no certificate".to_owned()))?;
     let edge = identity::edge_of(certificate).map_err(|e| (Refusal::Unauthenticated, e.to_string()))?;
     let pool = plan.borrow().directory.pool_of_proxy(&edge).map(str::to_owned);
     match pool {
         Some(pool) => Ok((tls, edge, pool)),
         None => {
             let uid = edge.uid.as_deref().unwrap_or("none");
-            Err((Refusal::NotElected, format!("node {} (UID {uid}) is not an elected proxy node of an edge Gateway", edge.node)))
+            Err((
+                Refusal::NotElected,
+                format!("node {} (UID {uid}) is not an elected proxy node of an edge Gateway", edge.node),
+            ))
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Reads the server name of a TLS ClientHello (RFC 6066 §3) with rustls' parser. The bytes are kept for the node that answers the
-//! handshake; TLS is not terminated here.
+//! Reads the server name of a TLS ClientHello (RFC 6066 §3) with rustls' parser. The bytes are kept for the node that
+//! answers the handshake; TLS is not terminated here.
 
 use std::io::Cursor;
 

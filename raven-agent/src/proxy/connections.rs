@@ -11,7 +11,10 @@ use std::{
 };
 
 use http_body_util::Empty;
-use hyper::{Method, Request, StatusCode, Uri, body::Bytes, client::conn::http2::SendRequest, header::HeaderValue, upgrade::Upgraded};
+use hyper::{
+    Method, Request, StatusCode, Uri, body::Bytes, client::conn::http2::SendRequest, header::HeaderValue,
+    upgrade::Upgraded,
+};
 use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -131,7 +134,8 @@ impl Connections {
 
     /// Serves a connection that an edge opened for its pool, until it ends, is aborted or the future is dropped.
     ///
-    /// `may_connect` is checked after the connection is registered, so that a change of the election in between is noticed.
+    /// `may_connect` is checked after the connection is registered, so that a change of the election in between is
+    /// noticed.
     pub(crate) async fn serve<S>(
         &self,
         edge: EdgeIdentity,
@@ -164,7 +168,8 @@ impl Connections {
                 () = abort.cancelled() => Ok(()),
                 never = probe => match never {},
             };
-            // No new streams from here on. hyper's own task still carries the open ones, which can be aborted until the last has ended.
+            // No new streams from here on. hyper's own task still carries the open ones, which can be aborted until the
+            // last has ended.
             if !abort.is_cancelled() {
                 stats.retire();
                 tokio::select! {
@@ -183,7 +188,9 @@ impl Connections {
 
     /// Connections of a node that accept streams.
     fn count(&self, node: &str, pool: &str) -> usize {
-        self.lock().get(pool).map_or(0, |connections| connections.iter().filter(|c| c.edge.node == node && !c.stats.is_retired()).count())
+        self.lock().get(pool).map_or(0, |connections| {
+            connections.iter().filter(|c| c.edge.node == node && !c.stats.is_retired()).count()
+        })
     }
 
     /// Aborts the connections of nodes that may no longer connect.
@@ -208,7 +215,9 @@ impl Connections {
                         return Err(Error::Refused { via: connection.edge.node.clone(), reason, unreachable });
                     }
                     // No byte of the client has been sent, so another connection may be tried.
-                    Attempt::Failed(error) => tracing::debug!(connection = connection.number, error, "trying another proxy connection"),
+                    Attempt::Failed(error) => {
+                        tracing::debug!(connection = connection.number, error, "trying another proxy connection");
+                    }
                     Attempt::Superseded => {
                         tracing::debug!(connection = connection.number, "trying a newer proxy connection");
                         continue;
@@ -225,8 +234,8 @@ impl Connections {
         }
     }
 
-    /// Tries to open a stream through one connection. An edge that dials again may have noticed before this node that its old connections
-    /// are dead, so a newer connection is preferred to a slow one.
+    /// Tries to open a stream through one connection. An edge that dials again may have noticed before this node that
+    /// its old connections are dead, so a newer connection is preferred to a slow one.
     async fn attempt(
         &self,
         connection: &Connection,
@@ -254,8 +263,8 @@ impl Connections {
         self.lock().values().flatten().map(|connection| connection.number).collect()
     }
 
-    /// The connection with the fewest streams that has not been tried. One that did not respond last time comes last; of two that are equal, the newer one
-    /// is more likely to work.
+    /// The connection with the fewest streams that has not been tried. One that did not respond last time comes last;
+    /// of two that are equal, the newer one is more likely to work.
     fn choose(&self, pool: &str, tried: &BTreeSet<u64>) -> Option<(Arc<Connection>, StreamSlot)> {
         let by_pool = self.lock();
         let candidates = by_pool.get(pool)?.iter().filter(|c| !tried.contains(&c.number) && !c.sender.is_closed());
@@ -265,8 +274,8 @@ impl Connections {
         Some((chosen.clone(), slot))
     }
 
-    /// Waits for a connection of the pool that is newer than `newest`. It waits for [`limits::GRACE`] first, because an old connection that works
-    /// responds sooner.
+    /// Waits for a connection of the pool that is newer than `newest`. It waits for [`limits::GRACE`] first, because an
+    /// old connection that works responds sooner.
     async fn newer(&self, changed: &mut watch::Receiver<BTreeSet<String>>, pool: &str, newest: Option<u64>) {
         sleep(limits::GRACE).await;
         while self.newest(pool) <= newest {
@@ -294,7 +303,9 @@ impl Connections {
         let mut by_pool = self.lock();
         change(&mut by_pool);
         // Sent even if the set of nodes is the same: waiting requests need to see a second connection of one node.
-        self.shared.edges.send_replace(by_pool.values().flatten().map(|connection| connection.edge.node.clone()).collect());
+        self.shared
+            .edges
+            .send_replace(by_pool.values().flatten().map(|connection| connection.edge.node.clone()).collect());
     }
 }
 
@@ -359,7 +370,8 @@ async fn probe(mut sender: SendRequest<Empty<Bytes>>, stats: Arc<ConnectionStats
 async fn request(connection: &Connection, stream: &Stream) -> Attempt {
     let mut request = Request::new(Empty::new());
     *request.method_mut() = Method::CONNECT;
-    let invalid = |e: &dyn std::fmt::Display| Attempt::Refused { reason: format!("invalid target: {e}"), unreachable: false };
+    let invalid =
+        |e: &dyn std::fmt::Display| Attempt::Refused { reason: format!("invalid target: {e}"), unreachable: false };
     *request.uri_mut() = match format!("{}:{}", stream.node, stream.port).parse() {
         Ok(uri) => uri,
         Err(e) => return invalid(&e),
@@ -378,7 +390,8 @@ async fn send(mut sender: SendRequest<Empty<Bytes>>, request: Request<Empty<Byte
     sender.ready().await?;
     let response = sender.send_request(request).await?;
     if response.status() != StatusCode::OK {
-        let reason = response.headers().get(REASON_HEADER).and_then(|r| r.to_str().ok()).unwrap_or("no reason given").to_owned();
+        let reason =
+            response.headers().get(REASON_HEADER).and_then(|r| r.to_str().ok()).unwrap_or("no reason given").to_owned();
         return Ok(Attempt::Refused { reason, unreachable: response.status() == StatusCode::BAD_GATEWAY });
     }
     hyper::upgrade::on(response).await.map(Attempt::Opened)

@@ -47,8 +47,8 @@ enum Error {
 impl Error {
     /// True if the cloud refused the edge, or the edge has nothing to present: an early retry does not help.
     ///
-    /// A connection that closes during the handshake is not a refusal: the listener may have evicted it, or a load balancer may have no
-    /// backend.
+    /// A connection that closes during the handshake is not a refusal: the listener may have evicted it, or a load
+    /// balancer may have no backend.
     fn is_refusal(&self) -> bool {
         match self {
             Self::Tls(e) => e.kind() == std::io::ErrorKind::InvalidData,
@@ -166,7 +166,12 @@ impl Dialler {
         loop {
             match self.connect().await {
                 Ok(tls) => {
-                    tracing::info!(cloud = self.node, host = self.host, port = self.port, "proxy connection established");
+                    tracing::info!(
+                        cloud = self.node,
+                        host = self.host,
+                        port = self.port,
+                        "proxy connection established"
+                    );
                     return tls;
                 }
                 Err(Error::NoIdentity) => {
@@ -217,7 +222,11 @@ impl Dialler {
     fn serve(&self, tls: TlsStream<TcpStream>, tasks: &mut JoinSet<()>) -> Connection {
         let gateway = self.server.plan.borrow().directory.pool_of(&self.node).unwrap_or_default().to_owned();
         let listed = self.server.stats.connection(&gateway, &self.node);
-        let connection = Connection { stats: listed.stats.clone(), retire: CancellationToken::new(), ended: CancellationToken::new() };
+        let connection = Connection {
+            stats: listed.stats.clone(),
+            retire: CancellationToken::new(),
+            ended: CancellationToken::new(),
+        };
         let counted = Counted::new(&self.established, &self.node);
         let served = serve(tls, self.server.clone(), listed.stats.clone(), connection.retire.clone());
         let (ended, node, number) = (connection.ended.clone(), self.node.clone(), listed.number);

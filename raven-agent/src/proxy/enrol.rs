@@ -1,5 +1,5 @@
-//! Requests a certificate from the controller through the CertificateSigningRequest API, and renews it before it expires. Open proxy connections
-//! are not affected; new ones use the new certificate.
+//! Requests a certificate from the controller through the CertificateSigningRequest API, and renews it before it
+//! expires. Open proxy connections are not affected; new ones use the new certificate.
 
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
@@ -29,7 +29,7 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs
 
 /// The purpose of this node's certificate.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Purpose {
+pub(super) enum Purpose {
     /// None is needed.
     #[default]
     None,
@@ -40,7 +40,7 @@ pub enum Purpose {
 }
 
 /// The purpose, and the CA's certificates (PEM).
-pub type Wanted = (Purpose, String);
+pub(super) type Wanted = (Purpose, String);
 
 /// Why this node has no certificate.
 #[derive(Debug, thiserror::Error)]
@@ -74,8 +74,14 @@ pub(crate) struct Enrolment {
 
 impl Enrolment {
     pub(crate) async fn run(mut self) {
-        let delays =
-            || ExponentialBuilder::default().with_min_delay(RETRY.0).with_max_delay(RETRY.1).with_jitter().without_max_times().build();
+        let delays = || {
+            ExponentialBuilder::default()
+                .with_min_delay(RETRY.0)
+                .with_max_delay(RETRY.1)
+                .with_jitter()
+                .without_max_times()
+                .build()
+        };
         let mut retries = delays();
         let mut pending = None;
         loop {
@@ -114,7 +120,9 @@ impl Enrolment {
                 self.identity.send_replace(None);
                 return Ok(());
             }
-            Purpose::Client(uid) => (SIGNER_CLIENT, BTreeSet::from([self.node.clone()]), uid.as_ref(), names::PROXY_CLIENT_DIR),
+            Purpose::Client(uid) => {
+                (SIGNER_CLIENT, BTreeSet::from([self.node.clone()]), uid.as_ref(), names::PROXY_CLIENT_DIR)
+            }
             Purpose::Server(names) => (SIGNER_SERVER, names.clone(), None, names::PROXY_SERVER_DIR),
         };
         if ca.is_empty() {
@@ -133,7 +141,8 @@ impl Enrolment {
         }
         let Some(client) = self.client.as_ref().filter(|_| due) else { return Ok(()) };
         // A pending request is not repeated: the controller may be unavailable for days.
-        let requested = match pending.take().filter(|requested| requested.signer == signer && requested.names == names) {
+        let requested = match pending.take().filter(|requested| requested.signer == signer && requested.names == names)
+        {
             Some(requested) => requested,
             None => {
                 let (key, request) = identity::request(&self.node, &names)?;
@@ -210,13 +219,16 @@ async fn signed(client: &Client, name: &str) -> Result<String, Error> {
         let conditions = status.conditions.unwrap_or_default();
         let denied = conditions.iter().find(|c| c.type_ == "Denied" || c.type_ == "Failed");
         match denied {
-            Some(condition) => {
-                Err(Error::Denied { name: name.to_owned(), reason: condition.message.clone().unwrap_or_else(|| condition.type_.clone()) })
-            }
+            Some(condition) => Err(Error::Denied {
+                name: name.to_owned(),
+                reason: condition.message.clone().unwrap_or_else(|| condition.type_.clone()),
+            }),
             None => Err(Error::Pending(name.to_owned())),
         }
     };
-    let backoff =
-        ExponentialBuilder::default().with_min_delay(Duration::from_millis(200)).with_max_delay(Duration::from_secs(2)).with_max_times(15);
+    let backoff = ExponentialBuilder::default()
+        .with_min_delay(Duration::from_millis(200))
+        .with_max_delay(Duration::from_secs(2))
+        .with_max_times(15);
     signed.retry(backoff).when(|e| matches!(e, Error::Pending(_))).await
 }

@@ -1,5 +1,5 @@
-//! Plain HTTP on a cloud gateway node: routes each request to the node in its `?nodeName=` or Host header. hyper parses and writes the
-//! requests, which rules out request smuggling.
+//! Plain HTTP on a cloud gateway node: routes each request to the node in its `?nodeName=` or Host header. hyper parses
+//! and writes the requests, which rules out request smuggling.
 
 use std::{
     convert::Infallible,
@@ -43,8 +43,8 @@ pub(super) async fn serve(router: Router, client: TcpStream, slot: PendingSlot) 
         async move { Ok::<_, Infallible>(answer(&router, request).await) }
     });
     let mut builder = hyper::server::conn::http1::Builder::new();
-    // A client that closes its half has given up, as in Go's servers. With `half_close`, a request to a node that never responds would outlive its
-    // client.
+    // A client that closes its half has given up, as in Go's servers. With `half_close`, a request to a node that never
+    // responds would outlive its client.
     builder.timer(TokioTimer::new()).header_read_timeout(limits::HEAD).half_close(false);
     tokio::select! {
         // hyper answers a client that does not speak HTTP.
@@ -78,13 +78,25 @@ fn refuse(router: &Router, status: StatusCode, refusal: Refusal, error: &str) ->
 }
 
 /// The node and port that a request is for.
-fn target(router: &Router, uri: &Uri, host: Option<&HeaderValue>) -> Result<(Target, u16), (StatusCode, Refusal, String)> {
-    let no_host =
-        || (StatusCode::BAD_REQUEST, Refusal::NoName, "the request names no node; use Host: NODE:PORT or ?nodeName=NODE".to_owned());
+fn target(
+    router: &Router,
+    uri: &Uri,
+    host: Option<&HeaderValue>,
+) -> Result<(Target, u16), (StatusCode, Refusal, String)> {
+    let no_host = || {
+        (
+            StatusCode::BAD_REQUEST,
+            Refusal::NoName,
+            "the request names no node; use Host: NODE:PORT or ?nodeName=NODE".to_owned(),
+        )
+    };
     let host: Uri = host.and_then(|h| h.to_str().ok()).and_then(|h| h.parse().ok()).ok_or_else(no_host)?;
     let plan = router.plan.borrow();
     let directory = &plan.directory;
-    let port = host.port_u16().or_else(|| directory.ports.http.first().copied()).unwrap_or(raven_api::proxy::KUBELET_READ_ONLY_PORT);
+    let port = host
+        .port_u16()
+        .or_else(|| directory.ports.http.first().copied())
+        .unwrap_or(raven_api::proxy::KUBELET_READ_ONLY_PORT);
     let found = match node_name(uri) {
         Some(name) => directory.by_name(&name, port),
         None => {
@@ -105,7 +117,11 @@ fn target(router: &Router, uri: &Uri, host: Option<&HeaderValue>) -> Result<(Tar
 
 /// The query parameter `nodeName`, as in OpenYurt's Raven.
 fn node_name(uri: &Uri) -> Option<String> {
-    uri.query()?.split('&').find_map(|pair| pair.strip_prefix("nodeName=")).filter(|name| !name.is_empty()).map(str::to_ascii_lowercase)
+    uri.query()?
+        .split('&')
+        .find_map(|pair| pair.strip_prefix("nodeName="))
+        .filter(|name| !name.is_empty())
+        .map(str::to_ascii_lowercase)
 }
 
 async fn forward(
@@ -116,7 +132,9 @@ async fn forward(
 ) -> Result<Response<Body>, (Refusal, String)> {
     let opened = router.open(target, &stream).await?;
     let port = stream.port;
-    let failed = |e: hyper::Error| (Refusal::Unreachable, format!("the request to node {} on port {port} failed: {e}", target.node));
+    let failed = |e: hyper::Error| {
+        (Refusal::Unreachable, format!("the request to node {} on port {port} failed: {e}", target.node))
+    };
     let account = Account::open(stream, &router.stats);
     let node = TokioIo::new(account.count(opened.into_io()));
     let (mut sender, connection) = hyper::client::conn::http1::handshake(node).await.map_err(failed)?;

@@ -1,5 +1,6 @@
-//! This node's identity towards the other end of a proxy connection: a key that is created here and never leaves the node, a certificate that
-//! the controller signed, and the CA that this node trusts. [`super::enrol`] obtains the certificate.
+//! This node's identity towards the other end of a proxy connection: a key that is created here and never leaves the
+//! node, a certificate that the controller signed, and the CA that this node trusts. [`super::enrol`] obtains the
+//! certificate.
 
 use std::{collections::BTreeSet, fs, io, path::Path, sync::Arc};
 
@@ -27,7 +28,7 @@ const ORGANIZATION: &str = "raven:proxy";
 
 /// An identity cannot be stored, read or used.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(super) enum Error {
     /// The file cannot be read or written.
     #[error("cannot use the identity in {path}: {reason}")]
     File {
@@ -69,7 +70,7 @@ impl From<rustls::Error> for Error {
 }
 
 /// A key with its certificate, and the trusted CA.
-pub struct Identity {
+pub(super) struct Identity {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     roots: Vec<CertificateDer<'static>>,
@@ -94,18 +95,19 @@ impl PartialEq for Identity {
 }
 
 impl Identity {
-    /// Parses a PEM with key and certificate, and a PEM with the CA's certificates, the newest first. `None` if none of these signed the
-    /// certificate.
-    pub fn parse(pem: &[u8], ca: &str) -> Result<Option<Self>, Error> {
+    /// Parses a PEM with key and certificate, and a PEM with the CA's certificates, the newest first. `None` if none of
+    /// these signed the certificate.
+    pub(super) fn parse(pem: &[u8], ca: &str) -> Result<Option<Self>, Error> {
         let chain = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>()?;
         let key = PrivateKeyDer::from_pem_slice(pem)?;
         let roots = CertificateDer::pem_slice_iter(ca.as_bytes()).collect::<Result<Vec<_>, _>>()?;
         let leaf = chain.first().ok_or_else(|| Error::Certificate("the PEM contains none".to_owned()))?;
         let bad = |e: &dyn std::fmt::Display| Error::Certificate(e.to_string());
         let (_, leaf) = X509Certificate::from_der(leaf).map_err(|e| bad(&e))?;
-        let signed = roots
-            .iter()
-            .any(|root| X509Certificate::from_der(root).is_ok_and(|(_, root)| leaf.verify_signature(Some(root.public_key())).is_ok()));
+        let signed = roots.iter().any(|root| {
+            X509Certificate::from_der(root)
+                .is_ok_and(|(_, root)| leaf.verify_signature(Some(root.public_key())).is_ok())
+        });
         if !signed {
             return Ok(None);
         }
@@ -115,20 +117,21 @@ impl Identity {
         Ok(Some(Self { chain, key, roots, life, names, uid }))
     }
 
-    /// True if the certificate must be renewed: two thirds of its validity have passed, or it has other names or another UID.
-    pub fn is_due(&self, names: &BTreeSet<String>, uid: Option<&String>, now: Timestamp) -> bool {
+    /// True if the certificate must be renewed: two thirds of its validity have passed, or it has other names or
+    /// another UID.
+    pub(super) fn is_due(&self, names: &BTreeSet<String>, uid: Option<&String>, now: Timestamp) -> bool {
         let (begin, end) = self.life;
         let third = end.duration_since(begin) / 3;
         self.names != *names || uid.is_some() && self.uid.as_ref() != uid || now.duration_since(begin) > third * 2
     }
 
     /// True after the certificate's validity.
-    pub fn is_expired(&self, now: Timestamp) -> bool {
+    pub(super) fn is_expired(&self, now: Timestamp) -> bool {
         now > self.life.1
     }
 
     /// TLS settings of an edge gateway node, which dials.
-    pub fn client(&self) -> Result<Arc<ClientConfig>, Error> {
+    pub(super) fn client(&self) -> Result<Arc<ClientConfig>, Error> {
         let builder = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
         let mut config = builder
             .with_root_certificates(Arc::unwrap_or_clone(self.roots()?))
@@ -138,11 +141,13 @@ impl Identity {
     }
 
     /// TLS settings of a cloud gateway node, which is dialled.
-    pub fn server(&self) -> Result<Arc<ServerConfig>, Error> {
-        let verifier =
-            WebPkiClientVerifier::builder_with_provider(self.roots()?, provider()).build().map_err(|e| Error::Tls(e.to_string()))?;
+    pub(super) fn server(&self) -> Result<Arc<ServerConfig>, Error> {
+        let verifier = WebPkiClientVerifier::builder_with_provider(self.roots()?, provider())
+            .build()
+            .map_err(|e| Error::Tls(e.to_string()))?;
         let builder = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
-        let mut config = builder.with_client_cert_verifier(verifier).with_single_cert(self.chain.clone(), self.key.clone_key())?;
+        let mut config =
+            builder.with_client_cert_verifier(verifier).with_single_cert(self.chain.clone(), self.key.clone_key())?;
         config.alpn_protocols = vec![ALPN.to_vec()];
         Ok(Arc::new(config))
     }
@@ -154,7 +159,8 @@ impl Identity {
     }
 }
 
-/// ring, with the cheapest of the three TLS 1.3 ciphers first. All three are secure, and every byte of a site is encrypted twice here.
+/// ring, with the cheapest of the three TLS 1.3 ciphers first. All three are secure, and every byte of a site is
+/// encrypted twice here.
 fn provider() -> Arc<CryptoProvider> {
     use ring::cipher_suite::{TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256};
     let cipher_suites = vec![TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256];
@@ -162,7 +168,7 @@ fn provider() -> Arc<CryptoProvider> {
 }
 
 /// The identity in an edge's certificate: its only DNS name, and its UID.
-pub fn edge_of(certificate: &CertificateDer<'_>) -> Result<EdgeIdentity, Error> {
+pub(super) fn edge_of(certificate: &CertificateDer<'_>) -> Result<EdgeIdentity, Error> {
     let (_, leaf) = X509Certificate::from_der(certificate).map_err(|e| Error::Certificate(e.to_string()))?;
     let mut names = names(&leaf).into_iter();
     match (names.next(), names.next()) {
@@ -196,7 +202,7 @@ fn uid(leaf: &X509Certificate<'_>) -> Option<String> {
 }
 
 /// A new private key and its certificate request, both as PEM.
-pub fn request(node: &str, names: &BTreeSet<String>) -> Result<(String, String), Error> {
+pub(super) fn request(node: &str, names: &BTreeSet<String>) -> Result<(String, String), Error> {
     let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
     let mut params = CertificateParams::new(names.iter().cloned().collect::<Vec<_>>())?;
     params.distinguished_name = DistinguishedName::new();
@@ -207,7 +213,7 @@ pub fn request(node: &str, names: &BTreeSet<String>) -> Result<(String, String),
 }
 
 /// Reads a stored identity; `None` if the file does not exist.
-pub fn load(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+pub(super) fn load(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     match fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -216,6 +222,6 @@ pub fn load(path: &Path) -> Result<Option<Vec<u8>>, Error> {
 }
 
 /// Stores an identity, readable by root only.
-pub fn save(path: &Path, pem: &str) -> Result<(), Error> {
+pub(super) fn save(path: &Path, pem: &str) -> Result<(), Error> {
     atomic_file::write(path, pem.as_bytes()).map_err(|reason| Error::File { path: path.display().to_string(), reason })
 }

@@ -1,5 +1,6 @@
-//! Accepts client requests on a cloud gateway node: TLS by the server name in the ClientHello or by the dialled address, plain HTTP by Host header or
-//! `?nodeName=` ([`super::http`]). A client whose target is unknown gets an error at once, in its own protocol.
+//! Accepts client requests on a cloud gateway node: TLS by the server name in the ClientHello or by the dialled
+//! address, plain HTTP by Host header or `?nodeName=` ([`super::http`]). A client whose target is unknown gets an error
+//! at once, in its own protocol.
 
 use std::net::SocketAddr;
 
@@ -58,7 +59,10 @@ impl Ingress {
             };
             let (slot, evicted) = pending.enter();
             if evicted && self.0.stats.refused(Refusal::TooMany) {
-                tracing::warn!(limit = limits::PENDING_CLIENTS, "too many pending client connections; evicted the oldest");
+                tracing::warn!(
+                    limit = limits::PENDING_CLIENTS,
+                    "too many pending client connections; evicted the oldest"
+                );
             }
             let ingress = self.clone();
             tasks.spawn(async move {
@@ -79,7 +83,9 @@ impl Ingress {
         };
         let hello = match hello {
             Ok(Ok(hello)) => hello,
-            Ok(Err(e)) => return self.refuse(&mut client, from, Refusal::Malformed, &DECODE_ERROR, &e.to_string()).await,
+            Ok(Err(e)) => {
+                return self.refuse(&mut client, from, Refusal::Malformed, &DECODE_ERROR, &e.to_string()).await;
+            }
             Err(_) => return self.refuse(&mut client, from, Refusal::Slow, &[], "the ClientHello timed out").await,
         };
         drop(slot);
@@ -96,7 +102,8 @@ impl Ingress {
 
     /// The dialled address determines the node; the bytes are not inspected.
     async fn intercepted(&self, mut client: TcpStream, from: SocketAddr, slot: PendingSlot) {
-        // In TLS and HTTP the client sends first. A silent client occupies a pending slot, which can be evicted, and not a stream of the site.
+        // In TLS and HTTP the client sends first. A silent client occupies a pending slot, which can be evicted, and
+        // not a stream of the site.
         let mut byte = [0];
         let first = tokio::select! {
             first = timeout(limits::HEAD, client.peek(&mut byte)) => first,
@@ -105,7 +112,9 @@ impl Ingress {
         match first {
             Ok(Ok(n)) if n > 0 => drop(slot),
             Ok(_) => return,
-            Err(_) => return self.refuse(&mut client, from, Refusal::Slow, &[], "the client sent no byte in time").await,
+            Err(_) => {
+                return self.refuse(&mut client, from, Refusal::Slow, &[], "the client sent no byte in time").await;
+            }
         }
         let Ok(to) = client.local_addr() else { return };
         let found = self.0.plan.borrow().directory.by_address(to.ip().to_canonical(), to.port()).cloned();

@@ -1,7 +1,8 @@
 //! Windows, limits and timeouts of the L7 half, and the HTTP/2 settings made of them.
 //!
-//! None is left at a library's default. With hyper's defaults, one stalled reader stops a whole proxy connection, and h2's flood
-//! protection closes a site's connection under ordinary `logs -f` or `exec` traffic (docs/design.md, "HTTP/2").
+//! None is left at a library's default. With hyper's defaults, one stalled reader stops a whole proxy connection, and
+//! h2's flood protection closes a site's connection under ordinary `logs -f` or `exec` traffic (docs/design.md,
+//! "HTTP/2").
 
 use std::time::Duration;
 
@@ -9,52 +10,59 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 // === Streams ===
 
-/// Receive window of a stream in bytes: what is buffered for a reader that does not read. Enough for 40 Mbit/s at 100 ms.
+/// Receive window of a stream in bytes: what is buffered for a reader that does not read. Enough for 40 Mbit/s at 100
+/// ms.
 pub(crate) const STREAM_WINDOW: u32 = 512 << 10;
-/// Receive window of a connection in bytes: the protocol's maximum (RFC 9113 §6.9.1), so that no stream stops another one.
+/// Receive window of a connection in bytes: the protocol's maximum (RFC 9113 §6.9.1), so that no stream stops another
+/// one.
 ///
-/// The memory of a connection is bounded by [`STREAMS`] × [`STREAM_WINDOW`]. h2 derives its budget for small frames, of which `exec` sends many,
-/// from half of this window.
+/// The memory of a connection is bounded by [`STREAMS`] × [`STREAM_WINDOW`]. h2 derives its budget for small frames, of
+/// which `exec` sends many, from half of this window.
 pub(crate) const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 /// Concurrent streams per connection.
 pub(crate) const STREAMS: u32 = 1024;
 /// Send buffer of a stream in bytes.
 pub(crate) const SEND_BUFFER: usize = 256 << 10;
-/// Stream resets that h2 tolerates before it closes the connection: streams that the peer reset before they were accepted, and streams reset
-/// here. The peer is authenticated, and a client that follows a thousand logs causes many of both when it disconnects.
+/// Stream resets that h2 tolerates before it closes the connection: streams that the peer reset before they were
+/// accepted, and streams reset here. The peer is authenticated, and a client that follows a thousand logs causes many
+/// of both when it disconnects.
 pub(crate) const RESETS: usize = 1 << 20;
 /// Read size in bytes, and the maximum size of an HTTP/2 frame. Larger chunks cost less per byte.
 pub(crate) const CHUNK: usize = 32 << 10;
 
 // === Proxy connections ===
 
-/// Connections from each edge gateway node to each cloud gateway node, so that one can be retired or lost while the other works.
+/// Connections from each edge gateway node to each cloud gateway node, so that one can be retired or lost while the
+/// other works.
 pub(crate) const CONNECTIONS: usize = 2;
-/// Age at which a connection is replaced. The old one ends with its last stream. Counters that h2 keeps per connection start at zero in the new one.
+/// Age at which a connection is replaced. The old one ends with its last stream. Counters that h2 keeps per connection
+/// start at zero in the new one.
 pub(crate) const CONNECTION_LIFE: Duration = Duration::from_secs(3600);
 /// Interval of HTTP/2 pings.
 pub(crate) const PING: Duration = Duration::from_secs(2);
 /// Maximum time without an acknowledgement for sent data. With [`PING`], a dead link is detected within five seconds.
 pub(crate) const UNACKNOWLEDGED: Duration = Duration::from_secs(3);
-/// Maximum time for the response to a ping while packets do arrive: detects a process that hangs. On a thin link the response may wait
-/// behind a full stream window ([`STREAM_WINDOW`]).
+/// Maximum time for the response to a ping while packets do arrive: detects a process that hangs. On a thin link the
+/// response may wait behind a full stream window ([`STREAM_WINDOW`]).
 pub(crate) const PONG: Duration = Duration::from_secs(30);
 /// Unsent bytes that a connection's socket may hold.
 pub(crate) const UNSENT: u32 = 128 << 10;
-/// TCP congestion control of proxy connections (TCP_CONGESTION, tcp(7)), if the kernel has it. BBR follows the delivery rate. Cubic, the usual
-/// default, halves its rate at each loss, which leaves a few Mbit/s of any link with 1 % loss and 50 ms.
+/// TCP congestion control of proxy connections (TCP_CONGESTION, tcp(7)), if the kernel has it. BBR follows the delivery
+/// rate. Cubic, the usual default, halves its rate at each loss, which leaves a few Mbit/s of any link with 1 % loss
+/// and 50 ms.
 pub(crate) const CONGESTION: &str = "bbr";
 /// Interval of round-trip measurements, for status and metrics only.
 pub(crate) const PROBE: Duration = Duration::from_secs(15);
-/// Connections that one edge gateway node may have to one cloud gateway node. The edge is authenticated, but it may be stolen.
+/// Connections that one edge gateway node may have to one cloud gateway node. The edge is authenticated, but it may be
+/// stolen.
 pub(crate) const CONNECTIONS_PER_NODE: usize = 64;
 
 // === Dialling ===
 
 /// Timeout of a connection's TLS handshake.
 pub(crate) const HANDSHAKE: Duration = Duration::from_secs(5);
-/// Timeouts of successive TCP connects, repeated from the start. Most are short, because the kernel retries a SYN only after 1, 3 and
-/// 7 s, and a restored link must be noticed within a second; one is long, for links with a large delay.
+/// Timeouts of successive TCP connects, repeated from the start. Most are short, because the kernel retries a SYN only
+/// after 1, 3 and 7 s, and a restored link must be noticed within a second; one is long, for links with a large delay.
 pub(crate) const DIAL: [Duration; 4] =
     [Duration::from_millis(1500), Duration::from_millis(1500), Duration::from_millis(1500), Duration::from_secs(5)];
 /// Minimum and maximum delay between dials; jitter may double either.

@@ -1,5 +1,5 @@
-//! The edge's half of a proxy connection: answers `CONNECT node:port` on a connection that the edge dialled. It connects only to listed ports
-//! of nodes of its own pool.
+//! The edge's half of a proxy connection: answers `CONNECT node:port` on a connection that the edge dialled. It
+//! connects only to listed ports of nodes of its own pool.
 
 use std::{convert::Infallible, sync::Arc};
 
@@ -39,7 +39,12 @@ pub(crate) struct EdgeServer {
 }
 
 /// Serves a connection until it ends. After `retire` is cancelled it accepts no new streams and ends with the last one.
-pub(crate) async fn serve<S>(io: S, edge: EdgeServer, stats: Arc<ConnectionStats>, retire: CancellationToken) -> hyper::Result<()>
+pub(crate) async fn serve<S>(
+    io: S,
+    edge: EdgeServer,
+    stats: Arc<ConnectionStats>,
+    retire: CancellationToken,
+) -> hyper::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -77,7 +82,7 @@ async fn answer(request: Request<Incoming>, edge: EdgeServer, connection: Arc<Co
         }
         Err((status, refusal, reason)) => {
             if edge.stats.refused(refusal) {
-                let target = request.uri().authority().map(|authority| authority.as_str());
+                let target = request.uri().authority().map(hyper::http::uri::Authority::as_str);
                 tracing::warn!(target_node = target, reason = refusal.as_str(), error = reason, "refused a stream");
             }
             refused(status, &reason)
@@ -103,16 +108,19 @@ async fn connect(request: &Request<Incoming>, edge: &EdgeServer) -> Result<(Stre
     };
     let address = {
         let plan = edge.plan.borrow();
-        let target = plan.directory.by_name(node, port).map_err(|e| (StatusCode::FORBIDDEN, Refusal::Unknown, e.to_string()))?;
+        let target =
+            plan.directory.by_name(node, port).map_err(|e| (StatusCode::FORBIDDEN, Refusal::Unknown, e.to_string()))?;
         if target.pool != plan.directory.own_pool {
-            let reason = format!("node {node} belongs to Gateway {}, not to Gateway {}", target.pool, plan.directory.own_pool);
+            let reason =
+                format!("node {node} belongs to Gateway {}, not to Gateway {}", target.pool, plan.directory.own_pool);
             return Err((StatusCode::FORBIDDEN, Refusal::Unknown, reason));
         }
         target.address
     };
     let id = request.headers().get(STREAM_HEADER).and_then(|id| id.to_str().ok());
     let id = id.map_or_else(|| edge.stats.next_id(), |id| id.chars().take(64).collect());
-    let node_stream = dial(node, (address, port).into()).await.map_err(|e| (StatusCode::BAD_GATEWAY, Refusal::Unreachable, e))?;
+    let node_stream =
+        dial(node, (address, port).into()).await.map_err(|e| (StatusCode::BAD_GATEWAY, Refusal::Unreachable, e))?;
     Ok((Stream { id, node: node.to_owned(), port }, node_stream))
 }
 
@@ -124,6 +132,8 @@ pub(super) async fn dial(node: &str, address: std::net::SocketAddr) -> Result<Tc
             Ok(connected)
         }
         Ok(Err(e)) => Err(format!("cannot connect to {address} of node {node}: {e}")),
-        Err(_) => Err(format!("cannot connect to {address} of node {node}: timed out after {} s", limits::CONNECT.as_secs())),
+        Err(_) => {
+            Err(format!("cannot connect to {address} of node {node}: timed out after {} s", limits::CONNECT.as_secs()))
+        }
     }
 }

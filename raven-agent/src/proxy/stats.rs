@@ -266,7 +266,11 @@ impl Stats {
 
     /// Registers all metrics of the L7 half.
     pub fn register(&self, registry: &mut Registry) {
-        registry.register("raven_proxy_refused", "Refused requests and proxy connections, by reason", self.refused.clone());
+        registry.register(
+            "raven_proxy_refused",
+            "Refused requests and proxy connections, by reason",
+            self.refused.clone(),
+        );
         registry.register("raven_proxy_streams", "Opened proxy streams", self.streams.clone());
         registry.register("raven_proxy_open_streams", "Proxy streams that are open now", self.open.clone());
         registry.register("raven_proxy_sent_bytes", "Bytes sent to nodes", self.sent.clone());

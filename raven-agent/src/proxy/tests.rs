@@ -1,4 +1,5 @@
-//! Both halves of the proxy in one process, over loopback: properties that do not depend on the network. The lab tests the rest.
+//! Both halves of the proxy in one process, over loopback: properties that do not depend on the network. The lab tests
+//! the rest.
 
 mod flow_control;
 mod hostile;
@@ -20,7 +21,7 @@ const SOON: Duration = Duration::from_secs(10);
 async fn half_close_is_preserved() {
     let sites = Sites::start().await;
     // Responds only after the request has ended.
-    let node = sites.listen().await;
+    let node = sites.listen();
     tokio::spawn(async move {
         loop {
             let (mut client, _) = node.accept().await.expect("a stream");
@@ -44,7 +45,7 @@ async fn half_close_is_preserved() {
 #[tokio::test(flavor = "multi_thread")]
 async fn tls_is_routed_by_server_name_and_not_terminated() {
     let sites = Sites::start().await;
-    let node = sites.listen().await;
+    let node = sites.listen();
     let kubelet = sites::Ca::new().tls_server("x2");
     let shown = kubelet.certificate.clone();
     tokio::spawn(async move {
@@ -96,7 +97,7 @@ async fn error_names_the_unresponsive_node() {
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_wait_for_reconnection() {
     let mut sites = Sites::start().await;
-    let node = sites.listen().await;
+    let node = sites.listen();
     tokio::spawn(async move {
         while let Ok((mut client, _)) = node.accept().await {
             tokio::spawn(async move { client.write_all(b"x").await });
@@ -114,7 +115,7 @@ async fn requests_wait_for_reconnection() {
 #[tokio::test(flavor = "multi_thread")]
 async fn certificate_and_ca_rotation_drops_no_stream() {
     let sites = Sites::start().await;
-    let node = sites.listen().await;
+    let node = sites.listen();
     tokio::spawn(async move {
         while let Ok((mut client, _)) = node.accept().await {
             tokio::spawn(async move {
@@ -132,13 +133,16 @@ async fn certificate_and_ca_rotation_drops_no_stream() {
     };
     echo(b"before").await;
     let (first, second) = (&sites.ca, sites::Ca::new());
-    // As the controller does: the new CA is trusted before it signs, and the old one until its certificates have expired.
+    // As the controller does: the new CA is trusted before it signs, and the old one until its certificates have
+    // expired.
     let both = second.pem.clone() + &first.pem;
     for (signed_by, trusted) in [(first, &both), (&second, &both), (&second, &second.pem)] {
         let before = sites.numbers();
         sites.rotate(signed_by, trusted);
-        sites::eventually("new connections take over", || sites.numbers().iter().filter(|number| !before.contains(number)).count() >= 2)
-            .await;
+        sites::eventually("new connections take over", || {
+            sites.numbers().iter().filter(|number| !before.contains(number)).count() >= 2
+        })
+        .await;
         echo(b"the old stream, on the old connection").await;
         let mut another = timeout(SOON, sites.open("x2")).await.expect("in time").expect("a new stream");
         another.write_all(b"x").await.expect("sent");
@@ -151,12 +155,17 @@ async fn certificate_and_ca_rotation_drops_no_stream() {
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_are_listed_with_streams_and_round_trip_time() {
     let sites = Sites::start().await;
-    let _node = sites.listen().await;
+    let _node = sites.listen();
     let _stream = sites.open("x2").await.expect("a stream");
-    sites::eventually("each connection was measured", || sites.cloud_stats.connections().matches("rttMs").count() == 2).await;
+    sites::eventually("each connection was measured", || sites.cloud_stats.connections().matches("rttMs").count() == 2)
+        .await;
     for (stats, gateway, node) in [(&sites.cloud_stats, "edge-x", "x1"), (&sites.edge_stats, "cloud", "c1")] {
         let shown = stats.connections();
-        assert_eq!(shown.matches(&format!("\"gateway\":\"{gateway}\",\"node\":\"{node}\",\"state\":\"up\"")).count(), 2, "{shown}");
+        assert_eq!(
+            shown.matches(&format!("\"gateway\":\"{gateway}\",\"node\":\"{node}\",\"state\":\"up\"")).count(),
+            2,
+            "{shown}"
+        );
         assert_eq!(shown.matches("\"streams\":1").count(), 1, "{shown}");
     }
 }
@@ -164,7 +173,7 @@ async fn connections_are_listed_with_streams_and_round_trip_time() {
 #[tokio::test(flavor = "multi_thread")]
 async fn node_that_is_no_longer_elected_loses_its_connections_and_streams() {
     let sites = Sites::start().await;
-    let node = sites.listen().await;
+    let node = sites.listen();
     let mut stream = sites.open("x2").await.expect("a stream");
     let (mut at_node, _) = node.accept().await.expect("it arrives");
     sites.withdraw_election();

@@ -1,4 +1,5 @@
-//! Builds the [`Topology`] from API objects. Invalid input is left out and named in `problems`; it never affects the rest.
+//! Builds the [`Topology`] from API objects. Invalid input is left out and named in `problems`; it never affects the
+//! rest.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -58,10 +59,13 @@ pub fn build(inputs: &Inputs) -> Topology {
         ..Topology::default()
     };
     let mut builder = Builder { keys, topology, ready_proxies: inputs.ready_proxies.clone(), ..Builder::default() };
-    // A key that two nodes claim stays with the first. Exposed Gateways come first: a stolen node of an older site that publishes the
-    // cloud's key must not disconnect the cloud.
+    // A key that two nodes claim stays with the first. Exposed Gateways come first: a stolen node of an older site that
+    // publishes the cloud's key must not disconnect the cloud.
     for exposed in [true, false] {
-        gateways.iter().filter(|g| g.spec.expose_type.is_edge() != exposed).for_each(|gateway| builder.keep_keys(gateway));
+        gateways
+            .iter()
+            .filter(|g| g.spec.expose_type.is_edge() != exposed)
+            .for_each(|gateway| builder.keep_keys(gateway));
     }
     for gateway in gateways {
         builder.add(gateway);
@@ -106,7 +110,10 @@ impl Builder {
                     let peer = self.peer(&name, endpoint, outer, pool.exposed);
                     pool.gateways.insert(endpoint.node_name.clone(), peer);
                 }
-                None => self.problem(format!("Gateway {name}: elected node {} is not a node of this Gateway", endpoint.node_name)),
+                None => self.problem(format!(
+                    "Gateway {name}: elected node {} is not a node of this Gateway",
+                    endpoint.node_name
+                )),
             }
         }
         pool.proxies = proxies(&pool, &status.active_endpoints, &self.ready_proxies);
@@ -136,16 +143,22 @@ impl Builder {
     fn prefix(&mut self, gateway: &str, node: &str, text: &str) -> Option<IpNet> {
         let address = text.parse::<IpAddr>().map(IpNet::from);
         let Ok(prefix) = text.parse::<IpNet>().or(address) else {
-            self.problem(format!("Gateway {gateway}: node {node}: {text:?} is not a prefix in CIDR notation; it is left out"));
+            self.problem(format!(
+                "Gateway {gateway}: node {node}: {text:?} is not a prefix in CIDR notation; it is left out"
+            ));
             return None;
         };
         let prefix = prefix.trunc();
         if !is_routable(&prefix) {
-            self.problem(format!("Gateway {gateway}: node {node}: {prefix} is not routable and cannot be a pod prefix; it is left out"));
+            self.problem(format!(
+                "Gateway {gateway}: node {node}: {prefix} is not routable and cannot be a pod prefix; it is left out"
+            ));
             return None;
         }
         if let Some((other, owner)) = overlapping(&self.taken, &prefix, gateway) {
-            self.problem(format!("Gateway {gateway}: node {node}: {prefix} overlaps {other} of Gateway {owner}; it is left out"));
+            self.problem(format!(
+                "Gateway {gateway}: node {node}: {prefix} overlaps {other} of Gateway {owner}; it is left out"
+            ));
             return None;
         }
         self.taken.insert(prefix, gateway.to_owned());
@@ -174,16 +187,22 @@ impl Builder {
             None if exposed => Some(IpAddr::V4(outer)),
             _ => None,
         };
-        GatewayPeer { key, dial: address.map(|ip| SocketAddr::new(ip, endpoint.dialled_port())), port: endpoint.port_or_default() }
+        GatewayPeer {
+            key,
+            dial: address.map(|ip| SocketAddr::new(ip, endpoint.dialled_port())),
+            port: endpoint.port_or_default(),
+        }
     }
 
-    /// The key that the node published, else the one in `spec`. A key that two nodes claim stays with the first: otherwise one node would receive
-    /// the packets of the other.
+    /// The key that the node published, else the one in `spec`. A key that two nodes claim stays with the first:
+    /// otherwise one node would receive the packets of the other.
     fn key(&mut self, gateway: &str, endpoint: &Endpoint) -> Option<PublicKey> {
         let node = &endpoint.node_name;
         let text = self.claimed_key(endpoint)?;
         let Ok(key) = text.parse::<PublicKey>() else {
-            self.problem(format!("Gateway {gateway}: node {node}: {text:?} is not a WireGuard public key (base64 of 32 bytes)"));
+            self.problem(format!(
+                "Gateway {gateway}: node {node}: {text:?} is not a WireGuard public key (base64 of 32 bytes)"
+            ));
             return None;
         };
         match self.key_owners.get(&key).filter(|owner| *owner != node).cloned() {
@@ -206,29 +225,42 @@ fn proxies(pool: &Pool, active: &[Endpoint], ready: &BTreeSet<String>) -> BTreeM
     on.filter_map(|endpoint| {
         let outer = pool.members.get(&endpoint.node_name)?.outer;
         let text = |value: Option<&String>| value.filter(|v| !v.is_empty()).cloned();
-        let host = text(endpoint.public_ip.as_ref()).map(|ip| canonical_host(&ip)).or_else(|| text(endpoint.config.get(CONFIG_HOSTNAME)));
+        let host = text(endpoint.public_ip.as_ref())
+            .map(|ip| canonical_host(&ip))
+            .or_else(|| text(endpoint.config.get(CONFIG_HOSTNAME)));
         // In an installation on one LAN, the node's own address is the one that edges dial.
         let host = pool.exposed.then(|| host.unwrap_or_else(|| outer.to_string()));
         let dial = host.map(|host| (host, endpoint.dialled_port()));
         let ready = ready.contains(&endpoint.node_name);
         Some((
             endpoint.node_name.clone(),
-            ProxyPeer { dial, port: endpoint.port_or_default(), ready, uid: text(endpoint.config.get(CONFIG_NODE_UID)) },
+            ProxyPeer {
+                dial,
+                port: endpoint.port_or_default(),
+                ready,
+                uid: text(endpoint.config.get(CONFIG_NODE_UID)),
+            },
         ))
     })
     .collect()
 }
 
-/// A prefix of `taken` that conflicts with `prefix` of `gateway`: the same prefix, or one of another Gateway that contains it or is inside it.
-/// Nested prefixes of one Gateway do not conflict, because the longest match selects between them.
-fn overlapping<'a>(taken: &'a BTreeMap<IpNet, String>, prefix: &IpNet, gateway: &str) -> Option<(&'a IpNet, &'a String)> {
+/// A prefix of `taken` that conflicts with `prefix` of `gateway`: the same prefix, or one of another Gateway that
+/// contains it or is inside it. Nested prefixes of one Gateway do not conflict, because the longest match selects
+/// between them.
+fn overlapping<'a>(
+    taken: &'a BTreeMap<IpNet, String>,
+    prefix: &IpNet,
+    gateway: &str,
+) -> Option<(&'a IpNet, &'a String)> {
     let conflicts = |(other, owner): &(&IpNet, &String)| *other == prefix || *owner != gateway;
     let mut wider = (0..=prefix.prefix_len()).rev().filter_map(|len| {
         let wider = IpNet::new(prefix.addr(), len).ok()?.trunc();
         taken.get_key_value(&wider)
     });
     // Prefixes without host bits sort by address first, so those inside `prefix` follow it directly.
-    let mut inside = taken.range(*prefix..).take_while(|(p, _)| prefix.contains(&p.addr())).filter(|(p, _)| prefix.contains(*p));
+    let mut inside =
+        taken.range(*prefix..).take_while(|(p, _)| prefix.contains(&p.addr())).filter(|(p, _)| prefix.contains(*p));
     wider.find(conflicts).or_else(|| inside.find(conflicts))
 }
 

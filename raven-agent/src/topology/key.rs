@@ -40,8 +40,8 @@ impl fmt::Debug for PublicKey {
 pub struct PresharedKey(pub [u8; 32]);
 
 impl PresharedKey {
-    /// Parses the output of `wg genpsk`; any other text is hashed with SHA-256. `None` for an empty text, and for a key of zeros, which WireGuard
-    /// treats as no key.
+    /// Parses the output of `wg genpsk`; any other text is hashed with SHA-256. `None` for an empty text, and for a key
+    /// of zeros, which WireGuard treats as no key.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let text = bytes.trim_ascii();
         let key = STANDARD.decode(text).ok().and_then(|key| key.try_into().ok());

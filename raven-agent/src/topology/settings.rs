@@ -24,11 +24,12 @@ impl Default for ClusterSettings {
 }
 
 impl ClusterSettings {
-    /// The settings from the data of the two ConfigMaps; pass an empty map for an absent one. Only the word `false` switches a half off,
-    /// as in the controller: a typing error must not disconnect a cluster.
+    /// The settings from the data of the two ConfigMaps; pass an empty map for an absent one. Only the word `false`
+    /// switches a half off, as in the controller: a typing error must not disconnect a cluster.
     pub fn parse(switches: &BTreeMap<String, String>, agent: &BTreeMap<String, String>) -> Self {
-        let is =
-            |data: &BTreeMap<String, String>, key: &str, word: &str| data.get(key).is_some_and(|v| v.trim().eq_ignore_ascii_case(word));
+        let is = |data: &BTreeMap<String, String>, key: &str, word: &str| {
+            data.get(key).is_some_and(|v| v.trim().eq_ignore_ascii_case(word))
+        };
         Self {
             l3: !is(switches, SWITCH_L3, "false"),
             l7: !is(switches, SWITCH_L7, "false"),

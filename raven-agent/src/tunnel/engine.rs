@@ -1,7 +1,8 @@
-//! The embedded WireGuard engine: boringtun's device in a separate process, so that the agent can restart without packet loss.
+//! The embedded WireGuard engine: boringtun's device in a separate process, so that the agent can restart without
+//! packet loss.
 //!
-//! It serves the cross-platform WireGuard protocol on `/var/run/wireguard/DEVICE.sock`, so `wg show` works with it. It exits on
-//! SIGTERM or when that socket is removed, and its TUN device is deleted with it.
+//! It serves the cross-platform WireGuard protocol on `/var/run/wireguard/DEVICE.sock`, so `wg show` works with it. It
+//! exits on SIGTERM or when that socket is removed, and its TUN device is deleted with it.
 
 use std::{
     fs,
@@ -51,7 +52,9 @@ pub async fn start(device: &str) -> Result<(), Error> {
         .process_group(0)
         .spawn()
         .map_err(|e| failed(&e))?;
-    let listening = || async { if is_running(device) { Ok(()) } else { Err("it does not listen on its socket after 5 s".to_owned()) } };
+    let listening = || async {
+        if is_running(device) { Ok(()) } else { Err("it does not listen on its socket after 5 s".to_owned()) }
+    };
     let backoff = ConstantBuilder::default().with_delay(Duration::from_millis(20)).with_max_times(250);
     let result = listening.retry(backoff).await;
     if result.is_err() {
@@ -73,7 +76,8 @@ pub async fn kill(device: &str) -> Result<(), Error> {
 
 /// Stops the engine and waits until its device is deleted.
 pub async fn stop(device: &str) -> Result<(), Error> {
-    fs::remove_file(socket(device)).map_err(|e| Error::Engine(format!("cannot remove {}: {e}", socket(device).display())))?;
+    fs::remove_file(socket(device))
+        .map_err(|e| Error::Engine(format!("cannot remove {}: {e}", socket(device).display())))?;
     let deleted = || async {
         let exists = nix::net::if_::if_nametoindex(device).is_ok();
         if exists { Err("cannot stop: its device still exists after 5 s") } else { Ok(()) }
@@ -92,7 +96,8 @@ pub fn run(device: &str) -> Result<(), Error> {
         use_multi_queue: threads > 1,
         uapi_fd: -1,
     };
-    let mut handle = DeviceHandle::new(device, config).map_err(|e| Error::Engine(format!("cannot open device {device}: {e}")))?;
+    let mut handle =
+        DeviceHandle::new(device, config).map_err(|e| Error::Engine(format!("cannot open device {device}: {e}")))?;
     handle.wait();
     Ok(())
 }

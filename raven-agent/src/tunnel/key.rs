@@ -1,5 +1,5 @@
-//! The node's WireGuard key: created on the node, readable by root only, kept across restarts, never sent anywhere. Also the
-//! cluster's preshared key, if it has one.
+//! The node's WireGuard key: created on the node, readable by root only, kept across restarts, never sent anywhere.
+//! Also the cluster's preshared key, if it has one.
 
 use std::{fs, io, os::unix::fs::PermissionsExt, path::Path};
 
@@ -12,7 +12,8 @@ fn failed(path: &Path) -> impl Fn(io::Error) -> Error {
     move |reason| Error::Key { path: path.display().to_string(), reason }
 }
 
-/// The private key in `path`, which is created if it does not exist. A file that contains no key is renamed, not overwritten.
+/// The private key in `path`, which is created if it does not exist. A file that contains no key is renamed, not
+/// overwritten.
 pub fn load_or_create(path: &Path) -> Result<Key, Error> {
     match fs::read_to_string(path) {
         Ok(text) => {

@@ -50,25 +50,32 @@ fn expose() -> impl Strategy<Value = ExposeType> {
 fn nodes() -> impl Strategy<Value = Vec<NodeInfo>> {
     let subnets = collection::vec("[a-c]", 0..3);
     collection::vec(
-        ("[a-c]", "[a-c]", subnets).prop_map(|(node_name, private_ip, subnets)| NodeInfo { node_name, private_ip, subnets }),
+        ("[a-c]", "[a-c]", subnets).prop_map(|(node_name, private_ip, subnets)| NodeInfo {
+            node_name,
+            private_ip,
+            subnets,
+        }),
         0..3,
     )
 }
 
 fn condition() -> impl Strategy<Value = Condition> {
-    ("[a-c]", any::<bool>(), option::of(1..9i64), 0..9i64).prop_map(|(type_, ok, observed_generation, second)| Condition {
-        type_,
-        status: if ok { "True" } else { "False" }.to_owned(),
-        reason: "Because".to_owned(),
-        message: "in \"words\"".to_owned(),
-        observed_generation,
-        last_transition_time: Time(Timestamp::from_second(second).expect("a small number")),
+    ("[a-c]", any::<bool>(), option::of(1..9i64), 0..9i64).prop_map(|(type_, ok, observed_generation, second)| {
+        Condition {
+            type_,
+            status: if ok { "True" } else { "False" }.to_owned(),
+            reason: "Because".to_owned(),
+            message: "in \"words\"".to_owned(),
+            observed_generation,
+            last_transition_time: Time(Timestamp::from_second(second).expect("a small number")),
+        }
     })
 }
 
 fn configs() -> impl Strategy<Value = (Option<ProxyConfig>, Option<TunnelConfig>)> {
-    let proxy = (0..3i32, option::of("[0-9]{2}"), option::of("[0-9]{2}"))
-        .prop_map(|(replicas, proxy_http_port, proxy_https_port)| ProxyConfig { replicas, proxy_http_port, proxy_https_port });
+    let proxy = (0..3i32, option::of("[0-9]{2}"), option::of("[0-9]{2}")).prop_map(
+        |(replicas, proxy_http_port, proxy_https_port)| ProxyConfig { replicas, proxy_http_port, proxy_https_port },
+    );
     (option::of(proxy), option::of((0..3i32).prop_map(|replicas| TunnelConfig { replicas })))
 }
 
@@ -82,24 +89,33 @@ fn new_gateway() -> impl Strategy<Value = v1beta1::Gateway> {
             endpoints,
         },
     );
-    let status = (nodes(), collection::vec(endpoint(), 0..3), collection::vec(condition(), 0..3), option::of(1..9i64)).prop_map(
-        |(nodes, active_endpoints, conditions, observed_generation)| v1beta1::GatewayStatus {
+    let status = (nodes(), collection::vec(endpoint(), 0..3), collection::vec(condition(), 0..3), option::of(1..9i64))
+        .prop_map(|(nodes, active_endpoints, conditions, observed_generation)| v1beta1::GatewayStatus {
             node_count: i32::try_from(nodes.len()).expect("three at most"),
             nodes,
             active_endpoints,
             conditions,
             observed_generation,
-        },
-    );
-    (metadata(), spec, option::of(status)).prop_map(|(metadata, spec, status)| v1beta1::Gateway { metadata, spec, status })
+        });
+    (metadata(), spec, option::of(status)).prop_map(|(metadata, spec, status)| v1beta1::Gateway {
+        metadata,
+        spec,
+        status,
+    })
 }
 
 fn old_gateway() -> impl Strategy<Value = v1alpha1::Gateway> {
     let endpoint = || endpoint().prop_map(|e| endpoint_to_v1alpha1(&e));
-    let spec = (selector(), expose(), collection::vec(endpoint(), 0..5))
-        .prop_map(|(node_selector, expose_type, endpoints)| v1alpha1::GatewaySpec { node_selector, expose_type, endpoints });
-    let status = (nodes(), option::of(endpoint())).prop_map(|(nodes, active_endpoint)| v1alpha1::GatewayStatus { nodes, active_endpoint });
-    (metadata(), spec, option::of(status)).prop_map(|(metadata, spec, status)| v1alpha1::Gateway { metadata, spec, status })
+    let spec = (selector(), expose(), collection::vec(endpoint(), 0..5)).prop_map(
+        |(node_selector, expose_type, endpoints)| v1alpha1::GatewaySpec { node_selector, expose_type, endpoints },
+    );
+    let status = (nodes(), option::of(endpoint()))
+        .prop_map(|(nodes, active_endpoint)| v1alpha1::GatewayStatus { nodes, active_endpoint });
+    (metadata(), spec, option::of(status)).prop_map(|(metadata, spec, status)| v1alpha1::Gateway {
+        metadata,
+        spec,
+        status,
+    })
 }
 
 // Serializes and parses, as the API server does.
@@ -164,8 +180,7 @@ fn old_from_json() -> v1alpha1::Gateway {
 #[test]
 fn fields_missing_in_v1alpha1_get_upstreams_defaults() {
     let new = serde_json::to_value(to_v1beta1(old_from_json())).expect("JSON");
-    let endpoint =
-        json!({"nodeName": "a", "type": "tunnel", "port": 4500, "underNAT": false, "publicIP": "192.0.2.1", "config": {"k": "v"}});
+    let endpoint = json!({"nodeName": "a", "type": "tunnel", "port": 4500, "underNAT": false, "publicIP": "192.0.2.1", "config": {"k": "v"}});
     assert_eq!(
         new["spec"],
         json!({

@@ -1,6 +1,7 @@
 //! Ownership of prefixes: a trie of all prefixes claimed so far.
 //!
-//! The first claim wins; the caller submits claims in the order of seniority. A rejected claim returns the conflicting owner.
+//! The first claim wins; the caller submits claims in the order of seniority. A rejected claim returns the conflicting
+//! owner.
 
 use std::net::IpAddr;
 
@@ -96,9 +97,11 @@ mod tests {
     fn overlapping_prefixes_of_another_pool_are_refused() {
         let mut claims = Claims::default();
         assert_eq!(claims.claim(net("10.1.0.0/16"), owner("a", "a1", Kind::Pod)), Ok(true));
-        let narrower = claims.claim(net("10.1.2.0/24"), owner("b", "b1", Kind::Pod)).expect_err("it lies inside 10.1.0.0/16");
+        let narrower =
+            claims.claim(net("10.1.2.0/24"), owner("b", "b1", Kind::Pod)).expect_err("it lies inside 10.1.0.0/16");
         assert_eq!(narrower.held, net("10.1.0.0/16"));
-        let wider = claims.claim(net("10.0.0.0/8"), owner("b", "b1", Kind::Extra)).expect_err("it contains 10.1.0.0/16");
+        let wider =
+            claims.claim(net("10.0.0.0/8"), owner("b", "b1", Kind::Extra)).expect_err("it contains 10.1.0.0/16");
         assert_eq!(wider.owner.gateway, "a".into());
         assert_eq!(claims.claim(net("10.2.0.0/16"), owner("b", "b1", Kind::Pod)), Ok(true));
         assert_eq!(claims.claim(net("fd00::/64"), owner("b", "b1", Kind::Pod)), Ok(true));

@@ -1,10 +1,12 @@
 //! Elects the gateway nodes of a pool: ready candidates in order of preference; an elected node stays elected.
 //!
-//! The election is sticky because each change of a gateway node breaks the flows that it carries: a preferred node that becomes ready again
-//! does not replace the elected one. A node that is cut off from all other pools ([`links`](super::links)) is replaced.
+//! The election is sticky because each change of a gateway node breaks the flows that it carries: a preferred node that
+//! becomes ready again does not replace the elected one. A node that is cut off from all other pools
+//! ([`links`](super::links)) is replaced.
 //!
-//! If no candidate is ready, the previously elected nodes stay elected. A site that loses only its connection to the API server looks like this:
-//! all its nodes become NotReady at once, while its tunnel may still carry traffic, and no node could replace them.
+//! If no candidate is ready, the previously elected nodes stay elected. A site that loses only its connection to the
+//! API server looks like this: all its nodes become NotReady at once, while its tunnel may still carry traffic, and no
+//! node could replace them.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -39,13 +41,16 @@ impl Election {
         if self.kept { 0 } else { self.elected.len() }
     }
 
-    /// Adds the address of the load balancer to each elected endpoint without `publicIP`, if the Gateway is exposed by load balancers.
+    /// Adds the address of the load balancer to each elected endpoint without `publicIP`, if the Gateway is exposed by
+    /// load balancers.
     pub(crate) fn add_load_balancers(&mut self, inputs: &Inputs, gateway: &GatewayFacts) {
         if gateway.resource.spec.expose_type != ExposeType::LoadBalancer {
             return;
         }
         for endpoint in self.elected.iter_mut().filter(|e| e.public_ip.as_deref().is_none_or(str::is_empty)) {
-            let of = |b: &&BalancerFacts| b.gateway == gateway.name && b.type_ == self.type_ && b.node.as_str() == endpoint.node_name;
+            let of = |b: &&BalancerFacts| {
+                b.gateway == gateway.name && b.type_ == self.type_ && b.node.as_str() == endpoint.node_name
+            };
             let Some(balancer) = inputs.balancers.iter().find(of) else { continue };
             if balancer.host.parse::<IpAddr>().is_ok() {
                 endpoint.public_ip = Some(balancer.host.clone());
@@ -56,8 +61,15 @@ impl Election {
     }
 }
 
-/// Elects endpoints of one type among `nodes`, the pool's nodes sorted by name. `switch` is the state of the type's cluster-wide switch.
-pub(crate) fn elect(gateway: &GatewayFacts, type_: EndpointType, nodes: &[&NodeFacts], links: &Links<'_>, switch: bool) -> Election {
+/// Elects endpoints of one type among `nodes`, the pool's nodes sorted by name. `switch` is the state of the type's
+/// cluster-wide switch.
+pub(crate) fn elect(
+    gateway: &GatewayFacts,
+    type_: EndpointType,
+    nodes: &[&NodeFacts],
+    links: &Links<'_>,
+    switch: bool,
+) -> Election {
     let wanted = replicas(gateway, type_);
     let candidates = candidates(gateway, type_, nodes);
     let count = candidates.len();
@@ -69,7 +81,8 @@ pub(crate) fn elect(gateway: &GatewayFacts, type_: EndpointType, nodes: &[&NodeF
 
     // Nodes that are cut off come last, so they stay elected if no other candidate is left.
     let mut by_preference: Vec<usize> = (0..eligible.len()).collect();
-    by_preference.sort_by_key(|&i| (links.is_cut_off(gateway, &eligible[i].1.name, type_), !was_elected(&eligible[i].0)));
+    by_preference
+        .sort_by_key(|&i| (links.is_cut_off(gateway, &eligible[i].1.name, type_), !was_elected(&eligible[i].0)));
     let chosen: BTreeSet<usize> = by_preference.into_iter().take(wanted).collect();
 
     let elected = eligible.into_iter().enumerate().filter(|(i, _)| chosen.contains(i));
@@ -125,7 +138,11 @@ fn elected_before(gateway: &GatewayFacts, type_: EndpointType) -> BTreeSet<&str>
 }
 
 // In order of preference: as listed, or by name if no endpoint of this type is listed.
-fn candidates<'a>(gateway: &GatewayFacts, type_: EndpointType, nodes: &[&'a NodeFacts]) -> Vec<(Endpoint, &'a NodeFacts)> {
+fn candidates<'a>(
+    gateway: &GatewayFacts,
+    type_: EndpointType,
+    nodes: &[&'a NodeFacts],
+) -> Vec<(Endpoint, &'a NodeFacts)> {
     let listed = &gateway.resource.spec.endpoints;
     if !listed.iter().any(|e| e.type_ == type_) {
         return nodes.iter().map(|node| (implied(listed, type_, node), *node)).collect();
@@ -135,7 +152,8 @@ fn candidates<'a>(gateway: &GatewayFacts, type_: EndpointType, nodes: &[&'a Node
     of_type.filter_map(|e| nodes.iter().find(|n| n.name.as_str() == e.node_name).map(|n| (e.clone(), *n))).collect()
 }
 
-// Endpoints listed for the other type still determine whether the site is behind NAT and the node's public address. Ports differ by type.
+// Endpoints listed for the other type still determine whether the site is behind NAT and the node's public address.
+// Ports differ by type.
 fn implied(listed: &[Endpoint], type_: EndpointType, node: &NodeFacts) -> Endpoint {
     Endpoint {
         node_name: node.name.to_string(),

@@ -1,6 +1,7 @@
 //! Events that follow from a new status: gateway nodes elected, replaced or lost, and claims refused.
 //!
-//! Events are derived from the difference between the present status and the new one, so each is published once, even across restarts.
+//! Events are derived from the difference between the present status and the new one, so each is published once, even
+//! across restarts.
 
 use std::collections::BTreeSet;
 
@@ -26,32 +27,53 @@ pub(crate) struct Change {
 }
 
 /// Returns Events for other Gateways about refused claims that the present condition does not contain yet.
-pub(crate) fn notices<'a>(old: Option<&GatewayStatus>, refusals: &'a [Refusal]) -> impl Iterator<Item = (&'a GatewayName, Change)> {
-    let reported = old.and_then(|s| condition(s, ConditionType::Accepted)).map(|c| c.message.clone()).unwrap_or_default();
+pub(crate) fn notices<'a>(
+    old: Option<&GatewayStatus>,
+    refusals: &'a [Refusal],
+) -> impl Iterator<Item = (&'a GatewayName, Change)> {
+    let reported =
+        old.and_then(|s| condition(s, ConditionType::Accepted)).map(|c| c.message.clone()).unwrap_or_default();
     // The condition contains the first refusals only, so it is unknown whether later ones are new.
     let new = refusals.iter().take(MAX_ITEMS).filter(move |refusal| !reported.contains(&refusal.message));
     let notices = new.filter_map(|refusal| refusal.notice.as_ref());
-    notices.map(|notice| (&notice.to, Change { warning: false, reason: notice.reason.to_owned(), note: notice.note.clone() }))
+    notices.map(|notice| {
+        (&notice.to, Change { warning: false, reason: notice.reason.to_owned(), note: notice.note.clone() })
+    })
 }
 
 /// Returns the Events for the difference between two statuses of `gateway`.
-pub(crate) fn changes(inputs: &Inputs, gateway: &GatewayName, old: Option<&GatewayStatus>, new: &GatewayStatus) -> Vec<Change> {
+pub(crate) fn changes(
+    inputs: &Inputs,
+    gateway: &GatewayName,
+    old: Option<&GatewayStatus>,
+    new: &GatewayStatus,
+) -> Vec<Change> {
     let elections = [EndpointType::Tunnel, EndpointType::Proxy];
     let moved = elections.into_iter().filter_map(|type_| moved(inputs, gateway, type_, old, new));
     moved.chain(kept(old, new)).chain(refused(old, new)).chain(ambiguous(old, new)).collect()
 }
 
-fn moved(inputs: &Inputs, gateway: &GatewayName, type_: EndpointType, old: Option<&GatewayStatus>, new: &GatewayStatus) -> Option<Change> {
+fn moved(
+    inputs: &Inputs,
+    gateway: &GatewayName,
+    type_: EndpointType,
+    old: Option<&GatewayStatus>,
+    new: &GatewayStatus,
+) -> Option<Change> {
     let before = old.map(|s| elected(s, type_)).unwrap_or_default();
     let after = elected(new, type_);
     let added: Vec<&str> = after.difference(&before).copied().collect();
-    let removed: Vec<String> =
-        before.difference(&after).map(|node| format!("{node} ({})", removal_reason(inputs, gateway, type_, node, new))).collect();
+    let removed: Vec<String> = before
+        .difference(&after)
+        .map(|node| format!("{node} ({})", removal_reason(inputs, gateway, type_, node, new)))
+        .collect();
     let what = type_name(type_);
     let (warning, reason, note) = match (added.is_empty(), removed.is_empty()) {
         (true, true) => return None,
         (false, true) => (false, "GatewayNodeElected", format!("{what}: elected {}", enumerate(&added))),
-        (false, false) => (false, "GatewayNodeReplaced", format!("{what}: {} replaces {}", enumerate(&added), enumerate(&removed))),
+        (false, false) => {
+            (false, "GatewayNodeReplaced", format!("{what}: {} replaces {}", enumerate(&added), enumerate(&removed)))
+        }
         (true, false) if after.is_empty() => (
             true,
             "GatewayNodeLost",
@@ -69,7 +91,13 @@ fn elected(status: &GatewayStatus, type_: EndpointType) -> BTreeSet<&str> {
     status.active_endpoints.iter().filter(|e| e.type_ == type_).map(|e| e.node_name.as_str()).collect()
 }
 
-fn removal_reason(inputs: &Inputs, gateway: &GatewayName, type_: EndpointType, node: &str, new: &GatewayStatus) -> String {
+fn removal_reason(
+    inputs: &Inputs,
+    gateway: &GatewayName,
+    type_: EndpointType,
+    node: &str,
+    new: &GatewayStatus,
+) -> String {
     match inputs.nodes.get(&NodeName::from(node)) {
         None => "the node was deleted".to_owned(),
         Some(_) if new.nodes.iter().all(|n| n.node_name != node) => {
@@ -85,7 +113,8 @@ fn removal_reason(inputs: &Inputs, gateway: &GatewayName, type_: EndpointType, n
 
 // The pool may be cut off although the elected nodes stay the same: no candidate is ready.
 fn kept(old: Option<&GatewayStatus>, new: &GatewayStatus) -> Option<Change> {
-    let none_ready = |status: &GatewayStatus| condition(status, ConditionType::Elected).is_some_and(|c| c.reason == NO_READY_NODE);
+    let none_ready =
+        |status: &GatewayStatus| condition(status, ConditionType::Elected).is_some_and(|c| c.reason == NO_READY_NODE);
     let began = none_ready(new) && !new.active_endpoints.is_empty() && !old.is_some_and(none_ready);
     let elected = condition(new, ConditionType::Elected).filter(|_| began)?;
     Some(Change { warning: true, reason: elected.reason.clone(), note: elected.message.clone() })
@@ -97,7 +126,11 @@ fn refused(old: Option<&GatewayStatus>, new: &GatewayStatus) -> Option<Change> {
     let was_refused = before.is_some_and(|c| c.status == "False");
     if after.status == "False" {
         let reported = was_refused && before.is_some_and(|c| c.message == after.message);
-        return (!reported).then(|| Change { warning: true, reason: after.reason.clone(), note: after.message.clone() });
+        return (!reported).then(|| Change {
+            warning: true,
+            reason: after.reason.clone(),
+            note: after.message.clone(),
+        });
     }
     was_refused.then(|| Change { warning: false, reason: after.reason.clone(), note: after.message.clone() })
 }
@@ -109,7 +142,11 @@ fn ambiguous(old: Option<&GatewayStatus>, new: &GatewayStatus) -> Option<Change>
         ready.message.split("; ").find(|note| note.starts_with(BY_NAME_ONLY)).map(str::to_owned)
     };
     let now = note(new)?;
-    (old.and_then(note).as_ref() != Some(&now)).then(|| Change { warning: true, reason: "NodeAddressAmbiguous".to_owned(), note: now })
+    (old.and_then(note).as_ref() != Some(&now)).then(|| Change {
+        warning: true,
+        reason: "NodeAddressAmbiguous".to_owned(),
+        note: now,
+    })
 }
 
 fn condition(status: &GatewayStatus, type_: ConditionType) -> Option<&Condition> {

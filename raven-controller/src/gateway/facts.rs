@@ -72,9 +72,13 @@ pub(crate) struct BadPrefix {
     pub(crate) error: String,
 }
 
-/// Parses a prefix and clears its host bits. An address without a length is an error, because its intended length is unknown.
+/// Parses a prefix and clears its host bits. An address without a length is an error, because its intended length is
+/// unknown.
 pub(crate) fn parse_prefix(text: &str) -> Result<IpNet, BadPrefix> {
-    text.trim().parse::<IpNet>().map(|prefix| prefix.trunc()).map_err(|e| BadPrefix { text: text.trim().to_owned(), error: e.to_string() })
+    text.trim()
+        .parse::<IpNet>()
+        .map(|prefix| prefix.trunc())
+        .map_err(|e| BadPrefix { text: text.trim().to_owned(), error: e.to_string() })
 }
 
 /// Facts of a Node.
@@ -133,7 +137,8 @@ impl NodeFacts {
 // IPv4 before IPv6, otherwise in the kubelet's order.
 fn internal_addresses(node: &Node) -> Vec<IpAddr> {
     let addresses = node.status.iter().flat_map(|s| s.addresses.iter().flatten());
-    let mut internal: Vec<IpAddr> = addresses.filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).collect();
+    let mut internal: Vec<IpAddr> =
+        addresses.filter(|a| a.type_ == "InternalIP").filter_map(|a| a.address.parse().ok()).collect();
     internal.sort_by_key(IpAddr::is_ipv6);
     internal
 }
@@ -159,7 +164,8 @@ pub(crate) struct GatewayFacts {
 }
 
 impl GatewayFacts {
-    /// Extracts the facts of a Gateway. Returns `None` for a Gateway that is being deleted: its nodes and prefixes are free from then on.
+    /// Extracts the facts of a Gateway. Returns `None` for a Gateway that is being deleted: its nodes and prefixes are
+    /// free from then on.
     pub(crate) fn parse(gateway: Gateway) -> Option<Self> {
         let meta: &ObjectMeta = &gateway.metadata;
         if meta.deletion_timestamp.is_some() {
@@ -175,15 +181,16 @@ impl GatewayFacts {
         })
     }
 
-    /// Sort key: of two Gateways with the same claim, the smaller one keeps it. A Gateway written by a user precedes one created by a rule, then
-    /// the older one, then the order of names.
+    /// Sort key: of two Gateways with the same claim, the smaller one keeps it. A Gateway written by a user precedes
+    /// one created by a rule, then the older one, then the order of names.
     pub(crate) fn seniority(&self) -> (bool, Timestamp, &GatewayName) {
         (self.generated, self.created.unwrap_or(Timestamp::MAX), &self.name)
     }
 }
 
-// In Kubernetes an empty selector matches everything; here it matches nothing. `nodeSelector: {}` remains when a user removes the last label of a
-// selector, and moving every node of the cluster into one pool would cut the tunnels of all other pools.
+// In Kubernetes an empty selector matches everything; here it matches nothing. `nodeSelector: {}` remains when a user
+// removes the last label of a selector, and moving every node of the cluster into one pool would cut the tunnels of all
+// other pools.
 fn parse_selector(gateway: &Gateway) -> Result<Option<Selector>, String> {
     let Some(selector) = gateway.spec.node_selector.clone() else {
         return Ok(None);
@@ -217,8 +224,10 @@ impl BalancerFacts {
         let ingress = service.status.as_ref()?.load_balancer.as_ref()?.ingress.as_ref()?;
         let given = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
         // Addresses first: they need no DNS lookup.
-        let host = ingress.iter().find_map(|i| given(&i.ip)).or_else(|| ingress.iter().find_map(|i| given(&i.hostname)))?;
-        let (gateway, node) = (labels.get(LABEL_GATEWAY)?.as_str().into(), labels.get(LABEL_ENDPOINTS_NAME)?.as_str().into());
+        let host =
+            ingress.iter().find_map(|i| given(&i.ip)).or_else(|| ingress.iter().find_map(|i| given(&i.hostname)))?;
+        let (gateway, node) =
+            (labels.get(LABEL_GATEWAY)?.as_str().into(), labels.get(LABEL_ENDPOINTS_NAME)?.as_str().into());
         Some(Self { gateway, node, type_, host })
     }
 }
@@ -252,12 +261,13 @@ pub(crate) struct BlockFacts {
 }
 
 impl BlockFacts {
-    /// Extracts the facts of a BlockAffinity's spec. Returns `None` unless the affinity is confirmed and not deleted: otherwise the block may belong to
-    /// a different node.
+    /// Extracts the facts of a BlockAffinity's spec. Returns `None` unless the affinity is confirmed and not deleted:
+    /// otherwise the block may belong to a different node.
     pub(crate) fn parse(spec: &serde_json::Value) -> Option<Self> {
         let text = |key: &str| spec.get(key).and_then(|value| value.as_str()).filter(|text| !text.is_empty());
         // A string in Calico's CRD for compatibility with its first releases; a boolean is accepted as well.
-        let deleted = spec.get("deleted").is_some_and(|value| value.as_bool() == Some(true) || value.as_str() == Some("true"));
+        let deleted =
+            spec.get("deleted").is_some_and(|value| value.as_bool() == Some(true) || value.as_str() == Some("true"));
         if deleted || text("state") != Some("confirmed") {
             return None;
         }
@@ -281,7 +291,8 @@ impl Default for Switches {
 }
 
 impl Switches {
-    /// Parses the ConfigMap's data. Only the word `false` turns a half off: a misspelled value must not cut the cluster's network.
+    /// Parses the ConfigMap's data. Only the word `false` turns a half off: a misspelled value must not cut the
+    /// cluster's network.
     pub(crate) fn parse(data: &BTreeMap<String, String>) -> Self {
         let on = |key: &str| data.get(key).is_none_or(|value| !value.trim().eq_ignore_ascii_case("false"));
         Self { l3: on(SWITCH_L3), l7: on(SWITCH_L7) }
@@ -300,11 +311,15 @@ pub(crate) struct LinkFacts {
 impl LinkFacts {
     /// Extracts the facts of a GatewayNode; `None` if neither condition is present.
     ///
-    /// Only the two conditions are parsed: a node writes its own GatewayNode, and other invalid content must not hide them.
+    /// Only the two conditions are parsed: a node writes its own GatewayNode, and other invalid content must not hide
+    /// them.
     pub(crate) fn parse(node: &DynamicObject) -> Option<Self> {
         let conditions = node.data["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
-        let status = |type_: ConditionType| conditions.iter().find(|c| c["type"] == type_.as_str()).map(|c| c["status"] == "True");
-        let facts = Self { tunnel: status(ConditionType::TunnelConnected), proxy: status(ConditionType::ProxyConnected) };
+        let status = |type_: ConditionType| {
+            conditions.iter().find(|c| c["type"] == type_.as_str()).map(|c| c["status"] == "True")
+        };
+        let facts =
+            Self { tunnel: status(ConditionType::TunnelConnected), proxy: status(ConditionType::ProxyConnected) };
         (facts != Self::default()).then_some(facts)
     }
 
@@ -335,7 +350,8 @@ mod tests {
     #[test]
     fn link_conditions_are_read_despite_other_invalid_content() {
         let node = |status: serde_json::Value| -> DynamicObject {
-            serde_json::from_value(serde_json::json!({"metadata": {"name": "e1"}, "status": status})).expect("an object")
+            serde_json::from_value(serde_json::json!({"metadata": {"name": "e1"}, "status": status}))
+                .expect("an object")
         };
         let condition = serde_json::json!({"type": "TunnelConnected", "status": "False", "lastTransitionTime": "2026-01-01T00:00:00ZTx"});
         let facts = LinkFacts::parse(&node(serde_json::json!({"conditions": [7, condition], "peers": "none"})));

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use super::facts::{BalancerFacts, BlockFacts, GatewayFacts, GatewayName, LinkReports, NodeFacts, NodeName, PoolFacts, Switches};
+use super::facts::{
+    BalancerFacts, BlockFacts, GatewayFacts, GatewayName, LinkReports, NodeFacts, NodeName, PoolFacts, Switches,
+};
 
 /// All facts of the cluster, by name: the result does not depend on the order in which objects arrived.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -1,8 +1,8 @@
 //! Detects gateway nodes that are cut off: Ready in Kubernetes, but without a connection to any other pool.
 //!
-//! A gateway node reports its connections in conditions TunnelConnected and ProxyConnected of its GatewayNode. A negative report alone does not
-//! suffice: if the cloud is down, every site reports it, and new elections would not help. A node therefore counts as cut off only while
-//! at least one other site reports a connection.
+//! A gateway node reports its connections in conditions TunnelConnected and ProxyConnected of its GatewayNode. A
+//! negative report alone does not suffice: if the cloud is down, every site reports it, and new elections would not
+//! help. A node therefore counts as cut off only while at least one other site reports a connection.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use raven_api::gateway::EndpointType;
 use super::facts::{GatewayFacts, GatewayName, LinkReports, NodeName};
 use super::inputs::Inputs;
 
-/// How long a negative report stays valid after the node stops reporting. A replaced node is no longer elected and reports nothing; without this
-/// period it would be elected again as soon as its replacement is cut off, too.
+/// How long a negative report stays valid after the node stops reporting. A replaced node is no longer elected and
+/// reports nothing; without this period it would be elected again as soon as its replacement is cut off, too.
 const QUARANTINE: Duration = Duration::from_secs(1800);
 
 /// Nodes whose last report was negative, with the time since when they report nothing; `None`: they still report.
@@ -30,7 +30,9 @@ impl Quarantine {
             None => now.duration_since(*silent.get_or_insert(now)) < QUARANTINE,
         });
         for (node, facts) in reports {
-            for type_ in [EndpointType::Tunnel, EndpointType::Proxy].into_iter().filter(|type_| facts.of(*type_) == Some(false)) {
+            for type_ in
+                [EndpointType::Tunnel, EndpointType::Proxy].into_iter().filter(|type_| facts.of(*type_) == Some(false))
+            {
                 self.0.insert((node.clone(), type_), None);
             }
         }
@@ -61,9 +63,13 @@ impl<'a> Links<'a> {
         for gateway in inputs.gateways.values().filter(|g| g.resource.spec.expose_type.is_edge()) {
             let elected = gateway.resource.status.iter().flat_map(|status| &status.active_endpoints);
             for endpoint in elected {
-                let report = inputs.links.get(&NodeName::from(endpoint.node_name.as_str())).and_then(|facts| facts.of(endpoint.type_));
+                let report = inputs
+                    .links
+                    .get(&NodeName::from(endpoint.node_name.as_str()))
+                    .and_then(|facts| facts.of(endpoint.type_));
                 // The report of a site without power is stale: only Ready nodes count.
-                let ready = || inputs.nodes.get(&NodeName::from(endpoint.node_name.as_str())).is_some_and(|node| node.ready);
+                let ready =
+                    || inputs.nodes.get(&NodeName::from(endpoint.node_name.as_str())).is_some_and(|node| node.ready);
                 if report == Some(true) && ready() {
                     connected.entry(endpoint.type_).or_default().insert(&gateway.name);
                 }
@@ -72,10 +78,12 @@ impl<'a> Links<'a> {
         Self { reports: &inputs.links, connected }
     }
 
-    /// True if a node of `gateway` is cut off. Nodes of exposed Gateways never count as cut off: their links fail together with those of the sites.
+    /// True if a node of `gateway` is cut off. Nodes of exposed Gateways never count as cut off: their links fail
+    /// together with those of the sites.
     pub(crate) fn is_cut_off(&self, gateway: &GatewayFacts, node: &NodeName, type_: EndpointType) -> bool {
         let disconnected = || self.reports.get(node).and_then(|facts| facts.of(type_)) == Some(false);
-        let other_site_connected = || self.connected.get(&type_).is_some_and(|sites| sites.iter().any(|site| **site != gateway.name));
+        let other_site_connected =
+            || self.connected.get(&type_).is_some_and(|sites| sites.iter().any(|site| **site != gateway.name));
         gateway.resource.spec.expose_type.is_edge() && disconnected() && other_site_connected()
     }
 }
@@ -87,7 +95,9 @@ mod tests {
 
     #[test]
     fn negative_report_is_kept_until_the_next_report_or_the_end_of_the_quarantine() {
-        let reports = |tunnel: Option<bool>| LinkReports::from([(NodeName::from("e1"), Arc::new(LinkFacts { tunnel, proxy: None }))]);
+        let reports = |tunnel: Option<bool>| {
+            LinkReports::from([(NodeName::from("e1"), Arc::new(LinkFacts { tunnel, proxy: None }))])
+        };
         let (now, mut quarantine) = (Instant::now(), Quarantine::default());
         let held = |quarantine: &Quarantine, at: Instant| {
             quarantine.merge(LinkReports::new(), at).get(&NodeName::from("e1")).and_then(|facts| facts.tunnel)
@@ -99,7 +109,11 @@ mod tests {
         quarantine.update(&LinkReports::new(), now);
         assert_eq!(held(&quarantine, now), Some(false), "its GatewayNode was deleted");
         quarantine.update(&reports(None), now);
-        assert_eq!(held(&quarantine, now + QUARANTINE / 2), Some(false), "it is elected again and has not reported yet");
+        assert_eq!(
+            held(&quarantine, now + QUARANTINE / 2),
+            Some(false),
+            "it is elected again and has not reported yet"
+        );
         assert_eq!(held(&quarantine, now + QUARANTINE), None);
         quarantine.update(&reports(Some(true)), now);
         assert_eq!(held(&quarantine, now), None, "it is connected");

@@ -1,4 +1,5 @@
-//! Assigns nodes to Gateways: by the node's label, then by the Gateways' selectors. [`rules`](super::rules) assigns the remaining nodes.
+//! Assigns nodes to Gateways: by the node's label, then by the Gateways' selectors. [`rules`](super::rules) assigns the
+//! remaining nodes.
 //!
 //! A node belongs to at most one Gateway. Gateways that select a node of a different Gateway get a refusal.
 
@@ -62,14 +63,19 @@ impl Membership {
     /// Returns the nodes of a Gateway, sorted by name, and refusals for nodes of other Gateways that it selects.
     pub(crate) fn pool_of<'a>(&self, inputs: &'a Inputs, gateway: &GatewayFacts) -> (Vec<&'a NodeFacts>, Vec<Refusal>) {
         let names = self.pools.get(&gateway.name).map(Vec::as_slice).unwrap_or_default();
-        let mut nodes: Vec<&NodeFacts> = names.iter().filter_map(|name| inputs.nodes.get(name)).map(AsRef::as_ref).collect();
+        let mut nodes: Vec<&NodeFacts> =
+            names.iter().filter_map(|name| inputs.nodes.get(name)).map(AsRef::as_ref).collect();
         nodes.sort_by(|a, b| a.name.cmp(&b.name));
         let mut refusals = Vec::new();
         if let Err(error) = &gateway.selector {
-            refusals
-                .push(Refusal::new("BadSelector", format!("nodeSelector is invalid ({error}): it matches no node until it is corrected")));
+            refusals.push(Refusal::new(
+                "BadSelector",
+                format!("nodeSelector is invalid ({error}): it matches no node until it is corrected"),
+            ));
         }
-        refusals.extend(self.lost.get(&gateway.name).into_iter().flatten().map(|(winner, nodes)| refusal(gateway, winner, nodes)));
+        refusals.extend(
+            self.lost.get(&gateway.name).into_iter().flatten().map(|(winner, nodes)| refusal(gateway, winner, nodes)),
+        );
         (nodes, refusals)
     }
 
@@ -106,7 +112,11 @@ impl Membership {
 }
 
 fn refusal(gateway: &GatewayFacts, winner: &Winner, nodes: &[NodeName]) -> Refusal {
-    let criterion = if winner.by_label { format!("by its label {LABEL_GATEWAY}") } else { "which is older, or first by name".to_owned() };
+    let criterion = if winner.by_label {
+        format!("by its label {LABEL_GATEWAY}")
+    } else {
+        "which is older, or first by name".to_owned()
+    };
     let what = if nodes.len() == 1 { "node" } else { "nodes" };
     let belongs = if nodes.len() == 1 { "belongs" } else { "belong" };
     let message = format!(
@@ -122,5 +132,9 @@ fn refusal(gateway: &GatewayFacts, winner: &Winner, nodes: &[NodeName]) -> Refus
         gateway.name,
         if nodes.len() == 1 { "it" } else { "them" },
     );
-    Refusal::new("NodeClaimedTwice", message).with_notice(Notice { to: winner.gateway.clone(), reason: "NodeContested", note })
+    Refusal::new("NodeClaimedTwice", message).with_notice(Notice {
+        to: winner.gateway.clone(),
+        reason: "NodeContested",
+        note,
+    })
 }

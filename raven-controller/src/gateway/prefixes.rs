@@ -1,15 +1,16 @@
-//! Assigns prefixes to nodes: those of the node's pods, and those of the Gateway's annotation. A prefix belongs to one pool only.
+//! Assigns prefixes to nodes: those of the node's pods, and those of the Gateway's annotation. A prefix belongs to one
+//! pool only.
 //!
-//! Receives drafts in the order of seniority with their nodes elected; adds each node's prefixes and the refusals. A refused prefix is in no
-//! status, so no dataplane routes it.
+//! Receives drafts in the order of seniority with their nodes elected; adds each node's prefixes and the refusals. A
+//! refused prefix is in no status, so no dataplane routes it.
 //!
 //! The CNI determines the prefixes of a node's pods:
-//! - Calico's IPAM assigns blocks and publishes them as BlockAffinities. If a node has blocks, its podCIDRs are ignored. A podCIDR that overlaps
-//!   a block of any node belongs to Calico's pool of addresses and is ignored as well.
-//! - flannel uses `Node.spec.podCIDRs` (`pkg/subnet/kube/kube.go`, AcquireLease: it does not start without a podCIDR). Its annotations
-//!   `flannel.alpha.coreos.com/…` contain the backend's type, MAC and VNI, and the address at which flannel's peers reach the node. None of
-//!   them replaces the podCIDRs or the InternalIP. With flannel's older etcd store the API contains no subnets: users list them in
-//!   the Gateway's annotation.
+//! - Calico's IPAM assigns blocks and publishes them as BlockAffinities. If a node has blocks, its podCIDRs are
+//!   ignored. A podCIDR that overlaps a block of any node belongs to Calico's pool of addresses and is ignored as well.
+//! - flannel uses `Node.spec.podCIDRs` (`pkg/subnet/kube/kube.go`, AcquireLease: it does not start without a podCIDR).
+//!   Its annotations `flannel.alpha.coreos.com/…` contain the backend's type, MAC and VNI, and the address at which
+//!   flannel's peers reach the node. None of them replaces the podCIDRs or the InternalIP. With flannel's older etcd
+//!   store the API contains no subnets: users list them in the Gateway's annotation.
 //! - Every other CNI: `Node.spec.podCIDRs`.
 
 use std::collections::BTreeMap;
@@ -32,8 +33,8 @@ pub(crate) fn assign<'a>(inputs: &'a Inputs, drafts: &mut [Draft<'a>]) {
     let mut claims = Claims::default();
     drafts.iter_mut().for_each(|draft| pod_prefixes(draft, &blocks, &protected, &mut claims));
     drafts.iter_mut().for_each(|draft| report_addresses_in_pod_prefixes(draft, &claims));
-    // Extra prefixes are claimed after the pod prefixes of all pools: an annotation such as 10.0.0.0/8 on an old Gateway must not take the pod
-    // prefixes of younger pools off the network.
+    // Extra prefixes are claimed after the pod prefixes of all pools: an annotation such as 10.0.0.0/8 on an old
+    // Gateway must not take the pod prefixes of younger pools off the network.
     drafts.iter_mut().for_each(|draft| extra_prefixes(draft, &protected, &mut claims));
 }
 
@@ -61,7 +62,13 @@ impl<'a> Blocks<'a> {
     fn of(&self, node: &'a NodeFacts) -> (&'static str, Vec<&'a Result<IpNet, BadPrefix>>) {
         match self.by_node.get(&node.name) {
             Some(blocks) => ("Calico block", blocks.clone()),
-            None => ("podCIDR", node.pod_cidrs.iter().filter(|cidr| cidr.as_ref().map_or(true, |prefix| !self.overlaps(prefix))).collect()),
+            None => (
+                "podCIDR",
+                node.pod_cidrs
+                    .iter()
+                    .filter(|cidr| cidr.as_ref().map_or(true, |prefix| !self.overlaps(prefix)))
+                    .collect(),
+            ),
         }
     }
 
@@ -88,7 +95,10 @@ fn pod_prefixes<'a>(draft: &mut Draft<'a>, blocks: &Blocks<'a>, protected: &Prot
             };
             let what = format!("{source} {prefix} of node {}", node.name);
             if let Some((held, reason)) = protected.conflict(prefix, &gateway.name, Kind::Pod) {
-                refusals.push(Refusal::new(PREFIX_PROTECTED, protected::message(&what, prefix, held, reason, &gateway.name)));
+                refusals.push(Refusal::new(
+                    PREFIX_PROTECTED,
+                    protected::message(&what, prefix, held, reason, &gateway.name),
+                ));
                 continue;
             }
             let owner = Owner { gateway: gateway.name.clone(), node: node.name.clone(), kind: Kind::Pod };
@@ -101,12 +111,15 @@ fn pod_prefixes<'a>(draft: &mut Draft<'a>, blocks: &Blocks<'a>, protected: &Prot
     }
 }
 
-// A pool cannot send another pool's pod prefix into the tunnel if one of its own nodes has an address in it. Other pools are not affected.
+// A pool cannot send another pool's pod prefix into the tunnel if one of its own nodes has an address in it. Other
+// pools are not affected.
 fn report_addresses_in_pod_prefixes(draft: &mut Draft<'_>, claims: &Claims) {
     let Draft { gateway, nodes, refusals, .. } = draft;
     for (node, _) in nodes.iter() {
         for address in node.addresses() {
-            let Some((held, owner)) = claims.holder(address).filter(|(_, owner)| owner.gateway != gateway.name) else { continue };
+            let Some((held, owner)) = claims.holder(address).filter(|(_, owner)| owner.gateway != gateway.name) else {
+                continue;
+            };
             let message = format!(
                 "InternalIP {address} of node {} lies in {held} of node {} in Gateway {}: this pool cannot reach those pods, because it needs the address outside the tunnel; \
                  change the LAN prefix of the site or the pod prefix",
@@ -131,7 +144,8 @@ fn extra_prefixes(draft: &mut Draft<'_>, protected: &ProtectedPrefixes, claims: 
     for prefix in extra {
         let what = format!("prefix {prefix} of annotation {ANNOTATION_EXTRA_CIDRS}");
         if let Some((held, reason)) = protected.conflict(prefix, &gateway.name, Kind::Extra) {
-            refusals.push(Refusal::new(PREFIX_PROTECTED, protected::message(&what, prefix, held, reason, &gateway.name)));
+            refusals
+                .push(Refusal::new(PREFIX_PROTECTED, protected::message(&what, prefix, held, reason, &gateway.name)));
             continue;
         }
         let owner = Owner { gateway: gateway.name.clone(), node: node.name.clone(), kind: Kind::Extra };

@@ -1,11 +1,12 @@
-//! Addresses that must stay outside the tunnel, whatever a Gateway claims. A prefix that covers one of them could cut nodes off from the API
-//! server or from their peers, and such a node could not receive the correction.
+//! Addresses that must stay outside the tunnel, whatever a Gateway claims. A prefix that covers one of them could cut
+//! nodes off from the API server or from their peers, and such a node could not receive the correction.
 //!
-//! A refused prefix is in no status, so no dataplane routes it. Agents check the prefixes again against the addresses of their own node.
+//! A refused prefix is in no status, so no dataplane routes it. Agents check the prefixes again against the addresses
+//! of their own node.
 //!
-//! Addresses of nodes exclude prefixes of the annotation, not pod prefixes. The kubelet reports the address of its node: if it excluded pod
-//! prefixes, a stolen node could claim an address in another pool's pod prefix and take that prefix off the network.
-//! [`prefixes`](super::prefixes) reports such an address on the node's own Gateway instead.
+//! Addresses of nodes exclude prefixes of the annotation, not pod prefixes. The kubelet reports the address of its
+//! node: if it excluded pod prefixes, a stolen node could claim an address in another pool's pod prefix and take that
+//! prefix off the network. [`prefixes`](super::prefixes) reports such an address on the node's own Gateway instead.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -89,7 +90,10 @@ impl ProtectedPrefixes {
     fn add_endpoints(&mut self, draft: &Draft<'_>) {
         for endpoint in &draft.gateway.resource.spec.endpoints {
             if let Some(address) = public_address(endpoint) {
-                self.add(address.into(), Protected::Public(draft.gateway.name.clone(), endpoint.node_name.as_str().into()));
+                self.add(
+                    address.into(),
+                    Protected::Public(draft.gateway.name.clone(), endpoint.node_name.as_str().into()),
+                );
             }
         }
     }
@@ -109,8 +113,8 @@ impl ProtectedPrefixes {
     }
 }
 
-// The annotation is meant for a site's own LAN, which contains its nodes. Other pools may send there through the tunnel, unless the tunnel's
-// outer packets have their source there.
+// The annotation is meant for a site's own LAN, which contains its nodes. Other pools may send there through the
+// tunnel, unless the tunnel's outer packets have their source there.
 fn applies(protected: &Protected, gateway: &GatewayName, kind: Kind) -> bool {
     match protected {
         Protected::Node { .. } if kind == Kind::Pod => false,
@@ -132,13 +136,15 @@ pub(crate) fn message(what: &str, prefix: IpNet, held: IpNet, protected: &Protec
     }
     let (is, remedy) = match protected {
         Protected::NeverRouted(name) => (format!("{name}, which no router forwards"), "list the pool's own prefixes"),
-        Protected::Services => {
-            ("the range of Service addresses, which every node serves locally".to_owned(), "use prefixes outside this range")
-        }
+        Protected::Services => (
+            "the range of Service addresses, which every node serves locally".to_owned(),
+            "use prefixes outside this range",
+        ),
         Protected::ApiServer => ("the API server's address".to_owned(), "use narrower prefixes"),
-        Protected::Public(other, node) => {
-            (format!("publicIP of node {node} in Gateway {other}, at which peers reach its tunnel"), "use narrower prefixes")
-        }
+        Protected::Public(other, node) => (
+            format!("publicIP of node {node} in Gateway {other}, at which peers reach its tunnel"),
+            "use narrower prefixes",
+        ),
         Protected::Dialled(other, node) => (
             format!("address of gateway node {node} in Gateway {other}, which peers dial"),
             "use narrower prefixes, or set publicIP in its endpoint",
@@ -150,9 +156,13 @@ pub(crate) fn message(what: &str, prefix: IpNet, held: IpNet, protected: &Protec
         Protected::Node { gateway: Some(other), node, .. } => {
             (format!("address of node {node} in Gateway {other}"), "use narrower prefixes")
         }
-        Protected::Node { gateway: None, node, .. } => (format!("address of node {node}, which is in no pool"), "use narrower prefixes"),
+        Protected::Node { gateway: None, node, .. } => {
+            (format!("address of node {node}, which is in no pool"), "use narrower prefixes")
+        }
     };
-    format!("{what} overlaps {held} ({is}), which must stay outside the tunnel: {remedy}; until then the prefix is ignored")
+    format!(
+        "{what} overlaps {held} ({is}), which must stay outside the tunnel: {remedy}; until then the prefix is ignored"
+    )
 }
 
 #[cfg(test)]
@@ -167,9 +177,17 @@ mod tests {
 
     #[test]
     fn prefixes_that_overlap_a_never_routed_prefix_are_refused() {
-        for bad in
-            ["0.0.0.0/0", "127.0.0.1/32", "169.254.169.254/32", "224.0.0.0/24", "128.0.0.0/1", "::/0", "fe80::/64", "ff02::/16", "::/96"]
-        {
+        for bad in [
+            "0.0.0.0/0",
+            "127.0.0.1/32",
+            "169.254.169.254/32",
+            "224.0.0.0/24",
+            "128.0.0.0/1",
+            "::/0",
+            "fe80::/64",
+            "ff02::/16",
+            "::/96",
+        ] {
             assert!(refused(bad), "{bad}");
         }
         for good in ["10.0.0.0/16", "192.168.0.0/16", "100.64.0.0/10", "fd00::/8", "2001:db8::/32"] {
@@ -179,6 +197,8 @@ mod tests {
 
     #[test]
     fn prefixes_that_overlap_the_service_range_are_refused() {
-        assert!(refused("10.96.5.0/24") && refused("10.96.0.0/12") && refused("10.0.0.0/8") && !refused("10.97.0.0/16"));
+        assert!(
+            refused("10.96.5.0/24") && refused("10.96.0.0/12") && refused("10.0.0.0/8") && !refused("10.97.0.0/16")
+        );
     }
 }

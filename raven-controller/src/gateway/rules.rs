@@ -4,9 +4,10 @@
 //! 2. If the cloud side has no NodePool, all cloud nodes are one pool.
 //! 3. If the edge side has no NodePool, every edge node is a pool of its own.
 //!
-//! A rule creates a Gateway and never updates its spec, so endpoints and addresses that a user adds are preserved. The controller deletes the Gateway
-//! when no node is left for it. While the Gateway has the label [`LABEL_MANAGED_BY`], the rule determines its nodes. Its nodeSelector matches
-//! the same nodes and takes effect when a user removes the label.
+//! A rule creates a Gateway and never updates its spec, so endpoints and addresses that a user adds are preserved. The
+//! controller deletes the Gateway when no node is left for it. While the Gateway has the label [`LABEL_MANAGED_BY`],
+//! the rule determines its nodes. Its nodeSelector matches the same nodes and takes effect when a user removes the
+//! label.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -64,7 +65,8 @@ pub(super) fn apply(inputs: &Inputs, free: &[&NodeFacts], membership: &mut Membe
         kept.insert(name);
     }
     // A Gateway that has nodes by their labels is in use and stays.
-    let stale = inputs.gateways.values().filter(|g| g.generated && !kept.contains(&g.name) && !membership.has_nodes(&g.name));
+    let stale =
+        inputs.gateways.values().filter(|g| g.generated && !kept.contains(&g.name) && !membership.has_nodes(&g.name));
     membership.delete = stale.map(|g| g.name.clone()).collect();
 }
 
@@ -131,6 +133,10 @@ fn equals(key: &str, value: &str) -> LabelSelector {
 }
 
 fn not_in(key: &str, value: &str) -> LabelSelector {
-    let requirement = LabelSelectorRequirement { key: key.to_owned(), operator: "NotIn".to_owned(), values: Some(vec![value.to_owned()]) };
+    let requirement = LabelSelectorRequirement {
+        key: key.to_owned(),
+        operator: "NotIn".to_owned(),
+        values: Some(vec![value.to_owned()]),
+    };
     LabelSelector { match_labels: None, match_expressions: Some(vec![requirement]) }
 }

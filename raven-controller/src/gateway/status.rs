@@ -1,7 +1,8 @@
 //! Status of a Gateway: nodes, elected endpoints and three conditions.
 //!
-//! A [`Draft`] collects the results for one Gateway; [`Draft::finish`] turns it into a [`Decision`]. [`Decision::status`] adds the transition times
-//! from the present status. The controller is the only writer of the status.
+//! A [`Draft`] collects the results for one Gateway; [`Draft::finish`] turns it into a [`Decision`].
+//! [`Decision::status`] adds the transition times from the present status. The controller is the only writer of the
+//! status.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -39,7 +40,8 @@ pub(crate) struct Draft<'a> {
     pub(crate) refusals: Vec<Refusal>,
 }
 
-/// First words of the note about nodes that share their address with nodes of other pools, or of no pool. The Event is derived from that note.
+/// First words of the note about nodes that share their address with nodes of other pools, or of no pool. The Event is
+/// derived from that note.
 pub(crate) const BY_NAME_ONLY: &str = "kubelets reachable by name only";
 
 /// Properties of the cluster that affect the status of each Gateway.
@@ -77,7 +79,8 @@ pub(crate) struct Decision {
 }
 
 impl Decision {
-    /// Returns the complete status. Unchanged conditions keep their transition time, so an unchanged decision yields an unchanged status.
+    /// Returns the complete status. Unchanged conditions keep their transition time, so an unchanged decision yields an
+    /// unchanged status.
     pub(crate) fn status(&self, gateway: &Gateway, now: Timestamp) -> GatewayStatus {
         let old = gateway.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
         let generation = gateway.metadata.generation;
@@ -128,7 +131,12 @@ impl Draft<'_> {
 
     fn accepted(&self) -> Verdict {
         let Some(first) = self.refusals.first() else {
-            return verdict(ConditionType::Accepted, true, "Accepted", "every claim of this Gateway is in force".to_owned());
+            return verdict(
+                ConditionType::Accepted,
+                true,
+                "Accepted",
+                "every claim of this Gateway is in force".to_owned(),
+            );
         };
         let messages: Vec<&str> = self.refusals.iter().map(|r| r.message.as_str()).collect();
         verdict(ConditionType::Accepted, false, first.reason, join_capped(&messages, "; "))
@@ -159,16 +167,28 @@ impl Draft<'_> {
             verdict(ConditionType::Ready, ok, reason, join_capped(&all, "; "))
         };
         if !l3 && !l7 {
-            return verdict_with_notes(true, "Disabled", "the L3 tunnel and the L7 proxy are both off for this pool".to_owned());
+            return verdict_with_notes(
+                true,
+                "Disabled",
+                "the L3 tunnel and the L7 proxy are both off for this pool".to_owned(),
+            );
         }
         if let Some((reason, message)) = self.obstacle(cluster, l3, l7) {
             return verdict_with_notes(false, reason, message);
         }
         let incomplete = self.tunnel.elected.len() < self.tunnel.wanted || self.proxy.elected.len() < self.proxy.wanted;
         if incomplete || !self.refusals.is_empty() || !self.unaddressed.is_empty() {
-            return verdict_with_notes(true, "Degraded", format!("works, but not as specified: {}", self.first_deficiency()));
+            return verdict_with_notes(
+                true,
+                "Degraded",
+                format!("works, but not as specified: {}", self.first_deficiency()),
+            );
         }
-        verdict_with_notes(true, "Ready", format!("{} in the pool, gateway: {}", count(self.nodes.len(), "node"), self.gateway_nodes()))
+        verdict_with_notes(
+            true,
+            "Ready",
+            format!("{} in the pool, gateway: {}", count(self.nodes.len(), "node"), self.gateway_nodes()),
+        )
     }
 
     // One deficiency only: conditions Elected and Accepted list all of them.
@@ -196,7 +216,8 @@ impl Draft<'_> {
         if self.nodes.is_empty() {
             return Some((
                 "NoNodeAddress",
-                "no node of the pool has an InternalIP: set --node-ip of the kubelets, or check the cloud provider".to_owned(),
+                "no node of the pool has an InternalIP: set --node-ip of the kubelets, or check the cloud provider"
+                    .to_owned(),
             ));
         }
         for (on, election) in [(l3, &self.tunnel), (l7, &self.proxy)] {
@@ -234,12 +255,10 @@ impl Draft<'_> {
     }
 
     fn without_public_ip(&self) -> Vec<&str> {
-        let without = self
-            .tunnel
-            .elected
-            .iter()
-            .chain(&self.proxy.elected)
-            .filter(|e| e.public_ip.as_deref().is_none_or(str::is_empty) && !e.config.contains_key(CONFIG_HOSTNAME));
+        let without =
+            self.tunnel.elected.iter().chain(&self.proxy.elected).filter(|e| {
+                e.public_ip.as_deref().is_none_or(str::is_empty) && !e.config.contains_key(CONFIG_HOSTNAME)
+            });
         let mut names: Vec<&str> = without.map(|e| e.node_name.as_str()).collect();
         names.sort_unstable();
         names.dedup();
@@ -256,7 +275,8 @@ impl Draft<'_> {
         if !self.unaddressed.is_empty() {
             notes.push(format!("ignored because of missing InternalIP: {}", enumerate(&self.unaddressed)));
         }
-        let without_prefix: Vec<&NodeName> = self.nodes.iter().filter(|(_, s)| s.is_empty()).map(|(n, _)| &n.name).collect();
+        let without_prefix: Vec<&NodeName> =
+            self.nodes.iter().filter(|(_, s)| s.is_empty()).map(|(n, _)| &n.name).collect();
         if !without_prefix.is_empty() && without_prefix.len() < self.nodes.len() {
             notes.push(format!("without a pod prefix: {}", enumerate(&without_prefix)));
         }
@@ -269,7 +289,8 @@ impl Draft<'_> {
         notes
     }
 
-    // Sites that are clones of one image have the same addresses. Such an address does not identify a node, so the proxy refuses it.
+    // Sites that are clones of one image have the same addresses. Such an address does not identify a node, so the
+    // proxy refuses it.
     fn by_name_only(&self, cluster: &ClusterView) -> Option<String> {
         if self.is_exposed() {
             return None;
@@ -280,8 +301,10 @@ impl Draft<'_> {
             .filter_map(|(node, _)| {
                 let address = node.address?;
                 let own = Some(&self.gateway.name);
-                let (gateway, other) = cluster.shared.get(&address)?.iter().find(|(gateway, _)| gateway.as_ref() != own)?;
-                let pool = gateway.as_ref().map_or_else(|| "no Gateway".to_owned(), |gateway| format!("Gateway {gateway}"));
+                let (gateway, other) =
+                    cluster.shared.get(&address)?.iter().find(|(gateway, _)| gateway.as_ref() != own)?;
+                let pool =
+                    gateway.as_ref().map_or_else(|| "no Gateway".to_owned(), |gateway| format!("Gateway {gateway}"));
                 Some(format!("{} ({address} is also the address of node {other} of {pool})", node.name))
             })
             .collect();
@@ -289,7 +312,8 @@ impl Draft<'_> {
     }
 
     fn gateway_nodes(&self) -> String {
-        let mut names: Vec<&str> = self.tunnel.elected.iter().chain(&self.proxy.elected).map(|e| e.node_name.as_str()).collect();
+        let mut names: Vec<&str> =
+            self.tunnel.elected.iter().chain(&self.proxy.elected).map(|e| e.node_name.as_str()).collect();
         names.sort_unstable();
         names.dedup();
         enumerate(&names)
@@ -333,7 +357,9 @@ fn tally(election: &Election) -> String {
     };
     match elected.len() {
         0 => format!("{what}: none of {wanted} ({})", reason.replace("no other", "none")),
-        n if n == *candidates => format!("{what}: {n} of {wanted} ({}), there are no more candidates", enumerate(&names)),
+        n if n == *candidates => {
+            format!("{what}: {n} of {wanted} ({}), there are no more candidates", enumerate(&names))
+        }
         n => format!("{what}: {n} of {wanted} ({}), {reason}", enumerate(&names)),
     }
 }

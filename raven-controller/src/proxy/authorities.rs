@@ -1,13 +1,13 @@
 //! The CAs that sign the proxies' certificates, in the form stored in their Secret. No I/O.
 //!
-//! Both ends of a proxy connection must trust each other during a rotation: a new CA is published a day before it signs, and an old one stays
-//! published until it expires.
+//! Both ends of a proxy connection must trust each other during a rotation: a new CA is published a day before it
+//! signs, and an old one stays published until it expires.
 
 use jiff::{SignedDuration, Timestamp};
 use raven_api::proxy::UID_URI;
 use rcgen::{
-    CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, Issuer,
+    KeyPair, KeyUsagePurpose, SanType,
 };
 use serde::{Deserialize, Serialize};
 
@@ -44,7 +44,8 @@ impl CaMaterial for Authorities {
 impl Authorities {
     /// Returns the CAs that replace `present`, if a rotation is due.
     pub(crate) fn next(present: Option<&Self>, now: Timestamp) -> Result<Option<Self>, rcgen::Error> {
-        let good: Vec<Authority> = present.into_iter().flat_map(|p| p.0.iter()).filter(|ca| ca.not_after > now).cloned().collect();
+        let good: Vec<Authority> =
+            present.into_iter().flat_map(|p| p.0.iter()).filter(|ca| ca.not_after > now).cloned().collect();
         let fresh = good.first().is_some_and(|newest| !is_due(newest.not_after, CA_LIFE, now));
         if fresh && present.is_some_and(|p| p.0.len() == good.len()) {
             return Ok(None);
@@ -104,7 +105,8 @@ mod tests {
         for step in 1..800 {
             let now = start() + DAY * (step * 10);
             if let Some(next) = Authorities::next(Some(&authorities), now).expect("created") {
-                let signed_until_now = authorities.0.iter().find(|ca| now.duration_since(ca.since) > DAY).expect("one signs");
+                let signed_until_now =
+                    authorities.0.iter().find(|ca| now.duration_since(ca.since) > DAY).expect("one signs");
                 assert!(
                     next.0.contains(signed_until_now) || signed_until_now.not_after <= now,
                     "certificates signed yesterday are trusted"

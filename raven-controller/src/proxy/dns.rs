@@ -1,4 +1,5 @@
-//! The hosts file for CoreDNS: names of edge nodes resolve to the internal Service, names of cloud nodes to the nodes. No I/O.
+//! The hosts file for CoreDNS: names of edge nodes resolve to the internal Service, names of cloud nodes to the nodes.
+//! No I/O.
 
 use std::{collections::BTreeSet, fmt::Write, net::IpAddr};
 
@@ -6,9 +7,13 @@ use raven_api::Gateway;
 
 use crate::gateway::facts::NodeFacts;
 
-/// Returns the hosts file: lines `IP<TAB>name`, sorted by name. `service` contains the addresses of the internal Service. It is empty while L7 is
-/// off or the Service has no address; every name then resolves to its node.
-pub(crate) fn hosts<'a>(nodes: impl IntoIterator<Item = &'a NodeFacts>, gateways: &[Gateway], service: &[IpAddr]) -> String {
+/// Returns the hosts file: lines `IP<TAB>name`, sorted by name. `service` contains the addresses of the internal
+/// Service. It is empty while L7 is off or the Service has no address; every name then resolves to its node.
+pub(crate) fn hosts<'a>(
+    nodes: impl IntoIterator<Item = &'a NodeFacts>,
+    gateways: &[Gateway],
+    service: &[IpAddr],
+) -> String {
     let edge: BTreeSet<&str> = gateways
         .iter()
         .filter(|g| g.spec.expose_type.is_edge())
@@ -41,7 +46,8 @@ mod tests {
     use super::*;
 
     fn node(name: &str, address: &str) -> NodeFacts {
-        let node = json!({"metadata": {"name": name}, "status": {"addresses": [{"type": "InternalIP", "address": address}]}});
+        let node =
+            json!({"metadata": {"name": name}, "status": {"addresses": [{"type": "InternalIP", "address": address}]}});
         NodeFacts::parse(&serde_json::from_value(node).expect("a Node")).expect("it has a name")
     }
 

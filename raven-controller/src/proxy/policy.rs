@@ -1,8 +1,9 @@
 //! Decides which certificate requests are granted: those of an agent for the node that it runs on. No I/O.
 //!
-//! The requester's token proves the node: the kubelet binds it to the agent's Pod, and the API server adds name and UID of the Pod's node to the
-//! request (KEP-4193; Kubernetes 1.30 and later). No value chosen by the agent is trusted. The certificate is bound to the UID of the Node, so
-//! deleting the Node revokes it, even if a later Node has the same name.
+//! The requester's token proves the node: the kubelet binds it to the agent's Pod, and the API server adds name and UID
+//! of the Pod's node to the request (KEP-4193; Kubernetes 1.30 and later). No value chosen by the agent is trusted. The
+//! certificate is bound to the UID of the Node, so deleting the Node revokes it, even if a later Node has the same
+//! name.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -78,7 +79,9 @@ pub(crate) enum Refusal {
         expected: String,
     },
     /// The token is not bound to a Pod on a node.
-    #[error("the requester's token is not bound to a node: agents must use the token that the kubelet mounts into their Pod")]
+    #[error(
+        "the requester's token is not bound to a node: agents must use the token that the kubelet mounts into their Pod"
+    )]
     NoNode,
     /// The node does not exist.
     #[error("node {0} does not exist")]
@@ -143,7 +146,11 @@ pub(crate) struct Facts<'a> {
 }
 
 /// Grants or denies a request.
-pub(crate) fn evaluate(request: &CertificateSigningRequestSpec, signer: Signer, facts: &Facts<'_>) -> Result<Granted, Refusal> {
+pub(crate) fn evaluate(
+    request: &CertificateSigningRequestSpec,
+    signer: Signer,
+    facts: &Facts<'_>,
+) -> Result<Granted, Refusal> {
     let (node, uid) = requester(request, facts)?;
     let allowed = allowed(&node, signer, facts)?;
     usages(request, signer)?;
@@ -209,7 +216,9 @@ fn parse_request(pem: &[u8]) -> Result<(Vec<String>, PublicKey), Refusal> {
     let names = request.params.subject_alt_names.iter().map(|name| match name {
         SanType::DnsName(name) => Ok(name.as_str().to_owned()),
         SanType::IpAddress(ip) => Ok(ip.to_string()),
-        _ => Err(Refusal::Malformed("a subject alternative name that is neither a DNS name nor an IP address".to_owned())),
+        _ => Err(Refusal::Malformed(
+            "a subject alternative name that is neither a DNS name nor an IP address".to_owned(),
+        )),
     });
     Ok((names.collect::<Result<_, _>>()?, request.public_key))
 }
@@ -234,7 +243,10 @@ mod tests {
             username: Some("system:serviceaccount:kube-system:raven-agent-account".to_owned()),
             usages: Some(vec!["digital signature".to_owned(), usage.to_owned()]),
             extra: node.map(|node| {
-                BTreeMap::from([(NODE_CLAIM.to_owned(), vec![node.to_owned()]), (UID_CLAIM.to_owned(), vec![format!("uid-of-{node}")])])
+                BTreeMap::from([
+                    (NODE_CLAIM.to_owned(), vec![node.to_owned()]),
+                    (UID_CLAIM.to_owned(), vec![format!("uid-of-{node}")]),
+                ])
             }),
             ..CertificateSigningRequestSpec::default()
         }
@@ -244,16 +256,22 @@ mod tests {
         evaluated_at("198.51.100.10", request, signer)
     }
 
-    fn evaluated_at(public_ip: &str, request: &CertificateSigningRequestSpec, signer: Signer) -> Result<Granted, Refusal> {
+    fn evaluated_at(
+        public_ip: &str,
+        request: &CertificateSigningRequestSpec,
+        signer: Signer,
+    ) -> Result<Granted, Refusal> {
         let endpoint = Endpoint {
             node_name: "cloud-a".to_owned(),
             type_: EndpointType::Proxy,
             public_ip: Some(public_ip.to_owned()),
             ..Endpoint::default()
         };
-        let mut gateway = Gateway::new("cloud", GatewaySpec { expose_type: ExposeType::PublicIP, ..GatewaySpec::default() });
+        let mut gateway =
+            Gateway::new("cloud", GatewaySpec { expose_type: ExposeType::PublicIP, ..GatewaySpec::default() });
         let info = NodeInfo { node_name: "cloud-a".to_owned(), private_ip: "10.0.0.11".to_owned(), subnets: vec![] };
-        gateway.status = Some(GatewayStatus { nodes: vec![info], active_endpoints: vec![endpoint], ..GatewayStatus::default() });
+        gateway.status =
+            Some(GatewayStatus { nodes: vec![info], active_endpoints: vec![endpoint], ..GatewayStatus::default() });
         let nodes = ["cloud-a", "x-a", "x-b"].map(|node| (node.to_owned(), format!("uid-of-{node}"))).into();
         evaluate(request, signer, &Facts { namespace: "kube-system", nodes: &nodes, gateways: &[gateway] })
     }
@@ -301,16 +319,23 @@ mod tests {
         for name in ["198.51.100.10", "10.0.0.11"] {
             evaluated(&request(&[name], "server auth", Some("cloud-a")), Signer::Server).expect("granted");
         }
-        assert_eq!(refused(&request(&["198.51.100.99"], "server auth", Some("cloud-a")), Signer::Server), "NamesNotAllowed");
+        assert_eq!(
+            refused(&request(&["198.51.100.99"], "server auth", Some("cloud-a")), Signer::Server),
+            "NamesNotAllowed"
+        );
         assert_eq!(refused(&request(&["x-a"], "server auth", Some("x-a")), Signer::Server), "NotElected");
-        assert_eq!(refused(&request(&["198.51.100.10"], "client auth", Some("cloud-a")), Signer::Server), "UsagesNotAllowed");
+        assert_eq!(
+            refused(&request(&["198.51.100.10"], "client auth", Some("cloud-a")), Signer::Server),
+            "UsagesNotAllowed"
+        );
     }
 
     #[test]
     fn addresses_are_compared_in_canonical_form() {
         let request = request(&["2001:db8::1"], "server auth", Some("cloud-a"));
         for written in ["2001:db8::1", "2001:DB8::1", "2001:db8:0::1", "2001:0db8:0000:0000:0000:0000:0000:0001"] {
-            let granted = evaluated_at(written, &request, Signer::Server).unwrap_or_else(|refusal| panic!("{written}: {refusal}"));
+            let granted = evaluated_at(written, &request, Signer::Server)
+                .unwrap_or_else(|refusal| panic!("{written}: {refusal}"));
             assert_eq!(granted.names, ["2001:db8::1"]);
         }
         assert_eq!(

@@ -62,7 +62,12 @@ pub(crate) struct Publisher {
 
 impl Publisher {
     /// Creates a publisher.
-    pub(crate) fn new(client: Client, namespace: String, snapshots: watch::Receiver<Arc<Snapshot>>, leadership: Leadership) -> Self {
+    pub(crate) fn new(
+        client: Client,
+        namespace: String,
+        snapshots: watch::Receiver<Arc<Snapshot>>,
+        leadership: Leadership,
+    ) -> Self {
         Self { client, namespace, snapshots, leadership, written: BTreeMap::new() }
     }
 
@@ -97,7 +102,8 @@ impl Publisher {
         }
     }
 
-    /// Writes all objects. They are independent: a rejected one (a quota, an admission policy) does not prevent the others. Returns the first error.
+    /// Writes all objects. They are independent: a rejected one (a quota, an admission policy) does not prevent the
+    /// others. Returns the first error.
     async fn publish(&mut self, snapshot: &Snapshot) -> Result<(), Error> {
         let l7 = snapshot.l7();
         let gateways = snapshot.gateways();
@@ -112,8 +118,9 @@ impl Publisher {
         services.and(slices).and(hosts).and(self.delete_upstream_endpoints().await)
     }
 
-    /// Deletes the Endpoints that upstream's Raven leaves behind under the name of the internal Service. They have no owner, and Kubernetes mirrors
-    /// them into an EndpointSlice with the nodes elected at that time. Done once, and again with each refresh.
+    /// Deletes the Endpoints that upstream's Raven leaves behind under the name of the internal Service. They have no
+    /// owner, and Kubernetes mirrors them into an EndpointSlice with the nodes elected at that time. Done once, and
+    /// again with each refresh.
     async fn delete_upstream_endpoints(&mut self) -> Result<(), Error> {
         let (kind, name) = ("Endpoints", INTERNAL_SERVICE.to_owned());
         if !self.written.contains_key(&(kind, name.clone())) {
@@ -206,7 +213,9 @@ mod tests {
     }
 
     /// Publishes to a fake API server. `special` returns responses other than success.
-    async fn publisher(special: impl Fn(&str) -> Option<Result<String, u16>> + Send + Sync + 'static) -> (FakeApi, Publisher) {
+    async fn publisher(
+        special: impl Fn(&str) -> Option<Result<String, u16>> + Send + Sync + 'static,
+    ) -> (FakeApi, Publisher) {
         let api = FakeApi::serve(move |request| {
             let success = || if request.starts_with("GET") { list(&[]) } else { "{}".to_owned() };
             special(request).unwrap_or_else(|| Ok(success()))
@@ -221,9 +230,11 @@ mod tests {
     #[tokio::test]
     async fn rejected_object_does_not_prevent_others() {
         let load_balancer = services::load_balancer_name("x-raven-proxy-svc", "cloud", "a");
-        for refused in
-            [format!("PATCH {SERVICES}/{load_balancer}"), format!("PATCH {SERVICES}/x-raven-proxy-internal-svc"), format!("GET {SLICES}")]
-        {
+        for refused in [
+            format!("PATCH {SERVICES}/{load_balancer}"),
+            format!("PATCH {SERVICES}/x-raven-proxy-internal-svc"),
+            format!("GET {SLICES}"),
+        ] {
             let no = refused.clone();
             let (api, mut publisher) = publisher(move |request| (request == no).then_some(Err(403))).await;
             let error = publisher.publish(&cluster()).await.expect_err("the first error is returned").to_string();
@@ -232,7 +243,8 @@ mod tests {
             let requests = api.take_requests();
             let written = |what: &str| requests.iter().any(|request| request == what);
             assert!(
-                written(&format!("PATCH {SERVICES}/{load_balancer}")) && written(&format!("PATCH {SLICES}/{load_balancer}")),
+                written(&format!("PATCH {SERVICES}/{load_balancer}"))
+                    && written(&format!("PATCH {SLICES}/{load_balancer}")),
                 "{requests:?}"
             );
             assert!(written(&format!("PATCH {SERVICES}/x-raven-proxy-internal-svc")), "{requests:?}");
@@ -246,17 +258,25 @@ mod tests {
         let present = stored.clone();
         let (api, mut publisher) = publisher(move |request| {
             let present = present.lock().expect("no test holds it");
-            let items: Vec<String> = present.iter().map(|name| format!(r#"{{"metadata":{{"name":"{name}"}}}}"#)).collect();
-            (request == format!("GET {SERVICES}")).then(|| Ok(list(&items.iter().map(String::as_str).collect::<Vec<_>>())))
+            let items: Vec<String> =
+                present.iter().map(|name| format!(r#"{{"metadata":{{"name":"{name}"}}}}"#)).collect();
+            (request == format!("GET {SERVICES}"))
+                .then(|| Ok(list(&items.iter().map(String::as_str).collect::<Vec<_>>())))
         })
         .await;
         publisher.publish(&cluster()).await.expect("written");
         let load_balancer = services::load_balancer_name("x-raven-proxy-svc", "cloud", "a");
         let written = |api: &FakeApi| {
-            api.take_requests().into_iter().filter(|request| request.starts_with(&format!("PATCH {SERVICES}"))).collect::<Vec<_>>()
+            api.take_requests()
+                .into_iter()
+                .filter(|request| request.starts_with(&format!("PATCH {SERVICES}")))
+                .collect::<Vec<_>>()
         };
         assert_eq!(written(&api).len(), 2);
-        stored.lock().expect("no test holds it").extend(["x-raven-proxy-internal-svc".to_owned(), load_balancer.clone()]);
+        stored
+            .lock()
+            .expect("no test holds it")
+            .extend(["x-raven-proxy-internal-svc".to_owned(), load_balancer.clone()]);
         publisher.publish(&cluster()).await.expect("nothing to do");
         assert_eq!(written(&api), Vec::<String>::new());
         stored.lock().expect("no test holds it").pop();

@@ -1,7 +1,7 @@
 //! Services and EndpointSlices in front of gateway nodes, as JSON for server-side apply. No I/O.
 //!
-//! The internal Service has no selector; it has one EndpointSlice per cloud gateway node whose proxy is ready. A Gateway that is exposed by load
-//! balancers gets one Service per elected node.
+//! The internal Service has no selector; it has one EndpointSlice per cloud gateway node whose proxy is ready. A
+//! Gateway that is exposed by load balancers gets one Service per elected node.
 
 use std::collections::BTreeMap;
 
@@ -10,8 +10,8 @@ use raven_api::{
     gateway::{Endpoint, EndpointType, ExposeType},
     names::{LABEL_GATEWAY, LABEL_MANAGED_BY, MANAGER_CONTROLLER},
     proxy::{
-        INTERNAL_INSECURE_PORT, INTERNAL_SERVICE, LABEL_DISCARD, LABEL_ENDPOINTS_NAME, LABEL_GATEWAY_TYPE, LOAD_BALANCER_PREFIX, Ports,
-        TUNNEL_LOAD_BALANCER_PREFIX, ready, secure_listener,
+        INTERNAL_INSECURE_PORT, INTERNAL_SERVICE, LABEL_DISCARD, LABEL_ENDPOINTS_NAME, LABEL_GATEWAY_TYPE,
+        LOAD_BALANCER_PREFIX, Ports, TUNNEL_LOAD_BALANCER_PREFIX, ready, secure_listener,
     },
 };
 use serde_json::{Value, json};
@@ -33,14 +33,21 @@ pub(crate) fn desired(namespace: &str, gateways: &[Gateway], nodes: &[GatewayNod
         let ports = Ports::of(gateways);
         objects.services.insert(INTERNAL_SERVICE.to_owned(), internal_service(namespace, &ports));
         let ready = ready(gateways, nodes);
-        for (node, address) in exposed().flat_map(|g| elected(g, EndpointType::Proxy)).filter(|(e, _)| ready.contains(e.node_name.as_str()))
+        for (node, address) in exposed()
+            .flat_map(|g| elected(g, EndpointType::Proxy))
+            .filter(|(e, _)| ready.contains(e.node_name.as_str()))
         {
             let name = format!("{INTERNAL_SERVICE}-{}", node.node_name);
-            objects.slices.insert(name.clone(), slice(namespace, &name, INTERNAL_SERVICE, node, &address, internal_ports(&ports)));
+            objects.slices.insert(
+                name.clone(),
+                slice(namespace, &name, INTERNAL_SERVICE, node, &address, internal_ports(&ports)),
+            );
         }
     }
     for gateway in exposed().filter(|g| g.spec.expose_type == ExposeType::LoadBalancer) {
-        for (type_, prefix) in [(EndpointType::Proxy, LOAD_BALANCER_PREFIX), (EndpointType::Tunnel, TUNNEL_LOAD_BALANCER_PREFIX)] {
+        for (type_, prefix) in
+            [(EndpointType::Proxy, LOAD_BALANCER_PREFIX), (EndpointType::Tunnel, TUNNEL_LOAD_BALANCER_PREFIX)]
+        {
             for (endpoint, address) in elected(gateway, type_).filter(|_| l7 || type_ == EndpointType::Tunnel) {
                 add_load_balancer(namespace, gateway, endpoint, &address, prefix, &mut objects);
             }
@@ -76,9 +83,14 @@ fn internal_service(namespace: &str, ports: &Ports) -> Value {
 }
 
 fn internal_ports(ports: &Ports) -> Vec<Value> {
-    let https =
-        ports.https.iter().map(|port| json!({ "name": format!("https-{port}"), "port": secure_listener(*port), "protocol": "TCP" }));
-    let http = ports.http.iter().map(|port| json!({ "name": format!("http-{port}"), "port": INTERNAL_INSECURE_PORT, "protocol": "TCP" }));
+    let https = ports
+        .https
+        .iter()
+        .map(|port| json!({ "name": format!("https-{port}"), "port": secure_listener(*port), "protocol": "TCP" }));
+    let http = ports
+        .http
+        .iter()
+        .map(|port| json!({ "name": format!("http-{port}"), "port": INTERNAL_INSECURE_PORT, "protocol": "TCP" }));
     http.chain(https).collect()
 }
 
@@ -99,7 +111,14 @@ fn slice(namespace: &str, name: &str, service: &str, node: &Endpoint, address: &
 }
 
 /// Adds the Service of type LoadBalancer for an elected node, and its EndpointSlice.
-fn add_load_balancer(namespace: &str, gateway: &Gateway, endpoint: &Endpoint, address: &str, prefix: &str, objects: &mut Objects) {
+fn add_load_balancer(
+    namespace: &str,
+    gateway: &Gateway,
+    endpoint: &Endpoint,
+    address: &str,
+    prefix: &str,
+    objects: &mut Objects,
+) {
     let owner = gateway.metadata.name.as_deref().unwrap_or_default();
     let name = load_balancer_name(prefix, owner, &endpoint.node_name);
     let (type_, protocol) = match endpoint.type_ {
@@ -122,8 +141,8 @@ fn add_load_balancer(namespace: &str, gateway: &Gateway, endpoint: &Endpoint, ad
     objects.services.insert(name, service);
 }
 
-/// Returns `<prefix>-<gateway>-<8 hex>`. The hash is computed from the node's name, so a node keeps its load balancer. The name has at most 63
-/// characters, the limit of Service names.
+/// Returns `<prefix>-<gateway>-<8 hex>`. The hash is computed from the node's name, so a node keeps its load balancer.
+/// The name has at most 63 characters, the limit of Service names.
 pub(crate) fn load_balancer_name(prefix: &str, gateway: &str, node: &str) -> String {
     // FNV-1a: short, and stable across versions.
     let hash = node.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
@@ -143,10 +162,14 @@ mod tests {
     use super::*;
 
     fn gateway(expose_type: ExposeType) -> Gateway {
-        let proxy_config =
-            Some(ProxyConfig { replicas: 2, proxy_http_port: Some("9100".to_owned()), proxy_https_port: Some("9443".to_owned()) });
+        let proxy_config = Some(ProxyConfig {
+            replicas: 2,
+            proxy_http_port: Some("9100".to_owned()),
+            proxy_https_port: Some("9443".to_owned()),
+        });
         let mut gateway = Gateway::new("cloud", GatewaySpec { expose_type, proxy_config, ..GatewaySpec::default() });
-        let info = |name: &str, ip: &str| NodeInfo { node_name: name.to_owned(), private_ip: ip.to_owned(), subnets: vec![] };
+        let info =
+            |name: &str, ip: &str| NodeInfo { node_name: name.to_owned(), private_ip: ip.to_owned(), subnets: vec![] };
         let endpoint = |name: &str, type_| Endpoint { node_name: name.to_owned(), type_, ..Endpoint::default() };
         gateway.status = Some(GatewayStatus {
             nodes: vec![info("a", "10.0.0.1"), info("b", "10.0.0.2")],
@@ -162,8 +185,10 @@ mod tests {
 
     fn node(name: &str, ready: bool) -> GatewayNode {
         let mut node = GatewayNode::new(name, GatewayNodeSpec::default());
-        node.status =
-            Some(GatewayNodeStatus { proxy: Some(ProxyStatus { ready, ..ProxyStatus::default() }), ..GatewayNodeStatus::default() });
+        node.status = Some(GatewayNodeStatus {
+            proxy: Some(ProxyStatus { ready, ..ProxyStatus::default() }),
+            ..GatewayNodeStatus::default()
+        });
         node
     }
 
@@ -197,16 +222,21 @@ mod tests {
         };
         let edge = |name: &str, elected: &str| {
             let mut edge = Gateway::new(name, GatewaySpec::default());
-            let endpoint = Endpoint { node_name: format!("{name}1"), type_: EndpointType::Proxy, ..Endpoint::default() };
-            let condition =
-                json!({ "type": "Elected", "status": elected, "reason": "x", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z" });
+            let endpoint =
+                Endpoint { node_name: format!("{name}1"), type_: EndpointType::Proxy, ..Endpoint::default() };
+            let condition = json!({ "type": "Elected", "status": elected, "reason": "x", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z" });
             let conditions = vec![serde_json::from_value(condition).expect("a condition")];
-            edge.status = Some(GatewayStatus { active_endpoints: vec![endpoint], conditions, ..GatewayStatus::default() });
+            edge.status =
+                Some(GatewayStatus { active_endpoints: vec![endpoint], conditions, ..GatewayStatus::default() });
             edge
         };
         let slices = |gateways: &[Gateway], nodes: &[GatewayNode]| -> Vec<String> {
             let objects = desired("kube-system", gateways, nodes, true);
-            objects.slices.keys().map(|name| name.trim_start_matches("x-raven-proxy-internal-svc-").to_owned()).collect()
+            objects
+                .slices
+                .keys()
+                .map(|name| name.trim_start_matches("x-raven-proxy-internal-svc-").to_owned())
+                .collect()
         };
         let mut gateways = vec![gateway(ExposeType::PublicIP), edge("x", "True"), edge("y", "False")];
         // Site `y` has no power; its stale status lists connections to both nodes.
@@ -216,7 +246,8 @@ mod tests {
         gateways.extend([edge("v", "True"), edge("w", "True")]);
         let nodes = [with("a", &[]), with("b", &[]), with("x1", &["b"]), with("v1", &["a", "b"]), with("w1", &["b"])];
         assert_eq!(slices(&gateways, &nodes), ["b"], "one edge of three is connected to `a`");
-        let nodes = [with("a", &[]), with("b", &[]), with("x1", &["a", "b"]), with("v1", &["a", "b"]), with("w1", &["b"])];
+        let nodes =
+            [with("a", &[]), with("b", &[]), with("x1", &["a", "b"]), with("v1", &["a", "b"]), with("w1", &["b"])];
         assert_eq!(slices(&gateways, &nodes), ["a", "b"]);
     }
 
@@ -227,7 +258,10 @@ mod tests {
         let names: Vec<&String> = objects.services.keys().filter(|name| *name != INTERNAL_SERVICE).collect();
         assert_eq!(names.len(), 3, "{names:?}");
         let tunnel = &objects.services[&load_balancer_name(TUNNEL_LOAD_BALANCER_PREFIX, "cloud", "a")];
-        assert_eq!(tunnel["spec"]["ports"][0], json!({"name": "tunnel", "port": 4500, "targetPort": 4500, "protocol": "UDP"}));
+        assert_eq!(
+            tunnel["spec"]["ports"][0],
+            json!({"name": "tunnel", "port": 4500, "targetPort": 4500, "protocol": "UDP"})
+        );
         assert_eq!(tunnel["spec"]["externalTrafficPolicy"], "Local");
         let off = desired("kube-system", &gateways, &[], false);
         assert_eq!(off.services.len(), 1, "with L7 off, only the tunnel's load balancer is left");

@@ -1,4 +1,5 @@
-//! Answers certificate requests of proxies according to [`policy`](super::policy), and publishes the CA certificates in a ConfigMap.
+//! Answers certificate requests of proxies according to [`policy`](super::policy), and publishes the CA certificates in
+//! a ConfigMap.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -129,7 +130,11 @@ impl CertificateSigner {
             }
             let mut failed = Vec::new();
             for request in std::mem::take(&mut open) {
-                let span = tracing::info_span!("certificate_request", request = request.name_any(), signer = request.spec.signer_name);
+                let span = tracing::info_span!(
+                    "certificate_request",
+                    request = request.name_any(),
+                    signer = request.spec.signer_name
+                );
                 if let Err(e) = self.answer(&request).instrument(span.clone()).await {
                     span.in_scope(|| tracing::warn!(error = %e, "cannot answer the certificate request; retrying"));
                     failed.push(request);
@@ -142,29 +147,34 @@ impl CertificateSigner {
     // Loads the CAs, rotates them if due, and publishes their certificates.
     async fn load_authorities(&mut self) -> Result<(), Error> {
         let secret = self.secret.load().await?;
-        let authorities = match self.secret.rotate(secret, |present| Authorities::next(present, Timestamp::now())).await? {
-            Rotation::Unchanged(authorities) => authorities,
-            Rotation::Rotated(authorities, _) => {
-                tracing::info!(secret = CA_NAME, "rotated the CA of the proxies");
-                authorities
-            }
-            Rotation::Conflict => return Ok(()),
-        };
+        let authorities =
+            match self.secret.rotate(secret, |present| Authorities::next(present, Timestamp::now())).await? {
+                Rotation::Unchanged(authorities) => authorities,
+                Rotation::Rotated(authorities, _) => {
+                    tracing::info!(secret = CA_NAME, "rotated the CA of the proxies");
+                    authorities
+                }
+                Rotation::Conflict => return Ok(()),
+            };
         let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
-        let map =
-            json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": CA_NAME }, "data": { CA_KEY: authorities.bundle() } });
+        let map = json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": CA_NAME }, "data": { CA_KEY: authorities.bundle() } });
         let params = PatchParams::apply(MANAGER_CONTROLLER).force();
-        maps.patch(CA_NAME, &params, &Patch::Apply(&map)).await.map_err(api_error(format!("publish ConfigMap {CA_NAME}")))?;
+        maps.patch(CA_NAME, &params, &Patch::Apply(&map))
+            .await
+            .map_err(api_error(format!("publish ConfigMap {CA_NAME}")))?;
         self.authorities = Some(authorities);
         Ok(())
     }
 
     async fn answer(&self, request: &CertificateSigningRequest) -> Result<(), Error> {
-        let (Some(signer), Some(authorities)) = (Signer::of(&request.spec.signer_name), &self.authorities) else { return Ok(()) };
+        let (Some(signer), Some(authorities)) = (Signer::of(&request.spec.signer_name), &self.authorities) else {
+            return Ok(());
+        };
         // Read again: the watch also reports the controller's own approval.
         let requests: Api<CertificateSigningRequest> = Api::all(self.client.clone());
         let name = request.name_any();
-        let present = requests.get_opt(&name).await.map_err(api_error(format!("read CertificateSigningRequest {name}")))?;
+        let present =
+            requests.get_opt(&name).await.map_err(api_error(format!("read CertificateSigningRequest {name}")))?;
         let Some(request) = present.as_ref().filter(|request| is_open(request)) else { return Ok(()) };
         let snapshot = self.snapshots.borrow().clone();
         let (nodes, gateways) = (snapshot.node_uids(), snapshot.gateways());
@@ -172,7 +182,13 @@ impl CertificateSigner {
         match evaluate(&request.spec, signer, &facts) {
             Ok(granted) => {
                 let node = granted.node.clone();
-                self.set_condition(request, "Approved", "RavenProxyNode", &format!("requested by the agent on node {node}")).await?;
+                self.set_condition(
+                    request,
+                    "Approved",
+                    "RavenProxyNode",
+                    &format!("requested by the agent on node {node}"),
+                )
+                .await?;
                 let certificate = authorities.sign(granted, Timestamp::now())?;
                 let patch = json!({ "status": { "certificate": ByteString(certificate.into_bytes()) } });
                 self.patch(request, "status", &patch).await?;
@@ -195,19 +211,31 @@ impl CertificateSigner {
             secondary: None,
         };
         // A failure is logged only: the condition has the same content.
-        let published = Recorder::new(self.client.clone(), self.reporter.clone()).publish(&event, &request.object_ref(&())).await;
+        let published =
+            Recorder::new(self.client.clone(), self.reporter.clone()).publish(&event, &request.object_ref(&())).await;
         if let Err(e) = published {
             tracing::warn!(error = %e, "cannot publish an Event (check that RBAC allows it)");
         }
         Ok(())
     }
 
-    async fn set_condition(&self, request: &CertificateSigningRequest, type_: &str, reason: &str, message: &str) -> Result<(), Error> {
+    async fn set_condition(
+        &self,
+        request: &CertificateSigningRequest,
+        type_: &str,
+        reason: &str,
+        message: &str,
+    ) -> Result<(), Error> {
         let condition = json!({ "type": type_, "status": "True", "reason": reason, "message": message });
         self.patch(request, "approval", &json!({ "status": { "conditions": [condition] } })).await
     }
 
-    async fn patch(&self, request: &CertificateSigningRequest, part: &'static str, patch: &serde_json::Value) -> Result<(), Error> {
+    async fn patch(
+        &self,
+        request: &CertificateSigningRequest,
+        part: &'static str,
+        patch: &serde_json::Value,
+    ) -> Result<(), Error> {
         let api: Api<CertificateSigningRequest> = Api::all(self.client.clone());
         let name = request.name_any();
         let params = PatchParams { field_manager: Some(MANAGER_CONTROLLER.to_owned()), ..PatchParams::default() };

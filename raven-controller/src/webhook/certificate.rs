@@ -1,13 +1,17 @@
 //! CA and serving certificate of the conversion webhook. No I/O.
 //!
-//! The controller creates them itself, because the API server must be able to convert before other components of the cluster work.
-//! [`Material::next`] decides what is due for renewal. The API server must trust the served certificate at any time:
+//! The controller creates them itself, because the API server must be able to convert before other components of the
+//! cluster work. [`Material::next`] decides what is due for renewal. The API server must trust the served certificate
+//! at any time:
 //! - The serving certificate is renewed after two thirds of its validity, under the same CA.
-//! - The CA is renewed after two thirds of its validity and published next to the old one. The serving certificate is signed by the new CA at its
-//!   own next renewal, months later. An expired CA is removed from the bundle.
+//! - The CA is renewed after two thirds of its validity and published next to the old one. The serving certificate is
+//!   signed by the new CA at its own next renewal, months later. An expired CA is removed from the bundle.
 
 use jiff::{SignedDuration, Timestamp};
-use rcgen::{Certificate, CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose, PKCS_ECDSA_P256_SHA256};
+use rcgen::{
+    Certificate, CertificateParams, DnType, ExtendedKeyUsagePurpose, Issuer, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P256_SHA256,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::ca::{self, CA_LIFE, CaMaterial, NewAuthority, end, is_due, set_validity};
@@ -77,7 +81,11 @@ impl CaMaterial for Material {
 
 impl Material {
     /// Returns the material that replaces `present`, if a renewal is due.
-    pub(crate) fn next(present: Option<&Self>, names: &[String], now: Timestamp) -> Result<Option<(Self, Renewal)>, rcgen::Error> {
+    pub(crate) fn next(
+        present: Option<&Self>,
+        names: &[String],
+        now: Timestamp,
+    ) -> Result<Option<(Self, Renewal)>, rcgen::Error> {
         let Some(present) = present.filter(|m| m.authorities.first().is_some_and(|ca| ca.not_after > now)) else {
             return Self::first(names, now).map(|material| Some((material, Renewal::First)));
         };
@@ -128,7 +136,14 @@ impl Material {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let certificate: Certificate = params.signed_by(&key, &issuer)?;
         let authorities = self.authorities.iter().filter(|ca| ca.not_after > now).cloned().collect();
-        Ok(Self { authorities, certificate: certificate.pem(), key: key.serialize_pem(), not_after, names: names.to_vec(), ..self.clone() })
+        Ok(Self {
+            authorities,
+            certificate: certificate.pem(),
+            key: key.serialize_pem(),
+            not_after,
+            names: names.to_vec(),
+            ..self.clone()
+        })
     }
 }
 
@@ -167,15 +182,20 @@ mod tests {
         let material = first();
         assert_eq!(next(Some(&material), start()), None);
         assert_eq!(next(Some(&material), start() + days(200)), None);
-        let (other, renewal) =
-            Material::next(Some(&material), &["other".to_owned()], start()).expect("created").expect("a name is missing");
-        assert_eq!((renewal, other.bundle(), other.names), (Renewal::Serving, material.bundle(), vec!["other".to_owned()]));
+        let (other, renewal) = Material::next(Some(&material), &["other".to_owned()], start())
+            .expect("created")
+            .expect("a name is missing");
+        assert_eq!(
+            (renewal, other.bundle(), other.names),
+            (Renewal::Serving, material.bundle(), vec!["other".to_owned()])
+        );
     }
 
     #[test]
     fn serving_certificate_is_renewed_under_the_same_ca() {
         let material = first();
-        let (renewed, renewal) = next(Some(&material), start() + days(260)).expect("two thirds of the validity are over");
+        let (renewed, renewal) =
+            next(Some(&material), start() + days(260)).expect("two thirds of the validity are over");
         assert_eq!((renewal, renewed.bundle() == material.bundle()), (Renewal::Serving, true));
         assert_ne!(renewed.certificate, material.certificate);
     }

@@ -101,7 +101,10 @@ mod tests {
         assert_eq!(answer["response"]["result"]["status"], json!("Success"));
         let converted = answer["response"]["convertedObjects"].as_array().expect("a list");
         assert_eq!(converted.len(), 2);
-        assert_eq!((&converted[0]["apiVersion"], &converted[1]["metadata"]["name"]), (&json!("raven.openyurt.io/v1beta1"), &json!("h")));
+        assert_eq!(
+            (&converted[0]["apiVersion"], &converted[1]["metadata"]["name"]),
+            (&json!("raven.openyurt.io/v1beta1"), &json!("h"))
+        );
         assert_eq!(converted[0]["spec"]["endpoints"][0]["type"], json!("tunnel"));
     }
 
@@ -116,7 +119,8 @@ mod tests {
     fn invalid_object_fails_the_request_and_is_named() {
         let mut bad = old();
         bad["spec"]["endpoints"] = json!("none");
-        let foreign = json!({"apiVersion": "raven.openyurt.io/v1beta1", "kind": "GatewayNode", "metadata": {"name": "x"}});
+        let foreign =
+            json!({"apiVersion": "raven.openyurt.io/v1beta1", "kind": "GatewayNode", "metadata": {"name": "x"}});
         for (object, words) in [(bad, "Gateway g of raven.openyurt.io/v1alpha1"), (foreign, "GatewayNode x")] {
             let answer = review("raven.openyurt.io/v1beta1", json!([old(), object]));
             assert_eq!(answer["response"]["result"]["status"], json!("Failure"));

@@ -1,7 +1,8 @@
-//! Keeps the webhook's certificate valid: rotates it in its Secret, hands it to the server, and publishes the CA in the CRD.
+//! Keeps the webhook's certificate valid: rotates it in its Secret, hands it to the server, and publishes the CA in the
+//! CRD.
 //!
-//! Watches Secret and CRD. Both are checked after each change, when this replica starts to lead, and every hour, because certificates expire
-//! without an event.
+//! Watches Secret and CRD. Both are checked after each change, when this replica starts to lead, and every hour,
+//! because certificates expire without an event.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -32,7 +33,9 @@ const RETRY: Duration = Duration::from_secs(5);
 /// The webhook's certificate could not be rotated, served or published.
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("cannot set the webhook's CA in CRD {GATEWAY_CRD}: {source} (check that RBAC allows it, see deploy/rbac.yaml)")]
+    #[error(
+        "cannot set the webhook's CA in CRD {GATEWAY_CRD}: {source} (check that RBAC allows it, see deploy/rbac.yaml)"
+    )]
     Crd { source: Box<kube::Error> },
     #[error(transparent)]
     Secret(#[from] ca::Error),
@@ -57,7 +60,12 @@ pub(crate) struct CertificateRotation {
 
 impl CertificateRotation {
     /// Creates the task. The server reads its certificate from `identity`.
-    pub(crate) fn new(client: Client, config: WebhookConfig, leadership: Leadership, identity: watch::Sender<ServingIdentity>) -> Self {
+    pub(crate) fn new(
+        client: Client,
+        config: WebhookConfig,
+        leadership: Leadership,
+        identity: watch::Sender<ServingIdentity>,
+    ) -> Self {
         let ca = CaSecret::new(client.clone(), &config.namespace, &config.service);
         Self { config, ca, crds: Api::all(client), leadership, identity, secret: None, crd: None, served: None }
     }
@@ -105,7 +113,8 @@ impl CertificateRotation {
         self.publish_ca(&material).await
     }
 
-    // Returns the material of the Secret, rotated if due. `None` if a different replica changed the Secret: the watch reports its content.
+    // Returns the material of the Secret, rotated if due. `None` if a different replica changed the Secret: the watch
+    // reports its content.
     async fn material(&mut self, secret: Secret) -> Result<Option<Material>, Error> {
         let mut renewal = None;
         let rotation = self.ca.rotate(secret, |present| {
@@ -145,7 +154,11 @@ impl CertificateRotation {
 }
 
 // Returns the patch that makes the CRD use this webhook and CA; `None` if it does already.
-fn crd_patch(crd: &CustomResourceDefinition, config: &WebhookConfig, material: &Material) -> Result<Option<Value>, serde_json::Error> {
+fn crd_patch(
+    crd: &CustomResourceDefinition,
+    config: &WebhookConfig,
+    material: &Material,
+) -> Result<Option<Value>, serde_json::Error> {
     let mut client_config = config.client_config();
     client_config["caBundle"] = serde_json::to_value(ByteString(material.bundle().into_bytes()))?;
     let conversion = serde_json::to_value(&crd.spec.conversion)?;
@@ -185,7 +198,8 @@ mod tests {
         let mut crd = raven_api::schema::crds().expect("our own CRDs").remove(0);
         let (config, material) = (config(), material());
         let patch = crd_patch(&crd, &config, &material).expect("JSON").expect("no CA yet");
-        let webhook = crd.spec.conversion.as_mut().and_then(|c| c.webhook.as_mut()).and_then(|w| w.client_config.as_mut());
+        let webhook =
+            crd.spec.conversion.as_mut().and_then(|c| c.webhook.as_mut()).and_then(|w| w.client_config.as_mut());
         let before = serde_json::to_value(webhook.as_deref().expect("it names the webhook")).expect("JSON");
         assert_eq!(before["service"], patch["spec"]["conversion"]["webhook"]["clientConfig"]["service"]);
         webhook.expect("it names the webhook").ca_bundle = Some(ByteString(material.bundle().into_bytes()));

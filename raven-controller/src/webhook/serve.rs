@@ -1,6 +1,7 @@
 //! HTTPS server of the conversion webhook: `POST /convert`.
 //!
-//! Clients are not authenticated. The response depends on the request only, so it discloses nothing, and the cost of a request is bounded.
+//! Clients are not authenticated. The response depends on the request only, so it discloses nothing, and the cost of a
+//! request is bounded.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -46,7 +47,9 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(120);
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The port cannot be opened.
-    #[error("cannot listen on {address} for the conversion webhook: {source} (another process may use the port; see --webhook-bind-addr)")]
+    #[error(
+        "cannot listen on {address} for the conversion webhook: {source} (another process may use the port; see --webhook-bind-addr)"
+    )]
     Listen {
         /// Address to listen on.
         address: SocketAddr,
@@ -61,7 +64,8 @@ pub enum Error {
     Pem(#[from] pem::Error),
 }
 
-/// Served certificate and key; `None` until the first one is available. [`rotation`](super::rotation) replaces it without interruption.
+/// Served certificate and key; `None` until the first one is available. [`rotation`](super::rotation) replaces it
+/// without interruption.
 pub(crate) type ServingIdentity = Option<Arc<CertifiedKey>>;
 
 /// Parses certificate and key for the TLS library.
@@ -138,8 +142,10 @@ async fn connection(stream: TcpStream, tls: TlsAcceptor, conversions: Arc<Semaph
         let conversions = conversions.clone();
         async move { Ok::<_, Infallible>(respond(request, &conversions).await) }
     });
-    let http =
-        http1::Builder::new().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).serve_connection(TokioIo::new(stream), service);
+    let http = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .serve_connection(TokioIo::new(stream), service);
     if let Err(e) = http.await {
         tracing::debug!(error = %e, "connection to the conversion webhook failed");
     }

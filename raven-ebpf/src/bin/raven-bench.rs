@@ -2,6 +2,8 @@
 //! of the agent's object.
 
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![allow(unreachable_pub, missing_docs, reason = "a program has no users; entry points are exported by aya's macros")]
+#![expect(clippy::cast_ptr_alignment, reason = "live frames and map values start at a multiple of 4")]
 
 #[cfg(target_arch = "bpf")]
 #[path = "../runtime.rs"]
@@ -92,8 +94,10 @@ pub fn generate(ctx: XdpContext) -> u32 {
     let turn = (number % u64::from(generator.addresses.max(1))) as u32;
     let address = u32::from_be_bytes(generator.base) + turn * generator.stride;
     let [high, low] = [(address >> 16) as u16, address as u16];
-    let [base_high, base_low] =
-        [u16::from_be_bytes([generator.base[0], generator.base[1]]), u16::from_be_bytes([generator.base[2], generator.base[3]])];
+    let [base_high, base_low] = [
+        u16::from_be_bytes([generator.base[0], generator.base[1]]),
+        u16::from_be_bytes([generator.base[2], generator.base[3]]),
+    ];
     let sum = checksum::update(checksum::update(generator.checksum as u16, base_high, high), base_low, low);
     let (at, sum_at) = (generator.address_at as usize & 0x7f, generator.checksum_at as usize & 0x7f);
     if start + at + 4 > ctx.data_end() || start + sum_at + 2 > ctx.data_end() {

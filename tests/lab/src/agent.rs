@@ -105,5 +105,7 @@ pub fn ebpf_object(folder: &str, name: &str) -> Result<PathBuf> {
     let place = format!("{folder}/bpfel-unknown-none/release/{name}");
     let here = std::env::current_exe()?;
     let found = here.ancestors().skip(1).map(|dir| dir.join(&place)).find(|path| path.is_file());
-    found.with_context(|| format!("{place} not found in any folder above {}: run `cargo xtask test lab`, which builds it", here.display()))
+    found.with_context(|| {
+        format!("{place} not found in any folder above {}: run `cargo xtask test lab`, which builds it", here.display())
+    })
 }

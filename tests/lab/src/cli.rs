@@ -155,7 +155,8 @@ fn enter(id: &str, place: &str, command: &[String]) -> Result<()> {
 /// Reads the description of a lab.
 pub fn load(id: &str) -> Result<Site> {
     let file = Path::new(LABS).join(id).join("site.json");
-    let text = fs::read(&file).with_context(|| format!("read {} (does lab {id} exist? see `cargo xtask lab list`)", file.display()))?;
+    let text = fs::read(&file)
+        .with_context(|| format!("read {} (does lab {id} exist? see `cargo xtask lab list`)", file.display()))?;
     Ok(serde_json::from_slice(&text)?)
 }
 

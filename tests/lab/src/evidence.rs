@@ -10,13 +10,22 @@ use crate::site::Site;
 
 /// Commands to run on each node. The output file contains their errors too.
 const NODE_COMMANDS: [(&str, &str); 7] = [
-    ("ip", "ip -s -d link; ip addr; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; ip neigh; bridge fdb"),
+    (
+        "ip",
+        "ip -s -d link; ip addr; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all; ip neigh; bridge fdb",
+    ),
     ("wg", "timeout 10 wg show all dump; timeout 10 wg show"),
     ("bpf", "bpftool net; tc qdisc; ls -lR /sys/fs/bpf; bpftool prog"),
-    ("maps", "find /sys/fs/bpf -type f | while read p; do echo \"## $p\"; bpftool map dump pinned \"$p\" 2>&1 | head -c 200000; done"),
+    (
+        "maps",
+        "find /sys/fs/bpf -type f | while read p; do echo \"## $p\"; bpftool map dump pinned \"$p\" 2>&1 | head -c 200000; done",
+    ),
     ("nft", "nft list ruleset; iptables-legacy-save 2>/dev/null; ip6tables-legacy-save 2>/dev/null"),
     ("conntrack", "conntrack -S; conntrack -L; conntrack -L -f ipv6"),
-    ("state", "ls -lR /var/lib/raven /run/raven /run/wireguard; sysctl -a 2>/dev/null | grep -E 'rp_filter|forwarding|bridge-nf'"),
+    (
+        "state",
+        "ls -lR /var/lib/raven /run/raven /run/wireguard; sysctl -a 2>/dev/null | grep -E 'rp_filter|forwarding|bridge-nf'",
+    ),
 ];
 
 impl Lab {
@@ -42,7 +51,8 @@ impl Lab {
             }
         }
         for pool in &self.pools {
-            let text = output_of(&pool.router, "ip addr; ip route; nft list ruleset; conntrack -L; conntrack -L -f ipv6");
+            let text =
+                output_of(&pool.router, "ip addr; ip route; nft list ruleset; conntrack -L; conntrack -L -f ipv6");
             fs::write(dir.join(format!("router-{}.txt", pool.spec.name)), text)?;
         }
         if self.has_cluster() {

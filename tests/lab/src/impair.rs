@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use nix::ifaddrs::getifaddrs;
 use nix::sys::socket::{
-    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrLike, bind, recvfrom, sendmsg, setsockopt, socket,
-    sockopt::ReceiveTimeout,
+    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrLike, bind, recvfrom, sendmsg,
+    setsockopt, socket, sockopt::ReceiveTimeout,
 };
 use nix::sys::time::TimeVal;
 
@@ -49,7 +49,8 @@ impl Lab {
         let (near, far) = (Line::open(inet, port)?, Line::open(inet, "slow-far")?);
         let stop = Arc::new(AtomicBool::new(false));
         let threads = [(near.clone(), far.clone()), (far, near)].into_iter().enumerate();
-        let threads = threads.flat_map(|(n, (from, to))| carry(from, to, delay, Loss::new(one_in, n as u64), &stop)).collect();
+        let threads =
+            threads.flat_map(|(n, (from, to))| carry(from, to, delay, Loss::new(one_in, n as u64), &stop)).collect();
         Ok(Impairment { stop, threads })
     }
 }
@@ -114,7 +115,10 @@ fn carry(from: Line, to: Line, delay: Duration, mut loss: Loss, stop: &Arc<Atomi
         while !stop.load(Ordering::Relaxed) {
             let Ok((length, Some(about))) = recvfrom::<LinkAddr>(from.0.as_raw_fd(), &mut frame) else { continue };
             // Frames that this forwarder sends to the device are received here too.
-            if about.pkttype() != OUTGOING && !loss.loses() && queue.send((Instant::now() + delay, frame[..length].to_vec())).is_err() {
+            if about.pkttype() != OUTGOING
+                && !loss.loses()
+                && queue.send((Instant::now() + delay, frame[..length].to_vec())).is_err()
+            {
                 return;
             }
         }

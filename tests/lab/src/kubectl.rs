@@ -75,7 +75,8 @@ pub fn logs(server: &SecondApiServer) -> Result<String> {
 
 /// Checks that `kubectl logs -f` streams lines without a gap.
 pub fn follow(server: &SecondApiServer) -> Result<String> {
-    let mut child = server.kubectl(&["logs", "-f", POD, "--tail=1"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut child =
+        server.kubectl(&["logs", "-f", POD, "--tail=1"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     let lines = BufReader::new(child.stdout.take().context("kubectl has no standard output")?).lines();
     let (begin, mut seen) = (Instant::now(), Vec::new());
     let guard = Guard::new(&child)?;
@@ -125,7 +126,8 @@ pub fn terminal(server: &SecondApiServer, protocol: Protocol) -> Result<String> 
             command.env(key, value);
         }
     }
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("start script")?;
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("start script")?;
     let mut stdin = child.stdin.take().context("kubectl has no standard input")?;
     let mut stdout = child.stdout.take().context("kubectl has no standard output")?;
     let mut seen = String::new();
@@ -167,13 +169,23 @@ pub fn port_forward(server: &SecondApiServer, protocol: Protocol) -> Result<Stri
     let mut seen = String::new();
     let _guard = Guard::new(&child)?;
     let result = read_until(&mut stdout, &mut seen, "-> 8088").and_then(|()| {
-        let port = seen.split("127.0.0.1:").nth(1).and_then(|rest| rest.split_whitespace().next()).context("kubectl printed no port")?;
+        let port = seen
+            .split("127.0.0.1:")
+            .nth(1)
+            .and_then(|rest| rest.split_whitespace().next())
+            .context("kubectl printed no port")?;
         // curl must run in the namespace in which kubectl listens.
         let mut curl = Command::new("sh");
         let words: Vec<String> = std::fs::read_to_string(server.kubectl(&[]).get_program())?
             .lines()
             .nth(1)
-            .map(|l| l.split_whitespace().skip(1).take_while(|w| w.contains("nsenter") || w.starts_with("--")).map(str::to_owned).collect())
+            .map(|l| {
+                l.split_whitespace()
+                    .skip(1)
+                    .take_while(|w| w.contains("nsenter") || w.starts_with("--"))
+                    .map(str::to_owned)
+                    .collect()
+            })
             .unwrap_or_default();
         curl.args(["-c", &format!("exec {} curl -sS -m 10 http://127.0.0.1:{port}/index.html", words.join(" "))]);
         let text = run(&mut curl, "")?;
@@ -206,7 +218,11 @@ pub fn cp(server: &SecondApiServer, megabytes: usize) -> Result<String> {
 /// Checks the kubelet's metrics, which Prometheus and metrics-server read by the same path.
 pub fn metrics(server: &SecondApiServer) -> Result<String> {
     let text = run(&mut server.kubectl(&["get", "--raw", "/api/v1/nodes/x-b/proxy/metrics"]), "")?;
-    ensure!(text.contains("kubelet_node_name{node=\"x-b\"} 1"), "the metrics are not those of x-b: {}", &text[..text.len().min(300)]);
+    ensure!(
+        text.contains("kubelet_node_name{node=\"x-b\"} 1"),
+        "the metrics are not those of x-b: {}",
+        &text[..text.len().min(300)]
+    );
     Ok(format!("{} lines of x-b's metrics", text.lines().count()))
 }
 
@@ -254,7 +270,9 @@ impl Guard {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
         let (release, released) = std::sync::mpsc::channel::<()>();
         std::thread::spawn(move || {
-            if released.recv_timeout(COMMAND_WITHIN.mul_f64(patience())) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+            if released.recv_timeout(COMMAND_WITHIN.mul_f64(patience()))
+                == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
+            {
                 let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
             }
         });

@@ -215,9 +215,16 @@ impl Lab {
     async fn names_and_services(&self, node: &Node, dir: &Path, binaries: &NodeBinaries) -> Result<Vec<Process>> {
         let api: Api<ConfigMap> = Api::namespaced(self.cluster().client(), raven_api::DEFAULT_NAMESPACE);
         let hosts = eventually(SOON, "the controller has written the hosts file", || async {
-            let hosts =
-                api.get(DNS_CONFIG_MAP).await?.data.and_then(|mut data| data.remove(DNS_KEY)).context("the ConfigMap has no data")?;
-            ensure!(hosts.lines().any(|line| line.starts_with("10.96.")), "no name resolves to the Service yet: {hosts}");
+            let hosts = api
+                .get(DNS_CONFIG_MAP)
+                .await?
+                .data
+                .and_then(|mut data| data.remove(DNS_KEY))
+                .context("the ConfigMap has no data")?;
+            ensure!(
+                hosts.lines().any(|line| line.starts_with("10.96.")),
+                "no name resolves to the Service yet: {hosts}"
+            );
             Ok(hosts)
         })
         .await?;
@@ -233,7 +240,9 @@ impl Lab {
         coredns.arg("-conf").arg(dir.join("Corefile"));
         let coredns = Process::start(format!("coredns-{}", node.name), &self.logs(), coredns)?;
         fs::write(dir.join("resolv.conf"), format!("nameserver {}\n", node.lan_v4))?;
-        node.ns.sh(&format!("mount --bind {} /etc/resolv.conf", dir.join("resolv.conf").display())).context("set the node's DNS server")?;
+        node.ns
+            .sh(&format!("mount --bind {} /etc/resolv.conf", dir.join("resolv.conf").display()))
+            .context("set the node's DNS server")?;
         let kubeconfig = dir.join("kube-proxy.kubeconfig");
         fs::write(&kubeconfig, self.cluster().admin_kubeconfig(&self.cluster().server_for(self, false)))?;
         let mut kube_proxy = node.ns.command(binaries.program("kube-proxy"));

@@ -113,7 +113,14 @@ impl Cluster {
     /// Returns the command of a further API server on the same etcd.
     pub fn api_server_at(&self, ns: &Namespace, address: std::net::Ipv4Addr, port: u16, run: &Path) -> Command {
         let etcd = format!("http://{CONTROL_PLANE}:2379");
-        api_server_command(ns.command(&self.binaries.api_server), &etcd, address, port, &self.kubeconfig.with_file_name("kubernetes"), run)
+        api_server_command(
+            ns.command(&self.binaries.api_server),
+            &etcd,
+            address,
+            port,
+            &self.kubeconfig.with_file_name("kubernetes"),
+            run,
+        )
     }
 
     /// Returns a client with all permissions.
@@ -190,7 +197,14 @@ fn api_server(site: &Site, binaries: &Binaries, dir: &Path) -> Command {
     api_server_command(command, "http://127.0.0.1:2379", CONTROL_PLANE, API_PORT, dir, &dir.join("run"))
 }
 
-fn api_server_command(mut command: Command, etcd: &str, address: std::net::Ipv4Addr, port: u16, dir: &Path, run: &Path) -> Command {
+fn api_server_command(
+    mut command: Command,
+    etcd: &str,
+    address: std::net::Ipv4Addr,
+    port: u16,
+    dir: &Path,
+    run: &Path,
+) -> Command {
     let file = |flag: &str, name: &str| format!("--{flag}={}", dir.join(name).display());
     command.args([
         format!("--etcd-servers={etcd}"),

@@ -71,7 +71,10 @@ impl Lab {
             ensure!(words.next() == Some(node), "unexpected output {text:?}");
             // `81m  4%  950Mi  4%`
             let cpu = words.next().and_then(|word| word.strip_suffix('m')?.parse::<u64>().ok());
-            let memory = words.nth(1).and_then(|word| word.strip_suffix("Mi")?.parse::<u64>().ok()).context("no memory in Mi")?;
+            let memory = words
+                .nth(1)
+                .and_then(|word| word.strip_suffix("Mi")?.parse::<u64>().ok())
+                .context("no memory in Mi")?;
             ensure!(cpu.is_some() && memory > 0, "unexpected output {text:?}");
             Ok(text.trim().to_owned())
         })

@@ -71,7 +71,8 @@ impl Namespace {
 
     /// Sets sysctls, named by paths under /proc/sys. A leading `?` skips a setting that the kernel does not have.
     pub(crate) fn sysctls(&self, settings: &[(&str, &str)]) -> Result<()> {
-        let settings: Vec<(String, String)> = settings.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let settings: Vec<(String, String)> =
+            settings.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         // /proc/sys/net shows the namespace of the thread that opens it.
         self.within(move || settings.iter().try_for_each(|(name, value)| set_sysctl(name, value)))?
     }
@@ -118,8 +119,12 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 
 /// Runs a command with `input` as its standard input.
 pub(crate) fn feed(command: &mut Command, input: &str) -> Result<()> {
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().with_context(|| format!("start {command:?}"))?;
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("start {command:?}"))?;
     let mut stdin = child.stdin.take().context("the command has no standard input")?;
     // A program that stops reading early (a syntax error) closes the pipe; its message is more useful than EPIPE.
     let written = stdin.write_all(input.as_bytes());

@@ -126,7 +126,12 @@ impl MasqueradeBy {
     /// Returns all tools that work on this machine. Prints the others as skipped, with the reason.
     pub fn all() -> Vec<Self> {
         let mut all = vec![Self::Nftables, Self::Iptables];
-        match output(Command::new("unshare").args(["-n", "sh", "-ec", "iptables-legacy -t nat -L -n; ip6tables-legacy -t nat -L -n"])) {
+        match output(Command::new("unshare").args([
+            "-n",
+            "sh",
+            "-ec",
+            "iptables-legacy -t nat -L -n; ip6tables-legacy -t nat -L -n",
+        ])) {
             Ok(_) => all.push(Self::IptablesLegacy),
             // Written directly, because the test harness hides the output of eprintln! in a passing test.
             Err(why) => drop(writeln!(std::io::stderr(), "SKIPPED: legacy iptables: {why:#}")),
@@ -140,9 +145,10 @@ fn masquerade(site: &Site, node: &Node) -> Result<()> {
     let (own_v4, own_v6) = match site.masquerade {
         Masquerade::Never => return Ok(()),
         Masquerade::BeyondCluster => (vec![CLUSTER_V4.to_owned()], vec![CLUSTER_V6.to_owned()]),
-        Masquerade::BeyondPool => {
-            (site.nodes_of(&node.pool).map(Node::pod_cidr_v4).collect(), site.nodes_of(&node.pool).map(Node::pod_cidr_v6).collect())
-        }
+        Masquerade::BeyondPool => (
+            site.nodes_of(&node.pool).map(Node::pod_cidr_v4).collect(),
+            site.nodes_of(&node.pool).map(Node::pod_cidr_v6).collect(),
+        ),
     };
     match site.masquerade_by {
         MasqueradeBy::Nftables => node.ns.nft(&format!(
@@ -274,9 +280,17 @@ fn router_rules(pool: &Pool) -> Result<String> {
     let mut mapped = String::new();
     for forward in &pool.spec.forwards {
         let (protocol, from, to) = (forward.protocol.word(), forward.public_port, forward.port);
-        writeln!(mapped, "    iifname wan ip daddr {} {protocol} dport {from} dnat ip to {}:{to}", pool.public_v4, forward.to)?;
+        writeln!(
+            mapped,
+            "    iifname wan ip daddr {} {protocol} dport {from} dnat ip to {}:{to}",
+            pool.public_v4, forward.to
+        )?;
         if let Some(v6) = forward.to_v6 {
-            writeln!(mapped, "    iifname wan ip6 daddr {} {protocol} dport {from} dnat ip6 to [{v6}]:{to}", pool.public_v6)?;
+            writeln!(
+                mapped,
+                "    iifname wan ip6 daddr {} {protocol} dport {from} dnat ip6 to [{v6}]:{to}",
+                pool.public_v6
+            )?;
         }
     }
     let how = match pool.spec.nat {

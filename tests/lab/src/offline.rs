@@ -48,7 +48,10 @@ pub fn get(node: &Node) -> Result<Value> {
 pub fn with_prefixes(snapshot: &Value, gateway: &str, prefixes: impl IntoIterator<Item = String>) -> Result<Value> {
     let mut changed = snapshot.clone();
     let gateways = changed["gateways"].as_array_mut().context("the snapshot has no list of Gateways")?;
-    let one = gateways.iter_mut().find(|g| g["metadata"]["name"] == gateway).with_context(|| format!("no Gateway {gateway}"))?;
+    let one = gateways
+        .iter_mut()
+        .find(|g| g["metadata"]["name"] == gateway)
+        .with_context(|| format!("no Gateway {gateway}"))?;
     one["status"]["nodes"][0]["subnets"]
         .as_array_mut()
         .context("the node has no list of prefixes")?
@@ -78,8 +81,12 @@ fn snapshot(lab: &Lab, keys: &BTreeMap<String, String>) -> Result<Value> {
         let proxy = Endpoint { node_name: elected.name.clone(), type_: EndpointType::Proxy, ..Endpoint::default() };
         let active = tunnel.chain([proxy]).collect();
         let nodes: Vec<NodeInfo> = lab.nodes_of(&pool.spec.name).map(info).collect();
-        gateway.status =
-            Some(GatewayStatus { node_count: i32::try_from(nodes.len())?, nodes, active_endpoints: active, ..GatewayStatus::default() });
+        gateway.status = Some(GatewayStatus {
+            node_count: i32::try_from(nodes.len())?,
+            nodes,
+            active_endpoints: active,
+            ..GatewayStatus::default()
+        });
         gateways.push(gateway);
         let spec = GatewayNodeSpec {
             gateway: pool.spec.name.clone(),
@@ -94,11 +101,16 @@ fn snapshot(lab: &Lab, keys: &BTreeMap<String, String>) -> Result<Value> {
 }
 
 fn info(node: &Node) -> NodeInfo {
-    NodeInfo { node_name: node.name.clone(), private_ip: node.lan_v4.to_string(), subnets: vec![node.pod_cidr_v4(), node.pod_cidr_v6()] }
+    NodeInfo {
+        node_name: node.name.clone(),
+        private_ip: node.lan_v4.to_string(),
+        subnets: vec![node.pod_cidr_v4(), node.pod_cidr_v6()],
+    }
 }
 
 fn wg(what: &str, input: &str) -> Result<String> {
-    let mut child = Command::new("wg").arg(what).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("start wg")?;
+    let mut child =
+        Command::new("wg").arg(what).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().context("start wg")?;
     child.stdin.take().context("wg has no standard input")?.write_all(input.as_bytes())?;
     let done = child.wait_with_output()?;
     ensure!(done.status.success(), "wg {what}: {}", done.status);

@@ -75,7 +75,10 @@ impl Echo {
         udp.set_read_timeout(Some(TICK))?;
         let stop = Arc::new(AtomicBool::new(false));
         let (stop_tcp, stop_udp) = (stop.clone(), stop.clone());
-        let threads = vec![std::thread::spawn(move || serve_tcp(&tcp, &stop_tcp)), std::thread::spawn(move || serve_udp(&udp, &stop_udp))];
+        let threads = vec![
+            std::thread::spawn(move || serve_tcp(&tcp, &stop_tcp)),
+            std::thread::spawn(move || serve_udp(&udp, &stop_udp)),
+        ];
         Ok(Self { address, stop, threads })
     }
 }
@@ -153,7 +156,8 @@ pub async fn udp_echo(from: &Namespace, to: SocketAddr, payload: &[u8], within: 
         socket.send(&payload)?;
         let mut buffer = [0; 65536];
         let length = socket.recv(&mut buffer)?;
-        let end = buffer[..length].iter().position(|byte| *byte == b'\n').context("the answer contains no source address")?;
+        let end =
+            buffer[..length].iter().position(|byte| *byte == b'\n').context("the answer contains no source address")?;
         ensure!(buffer[end + 1..length] == payload, "a different payload came back");
         Ok(std::str::from_utf8(&buffer[..end])?.parse()?)
     };

@@ -68,7 +68,9 @@ impl Process {
     pub fn ensure_running(&mut self) -> Result<()> {
         match self.ended()? {
             None => Ok(()),
-            Some(status) => Err(anyhow!("{} ended ({status}); the end of {}:\n{}", self.name, self.log.display(), tail(&self.log))),
+            Some(status) => {
+                Err(anyhow!("{} ended ({status}); the end of {}:\n{}", self.name, self.log.display(), tail(&self.log)))
+            }
         }
     }
 
@@ -94,8 +96,10 @@ pub(crate) fn tail(log: &Path) -> String {
 
 /// Returns a line of /proc/PID/status (`VmRSS`, `VmHWM`) in MB. `pid` may be `self`.
 pub fn memory_mb(pid: impl std::fmt::Display, line: &str) -> Result<f64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).with_context(|| format!("read the status of process {pid}"))?;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))
+        .with_context(|| format!("read the status of process {pid}"))?;
     let kilobytes = status.lines().find_map(|l| l.strip_prefix(line)?.strip_prefix(':')?.split_whitespace().next());
-    let kilobytes: f64 = kilobytes.with_context(|| format!("the status of process {pid} has no line {line}"))?.parse()?;
+    let kilobytes: f64 =
+        kilobytes.with_context(|| format!("the status of process {pid} has no line {line}"))?.parse()?;
     Ok(kilobytes / 1024.0)
 }

@@ -62,12 +62,14 @@ pub type Counters = BTreeMap<Verdict, u64>;
 /// Reads the pinned counters of a node with `bpftool map dump`, as an operator would.
 pub fn counters(node: &Node) -> Result<Counters> {
     let dump = node.ns.run("bpftool", &["-j", "map", "dump", "pinned", "/sys/fs/bpf/raven/v1/maps/COUNTERS"])?;
-    let entries: Vec<Value> = serde_json::from_str(&dump).with_context(|| format!("parse bpftool's output on {}", node.name))?;
+    let entries: Vec<Value> =
+        serde_json::from_str(&dump).with_context(|| format!("parse bpftool's output on {}", node.name))?;
     let mut counters = Counters::new();
     for entry in &entries {
         let entry = &entry["formatted"];
         let number = entry["key"]["verdict"].as_u64().context("the key has no field `verdict`")?;
-        let verdict = Verdict::from_number(u32::try_from(number)?).with_context(|| format!("verdict {number} is unknown"))?;
+        let verdict =
+            Verdict::from_number(u32::try_from(number)?).with_context(|| format!("verdict {number} is unknown"))?;
         let values = entry["values"].as_array().context("the entry has no per-CPU values")?;
         let packets: u64 = values.iter().filter_map(|v| v["value"]["packets"].as_u64()).sum();
         *counters.entry(verdict).or_default() += packets;
@@ -113,10 +115,16 @@ pub async fn converged(lab: &Lab) -> Result<String> {
         let (from, to) = (gateway_and_member(lab, &a).1, gateway_and_member(lab, &b).1);
         for address in lab.pod(&to.name).addresses() {
             let what = format!("{} reaches {address} of {}", from.name, to.name);
-            eventually(CONVERGENCE, &what, || async { probe::ping(&lab.pod(&from.name).ns, address).await?.context("no answer") }).await?;
+            eventually(CONVERGENCE, &what, || async {
+                probe::ping(&lab.pod(&from.name).ns, address).await?.context("no answer")
+            })
+            .await?;
         }
     }
-    Ok(format!("every pair of pools is connected {:.1} s after the start of the last agent", start.elapsed().as_secs_f64()))
+    Ok(format!(
+        "every pair of pools is connected {:.1} s after the start of the last agent",
+        start.elapsed().as_secs_f64()
+    ))
 }
 
 /// Pods of two pools reach each other by ICMP, TCP and UDP in both directions, from members and gateway nodes,
@@ -124,8 +132,12 @@ pub async fn converged(lab: &Lab) -> Result<String> {
 pub async fn reach(lab: &Lab, a: &Pool, b: &Pool, family: usize) -> Result<String> {
     let mut ttls = Vec::new();
     let ((gateway_a, node_a), (gateway_b, node_b)) = (gateway_and_member(lab, a), gateway_and_member(lab, b));
-    for (from, to) in [(node_a, node_b), (node_b, node_a), (gateway_a, node_b), (node_b, gateway_a), (gateway_a, gateway_b)] {
-        let ttl = exchange(lab.pod(&from.name), lab.pod(&to.name), family).await.with_context(|| format!("{} → {}", from.name, to.name))?;
+    for (from, to) in
+        [(node_a, node_b), (node_b, node_a), (gateway_a, node_b), (node_b, gateway_a), (gateway_a, gateway_b)]
+    {
+        let ttl = exchange(lab.pod(&from.name), lab.pod(&to.name), family)
+            .await
+            .with_context(|| format!("{} → {}", from.name, to.name))?;
         ttls.push(ttl);
     }
     // Every router on the path decrements the TTL: both nodes' stacks and each gateway node's redirect.
@@ -133,8 +145,11 @@ pub async fn reach(lab: &Lab, a: &Pool, b: &Pool, family: usize) -> Result<Strin
     let relayed = a.spec.number != 0 && b.spec.number != 0;
     let expected = if relayed { 5 } else { 4 };
     ensure!(hops == expected, "{} → {} has {hops} hops, not {expected}", node_a.name, node_b.name);
-    let path =
-        if relayed { format!("{} → cloud → {}", a.spec.name, b.spec.name) } else { format!("{} → {}", a.spec.name, b.spec.name) };
+    let path = if relayed {
+        format!("{} → cloud → {}", a.spec.name, b.spec.name)
+    } else {
+        format!("{} → {}", a.spec.name, b.spec.name)
+    };
     Ok(format!("ICMP, TCP, UDP in both directions, sources unchanged; {hops} hops by {path}"))
 }
 
@@ -166,7 +181,8 @@ pub fn watch_netfilter(lab: &Lab) -> Result<()> {
         let (gateway, member) = gateway_and_member(lab, pool);
         let (v4, v6) = (member.pod_cidr_v4(), member.pod_cidr_v6());
         // Replaces the table of an earlier call.
-        let mut rules = "table inet watch { }\ndelete table inet watch\ntable inet watch { counter pods { }\n".to_owned();
+        let mut rules =
+            "table inet watch { }\ndelete table inet watch\ntable inet watch { counter pods { }\n".to_owned();
         for hook in ["prerouting", "input", "forward", "output", "postrouting"] {
             rules += &format!(
                 "chain {hook} {{ type filter hook {hook} priority -400; ip saddr {v4} counter name pods; ip daddr {v4} counter name pods; \
@@ -207,7 +223,8 @@ pub fn redirected_by(lab: &Lab, before: &BTreeMap<String, Counters>, at_least: u
         unseen(gateway, member)?;
         let relayed = increase(before, &after, Verdict::Relayed);
         let relay = if relayed > 0 { format!(", {relayed} relayed") } else { String::new() };
-        summaries.push(format!("{}: {fast} into the tunnel ({by}), {back} out of it (tunnel_ingress){relay}", gateway.name));
+        summaries
+            .push(format!("{}: {fast} into the tunnel ({by}), {back} out of it (tunnel_ingress){relay}", gateway.name));
     }
     Ok(summaries.join("; "))
 }
@@ -216,7 +233,10 @@ pub fn redirected_by(lab: &Lab, before: &BTreeMap<String, Counters>, at_least: u
 fn unseen(gateway: &Node, member: &Node) -> Result<()> {
     let listed = gateway.ns.run("nft", &["-j", "list", "counter", "inet", "watch", "pods"])?;
     let listed: Value = serde_json::from_str(&listed)?;
-    let counter = listed["nftables"].as_array().and_then(|a| a.iter().find_map(|o| o.get("counter"))).context("nft lists no counter")?;
+    let counter = listed["nftables"]
+        .as_array()
+        .and_then(|a| a.iter().find_map(|o| o.get("counter")))
+        .context("nft lists no counter")?;
     let packets = counter["packets"].as_u64().context("the counter has no number of packets")?;
     ensure!(packets == 0, "{}: netfilter saw {packets} packets of the pods of {}", gateway.name, member.name);
     let flows = gateway.ns.run("conntrack", &["-L"])? + &gateway.ns.run("conntrack", &["-L", "-f", "ipv6"])?;
@@ -285,10 +305,15 @@ pub fn traceroute(lab: &Lab) -> Result<String> {
     for target in to.addresses() {
         for (hop, node) in hops.iter().enumerate() {
             let output = from.ns.sh(&format!("ping -c1 -W2 -t {} {target} || true", hop + 1))?;
-            let router = output.lines().find_map(|l| l.strip_prefix("From ")?.split_whitespace().next()?.parse::<IpAddr>().ok());
+            let router =
+                output.lines().find_map(|l| l.strip_prefix("From ")?.split_whitespace().next()?.parse::<IpAddr>().ok());
             let router = router.with_context(|| format!("hop {} of {target} does not answer: {output}", hop + 1))?;
             let addresses = lab.node(node).ns.sh("ip -o addr")?;
-            ensure!(addresses.contains(&format!(" {router}/")), "hop {} is {router}, which is not {node}: {output}", hop + 1);
+            ensure!(
+                addresses.contains(&format!(" {router}/")),
+                "hop {} is {router}, which is not {node}: {output}",
+                hop + 1
+            );
         }
     }
     Ok(hops.join(" → "))
@@ -344,7 +369,11 @@ pub async fn forged(lab: &Lab, fallback: bool) -> Result<String> {
         eventually(Duration::from_secs(10), what, || async {
             forged_overlay(from, to, source, lab.pod("cloud-a").v4)?;
             let after = counters(to)?;
-            ensure!(increase(&before, &after, verdict) > 0, "{} has not increased: {before:?} {after:?}", verdict.as_str());
+            ensure!(
+                increase(&before, &after, verdict) > 0,
+                "{} has not increased: {before:?} {after:?}",
+                verdict.as_str()
+            );
             let listed = http(&to.ns, "[::1]:10265", "/drops").await?;
             ensure!(listed.contains(verdict.as_str()), "/drops does not list {}: {listed}", verdict.as_str());
             Ok(())
@@ -368,9 +397,14 @@ pub async fn rejects_foreign_sources(lab: &Lab, kernel: bool) -> Result<String> 
     let (sender, victim, receiver, target) = (lab.node("x-a"), lab.pod("y-b"), lab.node("cloud-a"), lab.pod("cloud-b"));
     let count = |words: &str| format!("chain c {{ type filter hook input priority 0; ip saddr {words} counter; }}\n");
     let own = sender.pods[0].v4;
-    target.ns.nft(&format!("table ip foreign {{ {} }}\ntable ip own {{ {} }}", count(&victim.v4.to_string()), count(&own.to_string())))?;
+    target.ns.nft(&format!(
+        "table ip foreign {{ {} }}\ntable ip own {{ {} }}",
+        count(&victim.v4.to_string()),
+        count(&own.to_string())
+    ))?;
     let received = |table: &str| -> Result<u64> {
-        let listed = target.ns.sh(&format!("nft list table ip {table} | sed -n 's/.*packets \\([0-9]*\\) .*/\\1/p'"))?;
+        let listed =
+            target.ns.sh(&format!("nft list table ip {table} | sed -n 's/.*packets \\([0-9]*\\) .*/\\1/p'"))?;
         listed.trim().parse().with_context(|| format!("parse the counter of table {table}: {listed:?}"))
     };
     let rejected = || -> Result<u64> {
@@ -396,7 +430,9 @@ pub async fn rejects_foreign_sources(lab: &Lab, kernel: bool) -> Result<String> 
         return Ok("5 sent, none arrived".to_owned());
     }
     ensure!(counted >= 5, "{} counted {counted} rejected packets", receiver.name);
-    let metric = metric(&receiver.ns, "raven_tunnel_refused_packets_total").await?.context("the agent exports no such metric")?;
+    let metric = metric(&receiver.ns, "raven_tunnel_refused_packets_total")
+        .await?
+        .context("the agent exports no such metric")?;
     ensure!(metric >= counted, "the metric is {metric}, the device's counter {counted}");
     Ok(format!("5 sent, none arrived; {counted} rejected by WireGuard on {} and counted in its metrics", receiver.name))
 }
@@ -411,7 +447,11 @@ pub async fn mtu(lab: &Lab, from: &str, to: &str) -> Result<String> {
         ensure!(answer.is_some(), "a packet of {MTU} bytes to {target} is not answered");
         let too_big = (MTU - headers + 1).to_string();
         let output = ping_unfragmented(&from.ns, target, &too_big)?;
-        ensure!(output.contains(&format!("{MTU}")), "the answer to a packet of {} bytes to {target} lacks the MTU: {output}", MTU + 1);
+        ensure!(
+            output.contains(&format!("{MTU}")),
+            "the answer to a packet of {} bytes to {target} lacks the MTU: {output}",
+            MTU + 1
+        );
     }
     Ok(format!("{MTU} bytes pass, {} bytes are answered with `mtu {MTU}`", MTU + 1))
 }
@@ -430,7 +470,14 @@ pub async fn restart(lab: &Lab, agents: &mut [Agent], from: &str, to: &str, fami
 }
 
 /// Kills and restarts agents under a flow of `rate` packets per second; no packet is lost.
-pub async fn restart_under(lab: &Lab, agents: &mut [Agent], from: &str, to: &str, family: usize, rate: u32) -> Result<String> {
+pub async fn restart_under(
+    lab: &Lab,
+    agents: &mut [Agent],
+    from: &str,
+    to: &str,
+    family: usize,
+    rate: u32,
+) -> Result<String> {
     let (from_pod, to_pod) = (lab.pod(from), lab.pod(to));
     let flow = Flow::start(&from_pod.ns, &to_pod.ns, to_pod.addresses()[family], rate)?;
     // The flow also runs for some time before and after the restarts.
@@ -524,7 +571,8 @@ pub async fn http_of(ns: &Namespace, address: &str, host: &str, path: &str, with
     ns.within_async(move || {
         use std::io::{Read, Write};
         let to = address.parse().with_context(|| format!("parse {address} as address and port"))?;
-        let mut stream = std::net::TcpStream::connect_timeout(&to, within).with_context(|| format!("connect to {address}"))?;
+        let mut stream =
+            std::net::TcpStream::connect_timeout(&to, within).with_context(|| format!("connect to {address}"))?;
         stream.set_read_timeout(Some(within))?;
         stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").as_bytes())?;
         let mut answer = String::new();
@@ -541,11 +589,17 @@ pub fn cleaned(lab: &Lab, agent: &mut Agent) -> Result<String> {
     let removed = lab.agent_command(&node.name, &["cleanup"])?;
     for (what, command) in [
         ("a device", "ip -o link show | grep raven || true"),
-        ("a route", "for family in -4 -6; do ip $family route show table all; done | grep -e 'table 9027' -e 'table 9029' || true"),
+        (
+            "a route",
+            "for family in -4 -6; do ip $family route show table all; done | grep -e 'table 9027' -e 'table 9029' || true",
+        ),
         ("a rule", "ip rule | grep -e 9027 -e 9029 || true; ip -6 rule | grep -e 9027 -e 9029 || true"),
         ("a netfilter table", "nft list tables | grep raven || true"),
         // maps.debug and progs.debug belong to the kernel.
-        ("a filter", "for device in $(ls /sys/class/net); do tc filter show dev $device ingress 2>/dev/null || true; done"),
+        (
+            "a filter",
+            "for device in $(ls /sys/class/net); do tc filter show dev $device ingress 2>/dev/null || true; done",
+        ),
         ("a pin", "ls /sys/fs/bpf | grep -v debug || true"),
         ("a file", "ls /var/lib/raven"),
         ("an engine", "ls /run/wireguard"),

@@ -72,7 +72,20 @@ impl Image {
     /// Creates an image with the usual folders, and with `/bin`, `/lib`, … as links into `/usr`.
     pub fn new() -> Self {
         let mut image = Self::default();
-        for folder in ["dev", "proc", "sys", "run", "tmp", "etc", "root", "var/lib", "usr/bin", "usr/sbin", "usr/lib", "usr/lib64"] {
+        for folder in [
+            "dev",
+            "proc",
+            "sys",
+            "run",
+            "tmp",
+            "etc",
+            "root",
+            "var/lib",
+            "usr/bin",
+            "usr/sbin",
+            "usr/lib",
+            "usr/lib64",
+        ] {
             image.folder(Path::new(folder));
         }
         for name in ["bin", "sbin", "lib", "lib64"] {
@@ -179,7 +192,7 @@ impl<W: Write> Archive<W> {
         fields.iter().try_for_each(|field| write!(self.file, "{field:08x}"))?;
         // The header has 110 bytes; name and content are padded to a multiple of four.
         self.file.write_all(name.as_bytes())?;
-        self.file.write_all(&[0; 4][..1 + padding(110 + name.len() + 1)])?;
+        self.file.write_all(&[0; 4][..=padding(110 + name.len() + 1)])?;
         self.file.write_all(content)?;
         self.file.write_all(&[0; 3][..padding(content.len())])?;
         Ok(())
@@ -302,8 +315,15 @@ impl Machine {
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]);
         command.args(["-accel", accelerator, "-cpu", "max", "-smp", "2", "-m", "2048"]);
-        command.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(&self.initramfs).arg("-append").arg(command_line);
-        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().context("start QEMU")?;
+        command
+            .arg("-kernel")
+            .arg(&self.kernel.image)
+            .arg("-initrd")
+            .arg(&self.initramfs)
+            .arg("-append")
+            .arg(command_line);
+        let child =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().context("start QEMU")?;
         Ok(Running(child))
     }
 }

@@ -107,7 +107,11 @@ pub fn labs() -> Vec<Found> {
     };
     let mut found: Vec<Found> = entries
         .flatten()
-        .map(|entry| Found { id: entry.file_name().to_string_lossy().into_owned(), owner: living_owner(&entry.path()), dir: entry.path() })
+        .map(|entry| Found {
+            id: entry.file_name().to_string_lossy().into_owned(),
+            owner: living_owner(&entry.path()),
+            dir: entry.path(),
+        })
         .collect();
     found.sort_by(|a, b| a.id.cmp(&b.id));
     found

@@ -72,8 +72,9 @@ async fn flow_counts_lost_packets() {
     let (from, to) = (lab.pod("x-a"), lab.pod("x-b"));
     let flow = Flow::start(&from.ns, &to.ns, to.v4.into(), 1000).expect("start the flow");
     for (table, verdict) in [("some_arrive", "accept"), ("some_are_lost", "drop")] {
-        let rule =
-            format!("table ip {table} {{ chain in {{ type filter hook input priority 0; meta l4proto udp counter {verdict}; }}; }}\n");
+        let rule = format!(
+            "table ip {table} {{ chain in {{ type filter hook input priority 0; meta l4proto udp counter {verdict}; }}; }}\n"
+        );
         to.ns.nft(&rule).expect("load the rules");
         let counted = eventually(SOON, table, async || {
             let listed = to.ns.run("nft", &["list", "table", "ip", table])?;
@@ -102,7 +103,8 @@ async fn edge_is_behind_nat_and_cloud_forwards_its_port() {
         assert_eq!(source.ip(), seen, "the cloud sees the edge router");
     }
     // The router accepts no connections from outside, neither for itself nor for hosts behind it.
-    let _echo = Echo::on(&lab.node("x-a").ns, SocketAddr::new(lab.node("x-a").lan_v4.into(), 4500)).expect("start the echo server");
+    let _echo = Echo::on(&lab.node("x-a").ns, SocketAddr::new(lab.node("x-a").lan_v4.into(), 4500))
+        .expect("start the echo server");
     let inwards = SocketAddr::new(x.public_v4.into(), 4500);
     let short = Duration::from_millis(500);
     assert!(probe::udp_echo(&gateway.ns, inwards, b"hello", short).await.is_err());
@@ -117,7 +119,9 @@ async fn cni_masquerades_traffic_leaving_the_pool() {
             let (node, pod) = (lab.node("cloud-a"), lab.pod("cloud-a"));
             // The router is outside the pool's pod prefixes, and gets routes back to the node's pods.
             let router = &lab.cloud().router;
-            router.ip("route add 10.244.1.0/24 via 10.0.0.11\nroute add fd00:244:1::/64 via fd10::11\n").expect("add the routes");
+            router
+                .ip("route add 10.244.1.0/24 via 10.0.0.11\nroute add fd00:244:1::/64 via fd10::11\n")
+                .expect("add the routes");
             let pairs: [(IpAddr, IpAddr, IpAddr); 2] = [
                 ("10.0.0.1".parse().expect("an IPv4 address"), node.lan_v4.into(), pod.v4.into()),
                 ("fd10::1".parse().expect("an IPv6 address"), node.lan_v6.into(), pod.v6.into()),
@@ -205,7 +209,8 @@ async fn api_server_has_nodes_and_node_bound_agent_tokens() -> Result<()> {
     let cluster = lab.cluster();
     let api: Api<Node> = Api::all(cluster.client());
     assert_eq!(api.list(&Default::default()).await?.items.len(), 6);
-    let ready = cluster.kubectl(&["get", "nodes", "x-a", "-o", "jsonpath={.status.conditions[0].status} {.spec.podCIDRs}"])?;
+    let ready =
+        cluster.kubectl(&["get", "nodes", "x-a", "-o", "jsonpath={.status.conditions[0].status} {.spec.podCIDRs}"])?;
     assert_eq!(ready, r#"True ["10.244.3.0/24","fd00:244:3::/64"]"#);
     cluster.set_ready("x-a", false).await?;
     assert!(cluster.kubectl(&["get", "nodes", "x-a"])?.contains("NotReady"));
@@ -213,7 +218,8 @@ async fn api_server_has_nodes_and_node_bound_agent_tokens() -> Result<()> {
     let node = lab.node("x-a");
     let kubeconfig = cluster.agent_kubeconfig(&lab, node).await?;
     let kubectl = raven_tests::kubernetes::binaries::Binaries::find_or_build()?.kubectl;
-    let who = node.ns.run(&kubectl.to_string_lossy(), &["--kubeconfig", &kubeconfig.to_string_lossy(), "auth", "whoami"])?;
+    let who =
+        node.ns.run(&kubectl.to_string_lossy(), &["--kubeconfig", &kubeconfig.to_string_lossy(), "auth", "whoami"])?;
     assert!(who.contains("system:serviceaccount:kube-system:raven-agent-account"), "{who}");
     assert!(who.contains("node-name") && who.contains("[x-a]"), "{who}");
     Ok(())

@@ -1,4 +1,5 @@
-//! Flow control and stream limits of HTTP/2: one stalled, idle or reset stream does not affect others (docs/design.md, "HTTP/2").
+//! Flow control and stream limits of HTTP/2: one stalled, idle or reset stream does not affect others (docs/design.md,
+//! "HTTP/2").
 
 use std::{
     sync::{
@@ -29,7 +30,7 @@ where
     F: Fn(TcpStream, usize) -> Fut + Send + Sync + 'static,
     Fut: Future<Output = ()> + Send + 'static,
 {
-    let listener = sites.listen().await;
+    let listener = sites.listen();
     tokio::spawn(async move {
         let mut number = 0;
         while let Ok((client, _)) = listener.accept().await {
@@ -70,8 +71,8 @@ async fn still(counter: &AtomicU64, least: u64, quiet: Duration) -> u64 {
     }
 }
 
-/// Opens `count` streams, a hundred at a time: the node's listen queue holds 1,024 connections, and one core must answer each stream within
-/// [`limits::CONNECT`] and [`limits::ATTEMPT`].
+/// Opens `count` streams, a hundred at a time: the node's listen queue holds 1,024 connections, and one core must
+/// answer each stream within [`limits::CONNECT`] and [`limits::ATTEMPT`].
 async fn open(sites: &Sites, count: usize) -> Vec<Result<Opened, Error>> {
     let mut open = Vec::new();
     while open.len() < count {
@@ -144,7 +145,8 @@ async fn streams_above_the_limit_are_refused_and_block_no_others() {
     let sites = Sites::start().await;
     node(&sites, |client, _| echo(client)).await;
     let most = (limits::STREAMS as usize - 1) * limits::CONNECTIONS;
-    let mut open: Vec<Opened> = open(&sites, most).await.into_iter().map(|stream| stream.expect("below the limit")).collect();
+    let mut open: Vec<Opened> =
+        open(&sites, most).await.into_iter().map(|stream| stream.expect("below the limit")).collect();
     let refused = timeout(limits::OPEN * 2, sites.open("x2")).await.expect("refused in time");
     assert!(refused.is_err(), "above the limit");
     open.truncate(most / 2);
@@ -236,8 +238,8 @@ async fn stalled_readers_do_not_delay_others() {
     assert!(slowest < Duration::from_secs(3), "a request took {slowest:?} beside stalled readers");
 }
 
-/// The connection window is restored when a stalled stream ends. In total more than the whole window is used here, in parts, so a leak would stop the
-/// connection. (No library reports how full the window is.)
+/// The connection window is restored when a stalled stream ends. In total more than the whole window is used here, in
+/// parts, so a leak would stop the connection. (No library reports how full the window is.)
 #[tokio::test(flavor = "multi_thread")]
 async fn window_of_ended_streams_is_restored() {
     const READERS: usize = 500;

@@ -42,10 +42,18 @@ async fn only_the_elected_node_itself_is_admitted() {
     for (what, pem, refusal) in [
         ("another node of the same pool", sites.ca.pem_for(&["x2"], client.clone(), later), Refusal::NotElected),
         ("an unknown node", sites.ca.pem_for(&["gone"], client.clone(), later), Refusal::NotElected),
-        ("an earlier node with that name", sites.ca.pem_for_uid(&["x1"], "deleted", client.clone(), later), Refusal::NotElected),
+        (
+            "an earlier node with that name",
+            sites.ca.pem_for_uid(&["x1"], "deleted", client.clone(), later),
+            Refusal::NotElected,
+        ),
         ("two names", sites.ca.pem_for(&["x1", "x2"], client.clone(), later), Refusal::Unauthenticated),
         ("an expired certificate", sites.ca.pem_for(&["x1"], client.clone(), (2021, 1, 1)), Refusal::Unauthenticated),
-        ("a server certificate", sites.ca.pem_for(&["x1"], ExtendedKeyUsagePurpose::ServerAuth, later), Refusal::Unauthenticated),
+        (
+            "a server certificate",
+            sites.ca.pem_for(&["x1"], ExtendedKeyUsagePurpose::ServerAuth, later),
+            Refusal::Unauthenticated,
+        ),
     ] {
         let before = sites.cloud_stats.refusals(refusal);
         assert!(!admitted(&sites, &pem, &sites.ca.pem).await, "{what}");
@@ -69,7 +77,10 @@ fn hello_for(name: &str) -> Vec<u8> {
         .with_no_client_auth();
     let name = ServerName::try_from(name.to_owned()).expect("a name");
     let mut bytes = Vec::new();
-    ClientConnection::new(std::sync::Arc::new(config), name).expect("a client").write_tls(&mut bytes).expect("to memory");
+    ClientConnection::new(std::sync::Arc::new(config), name)
+        .expect("a client")
+        .write_tls(&mut bytes)
+        .expect("to memory");
     bytes
 }
 
@@ -155,7 +166,7 @@ async fn silent_client_is_refused_in_time() {
 async fn silent_intercepted_client_uses_no_stream() {
     let sites = Sites::start().await;
     // Intercepted connections to x2, which has this address.
-    let intercepted = sites.listen().await;
+    let intercepted = sites.listen();
     let address = intercepted.local_addr().expect("an address");
     tokio::spawn(sites.ingress().run(intercepted, Kind::Intercepted));
     let mut silent = TcpStream::connect(address).await.expect("connected");
@@ -168,9 +179,9 @@ async fn silent_intercepted_client_uses_no_stream() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_pending_connections_block_no_client() {
     let mut sites = Sites::start().await;
-    let listener = sites.listen_http().await;
+    let listener = sites.listen_http();
     tokio::spawn(async move { while listener.accept().await.is_ok() {} });
-    let node = sites.listen().await;
+    let node = sites.listen();
     tokio::spawn(async move {
         while let Ok((mut client, _)) = node.accept().await {
             tokio::spawn(async move {
@@ -220,7 +231,7 @@ async fn http(sites: &Sites, head: &str) -> String {
 #[tokio::test(flavor = "multi_thread")]
 async fn plain_requests_are_routed_one_by_one() {
     let sites = Sites::start().await;
-    let listener = sites.listen_http().await;
+    let listener = sites.listen_http();
     // Responds with the received bytes.
     tokio::spawn(async move {
         while let Ok((mut client, _)) = listener.accept().await {
@@ -228,7 +239,8 @@ async fn plain_requests_are_routed_one_by_one() {
                 let mut received = vec![0; 65_536];
                 let n = client.read(&mut received).await.unwrap_or(0);
                 let body = String::from_utf8_lossy(&received[..n]).into_owned();
-                let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());
+                let answer =
+                    format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len());
                 let _ = client.write_all(answer.as_bytes()).await;
             });
         }
@@ -236,9 +248,11 @@ async fn plain_requests_are_routed_one_by_one() {
     let port = sites.http_port;
     let seen = http(&sites, &format!("GET /metrics HTTP/1.1\r\nHost: x2:{port}\r\nConnection: close\r\n\r\n")).await;
     assert!(seen.starts_with("HTTP/1.1 200") && seen.contains("GET /metrics HTTP/1.1"), "{seen}");
-    let seen = http(&sites, &format!("GET /m?nodeName=x2 HTTP/1.1\r\nHost: svc:{port}\r\nConnection: close\r\n\r\n")).await;
+    let seen =
+        http(&sites, &format!("GET /m?nodeName=x2 HTTP/1.1\r\nHost: svc:{port}\r\nConnection: close\r\n\r\n")).await;
     assert!(seen.contains("GET /m?nodeName=x2"), "{seen}");
-    let addressed = http(&sites, &format!("GET / HTTP/1.1\r\nHost: 127.0.0.3:{port}\r\nConnection: close\r\n\r\n")).await;
+    let addressed =
+        http(&sites, &format!("GET / HTTP/1.1\r\nHost: 127.0.0.3:{port}\r\nConnection: close\r\n\r\n")).await;
     assert!(addressed.starts_with("HTTP/1.1 200"), "{addressed}");
     for (head, status) in [
         (format!("GET / HTTP/1.1\r\nHost: unknown:{port}\r\nConnection: close\r\n\r\n"), "404"),
@@ -250,7 +264,10 @@ async fn plain_requests_are_routed_one_by_one() {
         (format!("POST / HTTP/1.1\r\nHost: x2:{port}\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nGET /"), "400"),
     ] {
         let seen = http(&sites, &head).await;
-        assert!(seen.starts_with(&format!("HTTP/1.1 {status}")) || seen.starts_with(&format!("HTTP/1.0 {status}")), "{head:?}: {seen}");
+        assert!(
+            seen.starts_with(&format!("HTTP/1.1 {status}")) || seen.starts_with(&format!("HTTP/1.0 {status}")),
+            "{head:?}: {seen}"
+        );
     }
     // Both Content-Length and chunked (RFC 9112 §6.3): the node receives one chunked request.
     let smuggled = format!(
@@ -264,7 +281,7 @@ async fn plain_requests_are_routed_one_by_one() {
 #[tokio::test(flavor = "multi_thread")]
 async fn plain_request_ends_with_its_client() {
     let sites = Sites::start().await;
-    let listener = sites.listen_http().await;
+    let listener = sites.listen_http();
     let mut client = TcpStream::connect(sites.insecure).await.expect("connected");
     let request = format!("GET /slow HTTP/1.1\r\nHost: x2:{}\r\n\r\n", sites.http_port);
     client.write_all(request.as_bytes()).await.expect("sent");
@@ -294,7 +311,10 @@ impl io::Write for Log {
 
 impl Log {
     fn lines_with(&self, words: &str) -> usize {
-        String::from_utf8_lossy(&self.0.lock().expect("not poisoned")).lines().filter(|line| line.contains(words)).count()
+        String::from_utf8_lossy(&self.0.lock().expect("not poisoned"))
+            .lines()
+            .filter(|line| line.contains(words))
+            .count()
     }
 }
 
@@ -311,7 +331,9 @@ async fn each_refusal_is_logged_and_a_flood_is_rate_limited() {
     let other = sites.ca.pem_for(&["x2"], ExtendedKeyUsagePurpose::ClientAuth, (2099, 1, 1));
     assert!(!admitted(&sites, &other, &sites.ca.pem).await);
     assert_eq!(log.lines_with("refused a proxy connection"), 1);
-    let request = async |host: &str| http(&sites, &format!("GET / HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n")).await;
+    let request = async |host: &str| {
+        http(&sites, &format!("GET / HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n")).await
+    };
     request("unknown").await;
     assert_eq!(log.lines_with("no node of this cluster is called"), 1);
     let mut client = TcpStream::connect(sites.secure).await.expect("connected");

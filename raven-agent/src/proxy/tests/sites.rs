@@ -9,7 +9,8 @@ use std::{
 
 use raven_api::proxy::{Ports, UID_URI};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, SanType,
 };
 use tokio::{
     io::AsyncReadExt,
@@ -76,7 +77,13 @@ impl Ca {
     }
 
     /// A key and certificate for a node with another UID.
-    pub(super) fn pem_for_uid(&self, names: &[&str], uid: &str, usage: ExtendedKeyUsagePurpose, until: (i32, u8, u8)) -> String {
+    pub(super) fn pem_for_uid(
+        &self,
+        names: &[&str],
+        uid: &str,
+        usage: ExtendedKeyUsagePurpose,
+        until: (i32, u8, u8),
+    ) -> String {
         let names: BTreeSet<String> = names.iter().map(|n| (*n).to_owned()).collect();
         let (key, request) = identity::request("node", &names).expect("a request");
         let mut request = CertificateSigningRequestParams::from_pem(&request).expect("it is one");
@@ -150,10 +157,12 @@ fn proxy_plan(topology: &Topology, node: &str) -> Arc<ProxyPlan> {
 
 fn topology(port: u16, http_port: u16) -> Topology {
     let pool = |exposed, nodes: &[(&str, u8)], proxy: &str| {
-        let members =
-            nodes.iter().map(|(name, last)| ((*name).to_owned(), Member { outer: [127, 0, 0, *last].into(), prefixes: BTreeSet::new() }));
+        let members = nodes.iter().map(|(name, last)| {
+            ((*name).to_owned(), Member { outer: [127, 0, 0, *last].into(), prefixes: BTreeSet::new() })
+        });
         let dial = if exposed { Some(("127.0.0.1".to_owned(), 0)) } else { None };
-        let proxies = BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, uid: Some(UID.to_owned()), ..ProxyPeer::default() })]);
+        let proxies =
+            BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, uid: Some(UID.to_owned()), ..ProxyPeer::default() })]);
         Pool { exposed, members: members.collect(), proxies, ..Pool::default() }
     };
     let pools = BTreeMap::from([
@@ -173,8 +182,10 @@ impl Sites {
         let ca = Ca::new();
         let cloud_plan = watch::Sender::new(proxy_plan(&topology, "c1"));
         let edge_plan = watch::Sender::new(proxy_plan(&topology, "x1"));
-        let cloud_identity = watch::Sender::new(Some(Arc::new(ca.identity(&["127.0.0.1"], ExtendedKeyUsagePurpose::ServerAuth))));
-        let edge_identity = watch::Sender::new(Some(Arc::new(ca.identity(&["x1"], ExtendedKeyUsagePurpose::ClientAuth))));
+        let cloud_identity =
+            watch::Sender::new(Some(Arc::new(ca.identity(&["127.0.0.1"], ExtendedKeyUsagePurpose::ServerAuth))));
+        let edge_identity =
+            watch::Sender::new(Some(Arc::new(ca.identity(&["x1"], ExtendedKeyUsagePurpose::ClientAuth))));
         let (cloud_stats, edge_stats) = (Stats::default(), Stats::default());
         let connections = Connections::new(cloud_stats.clone());
         let bind = || async { TcpListener::bind("127.0.0.1:0").await.expect("a port") };
@@ -212,8 +223,10 @@ impl Sites {
     }
 
     fn start_edge(&self) {
-        let clouds =
-            watch::Sender::new(BTreeMap::from([("c1".to_owned(), (self.edge_listener.ip().to_string(), self.edge_listener.port()))]));
+        let clouds = watch::Sender::new(BTreeMap::from([(
+            "c1".to_owned(),
+            (self.edge_listener.ip().to_string(), self.edge_listener.port()),
+        )]));
         let server = EdgeServer { plan: self.edge_plan.subscribe(), stats: self.edge_stats.clone() };
         let (identity, established) = (self.edge_identity.subscribe(), watch::Sender::default());
         let task = tokio::spawn(async move {
@@ -254,16 +267,20 @@ impl Sites {
 
     /// The ingress of the cloud gateway node.
     pub(super) fn ingress(&self) -> Ingress {
-        Ingress(Router { plan: self.cloud_plan.subscribe(), connections: self.connections.clone(), stats: self.cloud_stats.clone() })
+        Ingress(Router {
+            plan: self.cloud_plan.subscribe(),
+            connections: self.connections.clone(),
+            stats: self.cloud_stats.clone(),
+        })
     }
 
     /// The TLS listener of node x2.
-    pub(super) async fn listen(&self) -> TcpListener {
+    pub(super) fn listen(&self) -> TcpListener {
         self.listener(0)
     }
 
     /// The plain HTTP listener of node x2.
-    pub(super) async fn listen_http(&self) -> TcpListener {
+    pub(super) fn listen_http(&self) -> TcpListener {
         self.listener(1)
     }
 
@@ -293,7 +310,8 @@ impl Sites {
         config.dangerous().set_certificate_verifier(Arc::new(NoVerification));
         let tcp = TcpStream::connect(self.secure).await?;
         let name = ServerName::try_from(name.to_owned()).expect("a name");
-        let mut tls = timeout(PATIENCE, TlsConnector::from(Arc::new(config)).connect(name, tcp)).await.expect("in time")?;
+        let mut tls =
+            timeout(PATIENCE, TlsConnector::from(Arc::new(config)).connect(name, tcp)).await.expect("in time")?;
         let seen = tls.get_ref().1.peer_certificates().expect("a certificate")[0].clone().into_owned();
         let mut text = Vec::new();
         timeout(PATIENCE, tls.read_to_end(&mut text)).await.expect("in time")?;

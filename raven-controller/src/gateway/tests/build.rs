@@ -18,8 +18,12 @@ pub(super) fn at(second: i64) -> Timestamp {
 
 /// A Gateway created at second `age`.
 pub(super) fn gateway(name: &str, age: i64) -> Gateway {
-    let metadata =
-        ObjectMeta { name: Some(name.to_owned()), creation_timestamp: Some(Time(at(age))), generation: Some(1), ..Default::default() };
+    let metadata = ObjectMeta {
+        name: Some(name.to_owned()),
+        creation_timestamp: Some(Time(at(age))),
+        generation: Some(1),
+        ..Default::default()
+    };
     Gateway { metadata, spec: GatewaySpec::default(), status: None }
 }
 
@@ -141,7 +145,9 @@ impl Cluster {
     }
 
     pub(super) fn pool(mut self, name: &str, edge: bool) -> Self {
-        self.0.pools.insert(name.to_owned(), Arc::new(PoolFacts { name: name.to_owned(), edge, nodes: Default::default() }));
+        self.0
+            .pools
+            .insert(name.to_owned(), Arc::new(PoolFacts { name: name.to_owned(), edge, nodes: Default::default() }));
         self
     }
 

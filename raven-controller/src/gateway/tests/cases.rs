@@ -24,7 +24,13 @@ fn healthy_cluster_is_ready() {
     }
     assert_eq!(cluster.nodes("edge"), ["e1", "e2"]);
     assert_eq!(cluster.subnets("edge", "e2"), ["10.2.2.0/24"]);
-    cluster.assert_condition("cloud", "Ready", "True", "Ready", "no publicIP is set for c1: other pools dial its InternalIP");
+    cluster.assert_condition(
+        "cloud",
+        "Ready",
+        "True",
+        "Ready",
+        "no publicIP is set for c1: other pools dial its InternalIP",
+    );
 }
 
 #[test]
@@ -33,8 +39,11 @@ fn elected_endpoints_carry_port_type_and_switch() {
     cluster.0.switches.l7 = false;
     let cluster = cluster.apply(1);
     let active = &cluster.resource("edge").status.as_ref().expect("applied").active_endpoints;
-    let actual: Vec<_> = active.iter().map(|e| (e.type_, e.port, e.config.clone().into_iter().collect::<Vec<_>>())).collect();
-    let config = |pairs: &[(&str, &str)]| pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect::<Vec<_>>();
+    let actual: Vec<_> =
+        active.iter().map(|e| (e.type_, e.port, e.config.clone().into_iter().collect::<Vec<_>>())).collect();
+    let config = |pairs: &[(&str, &str)]| {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect::<Vec<_>>()
+    };
     let uid = ("node-uid", "uid-of-e1");
     assert_eq!(
         actual,
@@ -92,23 +101,42 @@ fn replicas_are_active_in_order_of_preference() {
     assert_eq!(cluster.tunnel("edge"), ["e2", "e1"]);
     let cluster = cluster.node(down(member("edge", "e2", "10.2.2.0/24"))).apply(2);
     assert_eq!(cluster.tunnel("edge"), ["e1"]);
-    cluster.assert_condition("edge", "Elected", "False", "NotEnoughReadyNodes", "tunnel: 1 of 2 (e1), of 2 candidates no other is ready");
+    cluster.assert_condition(
+        "edge",
+        "Elected",
+        "False",
+        "NotEnoughReadyNodes",
+        "tunnel: 1 of 2 (e1), of 2 candidates no other is ready",
+    );
     cluster.assert_condition("edge", "Ready", "True", "Degraded", "not as specified");
 }
 
 #[test]
 fn pool_without_a_ready_node_elects_none() {
     let cluster = two_pools();
-    let cluster = cluster.node(down(member("edge", "e1", "10.2.1.0/24"))).node(down(member("edge", "e2", "10.2.2.0/24"))).apply(1);
+    let cluster = cluster
+        .node(down(member("edge", "e1", "10.2.1.0/24")))
+        .node(down(member("edge", "e2", "10.2.2.0/24")))
+        .apply(1);
     assert!(cluster.tunnel("edge").is_empty());
-    cluster.assert_condition("edge", "Elected", "False", "NoReadyNode", "tunnel: none of 1 (of 2 candidates none is ready)");
+    cluster.assert_condition(
+        "edge",
+        "Elected",
+        "False",
+        "NoReadyNode",
+        "tunnel: none of 1 (of 2 candidates none is ready)",
+    );
     cluster.assert_condition("edge", "Ready", "False", "NoReadyNode", "no gateway node");
     cluster.assert_condition("cloud", "Ready", "True", "Ready", "");
 }
 
 #[test]
 fn pool_whose_nodes_all_become_not_ready_keeps_its_elected_nodes() {
-    let dark = two_pools().apply(1).node(down(member("edge", "e1", "10.2.1.0/24"))).node(down(member("edge", "e2", "10.2.2.0/24")));
+    let dark = two_pools().apply(1).node(down(member("edge", "e1", "10.2.1.0/24"))).node(down(member(
+        "edge",
+        "e2",
+        "10.2.2.0/24",
+    )));
     let before = dark.resource("edge").status.clone().expect("applied");
     let cluster = dark.apply(2);
     let after = cluster.resource("edge").status.clone().expect("applied");
@@ -130,8 +158,11 @@ fn pool_whose_nodes_all_become_not_ready_keeps_its_elected_nodes() {
 
 #[test]
 fn first_recovered_node_replaces_kept_nodes() {
-    let dark =
-        two_pools().apply(1).node(down(member("edge", "e1", "10.2.1.0/24"))).node(down(member("edge", "e2", "10.2.2.0/24"))).apply(2);
+    let dark = two_pools()
+        .apply(1)
+        .node(down(member("edge", "e1", "10.2.1.0/24")))
+        .node(down(member("edge", "e2", "10.2.2.0/24")))
+        .apply(2);
     let cluster = dark.node(member("edge", "e2", "10.2.2.0/24")).apply(3);
     assert_eq!(cluster.tunnel("edge"), ["e2"]);
     cluster.assert_condition("edge", "Elected", "True", "Elected", "tunnel: e2");
@@ -139,8 +170,13 @@ fn first_recovered_node_replaces_kept_nodes() {
 
 #[test]
 fn kept_node_is_dropped_when_it_is_no_longer_a_candidate() {
-    let dark =
-        || two_pools().apply(1).node(down(member("edge", "e1", "10.2.1.0/24"))).node(down(member("edge", "e2", "10.2.2.0/24"))).apply(2);
+    let dark = || {
+        two_pools()
+            .apply(1)
+            .node(down(member("edge", "e1", "10.2.1.0/24")))
+            .node(down(member("edge", "e2", "10.2.2.0/24")))
+            .apply(2)
+    };
     assert_eq!(dark().tunnel("edge"), ["e1"]);
     assert!(dark().without_node("e1").apply(3).tunnel("edge").is_empty());
     assert!(dark().node(down(node("e1", "10.2.1.0/24"))).apply(3).tunnel("edge").is_empty());
@@ -170,7 +206,10 @@ fn endpoints_of_one_type_do_not_restrict_the_other_type() {
     edge.spec.endpoints[0].under_nat = true;
     edge.spec.endpoints[0].public_ip = Some("198.51.100.7".to_owned());
     let cluster = two_pools().gateway(edge).apply(1);
-    assert_eq!((cluster.tunnel("edge"), cluster.elected("edge", EndpointType::Proxy)), (vec!["e1".to_owned()], vec!["e2".to_owned()]));
+    assert_eq!(
+        (cluster.tunnel("edge"), cluster.elected("edge", EndpointType::Proxy)),
+        (vec!["e1".to_owned()], vec!["e2".to_owned()])
+    );
     let tunnel = &cluster.resource("edge").status.as_ref().expect("applied").active_endpoints[0];
     assert_eq!((tunnel.under_nat, tunnel.public_ip.as_deref()), (true, None));
 }
@@ -181,7 +220,13 @@ fn endpoint_with_an_unknown_or_foreign_node_is_refused() {
     let cluster = two_pools().gateway(edge).apply(1);
     assert_eq!(cluster.tunnel("edge"), ["e2"]);
     cluster.assert_condition("edge", "Accepted", "False", "EndpointNodeUnknown", "node nowhere, which does not exist");
-    cluster.assert_condition("edge", "Accepted", "False", "EndpointNodeUnknown", "node c1, which is not a node of this pool");
+    cluster.assert_condition(
+        "edge",
+        "Accepted",
+        "False",
+        "EndpointNodeUnknown",
+        "node c1, which is not a node of this pool",
+    );
     cluster.assert_condition("edge", "Ready", "True", "Degraded", "");
     cluster.assert_condition("cloud", "Accepted", "True", "Accepted", "");
 }
@@ -334,7 +379,13 @@ fn site_behind_nat_may_claim_its_own_lan() {
     let mut edge = listing(annotated(gateway("edge", 2), "192.168.7.0/24"), EndpointType::Tunnel, &["e1"]);
     let sites = |edge| two_pools().gateway(edge).node(at_address(member("edge", "e1", "10.2.1.0/24"), "192.168.7.10"));
     let cluster = sites(edge.clone()).apply(1);
-    cluster.assert_condition("edge", "Accepted", "False", "PrefixProtected", "list its nodes as endpoints with underNAT: true");
+    cluster.assert_condition(
+        "edge",
+        "Accepted",
+        "False",
+        "PrefixProtected",
+        "list its nodes as endpoints with underNAT: true",
+    );
     edge.spec.endpoints[0].under_nat = true;
     // The elected proxy inherits underNAT from the listed tunnel endpoint.
     let cluster = sites(edge).apply(1);
@@ -369,7 +420,8 @@ fn calico_blocks_replace_pod_cidrs() {
         .apply(1);
     assert_eq!(cluster.subnets("edge", "e1"), ["10.2.1.0/26", "10.2.3.64/26", "fd00:2::/122"]);
     assert_eq!(cluster.subnets("cloud", "c1"), ["10.2.3.0/26"]);
-    // Nodes without blocks: a podCIDR without Calico's blocks is kept; one that overlaps a block is ignored without a refusal.
+    // Nodes without blocks: a podCIDR without Calico's blocks is kept; one that overlaps a block is ignored without a
+    // refusal.
     assert_eq!(cluster.subnets("cloud", "c2"), ["10.1.2.0/24"]);
     assert!(cluster.subnets("edge", "e3").is_empty());
     for gateway in ["cloud", "edge"] {
@@ -379,8 +431,8 @@ fn calico_blocks_replace_pod_cidrs() {
 
 #[test]
 fn time_is_linear_in_the_number_of_blocks() {
-    // 2,000 nodes of 200 pools with 4 blocks each. Iterating over all blocks for each node takes sixteen million steps, minutes in a debug build.
-    // Twice the cluster must take about twice the time, not four times.
+    // 2,000 nodes of 200 pools with 4 blocks each. Iterating over all blocks for each node takes sixteen million steps,
+    // minutes in a debug build. Twice the cluster must take about twice the time, not four times.
     let seconds = |pools: u16| {
         let mut cluster = Cluster::new();
         for pool in 0..pools {
@@ -390,7 +442,8 @@ fn time_is_linear_in_the_number_of_blocks() {
                 let node_name = format!("{name}-{node}");
                 cluster = cluster.node(member(&name, &node_name, "10.0.0.0/24"));
                 for block in 0..4 {
-                    cluster = cluster.block(&node_name, &format!("10.{}.{}.{}/26", pool / 20, pool % 20 * 10 + node, block * 64));
+                    cluster = cluster
+                        .block(&node_name, &format!("10.{}.{}.{}/26", pool / 20, pool % 20 * 10 + node, block * 64));
                 }
             }
         }
@@ -423,9 +476,16 @@ fn blocks_count_only_while_confirmed() {
 fn listed_node_without_an_address_is_refused() {
     let mut bare = member("edge", "e1", "10.2.1.0/24");
     bare.address = None;
-    let cluster = two_pools().gateway(listing(gateway("edge", 2), EndpointType::Tunnel, &["e1", "e2"])).node(bare).apply(1);
+    let cluster =
+        two_pools().gateway(listing(gateway("edge", 2), EndpointType::Tunnel, &["e1", "e2"])).node(bare).apply(1);
     assert_eq!(cluster.tunnel("edge"), ["e2"]);
-    cluster.assert_condition("edge", "Accepted", "False", "EndpointNodeUnaddressed", "endpoint names node e1, which has no InternalIP");
+    cluster.assert_condition(
+        "edge",
+        "Accepted",
+        "False",
+        "EndpointNodeUnaddressed",
+        "endpoint names node e1, which has no InternalIP",
+    );
 }
 
 #[test]
@@ -453,7 +513,13 @@ fn edge_without_an_exposed_gateway_is_not_ready() {
     let cluster = two_pools().gateway(gateway("cloud", 1)).apply(1);
     cluster.assert_condition("edge", "Ready", "False", "NoExposedGateway", "exposeType: PublicIP");
     let cluster = two_pools().node(down(member("cloud", "c1", "10.1.1.0/24"))).apply(1);
-    cluster.assert_condition("edge", "Ready", "False", "NoExposedGateway", "no tunnel node is elected in the exposed Gateway cloud");
+    cluster.assert_condition(
+        "edge",
+        "Ready",
+        "False",
+        "NoExposedGateway",
+        "no tunnel node is elected in the exposed Gateway cloud",
+    );
 }
 
 #[test]
@@ -481,7 +547,10 @@ fn cloud_nodes_are_one_pool_and_each_edge_node_is_its_own() {
         .node(edge(node("e1", "10.2.1.0/24")))
         .node(edge(node("e2", "10.3.1.0/24")));
     let cluster = cluster.apply(1).apply(2);
-    assert_eq!(cluster.0.gateways.keys().map(|n| n.as_str()).collect::<Vec<_>>(), ["cloud", "node-e1", "node-e2"]);
+    assert_eq!(
+        cluster.0.gateways.keys().map(super::super::facts::GatewayName::as_str).collect::<Vec<_>>(),
+        ["cloud", "node-e1", "node-e2"]
+    );
     assert_eq!(cluster.nodes("cloud"), ["c1", "c2"]);
     assert_eq!(cluster.resource("cloud").spec.expose_type, ExposeType::PublicIP);
     assert_eq!(cluster.nodes("node-e2"), ["e2"]);
@@ -510,7 +579,7 @@ fn user_written_gateway_takes_nodes_from_a_rule() {
     let cluster = Cluster::with_rules().node(edge(node("e1", "10.2.1.0/24"))).apply(1).apply(2);
     assert_eq!(cluster.nodes("node-e1"), ["e1"]);
     let cluster = cluster.gateway(selecting(gateway("mine", 9), raven_api::LABEL_EDGE_WORKER, "true")).apply(3);
-    assert_eq!(cluster.0.gateways.keys().map(|n| n.as_str()).collect::<Vec<_>>(), ["mine"]);
+    assert_eq!(cluster.0.gateways.keys().map(super::super::facts::GatewayName::as_str).collect::<Vec<_>>(), ["mine"]);
     assert_eq!(cluster.nodes("mine"), ["e1"]);
     cluster.assert_condition("mine", "Accepted", "True", "Accepted", "");
 }
@@ -523,7 +592,8 @@ fn user_written_gateway_without_nodes_is_not_deleted() {
 
 #[test]
 fn rule_uses_a_second_name_beside_a_user_written_gateway() {
-    let cluster = Cluster::with_rules().gateway(selecting(gateway("cloud", 1), "zone", "a")).node(node("c1", "10.1.1.0/24"));
+    let cluster =
+        Cluster::with_rules().gateway(selecting(gateway("cloud", 1), "zone", "a")).node(node("c1", "10.1.1.0/24"));
     let created = cluster.decide().create;
     assert_eq!(created[0].metadata.name.as_deref(), Some("cloud-auto"));
 }
@@ -569,7 +639,8 @@ fn ambiguous_addresses_are_reported_once() {
         node
     };
     let before = two_pools().gateway(gateway("far", 3)).apply(1);
-    let after = before.clone().node(clone("e1", "edge", "10.2.1.0/24")).node(clone("f1", "far", "10.3.1.0/24")).apply(2);
+    let after =
+        before.clone().node(clone("e1", "edge", "10.2.1.0/24")).node(clone("f1", "far", "10.3.1.0/24")).apply(2);
     let ready = |cluster: &Cluster, name: &str| {
         let status = cluster.resource(name).status.clone().expect("applied");
         status.conditions.into_iter().find(|c| c.type_ == "Ready").expect("a condition").message
@@ -580,7 +651,10 @@ fn ambiguous_addresses_are_reported_once() {
     let events = |before: &Cluster, after: &Cluster| {
         let old = before.resource("edge").status.clone();
         let new = after.resource("edge").status.clone().expect("applied");
-        changes(&after.0, &"edge".into(), old.as_ref(), &new).into_iter().filter(|c| c.reason == "NodeAddressAmbiguous").collect::<Vec<_>>()
+        changes(&after.0, &"edge".into(), old.as_ref(), &new)
+            .into_iter()
+            .filter(|c| c.reason == "NodeAddressAmbiguous")
+            .collect::<Vec<_>>()
     };
     let event = events(&before, &after);
     assert_eq!((event.len(), event[0].warning, event[0].note.as_str()), (1, true, note));
@@ -596,7 +670,10 @@ fn addresses_shared_with_the_cloud_or_no_pool_are_reported() {
     };
     let event = |cluster: &Cluster| {
         let new = cluster.resource("edge").status.clone().expect("applied");
-        changes(&cluster.0, &"edge".into(), None, &new).into_iter().find(|c| c.reason == "NodeAddressAmbiguous").map(|c| c.note)
+        changes(&cluster.0, &"edge".into(), None, &new)
+            .into_iter()
+            .find(|c| c.reason == "NodeAddressAmbiguous")
+            .map(|c| c.note)
     };
     assert_eq!(event(&with_address("10.2.0.1")), None);
     let cloud = "kubelets reachable by name only: e1 (10.0.0.1 is also the address of node c1 of Gateway cloud)";
@@ -612,11 +689,17 @@ fn holder_of_a_contested_claim_gets_one_event() {
     let decided = after.decide();
     let refusals = &decided.gateways[&"edge".into()].refusals;
     let events = |before: &Cluster| {
-        notices(before.resource("edge").status.as_ref(), refusals).map(|(to, change)| (to.to_string(), change)).collect::<Vec<_>>()
+        notices(before.resource("edge").status.as_ref(), refusals)
+            .map(|(to, change)| (to.to_string(), change))
+            .collect::<Vec<_>>()
     };
     let first = events(&before);
     assert_eq!(first.len(), 1);
     assert_eq!((first[0].0.as_str(), first[0].1.reason.as_str()), ("cloud", "PrefixContested"));
-    assert!(first[0].1.note.contains("10.1.1.0/24 of node c1 stays with this Gateway; Gateway edge claims it too"), "{}", first[0].1.note);
+    assert!(
+        first[0].1.note.contains("10.1.1.0/24 of node c1 stays with this Gateway; Gateway edge claims it too"),
+        "{}",
+        first[0].1.note
+    );
     assert!(events(&after.apply(2)).is_empty());
 }

@@ -93,7 +93,11 @@ fn cluster((gateways, nodes, pools, rules): &Parts, reversed: bool) -> Cluster {
 
 fn prefixes(decisions: &Decisions) -> Vec<(&str, IpNet)> {
     let nodes = decisions.gateways.iter().flat_map(|(name, d)| d.nodes.iter().map(|n| (name.as_str(), n)));
-    nodes.flat_map(|(gateway, node)| node.subnets.iter().map(move |s| (gateway, s.parse().expect("a prefix from a status")))).collect()
+    nodes
+        .flat_map(|(gateway, node)| {
+            node.subnets.iter().map(move |s| (gateway, s.parse().expect("a prefix from a status")))
+        })
+        .collect()
 }
 
 proptest! {
@@ -191,7 +195,8 @@ proptest! {
         for (node, tunnel, proxy) in reports {
             cluster = cluster.link(&format!("n{node}"), tunnel, proxy);
         }
-        // A site whose election changes may count as connected for the next site: of four sites, the last one changes in the fourth run.
+        // A site whose election changes may count as connected for the next site: of four sites, the last one changes
+        // in the fourth run.
         let settled = (3..8).fold(cluster, Cluster::apply);
         prop_assert_eq!(&settled.clone().apply(8).0, &settled.0);
     }

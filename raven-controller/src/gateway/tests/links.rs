@@ -8,7 +8,11 @@ use crate::gateway::events::changes;
 
 /// Two sites, each with a second node.
 fn two_sites() -> Cluster {
-    two_pools().gateway(gateway("other", 3)).node(member("other", "o1", "10.3.1.0/24")).node(member("other", "o2", "10.3.2.0/24")).apply(1)
+    two_pools()
+        .gateway(gateway("other", 3))
+        .node(member("other", "o1", "10.3.1.0/24"))
+        .node(member("other", "o2", "10.3.2.0/24"))
+        .apply(1)
 }
 
 #[test]
@@ -39,8 +43,13 @@ fn cut_off_node_stays_without_a_connected_site_or_another_candidate() {
     let cluster = cluster.link("c1", Some(false), None).link("o1", Some(true), None).apply(4);
     assert_eq!(cluster.tunnel("cloud"), ["c1"]);
     // No second candidate.
-    let alone = two_sites().without_node("e2").apply(2).link("e1", Some(false), None).link("o1", Some(true), None).apply(3);
+    let alone =
+        two_sites().without_node("e2").apply(2).link("e1", Some(false), None).link("o1", Some(true), None).apply(3);
     assert_eq!(alone.tunnel("edge"), ["e1"]);
-    let down = two_sites().node(down(member("edge", "e2", "10.2.2.0/24"))).link("e1", Some(false), None).link("o1", Some(true), None);
+    let down = two_sites().node(down(member("edge", "e2", "10.2.2.0/24"))).link("e1", Some(false), None).link(
+        "o1",
+        Some(true),
+        None,
+    );
     assert_eq!(down.apply(2).tunnel("edge"), ["e1"]);
 }

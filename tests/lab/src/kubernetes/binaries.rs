@@ -54,7 +54,8 @@ impl Binaries {
             Some(found) => Ok(found),
             None => {
                 let dir = CONTROL_PLANE.build(|| Ok(Self::find()?.is_some()), report)?;
-                Self::inside(&dir, "server", "Go modules, built just now").context("the build did not produce all programs")
+                Self::inside(&dir, "server", "Go modules, built just now")
+                    .context("the build did not produce all programs")
             }
         }
     }
@@ -156,11 +157,20 @@ struct Module {
     names: &'static str,
 }
 
-const CONTROL_PLANE: Module = Module { folder: "kubernetes", versioned: KUBERNETES, suffix: "", names: "etcd, kube-apiserver and kubectl" };
-const NODE: Module =
-    Module { folder: "kubernetes/node", versioned: KUBERNETES, suffix: "-node", names: "kubelet, containerd, kube-proxy and CoreDNS" };
-const METRICS: Module =
-    Module { folder: "kubernetes/metrics", versioned: "sigs.k8s.io/metrics-server", suffix: "-metrics-server", names: "metrics-server" };
+const CONTROL_PLANE: Module =
+    Module { folder: "kubernetes", versioned: KUBERNETES, suffix: "", names: "etcd, kube-apiserver and kubectl" };
+const NODE: Module = Module {
+    folder: "kubernetes/node",
+    versioned: KUBERNETES,
+    suffix: "-node",
+    names: "kubelet, containerd, kube-proxy and CoreDNS",
+};
+const METRICS: Module = Module {
+    folder: "kubernetes/metrics",
+    versioned: "sigs.k8s.io/metrics-server",
+    suffix: "-metrics-server",
+    names: "metrics-server",
+};
 const KUBERNETES: &str = "k8s.io/kubernetes";
 
 impl Module {
@@ -170,7 +180,8 @@ impl Module {
 
     /// Returns `~/.cache/raven/kubernetes/<version>-<hash of go.sum>/`.
     fn cache_dir(&self) -> Result<PathBuf> {
-        let sums = fs::read(self.folder().join("go.sum")).with_context(|| format!("read tests/{}/go.sum", self.folder))?;
+        let sums =
+            fs::read(self.folder().join("go.sum")).with_context(|| format!("read tests/{}/go.sum", self.folder))?;
         let hash: String = Sha256::digest(sums).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
         let home = std::env::var_os("HOME").context("HOME is not set")?;
         Ok(Path::new(&home).join(".cache/raven/kubernetes").join(format!("{}{}-{hash}", self.version()?, self.suffix)))
@@ -178,10 +189,12 @@ impl Module {
 
     /// Returns the version required by go.mod, such as `v1.37.2`.
     fn version(&self) -> Result<String> {
-        let module = fs::read_to_string(self.folder().join("go.mod")).with_context(|| format!("read tests/{}/go.mod", self.folder))?;
+        let module = fs::read_to_string(self.folder().join("go.mod"))
+            .with_context(|| format!("read tests/{}/go.mod", self.folder))?;
         let line = module.lines().find_map(|line| line.trim().strip_prefix(self.versioned)?.strip_prefix(" v"));
         let version = line.and_then(|rest| rest.split_whitespace().next());
-        let version = version.with_context(|| format!("tests/{}/go.mod requires no {}", self.folder, self.versioned))?;
+        let version =
+            version.with_context(|| format!("tests/{}/go.mod requires no {}", self.folder, self.versioned))?;
         Ok(format!("v{version}"))
     }
 
@@ -219,7 +232,8 @@ impl Module {
             .stderr(Stdio::piped())
             .spawn()
             .context("start go (requires Go 1.26 or newer; or set KUBEBUILDER_ASSETS)")?;
-        let output = show_progress(BufReader::new(go.stderr.take().context("go has no standard error")?), total, report)?;
+        let output =
+            show_progress(BufReader::new(go.stderr.take().context("go has no standard error")?), total, report)?;
         let status = go.wait()?;
         if !status.success() {
             bail!("go build: {status}; the end of its output:\n{}", output.join("\n"));

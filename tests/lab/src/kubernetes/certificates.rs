@@ -7,10 +7,12 @@ use std::path::Path;
 use anyhow::Result;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+};
 
 /// Common name of the API server's client certificate for kubelets.
-pub const KUBELET_CLIENT: &str = "kube-apiserver-kubelet-client";
+pub(super) const KUBELET_CLIENT: &str = "kube-apiserver-kubelet-client";
 
 /// Contents of kubeconfigs. The API server reads the other certificates from files.
 pub(crate) struct Certificates {
@@ -63,8 +65,11 @@ impl Certificates {
 
     /// Returns a kubeconfig with the administrator's certificate.
     pub(crate) fn admin_kubeconfig(&self, server: &str) -> String {
-        let user =
-            format!("client-certificate-data: {}, client-key-data: {}", STANDARD.encode(&self.admin), STANDARD.encode(&self.admin_key));
+        let user = format!(
+            "client-certificate-data: {}, client-key-data: {}",
+            STANDARD.encode(&self.admin),
+            STANDARD.encode(&self.admin_key)
+        );
         self.kubeconfig(server, &user)
     }
 

@@ -154,7 +154,11 @@ impl Cluster {
             uid: pod.metadata.uid.clone(),
         });
         let request = TokenRequest {
-            spec: TokenRequestSpec { bound_object_ref: bound, expiration_seconds: Some(TOKEN_SECONDS), ..TokenRequestSpec::default() },
+            spec: TokenRequestSpec {
+                bound_object_ref: bound,
+                expiration_seconds: Some(TOKEN_SECONDS),
+                ..TokenRequestSpec::default()
+            },
             ..TokenRequest::default()
         };
         let api: Api<ServiceAccount> = Api::namespaced(self.client(), DEFAULT_NAMESPACE);

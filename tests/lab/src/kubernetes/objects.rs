@@ -53,7 +53,8 @@ impl Cluster {
     pub fn apply_manifests(&self) -> Result<()> {
         for file in manifests()? {
             let path = file.to_string_lossy();
-            self.kubectl(&["apply", "--server-side", "--force-conflicts", "-f", &path]).with_context(|| format!("apply {path}"))?;
+            self.kubectl(&["apply", "--server-side", "--force-conflicts", "-f", &path])
+                .with_context(|| format!("apply {path}"))?;
         }
         Ok(())
     }
@@ -77,7 +78,9 @@ impl Cluster {
         });
         let api: Api<NodeObject> = Api::all(self.client());
         let parameters = PatchParams::apply(MANAGER).force();
-        api.patch(&node.name, &parameters, &Patch::Apply(&object)).await.with_context(|| format!("apply Node {}", node.name))?;
+        api.patch(&node.name, &parameters, &Patch::Apply(&object))
+            .await
+            .with_context(|| format!("apply Node {}", node.name))?;
         let addresses = json!({"addresses": [
             {"type": "InternalIP", "address": node.lan_v4.to_string()},
             {"type": "Hostname", "address": node.name},
@@ -175,7 +178,10 @@ fn manifests() -> Result<Vec<PathBuf>> {
             continue;
         }
         let text = fs::read_to_string(&path)?;
-        if !text.lines().any(|line| matches!(line.trim_end(), "kind: DaemonSet" | "kind: Deployment" | "kind: Kustomization")) {
+        if !text
+            .lines()
+            .any(|line| matches!(line.trim_end(), "kind: DaemonSet" | "kind: Deployment" | "kind: Kustomization"))
+        {
             files.push(path);
         }
     }
