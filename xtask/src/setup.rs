@@ -1,7 +1,7 @@
 //! `cargo xtask setup`: finds or installs what builds and tests need.
 //!
 //! It checks the things themselves each time (a file, a program on PATH) and keeps no record, so nothing can become
-//! stale. If everything is installed, that takes milliseconds. Other commands call [`ensure`] with their needs.
+//! stale. If everything is installed, that takes milliseconds. Other commands call [`ensure()`] with their needs.
 
 use std::env;
 use std::ffi::OsString;
@@ -79,7 +79,7 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
     ensure_and_build(needs, Vec::new())
 }
 
-/// Like [`ensure`]. Runs `builds`, which need the eBPF toolchain, in parallel with the builds of Kubernetes.
+/// Like [`ensure()`]. Runs `builds`, which need the eBPF toolchain, in parallel with the builds of Kubernetes.
 pub(crate) fn ensure_and_build(needs: &[Need], builds: Vec<Task>) -> Result<()> {
     let packages: Vec<Tool> = needs.iter().flat_map(|need| need.tools()).filter(|tool| !tool.present()).collect();
     let toolchain = needs.contains(&Need::Ebpf) && toolchain::find().is_err();

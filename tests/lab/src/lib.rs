@@ -4,7 +4,7 @@
 //! - [`site`] describes a lab; `network` creates its namespaces, links, routes and NAT.
 //! - [`kubernetes`] starts etcd and the API server and writes the objects; [`kubelet`] starts real kubelets and further
 //!   API servers; [`agent`] starts the Raven binaries, each as a [`process`].
-//! - [`probe`] and [`capture`] measure, [`eventually`] retries until a deadline, [`proof`] combines them into checks.
+//! - [`probe`] and [`capture`] measure, [`eventually()`] retries until a deadline, [`proof`] combines them into checks.
 //! - [`evidence`] saves the state of a failed test; [`teardown`] removes a lab, also after its process was killed.
 //! - [`cli`] implements `raven-lab` and `cargo xtask lab`.
 //! - [`qemu`] boots another kernel for a lab inside it; [`offline`] provides agents with a topology without an API
