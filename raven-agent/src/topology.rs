@@ -1,6 +1,6 @@
 //! The topology: an immutable snapshot of pools, their nodes and how they are reached. Every plan is a function of it.
 //!
-//! [`build`] turns API objects into these checked types. Nothing here does I/O or reads a clock.
+//! [`build()`] turns API objects into these checked types. Nothing here does I/O or reads a clock.
 
 mod build;
 mod key;

@@ -1,7 +1,7 @@
 //! The guard on a gateway node's uplink: drops packets to the tunnel's port that are not
 //! WireGuard, and handshake floods.
 //!
-//! Runs in [`crate::uplink_xdp`] if that program is attached, else in [`crate::uplink_ingress`]. The guard
+//! Runs in [`mod@crate::uplink_xdp`] if that program is attached, else in [`mod@crate::uplink_ingress`]. The guard
 //! authenticates nothing, which is WireGuard's task; it keeps invalid packets and floods away from the one core that
 //! would have to reject them.
 

@@ -1,9 +1,10 @@
 //! Raven's eBPF programs: the entry points. Each one translates the decision of its module into the kernel's action
 //! and counts the packet.
 //!
-//! A packet passes the modules in this order: [`overlay_egress`] on a member → [`uplink_xdp`] and [`uplink_ingress`] on
-//! its gateway node (or [`overlay_ingress`], the fallback tier) → WireGuard → [`tunnel_ingress`] on the other pool's
-//! gateway node → [`overlay_ingress`] on the node that has the destination. [`kubelet_lookup`] belongs to the L7 half.
+//! A packet passes the modules in this order: [`mod@overlay_egress`] on a member → [`mod@uplink_xdp`] and
+//! [`mod@uplink_ingress`] on its gateway node (or [`mod@overlay_ingress`], the fallback tier) → WireGuard →
+//! [`mod@tunnel_ingress`] on the other pool's gateway node → [`mod@overlay_ingress`] on the node that has the
+//! destination. [`mod@kubelet_lookup`] belongs to the L7 half.
 //!
 //! The object's license is Dual MIT/GPL, which GPL-only helpers require. All programs load on Linux 5.10.
 

@@ -4,7 +4,7 @@
 //! The route of table 9027 sends packets here, with an Ethernet header; the program sets the tunnel key. It does not
 //! interfere with NetworkPolicy: the stack and the CNI have already processed the packet.
 //!
-//! On a gateway node, the device receives only packets that [`crate::tunnel_ingress`] could not wrap in place and
+//! On a gateway node, the device receives only packets that [`mod@crate::tunnel_ingress`] could not wrap in place and
 //! redirected here with a tunnel key. They pass unchanged.
 
 use raven_common::{

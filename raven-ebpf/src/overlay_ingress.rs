@@ -5,7 +5,7 @@
 //! - On a gateway node, as the fallback tier: a packet from a node of this pool, with a source that this node owns, is
 //!   redirected into the tunnel.
 //! - On a proxy's node: a packet from a node of this pool to another pool's kubelet passes to the stack, where
-//!   [`crate::kubelet_lookup`] assigns the connection to the proxy.
+//!   [`mod@crate::kubelet_lookup`] assigns the connection to the proxy.
 
 use raven_common::{
     OVERLAY_VNI, Verdict,

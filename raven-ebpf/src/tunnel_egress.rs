@@ -1,5 +1,5 @@
 //! TC egress of `raven-wg0`: packets that this gateway node and its own pods send through the stack. Clamps the MSS of
-//! SYNs, as [`crate::overlay_egress`] does on members, and counts.
+//! SYNs, as [`mod@crate::overlay_egress`] does on members, and counts.
 //!
 //! Redirected packets have a source outside this node's prefixes and pass unchanged.
 

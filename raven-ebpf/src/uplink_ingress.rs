@@ -1,5 +1,5 @@
-//! TC ingress of a gateway node's uplink: redirects packets that [`crate::uplink_xdp`] has unwrapped, and GRO may have
-//! merged, into the tunnel. They bypass UDP receive, the VXLAN device, routing tables, netfilter and conntrack.
+//! TC ingress of a gateway node's uplink: redirects packets that [`mod@crate::uplink_xdp`] has unwrapped, and GRO may
+//! have merged, into the tunnel. They bypass UDP receive, the VXLAN device, routing tables, netfilter and conntrack.
 //!
 //! The program receives every packet of the uplink and passes unrelated ones after three instructions. Where no XDP
 //! program of Raven is attached, it also runs the guard.

@@ -1,5 +1,5 @@
 //! Native XDP of a gateway node's uplink: removes the outer header of overlay packets from nodes of this pool,
-//! before an skb is allocated, and marks them in the XDP metadata for [`crate::uplink_ingress`]. Overlay packets of
+//! before an skb is allocated, and marks them in the XDP metadata for [`mod@crate::uplink_ingress`]. Overlay packets of
 //! other senders are dropped.
 //!
 //! Unwraps only packets that can be redirected into the tunnel. All others (a packet of another pool for this
