@@ -37,8 +37,8 @@ use crate::{
     tunnel, watch as api_watch,
 };
 
-/// Interval of runs without a change. They find changes that cause no notification, such as map entries changed by
-/// another program.
+/// Interval of runs without a change. They find changes that cause no notification, such as map entries changed
+/// by another program.
 const RESYNC: Duration = Duration::from_secs(30);
 /// Changes within this time cause one run.
 const SETTLE: Duration = Duration::from_millis(100);

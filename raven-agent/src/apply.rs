@@ -1,6 +1,6 @@
 //! Brings the kernel to the planned state, in two calls per run: [`Reconciler::observe`] reads what the plan depends
-//! on, [`Reconciler::apply`] runs the drivers. A failed step never stops the others; it is reported and retried in the
-//! next run.
+//! on, [`Reconciler::apply`] runs the drivers. A failed step never stops the others; it is reported and retried in
+//! the next run.
 
 mod handshakes;
 mod interception;
@@ -88,8 +88,8 @@ pub struct Reconciler {
     restored: u64,
     /// The proxy's listener for intercepted connections.
     listener: Option<TcpListener>,
-    /// The last check of the surroundings, and its result. netfilter can have many rules, so they are not read in every
-    /// run.
+    /// The last check of the surroundings, and its result. netfilter can have many rules, so they are not read
+    /// in every run.
     surroundings: Option<(Instant, Vec<String>)>,
 }
 

@@ -92,8 +92,8 @@ pub struct Run {
     /// Address that serves /healthz and /readyz
     #[arg(long, default_value = raven_api::names::DEFAULT_HEALTH_PROBE_ADDR, value_parser = listen_address)]
     pub health_probe_addr: SocketAddr,
-    /// Address on which a cloud gateway node accepts TLS requests to kubelets; further TLS ports have their own
-    /// listeners
+    /// Address on which a cloud gateway node accepts TLS requests to kubelets; further TLS ports have
+    /// their own listeners
     #[arg(long, env = "PROXY_INTERNAL_SECURE_ADDR", default_value = ":10263", value_parser = listen_address)]
     pub proxy_internal_secure_addr: SocketAddr,
     /// Address on which a cloud gateway node accepts plain HTTP requests

@@ -1,9 +1,9 @@
 //! `diff(have, want)`: the steps that bring the kernel from its observed state to the desired one. Pure.
 //!
-//! The order of the steps is part of the contract: no packet is sent to a node that does not accept it yet, and nothing
-//! that works stops before its replacement is in place. Admission comes first (nodes of this pool, what each peer may
-//! send), then the maps that direct packets, then the routes that send packets there. Removal runs in the opposite
-//! order.
+//! The order of the steps is part of the contract: no packet is sent to a node that does not accept it yet, and
+//! nothing that works stops before its replacement is in place. Admission comes first (nodes of this pool, what
+//! each peer may send), then the maps that direct packets, then the routes that send packets there. Removal runs in
+//! the opposite order.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,8 +35,8 @@ pub enum Step {
     DeleteRoute(IpNet),
     /// Stop directing a remote prefix.
     DeleteRemote(IpNet),
-    /// Remove prefixes from a peer that no other peer gets. A prefix that moves to another peer leaves the first one by
-    /// that move.
+    /// Remove prefixes from a peer that no other peer gets. A prefix that moves to another peer leaves the first one
+    /// by that move.
     TakePrefixes(PublicKey, BTreeSet<IpNet>),
     /// Delete a peer.
     DeletePeer(PublicKey),

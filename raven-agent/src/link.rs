@@ -113,8 +113,8 @@ impl Links {
             MulticastGroup::Ipv4Rule,
             MulticastGroup::Ipv6Rule,
         ];
-        // Notifications have their own socket: when it overflows, the kernel drops messages, which must not be answers
-        // to requests.
+        // Notifications have their own socket: when it overflows, the kernel drops messages, which must not be
+        // answers to requests.
         let (notified, _, messages) = new_multicast_connection(&groups).map_err(Error::Connect)?;
         let (connection, handle, _) = new_connection().map_err(Error::Connect)?;
         tokio::spawn(notified);

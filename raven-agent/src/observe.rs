@@ -1,5 +1,5 @@
-//! Publishes the state of the node: its GatewayNode (server-side apply; this node's agent is the only writer), metrics
-//! and health.
+//! Publishes the state of the node: its GatewayNode (server-side apply; this node's agent is the only writer),
+//! metrics and health.
 
 pub mod admin;
 mod connected;

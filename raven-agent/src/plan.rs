@@ -137,8 +137,8 @@ fn own_prefixes(member: &Member) -> Vec<IpNet> {
     member.prefixes.iter().filter(|prefix| **prefix != own).copied().collect()
 }
 
-/// Prefixes that no Gateway may claim on this node: those of `me`, the pool's own nodes, and every endpoint that nodes
-/// dial.
+/// Prefixes that no Gateway may claim on this node: those of `me`, the pool's own nodes, and every endpoint
+/// that nodes dial.
 fn protected(topology: &Topology, pool: &Pool, me: &Me) -> BTreeSet<IpNet> {
     let endpoints =
         topology.pools.values().flat_map(|p| p.gateways.values()).filter_map(|g| g.dial).map(|d| IpNet::from(d.ip()));

@@ -2,11 +2,11 @@
 //! the sites open.
 //!
 //! In the order of a request: [`ingress`] accepts it on a cloud gateway node ([`client_hello`] reads the TLS server
-//! name, [`http`] a Host header); [`Directory`](crate::plan::proxy::Directory) finds the target node; [`router`] and
-//! [`connections`] open a stream to its site; there [`serve`] connects to the node; [`stream`] carries the bytes. TLS
-//! is not terminated. Proxy connections: [`dial`] opens them at the edge, [`accept`] admits them in the cloud,
-//! [`identity`] and [`enrol`] provide certificates. [`limits`] has all windows, limits and timeouts; [`stats`] has the
-//! counters.
+//! name, [`http`] a Host header); [`Directory`](crate::plan::proxy::Directory) finds the target node; [`router`]
+//! and [`connections`] open a stream to its site; there [`serve`] connects to the node; [`stream`] carries the
+//! bytes. TLS is not terminated. Proxy connections: [`dial`] opens them at the edge, [`accept`] admits them in the
+//! cloud, [`identity`] and [`enrol`] provide certificates. [`limits`] has all windows, limits and timeouts;
+//! [`stats`] has the counters.
 //!
 //! The L7 half does not depend on L3.
 
@@ -155,8 +155,8 @@ impl Proxy {
             shared.publish(&plan);
             let mut failures = self.run_parts(&plan, &shared, &mut running).await;
             failures.extend(problem.borrow_and_update().clone());
-            // The Service sends requests by name to ready nodes. Interception does not count: the reconciler reports
-            // its state.
+            // The Service sends requests by name to ready nodes. Interception does not count: the reconciler
+            // reports its state.
             let needed = self.parts(&plan, false);
             let ready = identity.borrow_and_update().is_some() && needed.iter().all(|part| running.contains_key(part));
             let status = status(&plan.role, ready, &established.borrow_and_update(), failures);

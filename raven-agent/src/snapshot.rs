@@ -9,8 +9,8 @@ pub fn save(path: &Path, inputs: &Inputs) -> io::Result<()> {
     atomic_file::write(path, &serde_json::to_vec_pretty(&lean(inputs))?)
 }
 
-/// Reads the snapshot; `None` if it does not exist. A file that does not parse is an error; the agent then starts
-/// without it.
+/// Reads the snapshot; `None` if it does not exist. A file that does not parse is an error; the agent then
+/// starts without it.
 pub fn load(path: &Path) -> io::Result<Option<Inputs>> {
     match fs::read(path) {
         Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),

@@ -202,8 +202,8 @@ impl Config {
     }
 }
 
-/// What a driver did: the number of kernel objects that it created, replaced or deleted. Zero when all were right
-/// already.
+/// What a driver did: the number of kernel objects that it created, replaced or deleted. Zero when all
+/// were right already.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Change(pub u64);
 

@@ -1,5 +1,5 @@
-//! Settings, routes and firewall rules of other programs that stop Raven's packets: detected and reported with the
-//! remedy.
+//! Settings, routes and firewall rules of other programs that stop Raven's packets: detected and reported
+//! with the remedy.
 //!
 //! This module only reads. Raven's own objects are restored by the drivers.
 
@@ -86,8 +86,8 @@ fn objects<'a>(ruleset: &'a Value, kind: &'a str) -> impl Iterator<Item = &'a Va
     ruleset["nftables"].as_array().into_iter().flatten().filter_map(move |o| o.get(kind))
 }
 
-/// FORWARD chains with policy DROP (of nft, or of iptables as nft shows it) in whose table no rule accepts this node's
-/// pods.
+/// FORWARD chains with policy DROP (of nft, or of iptables as nft shows it) in whose table no rule accepts
+/// this node's pods.
 fn forward_drops(ruleset: &Value, own: &[IpNet]) -> Vec<String> {
     let drops = objects(ruleset, "chain").filter(|c| c["hook"] == "forward" && c["policy"] == "drop");
     drops
@@ -126,8 +126,8 @@ fn accepts_pods(ruleset: &Value, chain: &Value, own: &[IpNet]) -> bool {
 fn accepts(ruleset: &Value, chain: &Value, wanted: impl Fn(&Value) -> bool) -> bool {
     let rules = objects(ruleset, "rule").filter(|r| r["family"] == chain["family"] && r["table"] == chain["table"]);
     rules.map(|rule| rule["expr"].as_array().map_or(&[][..], Vec::as_slice)).any(|statements| {
-        // An extension that nft does not translate (`-m conntrack` of iptables) is a condition too, and is never
-        // selected.
+        // An extension that nft does not translate (`-m conntrack` of iptables) is a condition too, and
+        // is never selected.
         let mut conditions = statements.iter().filter_map(|s| s.get("match").or_else(|| s.get("xt"))).peekable();
         statements.iter().any(|s| s.get("accept").is_some()) && (conditions.peek().is_none() || conditions.any(&wanted))
     })

@@ -281,8 +281,8 @@ async fn blocking<T: Send + 'static>(
     result.map_err(|reason| Error::Request { action, reason })
 }
 
-/// Prefixes of one peer per request to the kernel: its netlink messages hold 8 KiB, of which an IPv6 prefix takes 40
-/// bytes.
+/// Prefixes of one peer per request to the kernel: its netlink messages hold 8 KiB, of which an IPv6 prefix
+/// takes 40 bytes.
 const PREFIXES: usize = 128;
 
 /// The requests that configure a peer, with at most `at_once` prefixes each. Prefixes that the peer has already are not
@@ -352,8 +352,8 @@ pub fn public(key: &Key) -> PublicKey {
     public_key(&key.get_public())
 }
 
-/// Ensures that the device exists. An existing one determines the backend; otherwise the kernel's WireGuard is tried
-/// first.
+/// Ensures that the device exists. An existing one determines the backend; otherwise the kernel's WireGuard
+/// is tried first.
 async fn ensure_device(links: &Links) -> Result<Backend, Error> {
     match links.find(names::TUNNEL).await? {
         Some(found) if found.kind == Some(InfoKind::Wireguard) => return Ok(Backend::Kernel),

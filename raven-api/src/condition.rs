@@ -1,5 +1,5 @@
-//! Condition types in `status.conditions` of Gateways and GatewayNodes. The words are part of the API: scripts match on
-//! them.
+//! Condition types in `status.conditions` of Gateways and GatewayNodes. The words are part of the API: scripts
+//! match on them.
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
@@ -13,11 +13,11 @@ pub enum ConditionType {
     Elected,
     /// Gateway: every claim is accepted; when false, the message lists each rejected claim with the reason.
     Accepted,
-    /// GatewayNode of an edge: its tunnel has a session with another pool. False after a period without one, absent
-    /// before that.
+    /// GatewayNode of an edge: its tunnel has a session with another pool. False after a period without one,
+    /// absent before that.
     TunnelConnected,
-    /// GatewayNode of an edge: its proxy has a connection to the cloud. False after a period without one, absent before
-    /// that.
+    /// GatewayNode of an edge: its proxy has a connection to the cloud. False after a period without one,
+    /// absent before that.
     ProxyConnected,
 }
 

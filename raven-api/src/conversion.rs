@@ -174,8 +174,8 @@ fn match_endpoints(old: Vec<v1alpha1::Endpoint>, kept: Vec<v1beta1::Endpoint>) -
         .collect()
 }
 
-// Malformed JSON (the annotation was edited) counts as absent: if the conversion failed, the object could not even be
-// read.
+// Malformed JSON (the annotation was edited) counts as absent: if the conversion failed, the object could not
+// even be read.
 fn take<T: DeserializeOwned>(metadata: &mut ObjectMeta, key: &str) -> Option<T> {
     let annotations = metadata.annotations.as_mut()?;
     let text = annotations.remove(key)?;

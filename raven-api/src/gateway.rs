@@ -57,8 +57,8 @@ pub struct GatewaySpec {
     /// Replicas of the L3 tunnel. Default: one replica.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tunnel_config: Option<TunnelConfig>,
-    /// Candidates for the election of gateway nodes, in order of preference. Empty: every node of the pool is a
-    /// candidate.
+    /// Candidates for the election of gateway nodes, in order of preference. Empty: every node of the pool
+    /// is a candidate.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 256))]
     pub endpoints: Vec<Endpoint>,
@@ -87,8 +87,8 @@ impl ExposeType {
 /// Configuration of a pool's L7 proxy.
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, PartialEq)]
 pub struct ProxyConfig {
-    /// Number of proxy endpoints to elect. Default: 1. 0 turns L7 off for this pool. (Capital R for compatibility with
-    /// upstream.)
+    /// Number of proxy endpoints to elect. Default: 1. 0 turns L7 off for this pool. (Capital R for
+    /// compatibility with upstream.)
     #[serde(rename = "Replicas", default = "one")]
     #[schemars(range(min = 0, max = 64))]
     pub replicas: i32,

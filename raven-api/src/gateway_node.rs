@@ -52,8 +52,8 @@ pub struct GatewayNodeSpec {
     pub version: String,
 }
 
-/// State observed by the node's agent. Agents of other nodes use only the peers' observed endpoints and the proxy's
-/// state.
+/// State observed by the node's agent. Agents of other nodes use only the peers' observed endpoints and
+/// the proxy's state.
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct GatewayNodeStatus {
@@ -109,8 +109,8 @@ pub struct PeerStatus {
     /// Current source of the peer's packets (`address:port`); for a peer behind NAT, the translated address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_endpoint: Option<String>,
-    /// Time of the last completed handshake. Up to 180 s ago in a healthy tunnel, so it does not detect failures by
-    /// itself.
+    /// Time of the last completed handshake. Up to 180 s ago in a healthy tunnel, so it does not detect
+    /// failures by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_handshake: Option<Time>,
 }

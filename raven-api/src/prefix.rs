@@ -17,8 +17,8 @@ pub const NEVER_ROUTED: [(IpNet, &str); 9] = [
     (v6(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8), "multicast"),
 ];
 
-/// True if the prefix overlaps none of [`NEVER_ROUTED`]. The whole address space (`0.0.0.0/0`, `::/0`) is therefore not
-/// routable.
+/// True if the prefix overlaps none of [`NEVER_ROUTED`]. The whole address space (`0.0.0.0/0`, `::/0`) is
+/// therefore not routable.
 pub fn is_routable(prefix: &IpNet) -> bool {
     NEVER_ROUTED.iter().all(|(never, _)| !never.contains(prefix) && !prefix.contains(never))
 }

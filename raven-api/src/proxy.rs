@@ -71,8 +71,8 @@ impl Default for Ports {
 }
 
 impl Ports {
-    /// Returns the two ports of the kubelet and those listed by exposed Gateways. A port listed as both HTTP and HTTPS
-    /// serves TLS.
+    /// Returns the two ports of the kubelet and those listed by exposed Gateways. A port listed as both HTTP and
+    /// HTTPS serves TLS.
     pub fn of<'a>(gateways: impl IntoIterator<Item = &'a Gateway>) -> Self {
         let mut ports = Self::default();
         for config in

@@ -44,11 +44,11 @@ verdicts! {
     Delivered = 6, "delivered";
     /// `tunnel_egress`: a packet of this node entered the tunnel through the stack.
     FromStack = 7, "from-stack";
-    /// `overlay_egress`: link-local multicast of the kernel (MLD, on every new device) was discarded. Not counted as a
-    /// drop.
+    /// `overlay_egress`: link-local multicast of the kernel (MLD, on every new device) was discarded. Not counted
+    /// as a drop.
     Multicast = 8, "multicast";
-    /// `overlay_ingress`: a packet from a node of this pool to a kubelet of another pool was passed to this node's
-    /// proxy.
+    /// `overlay_ingress`: a packet from a node of this pool to a kubelet of another pool was passed to
+    /// this node's proxy.
     ToProxy = 9, "to-proxy";
 
     /// To the stack: TTL or hop limit is exhausted; the stack answers with an ICMP error.

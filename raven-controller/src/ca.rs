@@ -1,5 +1,5 @@
-//! Certificate authorities of the controller, and the Secrets that store them. Used for the conversion webhook and for
-//! the proxies.
+//! Certificate authorities of the controller, and the Secrets that store them. Used for the conversion webhook and
+//! for the proxies.
 //!
 //! [`CaSecret`] loads, creates and rotates the content of a Secret; a [`CaMaterial`] defines the content and when it is
 //! due for rotation.
@@ -86,8 +86,8 @@ pub(crate) enum Rotation<M> {
     Conflict,
 }
 
-/// A Secret that stores a CA. The manifests contain it empty, because RBAC cannot restrict the creation of Secrets to a
-/// name.
+/// A Secret that stores a CA. The manifests contain it empty, because RBAC cannot restrict the creation of Secrets
+/// to a name.
 #[derive(Clone)]
 pub(crate) struct CaSecret {
     secrets: Api<Secret>,
@@ -112,8 +112,8 @@ impl CaSecret {
         watch_one("Secret", self.secrets.clone(), &self.name)
     }
 
-    /// Reads the material of `secret`, and stores new material if `next` returns some. Unreadable material counts as
-    /// absent.
+    /// Reads the material of `secret`, and stores new material if `next` returns some. Unreadable material
+    /// counts as absent.
     pub(crate) async fn rotate<M: CaMaterial>(
         &self,
         mut secret: Secret,
@@ -215,8 +215,8 @@ pub(crate) fn is_due(not_after: Timestamp, life: SignedDuration, now: Timestamp)
     not_after.duration_since(now) < life / 3
 }
 
-/// Returns the end of a validity that starts now, rounded down to a whole day: without the `time` crate, rcgen accepts
-/// dates only.
+/// Returns the end of a validity that starts now, rounded down to a whole day: without the `time` crate, rcgen
+/// accepts dates only.
 pub(crate) fn end(now: Timestamp, life: SignedDuration) -> Timestamp {
     let seconds = (now + life).as_second();
     Timestamp::from_second(seconds - seconds.rem_euclid(DAY.as_secs())).unwrap_or(now)

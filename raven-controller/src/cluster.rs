@@ -41,8 +41,8 @@ const BATCH: usize = 1024;
 pub(crate) enum Update {
     /// Event of the watch of Gateways.
     Gateway(Event<Gateway>),
-    /// Gateways as returned by the controller's own writes; the sender is notified once they are in the published
-    /// snapshot.
+    /// Gateways as returned by the controller's own writes; the sender is notified once they are in
+    /// the published snapshot.
     Written(Vec<Gateway>, oneshot::Sender<()>),
     /// Event of the watch of Nodes.
     Node(Event<Guarded<Node>>),
@@ -132,8 +132,8 @@ impl<K: Ord + Clone, V: PartialEq> Cache<K, V> {
         Self { facts: Facts::default(), listing: BTreeMap::new(), complete: false, listed: false }
     }
 
-    // `parse` returns no facts for an object that does not count. Returns true if the facts or their completeness
-    // changed.
+    // `parse` returns no facts for an object that does not count. Returns true if the facts or
+    // their completeness changed.
     fn absorb<T>(&mut self, event: Event<T>, parse: impl Fn(T) -> (K, Option<V>)) -> bool {
         match event {
             Event::Init => {
@@ -427,8 +427,8 @@ impl Snapshot {
     }
 }
 
-/// Absorbs updates and publishes a snapshot after each batch that changed a fact. Ends when all senders of updates are
-/// dropped.
+/// Absorbs updates and publishes a snapshot after each batch that changed a fact. Ends when all senders of
+/// updates are dropped.
 pub(crate) async fn run(
     mut cluster: Cluster,
     mut updates: mpsc::Receiver<Update>,
@@ -506,115 +506,4 @@ fn is_older(gateway: &Gateway, known: &Gateway) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-    use raven_api::GatewaySpec;
-
-    use super::*;
-
-    fn cluster() -> Cluster {
-        Cluster::new(DecisionSettings { rules: true, ..Default::default() })
-    }
-
-    fn gateway(name: &str, version: &str) -> Gateway {
-        let metadata =
-            ObjectMeta { name: Some(name.into()), resource_version: Some(version.into()), ..Default::default() };
-        Gateway { metadata, spec: GatewaySpec::default(), status: None }
-    }
-
-    #[test]
-    fn watch_event_older_than_an_own_write_is_ignored() {
-        let mut cluster = cluster();
-        assert!(cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "5")))));
-        assert!(cluster.absorb(Update::Written(vec![gateway("a", "10")], oneshot::channel().0)));
-        assert!(!cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "7")))));
-        assert!(cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "11")))));
-    }
-
-    #[test]
-    fn own_writes_do_not_advance_the_revision() {
-        let mut cluster = cluster();
-        cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "5"))));
-        let before = cluster.snapshot().revision;
-        assert!(cluster.absorb(Update::Written(vec![gateway("a", "10")], oneshot::channel().0)));
-        assert_eq!(cluster.snapshot().revision, before);
-        assert!(cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "11")))));
-        assert_eq!(cluster.snapshot().revision, before + 1);
-    }
-
-    #[test]
-    fn listing_replaces_all_facts_at_once() {
-        let mut cluster = cluster();
-        cluster.absorb(Update::Gateway(Event::Apply(gateway("gone", "1"))));
-        assert!(!cluster.absorb(Update::Gateway(Event::Init)));
-        assert!(!cluster.absorb(Update::Gateway(Event::InitApply(gateway("new", "2")))));
-        assert!(cluster.snapshot().inputs().gateways.contains_key(&"gone".into()));
-        assert!(cluster.absorb(Update::Gateway(Event::InitDone)));
-        assert_eq!(cluster.snapshot().inputs().gateways.keys().map(GatewayName::as_str).collect::<Vec<_>>(), ["new"]);
-    }
-
-    #[test]
-    fn heartbeat_changes_no_fact() {
-        let mut cluster = cluster();
-        let mut node =
-            Node { metadata: ObjectMeta { name: Some("n".into()), ..Default::default() }, ..Default::default() };
-        assert!(cluster.absorb(Update::Node(Event::Apply(Guarded(Ok(node.clone()))))));
-        node.metadata.resource_version = Some("77".into());
-        assert!(!cluster.absorb(Update::Node(Event::Apply(Guarded(Ok(node))))));
-    }
-
-    #[test]
-    fn node_that_becomes_unreadable_counts_as_absent() {
-        let mut cluster = cluster();
-        let node = |heartbeat: &str| {
-            let text = format!(
-                r#"{{"metadata":{{"name":"n"}},"status":{{"conditions":[{{"type":"X","status":"True","lastHeartbeatTime":"{heartbeat}"}}]}}}}"#
-            );
-            serde_json::from_str(&text).expect("never an error")
-        };
-        assert!(cluster.absorb(Update::Node(Event::Apply(node("2026-01-01T00:00:00Z")))));
-        assert_eq!(cluster.snapshot().inputs().nodes.len(), 1);
-        assert!(cluster.absorb(Update::Node(Event::Apply(node("9999-12-31T23:59:59Z")))));
-        assert_eq!(cluster.snapshot().inputs().nodes.len(), 0);
-    }
-
-    #[test]
-    fn complete_once_every_kind_is_listed_or_unavailable() {
-        let mut cluster = cluster();
-        cluster.absorb(Update::Gateway(Event::InitDone));
-        cluster.absorb(Update::Node(Event::InitDone));
-        cluster.absorb(Update::PoolsAbsent);
-        for other in [
-            Update::BlocksAbsent,
-            Update::BalancersUnavailable,
-            Update::GatewayNodesUnavailable,
-            Update::ServiceCidrsUnavailable,
-            Update::ApiServerUnavailable,
-            Update::SwitchesUnavailable,
-        ] {
-            assert!(!cluster.snapshot().complete);
-            cluster.absorb(other);
-        }
-        assert!(cluster.snapshot().complete);
-        assert!(!cluster.snapshot().proxies_complete, "the L7 half does not act on unavailable kinds");
-    }
-
-    #[test]
-    fn protected_prefixes_stay_while_they_are_unavailable() {
-        let mut cluster = Cluster::new(DecisionSettings {
-            rules: true,
-            service_cidrs: vec!["10.97.0.0/16".parse().expect("a prefix")],
-        });
-        let range = serde_json::from_value(
-            serde_json::json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16", "fd00:96::/112"]}}),
-        );
-        assert!(cluster.absorb(Update::ServiceCidr(Event::Apply(range.expect("a ServiceCIDR")))));
-        cluster.absorb(Update::ServiceCidr(Event::InitDone));
-        let known = |cluster: &Cluster| {
-            cluster.snapshot().inputs().services.iter().map(ToString::to_string).collect::<Vec<_>>()
-        };
-        cluster.absorb(Update::ServiceCidr(Event::Init));
-        assert!(!cluster.absorb(Update::ServiceCidrsUnavailable));
-        assert_eq!(known(&cluster), ["10.97.0.0/16"]);
-    }
-}
+mod tests;

@@ -33,8 +33,8 @@ pub struct Config {
     /// repeatable or comma-separated.
     #[arg(long, value_name = "PREFIX", value_delimiter = ',')]
     pub service_cidr: Vec<IpNet>,
-    /// Serve the conversion webhook for Gateways of v1alpha1 at this address; `:PORT` means all addresses, `off`
-    /// disables it.
+    /// Serve the conversion webhook for Gateways of v1alpha1 at this address; `:PORT` means all addresses,
+    /// `off` disables it.
     #[arg(long, default_value = ":9443", value_parser = parse_listen_or_off, value_name = "ADDRESS")]
     pub webhook_bind_addr: Listen,
     /// Name the webhook's Service, and the Secret with its certificate, in the controller's namespace.

@@ -39,8 +39,8 @@ impl FakeApi {
         Self { client: Client::try_from(Config::new(uri)).expect("a client"), requests }
     }
 
-    /// Returns the requests since the last call, such as `PATCH /api/v1/namespaces/kube-system/services/a`. Watches are
-    /// not recorded.
+    /// Returns the requests since the last call, such as `PATCH /api/v1/namespaces/kube-system/services/a`. Watches
+    /// are not recorded.
     pub(crate) fn take_requests(&self) -> Vec<String> {
         std::mem::take(&mut *self.requests.lock().expect("no test holds it"))
     }

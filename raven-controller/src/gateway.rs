@@ -48,8 +48,8 @@ pub(crate) struct Decisions {
     pub(crate) strays: Vec<String>,
 }
 
-/// Computes the desired state of all Gateways. Ownership of nodes and prefixes depends on all Gateways, so they are
-/// decided together.
+/// Computes the desired state of all Gateways. Ownership of nodes and prefixes depends on all Gateways, so they
+/// are decided together.
 pub(crate) fn decide(inputs: &Inputs) -> Decisions {
     let (mut membership, free) = membership::resolve(inputs);
     if inputs.rules {

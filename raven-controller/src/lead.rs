@@ -152,8 +152,8 @@ impl Elector {
         (elector, Leadership { leads: leads_receiver, until: until_receiver })
     }
 
-    /// Takes part until `stop` is cancelled, then releases the Lease, so that the next leader need not wait until it
-    /// expires.
+    /// Takes part until `stop` is cancelled, then releases the Lease, so that the next leader need not wait
+    /// until it expires.
     pub(crate) async fn run(mut self, stop: CancellationToken) {
         loop {
             // The deadline also bounds a hanging attempt: a leader must detect in time that it no longer leads.

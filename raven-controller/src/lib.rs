@@ -1,5 +1,5 @@
-//! The controller of Raven: elects gateway nodes, assigns prefixes to pools, and serves the cloud's part of the L7
-//! half.
+//! The controller of Raven: elects gateway nodes, assigns prefixes to pools, and serves the cloud's part of
+//! the L7 half.
 //!
 //! Modules in the order of the data flow:
 //! - [`config`] parses the command line; [`app`] creates and runs all tasks.
@@ -9,8 +9,8 @@
 //! - `lead` elects the one replica that writes. [`webhook`] converts Gateways of v1alpha1. `ca` stores the certificate
 //!   authorities. `health` answers the probes of the kubelet.
 //!
-//! All state is stored in the API server, so a restart loses nothing but the quarantine of cut-off nodes
-//! (`gateway::links`).
+//! All state is stored in the API server, so a restart loses nothing but the quarantine of
+//! cut-off nodes (`gateway::links`).
 
 #![forbid(unsafe_code)]
 

@@ -68,8 +68,8 @@ impl Reconciler {
                     if changed.is_err() {
                         return;
                     }
-                    // Own writes do not advance the revision and need no run; a failed run is repeated after its
-                    // backoff.
+                    // Own writes do not advance the revision and need no run; a failed run is repeated
+                    // after its backoff.
                     let latest = self.snapshots.borrow_and_update().revision;
                     if latest != revision {
                         revision = latest;

@@ -5,10 +5,10 @@
 //!
 //! **Installation order.** The CRD manifest contains the webhook without its CA (see `raven_api::schema`). The CRD can
 //! therefore be applied before or after the controller, and again at any time; the API server never serves v1alpha1
-//! without the webhook. While the webhook is unavailable, requests for v1alpha1 fail and change nothing; v1beta1 is the
-//! storage version and needs no webhook. One exception is a property of Kubernetes: if an object was last applied in
-//! v1alpha1 by server-side apply, its managedFields contain that version, and a server-side apply in any version needs
-//! the webhook.
+//! without the webhook. While the webhook is unavailable, requests for v1alpha1 fail and change nothing; v1beta1 is
+//! the storage version and needs no webhook. One exception is a property of Kubernetes: if an object was last applied
+//! in v1alpha1 by server-side apply, its managedFields contain that version, and a server-side apply in any version
+//! needs the webhook.
 //!
 //! **Field ownership.** The leader patches the CRD by a merge patch with its resource version, and only if it differs.
 //! The controller then owns `caBundle` only, unless flags override the address of the manifest. Only the leader
@@ -47,8 +47,8 @@ impl WebhookConfig {
         [service].into_iter().chain(host).collect()
     }
 
-    /// Returns `spec.conversion.webhook.clientConfig` of the CRD without caBundle. Fields that must be absent are
-    /// `null`.
+    /// Returns `spec.conversion.webhook.clientConfig` of the CRD without caBundle. Fields that must be
+    /// absent are `null`.
     pub(crate) fn client_config(&self) -> Value {
         match &self.url {
             Some(url) => {

@@ -1,5 +1,5 @@
-//! `cargo xtask bench`: prints ratios to a baseline measured in the same run. `raven-bench` (tests/bench/) does the
-//! measurements.
+//! `cargo xtask bench`: prints ratios to a baseline measured in the same run. `raven-bench` (tests/bench/)
+//! does the measurements.
 
 use std::process::Command;
 

@@ -10,8 +10,8 @@ use crate::{
     toolchain, workspace,
 };
 
-/// Returns the task that builds `raven-agent` (with the eBPF object in it) and `raven-controller` into xtask's own
-/// folder.
+/// Returns the task that builds `raven-agent` (with the eBPF object in it) and `raven-controller` into
+/// xtask's own folder.
 pub(crate) fn binaries_task() -> Task {
     let name = "building raven-controller and raven-agent, with the eBPF programs";
     Task::new(name, |_| progress::logged(&mut cargo_build(&["-p", "raven-agent", "-p", "raven-controller"])))

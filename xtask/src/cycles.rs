@@ -167,8 +167,8 @@ impl<'ast> Visit<'ast> for Paths<'_> {
     }
 }
 
-/// The same graph with every module replaced by its top-level module. The crate root is left out: it connects
-/// everything.
+/// The same graph with every module replaced by its top-level module. The crate root is left out:
+/// it connects everything.
 fn collapse(graph: &Graph) -> Graph {
     let top = |module: &Module| module[..1].to_vec();
     let mut collapsed = Graph::new();

@@ -1,5 +1,5 @@
-//! Progress of xtask on standard error: one line per step with the elapsed time. Output of other programs goes to a log
-//! file.
+//! Progress of xtask on standard error: one line per step with the elapsed time. Output of other programs goes to
+//! a log file.
 //!
 //! Standard output is left to results, which may be JSON.
 

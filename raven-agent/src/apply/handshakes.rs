@@ -1,5 +1,5 @@
-//! Handshakes with peers that this node dials: retried early while a peer is new, and started again with peers that are
-//! silent.
+//! Handshakes with peers that this node dials: retried early while a peer is new, and started again with peers
+//! that are silent.
 
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
@@ -62,8 +62,8 @@ impl Handshakes {
         self.last_endpoints.extend(have.peers.get(&key).and_then(|peer| peer.endpoint).map(|endpoint| (key, endpoint)));
     }
 
-    /// Repeats the handshake with each peer whose delay has passed: a peer that is deleted and added again is dialled
-    /// at once.
+    /// Repeats the handshake with each peer whose delay has passed: a peer that is deleted and added again is
+    /// dialled at once.
     pub(super) async fn retry(&mut self, tunnel: &Tunnel, want: &State, outcome: &mut Outcome) {
         if self.pending.is_empty() {
             return;

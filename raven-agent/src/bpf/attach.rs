@@ -195,8 +195,8 @@ impl Bpf {
         }
     }
 
-    /// Attaches a TC filter, below Linux 6.6. Aya detaches a filter when its link is dropped, so the link is leaked on
-    /// purpose.
+    /// Attaches a TC filter, below Linux 6.6. Aya detaches a filter when its link is dropped, so the link is
+    /// leaked on purpose.
     ///
     /// A filter that is replaced in place counts as unchanged: aya cannot read which program it runs.
     fn attach_filter(&mut self, hook: Hook, device: &str) -> Result<Change, ProgramError> {
@@ -258,8 +258,8 @@ pub(crate) fn detach_filter(hook: Hook, device: &str) {
     let _ = tc::qdisc_detach_program(device, hook.direction(), hook.program());
 }
 
-/// Removes Raven's clsact filter from every device that is or was the uplink. Filters on Raven's devices are deleted
-/// with them.
+/// Removes Raven's clsact filter from every device that is or was the uplink. Filters on Raven's devices are
+/// deleted with them.
 pub(crate) fn detach_uplink_filter() {
     for device in nix::net::if_::if_nameindex().iter().flatten() {
         detach_filter(Hook::UplinkIngress, &device.name().to_string_lossy());

@@ -35,8 +35,8 @@ impl Bpf {
     pub fn intercept(&mut self, listener: &impl AsRawFd) -> Result<Change, Error> {
         let failed = failed(Action::Attach);
         let mut proxy: SockMap<_> = self.map("PROXY")?;
-        // Storing the same socket again has no effect. The entry of an earlier agent was removed when its socket
-        // closed.
+        // Storing the same socket again has no effect. The entry of an earlier agent was removed when
+        // its socket closed.
         proxy.set(0, listener, 0).map_err(|e| Error::Map { map: "PROXY", reason: chain(&e) })?;
         let pin = self.lookup_pin();
         let loaded = self.loaded.insert(PROGRAM);

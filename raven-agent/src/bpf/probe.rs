@@ -22,8 +22,8 @@ impl fmt::Display for Release {
 impl FromStr for Release {
     type Err = std::num::ParseIntError;
 
-    /// Parses `uname -r`. The text after the third number (`-46-cloud-amd64`, `+deb12u1`) is specific to a distribution
-    /// and ignored.
+    /// Parses `uname -r`. The text after the third number (`-46-cloud-amd64`, `+deb12u1`) is specific to a
+    /// distribution and ignored.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let mut numbers = text.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
         let mut next = || numbers.next().unwrap_or(Ok(0));

@@ -1,5 +1,5 @@
-//! Raven's two devices: created when missing, changed in place where possible, recreated only when they are of the
-//! wrong kind.
+//! Raven's two devices: created when missing, changed in place where possible, recreated only when they are of
+//! the wrong kind.
 
 use std::{collections::BTreeSet, fs, net::IpAddr};
 
@@ -206,8 +206,8 @@ fn is_link_local(ip: &IpAddr) -> bool {
     }
 }
 
-/// Disables link-local addresses and router solicitations: no host on the device answers them, and each would be a
-/// counted drop.
+/// Disables link-local addresses and router solicitations: no host on the device answers them, and each would be
+/// a counted drop.
 fn disable_ipv6_autoconfiguration(name: &str) {
     for (key, value) in [("addr_gen_mode", "1"), ("accept_ra", "0"), ("autoconf", "0")] {
         // Fails only in a kernel without IPv6, where there is nothing to disable.

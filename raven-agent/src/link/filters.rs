@@ -1,5 +1,5 @@
-//! Filters of TC hooks in the order in which the kernel runs them: a filter before Raven's may end the processing of a
-//! packet.
+//! Filters of TC hooks in the order in which the kernel runs them: a filter before Raven's may end the processing
+//! of a packet.
 
 use futures::TryStreamExt;
 use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcMessage, TcOption};
@@ -8,8 +8,8 @@ use super::Links;
 use crate::names;
 
 impl Links {
-    /// Names of the clsact filters that run before Raven's filter with the program `ours`. Empty if that filter is not
-    /// attached.
+    /// Names of the clsact filters that run before Raven's filter with the program `ours`. Empty if that filter
+    /// is not attached.
     pub async fn filters_before(&self, device: u32, egress: bool, ours: &str) -> Vec<String> {
         let Ok(index) = i32::try_from(device) else { return Vec::new() };
         let filters = self.handle.traffic_filter(index).get();

@@ -47,8 +47,8 @@ struct Line {
 }
 
 impl Drops {
-    /// Reads the ring buffer until the process ends. After a failure only samples are missing; counters are not
-    /// affected.
+    /// Reads the ring buffer until the process ends. After a failure only samples are missing; counters
+    /// are not affected.
     pub async fn read(self) {
         if let Err(e) = self.follow().await {
             tracing::warn!(error = e, "cannot read samples of dropped packets; counters are not affected");

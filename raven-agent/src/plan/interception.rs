@@ -1,5 +1,5 @@
-//! Interception: connections to kubelet ports of edge nodes, by address, that a cloud node redirects to a proxy of its
-//! pool.
+//! Interception: connections to kubelet ports of edge nodes, by address, that a cloud node redirects to a proxy
+//! of its pool.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,8 +15,8 @@ use crate::{
     topology::{Pool, Topology},
 };
 
-/// The interception of this node, and the map entries by which the overlay carries it; `None` where nothing is
-/// intercepted.
+/// The interception of this node, and the map entries by which the overlay carries it; `None` where
+/// nothing is intercepted.
 ///
 /// `outer`: this node's outer address. `own_v4`: its address inside its first IPv4 prefix.
 pub(super) fn interception(
@@ -59,8 +59,8 @@ fn destination(own: &Pool, me: &Me) -> Option<InterceptTo> {
 /// Edge nodes by address, as pairs of node and Gateway. An address that several nodes have is included, so that the
 /// client gets an error that names them.
 ///
-/// Excluded, whatever address an edge node claims: nodes of exposed pools, API servers, and what this node needs
-/// itself.
+/// Excluded, whatever address an edge node claims: nodes of exposed pools, API servers, and what this
+/// node needs itself.
 fn edge_nodes<'a>(topology: &'a Topology, me: &Me) -> BTreeMap<Ipv4Addr, Vec<(&'a str, &'a str)>> {
     let exposed = topology
         .pools

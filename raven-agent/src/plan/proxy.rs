@@ -1,5 +1,5 @@
-//! The L7 part of the plan: what this node does for the proxy, which proxies it dials, and which node a name or an
-//! address denotes.
+//! The L7 part of the plan: what this node does for the proxy, which proxies it dials, and which node a name or
+//! an address denotes.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -3,8 +3,8 @@
 
 /// The weight of a candidate for a key; the candidate with the largest weight is chosen.
 ///
-/// FNV-1a over the parts, each ended by `/`, which no Kubernetes name contains; the finalizer of SplitMix64 spreads the
-/// result.
+/// FNV-1a over the parts, each ended by `/`, which no Kubernetes name contains; the finalizer of SplitMix64
+/// spreads the result.
 pub(super) fn weight(parts: &[&str]) -> u64 {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for byte in parts.iter().flat_map(|p| p.bytes().chain([b'/'])) {

@@ -1,6 +1,6 @@
-//! This node's identity towards the other end of a proxy connection: a key that is created here and never leaves the
-//! node, a certificate that the controller signed, and the CA that this node trusts. [`super::enrol`] obtains the
-//! certificate.
+//! This node's identity towards the other end of a proxy connection: a key that is created here and never leaves
+//! the node, a certificate that the controller signed, and the CA that this node trusts. [`super::enrol`]
+//! obtains the certificate.
 
 use std::{collections::BTreeSet, fs, io, path::Path, sync::Arc};
 
@@ -117,8 +117,8 @@ impl Identity {
         Ok(Some(Self { chain, key, roots, life, names, uid }))
     }
 
-    /// True if the certificate must be renewed: two thirds of its validity have passed, or it has other names or
-    /// another UID.
+    /// True if the certificate must be renewed: two thirds of its validity have passed, or it has other names
+    /// or another UID.
     pub(super) fn is_due(&self, names: &BTreeSet<String>, uid: Option<&String>, now: Timestamp) -> bool {
         let (begin, end) = self.life;
         let third = end.duration_since(begin) / 3;

@@ -1,8 +1,8 @@
 //! Windows, limits and timeouts of the L7 half, and the HTTP/2 settings made of them.
 //!
-//! None is left at a library's default. With hyper's defaults, one stalled reader stops a whole proxy connection, and
-//! h2's flood protection closes a site's connection under ordinary `logs -f` or `exec` traffic (docs/design.md,
-//! "HTTP/2").
+//! None is left at a library's default. With hyper's defaults, one stalled reader stops a whole proxy
+//! connection, and h2's flood protection closes a site's connection under ordinary `logs -f` or `exec`
+//! traffic (docs/design.md, "HTTP/2").
 
 use std::time::Duration;
 
@@ -10,11 +10,11 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 // === Streams ===
 
-/// Receive window of a stream in bytes: what is buffered for a reader that does not read. Enough for 40 Mbit/s at 100
-/// ms.
+/// Receive window of a stream in bytes: what is buffered for a reader that does not read. Enough for 40 Mbit/s
+/// at 100 ms.
 pub(crate) const STREAM_WINDOW: u32 = 512 << 10;
-/// Receive window of a connection in bytes: the protocol's maximum (RFC 9113 §6.9.1), so that no stream stops another
-/// one.
+/// Receive window of a connection in bytes: the protocol's maximum (RFC 9113 §6.9.1), so that no stream
+/// stops another one.
 ///
 /// The memory of a connection is bounded by [`STREAMS`] × [`STREAM_WINDOW`]. h2 derives its budget for small frames, of
 /// which `exec` sends many, from half of this window.
@@ -32,8 +32,8 @@ pub(crate) const CHUNK: usize = 32 << 10;
 
 // === Proxy connections ===
 
-/// Connections from each edge gateway node to each cloud gateway node, so that one can be retired or lost while the
-/// other works.
+/// Connections from each edge gateway node to each cloud gateway node, so that one can be retired or lost while
+/// the other works.
 pub(crate) const CONNECTIONS: usize = 2;
 /// Age at which a connection is replaced. The old one ends with its last stream. Counters that h2 keeps per connection
 /// start at zero in the new one.
@@ -53,8 +53,8 @@ pub(crate) const UNSENT: u32 = 128 << 10;
 pub(crate) const CONGESTION: &str = "bbr";
 /// Interval of round-trip measurements, for status and metrics only.
 pub(crate) const PROBE: Duration = Duration::from_secs(15);
-/// Connections that one edge gateway node may have to one cloud gateway node. The edge is authenticated, but it may be
-/// stolen.
+/// Connections that one edge gateway node may have to one cloud gateway node. The edge is authenticated, but it
+/// may be stolen.
 pub(crate) const CONNECTIONS_PER_NODE: usize = 64;
 
 // === Dialling ===

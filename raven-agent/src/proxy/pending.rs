@@ -1,8 +1,8 @@
 //! Pending connections: accepted, but not yet authenticated or routed. Their number is bounded; at the limit, the
 //! oldest one is evicted.
 //!
-//! A well-behaved client is pending for milliseconds only, so under a flood the oldest connection is most likely an
-//! idle one.
+//! A well-behaved client is pending for milliseconds only, so under a flood the oldest connection is most likely
+//! an idle one.
 
 use std::{
     collections::BTreeMap,

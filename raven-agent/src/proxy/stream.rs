@@ -105,8 +105,8 @@ pub(crate) fn prepare(stream: &TcpStream) {
 /// - TCP_USER_TIMEOUT (tcp(7)): pings keep data in flight, and the kernel closes the connection when none of it is
 ///   acknowledged in time. This distinguishes a dead link from a thin one, on which the response to a ping waits behind
 ///   the data of a `kubectl cp`.
-/// - TCP_NOTSENT_LOWAT: unsent data waits in its own stream and not in the socket, where a key stroke would wait behind
-///   it.
+/// - TCP_NOTSENT_LOWAT: unsent data waits in its own stream and not in the socket, where a key stroke would
+///   wait behind it.
 /// - TCP_CONGESTION: [`limits::CONGESTION`].
 pub(crate) fn prepare_connection(connection: &TcpStream) {
     static REPORTED: Once = Once::new();

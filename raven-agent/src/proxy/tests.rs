@@ -1,5 +1,5 @@
-//! Both halves of the proxy in one process, over loopback: properties that do not depend on the network. The lab tests
-//! the rest.
+//! Both halves of the proxy in one process, over loopback: properties that do not depend on the network. The lab
+//! tests the rest.
 
 mod flow_control;
 mod hostile;
@@ -133,8 +133,8 @@ async fn certificate_and_ca_rotation_drops_no_stream() {
     };
     echo(b"before").await;
     let (first, second) = (&sites.ca, sites::Ca::new());
-    // As the controller does: the new CA is trusted before it signs, and the old one until its certificates have
-    // expired.
+    // As the controller does: the new CA is trusted before it signs, and the old one until its
+    // certificates have expired.
     let both = second.pem.clone() + &first.pem;
     for (signed_by, trusted) in [(first, &both), (&second, &both), (&second, &second.pem)] {
         let before = sites.numbers();

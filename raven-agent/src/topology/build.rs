@@ -1,5 +1,5 @@
-//! Builds the [`Topology`] from API objects. Invalid input is left out and named in `problems`; it never affects the
-//! rest.
+//! Builds the [`Topology`] from API objects. Invalid input is left out and named in `problems`; it never
+//! affects the rest.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -245,9 +245,9 @@ fn proxies(pool: &Pool, active: &[Endpoint], ready: &BTreeSet<String>) -> BTreeM
     .collect()
 }
 
-/// A prefix of `taken` that conflicts with `prefix` of `gateway`: the same prefix, or one of another Gateway that
-/// contains it or is inside it. Nested prefixes of one Gateway do not conflict, because the longest match selects
-/// between them.
+/// A prefix of `taken` that conflicts with `prefix` of `gateway`: the same prefix, or one of another Gateway
+/// that contains it or is inside it. Nested prefixes of one Gateway do not conflict, because the longest match
+/// selects between them.
 fn overlapping<'a>(
     taken: &'a BTreeMap<IpNet, String>,
     prefix: &IpNet,

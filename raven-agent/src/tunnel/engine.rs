@@ -1,5 +1,5 @@
-//! The embedded WireGuard engine: boringtun's device in a separate process, so that the agent can restart without
-//! packet loss.
+//! The embedded WireGuard engine: boringtun's device in a separate process, so that the agent can restart
+//! without packet loss.
 //!
 //! It serves the cross-platform WireGuard protocol on `/var/run/wireguard/DEVICE.sock`, so `wg show` works with it. It
 //! exits on SIGTERM or when that socket is removed, and its TUN device is deleted with it.

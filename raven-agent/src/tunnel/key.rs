@@ -12,8 +12,8 @@ fn failed(path: &Path) -> impl Fn(io::Error) -> Error {
     move |reason| Error::Key { path: path.display().to_string(), reason }
 }
 
-/// The private key in `path`, which is created if it does not exist. A file that contains no key is renamed, not
-/// overwritten.
+/// The private key in `path`, which is created if it does not exist. A file that contains no key is
+/// renamed, not overwritten.
 pub fn load_or_create(path: &Path) -> Result<Key, Error> {
     match fs::read_to_string(path) {
         Ok(text) => {

@@ -1,7 +1,7 @@
 //! Ownership of prefixes: a trie of all prefixes claimed so far.
 //!
-//! The first claim wins; the caller submits claims in the order of seniority. A rejected claim returns the conflicting
-//! owner.
+//! The first claim wins; the caller submits claims in the order of seniority. A rejected claim returns
+//! the conflicting owner.
 
 use std::net::IpAddr;
 

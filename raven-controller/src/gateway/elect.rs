@@ -41,8 +41,8 @@ impl Election {
         if self.kept { 0 } else { self.elected.len() }
     }
 
-    /// Adds the address of the load balancer to each elected endpoint without `publicIP`, if the Gateway is exposed by
-    /// load balancers.
+    /// Adds the address of the load balancer to each elected endpoint without `publicIP`, if the Gateway is exposed
+    /// by load balancers.
     pub(crate) fn add_load_balancers(&mut self, inputs: &Inputs, gateway: &GatewayFacts) {
         if gateway.resource.spec.expose_type != ExposeType::LoadBalancer {
             return;
@@ -61,8 +61,8 @@ impl Election {
     }
 }
 
-/// Elects endpoints of one type among `nodes`, the pool's nodes sorted by name. `switch` is the state of the type's
-/// cluster-wide switch.
+/// Elects endpoints of one type among `nodes`, the pool's nodes sorted by name. `switch` is the state of the
+/// type's cluster-wide switch.
 pub(crate) fn elect(
     gateway: &GatewayFacts,
     type_: EndpointType,

@@ -1,7 +1,7 @@
 //! Events that follow from a new status: gateway nodes elected, replaced or lost, and claims refused.
 //!
-//! Events are derived from the difference between the present status and the new one, so each is published once, even
-//! across restarts.
+//! Events are derived from the difference between the present status and the new one, so each is published once,
+//! even across restarts.
 
 use std::collections::BTreeSet;
 

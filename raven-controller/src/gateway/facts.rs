@@ -72,8 +72,8 @@ pub(crate) struct BadPrefix {
     pub(crate) error: String,
 }
 
-/// Parses a prefix and clears its host bits. An address without a length is an error, because its intended length is
-/// unknown.
+/// Parses a prefix and clears its host bits. An address without a length is an error, because its intended
+/// length is unknown.
 pub(crate) fn parse_prefix(text: &str) -> Result<IpNet, BadPrefix> {
     text.trim()
         .parse::<IpNet>()
@@ -189,8 +189,8 @@ impl GatewayFacts {
 }
 
 // In Kubernetes an empty selector matches everything; here it matches nothing. `nodeSelector: {}` remains when a user
-// removes the last label of a selector, and moving every node of the cluster into one pool would cut the tunnels of all
-// other pools.
+// removes the last label of a selector, and moving every node of the cluster into one pool would cut the tunnels of
+// all other pools.
 fn parse_selector(gateway: &Gateway) -> Result<Option<Selector>, String> {
     let Some(selector) = gateway.spec.node_selector.clone() else {
         return Ok(None);
@@ -291,8 +291,8 @@ impl Default for Switches {
 }
 
 impl Switches {
-    /// Parses the ConfigMap's data. Only the word `false` turns a half off: a misspelled value must not cut the
-    /// cluster's network.
+    /// Parses the ConfigMap's data. Only the word `false` turns a half off: a misspelled value must not cut
+    /// the cluster's network.
     pub(crate) fn parse(data: &BTreeMap<String, String>) -> Self {
         let on = |key: &str| data.get(key).is_none_or(|value| !value.trim().eq_ignore_ascii_case("false"));
         Self { l3: on(SWITCH_L3), l7: on(SWITCH_L7) }
@@ -311,8 +311,8 @@ pub(crate) struct LinkFacts {
 impl LinkFacts {
     /// Extracts the facts of a GatewayNode; `None` if neither condition is present.
     ///
-    /// Only the two conditions are parsed: a node writes its own GatewayNode, and other invalid content must not hide
-    /// them.
+    /// Only the two conditions are parsed: a node writes its own GatewayNode, and other invalid content must
+    /// not hide them.
     pub(crate) fn parse(node: &DynamicObject) -> Option<Self> {
         let conditions = node.data["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
         let status = |type_: ConditionType| {

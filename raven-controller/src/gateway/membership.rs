@@ -1,5 +1,5 @@
-//! Assigns nodes to Gateways: by the node's label, then by the Gateways' selectors. [`rules`](super::rules) assigns the
-//! remaining nodes.
+//! Assigns nodes to Gateways: by the node's label, then by the Gateways' selectors. [`rules`](super::rules) assigns
+//! the remaining nodes.
 //!
 //! A node belongs to at most one Gateway. Gateways that select a node of a different Gateway get a refusal.
 

@@ -1,5 +1,5 @@
-//! Assigns prefixes to nodes: those of the node's pods, and those of the Gateway's annotation. A prefix belongs to one
-//! pool only.
+//! Assigns prefixes to nodes: those of the node's pods, and those of the Gateway's annotation. A prefix belongs to
+//! one pool only.
 //!
 //! Receives drafts in the order of seniority with their nodes elected; adds each node's prefixes and the refusals. A
 //! refused prefix is in no status, so no dataplane routes it.

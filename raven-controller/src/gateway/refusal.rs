@@ -13,8 +13,8 @@ pub(crate) struct Refusal {
     pub(crate) notice: Option<Notice>,
 }
 
-/// Event for a Gateway that holds what another Gateway claims. It keeps its claim, so its own conditions do not mention
-/// the conflict.
+/// Event for a Gateway that holds what another Gateway claims. It keeps its claim, so its own conditions do not
+/// mention the conflict.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Notice {
     /// Gateway that the Event is about.

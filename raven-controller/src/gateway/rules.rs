@@ -4,10 +4,10 @@
 //! 2. If the cloud side has no NodePool, all cloud nodes are one pool.
 //! 3. If the edge side has no NodePool, every edge node is a pool of its own.
 //!
-//! A rule creates a Gateway and never updates its spec, so endpoints and addresses that a user adds are preserved. The
-//! controller deletes the Gateway when no node is left for it. While the Gateway has the label [`LABEL_MANAGED_BY`],
-//! the rule determines its nodes. Its nodeSelector matches the same nodes and takes effect when a user removes the
-//! label.
+//! A rule creates a Gateway and never updates its spec, so endpoints and addresses that a user adds are preserved.
+//! The controller deletes the Gateway when no node is left for it. While the Gateway has the label
+//! [`LABEL_MANAGED_BY`], the rule determines its nodes. Its nodeSelector matches the same nodes and takes effect when
+//! a user removes the label.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

@@ -1,8 +1,8 @@
 //! Status of a Gateway: nodes, elected endpoints and three conditions.
 //!
 //! A [`Draft`] collects the results for one Gateway; [`Draft::finish`] turns it into a [`Decision`].
-//! [`Decision::status`] adds the transition times from the present status. The controller is the only writer of the
-//! status.
+//! [`Decision::status`] adds the transition times from the present status. The controller is the only writer
+//! of the status.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -79,8 +79,8 @@ pub(crate) struct Decision {
 }
 
 impl Decision {
-    /// Returns the complete status. Unchanged conditions keep their transition time, so an unchanged decision yields an
-    /// unchanged status.
+    /// Returns the complete status. Unchanged conditions keep their transition time, so an unchanged decision yields
+    /// an unchanged status.
     pub(crate) fn status(&self, gateway: &Gateway, now: Timestamp) -> GatewayStatus {
         let old = gateway.status.as_ref().map(|s| s.conditions.as_slice()).unwrap_or_default();
         let generation = gateway.metadata.generation;

@@ -4,8 +4,8 @@ use std::fmt::Display;
 
 use raven_api::gateway::EndpointType;
 
-/// Maximum number of list items in a message. A pool may have thousands of nodes, and the size of an API object is
-/// limited.
+/// Maximum number of list items in a message. A pool may have thousands of nodes, and the size of an API
+/// object is limited.
 pub(crate) const MAX_ITEMS: usize = 5;
 
 /// Lists the first [`MAX_ITEMS`] names and the number of omitted ones.

@@ -1,5 +1,5 @@
-//! The hosts file for CoreDNS: names of edge nodes resolve to the internal Service, names of cloud nodes to the nodes.
-//! No I/O.
+//! The hosts file for CoreDNS: names of edge nodes resolve to the internal Service, names of cloud nodes to the
+//! nodes. No I/O.
 
 use std::{collections::BTreeSet, fmt::Write, net::IpAddr};
 

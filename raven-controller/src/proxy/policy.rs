@@ -1,9 +1,9 @@
 //! Decides which certificate requests are granted: those of an agent for the node that it runs on. No I/O.
 //!
-//! The requester's token proves the node: the kubelet binds it to the agent's Pod, and the API server adds name and UID
-//! of the Pod's node to the request (KEP-4193; Kubernetes 1.30 and later). No value chosen by the agent is trusted. The
-//! certificate is bound to the UID of the Node, so deleting the Node revokes it, even if a later Node has the same
-//! name.
+//! The requester's token proves the node: the kubelet binds it to the agent's Pod, and the API server adds name and
+//! UID of the Pod's node to the request (KEP-4193; Kubernetes 1.30 and later). No value chosen by the agent is
+//! trusted. The certificate is bound to the UID of the Node, so deleting the Node revokes it, even if a later Node has
+//! the same name.
 
 use std::collections::{BTreeMap, BTreeSet};
 

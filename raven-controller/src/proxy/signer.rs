@@ -1,5 +1,5 @@
-//! Answers certificate requests of proxies according to [`policy`](super::policy), and publishes the CA certificates in
-//! a ConfigMap.
+//! Answers certificate requests of proxies according to [`policy`](super::policy), and publishes the CA certificates
+//! in a ConfigMap.
 
 use std::pin::pin;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Keeps the webhook's certificate valid: rotates it in its Secret, hands it to the server, and publishes the CA in the
-//! CRD.
+//! Keeps the webhook's certificate valid: rotates it in its Secret, hands it to the server, and publishes the CA
+//! in the CRD.
 //!
 //! Watches Secret and CRD. Both are checked after each change, when this replica starts to lead, and every hour,
 //! because certificates expire without an event.

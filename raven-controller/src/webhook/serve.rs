@@ -64,8 +64,8 @@ pub enum Error {
     Pem(#[from] pem::Error),
 }
 
-/// Served certificate and key; `None` until the first one is available. [`rotation`](super::rotation) replaces it
-/// without interruption.
+/// Served certificate and key; `None` until the first one is available. [`rotation`](super::rotation) replaces
+/// it without interruption.
 pub(crate) type ServingIdentity = Option<Arc<CertifiedKey>>;
 
 /// Parses certificate and key for the TLS library.

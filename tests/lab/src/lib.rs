@@ -7,8 +7,8 @@
 //! - [`probe`] and [`capture`] measure, [`eventually()`] retries until a deadline, [`proof`] combines them into checks.
 //! - [`evidence`] saves the state of a failed test; [`teardown`] removes a lab, also after its process was killed.
 //! - [`cli`] implements `raven-lab` and `cargo xtask lab`.
-//! - [`qemu`] boots another kernel for a lab inside it; [`offline`] provides agents with a topology without an API
-//!   server.
+//! - [`qemu`] boots another kernel for a lab inside it; [`offline`] provides agents with a topology without
+//!   an API server.
 //!
 //! Needs root. Several labs can run side by side.
 

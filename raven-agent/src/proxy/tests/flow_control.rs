@@ -1,5 +1,5 @@
-//! Flow control and stream limits of HTTP/2: one stalled, idle or reset stream does not affect others (docs/design.md,
-//! "HTTP/2").
+//! Flow control and stream limits of HTTP/2: one stalled, idle or reset stream does not affect
+//! others (docs/design.md, "HTTP/2").
 
 use std::{
     sync::{

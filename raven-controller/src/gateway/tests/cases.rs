@@ -420,8 +420,8 @@ fn calico_blocks_replace_pod_cidrs() {
         .apply(1);
     assert_eq!(cluster.subnets("edge", "e1"), ["10.2.1.0/26", "10.2.3.64/26", "fd00:2::/122"]);
     assert_eq!(cluster.subnets("cloud", "c1"), ["10.2.3.0/26"]);
-    // Nodes without blocks: a podCIDR without Calico's blocks is kept; one that overlaps a block is ignored without a
-    // refusal.
+    // Nodes without blocks: a podCIDR without Calico's blocks is kept; one that overlaps a block is ignored
+    // without a refusal.
     assert_eq!(cluster.subnets("cloud", "c2"), ["10.1.2.0/24"]);
     assert!(cluster.subnets("edge", "e3").is_empty());
     for gateway in ["cloud", "edge"] {
