@@ -13,6 +13,8 @@ use raven_tests::{
     proof::{self, Check, FAMILIES},
 };
 
+use tokio::task::JoinHandle;
+
 use crate::{
     build, progress,
     setup::{self, Need},
@@ -55,13 +57,16 @@ impl Demo {
 
     async fn check(&self, results: &mut Results) -> Result<()> {
         progress::step("checking tools");
-        let needs = [Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet];
-        setup::ensure_and_build(&needs, vec![build::binaries_task()])?;
+        let first = [Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes];
+        setup::ensure_packages(&[&first[..], &[Need::Kubelet]].concat())?;
+        // Only the second half of the demo needs the kubelet, whose first build takes minutes.
+        let kubelet = tokio::task::spawn_blocking(|| setup::ensure(&[Need::Kubelet]));
+        setup::ensure_and_build(&first, vec![build::binaries_task()])?;
         progress::step(
             "creating the lab: a cloud pool and two edge pools behind NAT, two nodes each, and a Kubernetes API server",
         );
         let mut lab = Lab::builder().up().await?;
-        let result = check_all(&lab, results).await;
+        let result = check_all(&lab, kubelet, results).await;
         if result.is_err() || results.checks.iter().any(|c| !c.ok) {
             progress::step(&format!("evidence: {}", lab.save_failure("demo")?.display()));
         }
@@ -75,7 +80,8 @@ impl Demo {
     }
 }
 
-async fn check_all(lab: &Lab, results: &mut Results) -> Result<()> {
+/// Checks L3, then L7. `kubelet`: the build of its programs.
+async fn check_all(lab: &Lab, kubelet: JoinHandle<Result<()>>, results: &mut Results) -> Result<()> {
     results.check("the pools are isolated without Raven", proof::isolated(lab).await);
     lab.cluster().apply_gateways(lab.site()).await?;
     progress::step("starting raven-controller, and raven-agent on every node");
@@ -110,6 +116,10 @@ async fn check_all(lab: &Lab, results: &mut Results) -> Result<()> {
     results.check("no packet was dropped", proof::no_drops(lab, &before));
     let internet = internet.stop().await?;
     results.check("nothing crossed the internet unencrypted", proof::encrypted(lab, &internet));
+    if !kubelet.is_finished() {
+        progress::step("waiting for the build of the kubelet");
+    }
+    kubelet.await??;
     kubelets(lab, results).await
 }
 

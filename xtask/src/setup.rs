@@ -81,18 +81,23 @@ pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
 
 /// Like [`ensure()`]. Runs `builds`, which need the eBPF toolchain, in parallel with the builds of Kubernetes.
 pub(crate) fn ensure_and_build(needs: &[Need], builds: Vec<Task>) -> Result<()> {
-    let packages: Vec<Tool> = needs.iter().flat_map(|need| need.tools()).filter(|tool| !tool.present()).collect();
-    let toolchain = needs.contains(&Need::Ebpf) && toolchain::find().is_err();
-    let bpf_linker = needs.contains(&Need::Ebpf) && linker().is_none();
-    install_packages(&packages, toolchain, bpf_linker)?;
+    ensure_packages(needs)?;
     let mut cargo = Vec::new();
-    if bpf_linker {
+    if needs.contains(&Need::Ebpf) && linker().is_none() {
         cargo.push(Task::new("building bpf-linker (1 to 3 minutes, once)", |_| install_linker()));
     }
     cargo.extend(builds);
     let mut lanes: Vec<Vec<Task>> = [cargo].into_iter().filter(|lane| !lane.is_empty()).collect();
     lanes.extend(needs.iter().filter_map(|need| need.go_build()).map(|task| vec![task]));
     progress::parallel(lanes)
+}
+
+/// Installs the system packages of these needs, and nothing else.
+pub(crate) fn ensure_packages(needs: &[Need]) -> Result<()> {
+    let packages: Vec<Tool> = needs.iter().flat_map(|need| need.tools()).filter(|tool| !tool.present()).collect();
+    let toolchain = needs.contains(&Need::Ebpf) && toolchain::find().is_err();
+    let bpf_linker = needs.contains(&Need::Ebpf) && linker().is_none();
+    install_packages(&packages, toolchain, bpf_linker)
 }
 
 impl Need {

@@ -1,6 +1,7 @@
 //! Reads the observed state, diffs it with the plan, and runs the steps.
 
 use futures::{StreamExt, stream};
+use tracing::{Instrument, Span};
 
 use super::{Error, Reconciler, report::Outcome};
 use crate::{
@@ -28,7 +29,7 @@ impl Reconciler {
             }
             for step in group {
                 tracing::debug!(?step, "applying");
-                outcome.take(self.run(step, &have).await);
+                outcome.take(self.run(step, &have).instrument(span(step, plan)).await);
             }
         }
         if steps.iter().any(bpf::is_map_entry) {
@@ -76,6 +77,17 @@ impl Reconciler {
             map_entry => return Ok(self.bpf.apply(map_entry)?),
         }
         Ok(Change::ONE)
+    }
+}
+
+/// The span of a step that concerns a peer.
+fn span(step: &Step, plan: &Plan) -> Span {
+    match step {
+        Step::PutPeer(key, _) | Step::TakePrefixes(key, _) | Step::DeletePeer(key) => {
+            let name = plan.peer_names.get(key);
+            tracing::info_span!("peer", peer = %key, node = name.map(|n| &n.node), gateway = name.map(|n| &n.gateway))
+        }
+        _ => Span::none(),
     }
 }
 

@@ -246,12 +246,19 @@ impl Module {
         let listed = self.go().args(["list", "-deps", "tool"]).output();
         let listed = listed.context("start go (requires Go 1.26 or newer; or set KUBEBUILDER_ASSETS)")?;
         let errors = String::from_utf8_lossy(&listed.stderr);
-        ensure!(listed.status.success(), "go list: {}; the end of its output:\n{}", listed.status, errors.trim());
+        ensure!(
+            listed.status.success(),
+            "go list: {} (requires Go 1.26 or newer; or set KUBEBUILDER_ASSETS); the end of its output:\n{}",
+            listed.status,
+            errors.trim()
+        );
         Ok(listed.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).count())
     }
 
     fn go(&self) -> Command {
-        let mut go = Command::new("go");
+        // With low priority, because a lab may run beside the build.
+        let mut go = Command::new("nice");
+        go.args(["-n", "10", "go"]);
         go.current_dir(self.folder()).env("CGO_ENABLED", "0").stdin(Stdio::null());
         go
     }
