@@ -7,6 +7,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use prefix_trie::joint::JointPrefixMap;
 use raven_api::{
     Gateway, GatewayNode,
     gateway::{Endpoint, EndpointType, NodeInfo},
@@ -81,7 +82,7 @@ fn published_keys(nodes: &[GatewayNode]) -> BTreeMap<String, String> {
 struct Builder {
     topology: Topology,
     keys: BTreeMap<String, String>,
-    taken: BTreeMap<IpNet, String>,
+    taken: JointPrefixMap<IpNet, String>,
     nodes: BTreeMap<String, String>,
     key_owners: BTreeMap<PublicKey, String>,
     ready_proxies: BTreeSet<String>,
@@ -245,30 +246,24 @@ fn proxies(pool: &Pool, active: &[Endpoint], ready: &BTreeSet<String>) -> BTreeM
     .collect()
 }
 
-/// A prefix of `taken` that conflicts with `prefix` of `gateway`: the same prefix, or one of another Gateway
-/// that contains it or is inside it. Nested prefixes of one Gateway do not conflict, because the longest match
-/// selects between them.
+/// A prefix of `taken` that conflicts with `prefix` of `gateway`: the same prefix, or one of another Gateway that
+/// contains it or is inside it. Nested prefixes of one Gateway do not conflict, because the longest match selects
+/// between them.
 fn overlapping<'a>(
-    taken: &'a BTreeMap<IpNet, String>,
-    prefix: &IpNet,
+    taken: &'a JointPrefixMap<IpNet, String>,
+    prefix: &'a IpNet,
     gateway: &str,
-) -> Option<(&'a IpNet, &'a String)> {
-    let conflicts = |(other, owner): &(&IpNet, &String)| *other == prefix || *owner != gateway;
-    let mut wider = (0..=prefix.prefix_len()).rev().filter_map(|len| {
-        let wider = IpNet::new(prefix.addr(), len).ok()?.trunc();
-        taken.get_key_value(&wider)
-    });
-    // Prefixes without host bits sort by address first, so those inside `prefix` follow it directly.
-    let mut inside =
-        taken.range(*prefix..).take_while(|(p, _)| prefix.contains(&p.addr())).filter(|(p, _)| prefix.contains(*p));
-    wider.find(conflicts).or_else(|| inside.find(conflicts))
+) -> Option<(IpNet, &'a String)> {
+    let conflicts = |(other, owner): &(IpNet, &String)| other == prefix || *owner != gateway;
+    // The longest prefix that contains this one, else one inside it.
+    taken.cover(prefix).filter(conflicts).last().or_else(|| taken.children(prefix).find(conflicts))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn taken(list: &[&str]) -> BTreeMap<IpNet, String> {
+    fn taken(list: &[&str]) -> JointPrefixMap<IpNet, String> {
         list.iter().map(|p| (p.parse().expect("a prefix"), "other".to_owned())).collect()
     }
 
@@ -296,9 +291,11 @@ mod tests {
         assert!(!overlaps("10.0.0.0/12"), "around its own");
         assert!(overlaps("10.0.1.0/24"), "the same prefix of another node");
         t.insert("10.3.0.0/24".parse().expect("a prefix"), "third".to_owned());
-        let conflict = overlapping(&t, &"10.0.0.0/8".parse().expect("a prefix"), "other");
-        assert_eq!(conflict.map(|(_, owner)| owner.as_str()), Some("third"), "found behind its own prefixes");
-        let conflict = overlapping(&t, &"10.0.1.128/25".parse().expect("a prefix"), "third");
-        assert_eq!(conflict.map(|(_, owner)| owner.as_str()), Some("other"));
+        let owner = |prefix: &str, gateway| {
+            let prefix = prefix.parse().expect("a prefix");
+            overlapping(&t, &prefix, gateway).map(|(_, owner)| owner.clone())
+        };
+        assert_eq!(owner("10.0.0.0/8", "other").as_deref(), Some("third"), "found behind its own prefixes");
+        assert_eq!(owner("10.0.1.128/25", "third").as_deref(), Some("other"));
     }
 }
