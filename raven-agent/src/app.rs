@@ -45,7 +45,11 @@ const SETTLE: Duration = Duration::from_millis(100);
 
 /// Runs until SIGTERM or SIGINT.
 pub async fn run(config: Run) -> Result<()> {
-    config.upstream.warnings().iter().for_each(|flag| tracing::warn!(flag, "a flag of upstream has no effect"));
+    config
+        .upstream
+        .warnings()
+        .iter()
+        .for_each(|flag| tracing::warn!(problem = flag, "a flag of OpenYurt's agent has no effect"));
     anyhow::ensure!(
         !config.node_name.is_empty(),
         "--node-name (or NODE_NAME) is required: the name of this node in Kubernetes"
@@ -323,7 +327,7 @@ impl ComplaintLog {
     fn write(&mut self, report: &Report) {
         let complaints: Vec<String> = report.complaints().collect();
         for problem in complaints.iter().filter(|c| !self.logged.contains(c)) {
-            tracing::warn!(problem, "this node does not forward as planned");
+            tracing::warn!(problem, "found a problem on this node");
         }
         if complaints.is_empty() && !self.logged.is_empty() {
             tracing::info!("all reported problems are resolved");

@@ -57,59 +57,59 @@ pub enum Tier {
 /// Settings of the agent.
 #[derive(Args, Debug, Clone)]
 pub struct Run {
-    /// Name of this node in Kubernetes
+    /// Act as this node of the cluster (required).
     #[arg(long, env = "NODE_NAME", default_value = "")]
     pub node_name: String,
-    /// Address of this node, if the InternalIP of its Node object is on none of its devices
+    /// Find the uplink by this address, if the InternalIP of the Node is on none of its devices.
     #[arg(long, env = "NODE_IP")]
     pub node_ip: Option<IpAddr>,
-    /// Kubeconfig file; by default the service account of the Pod
+    /// Read this kubeconfig file [default: the Pod's service account].
     #[arg(long, env = "KUBECONFIG")]
     pub kubeconfig: Option<PathBuf>,
-    /// Namespace of the ConfigMaps raven-cfg and raven-agent-config
+    /// Read ConfigMaps raven-cfg and raven-agent-config from this namespace.
     #[arg(long, env = "POD_NAMESPACE", default_value = raven_api::DEFAULT_NAMESPACE)]
     pub namespace: String,
-    /// Run from the topology on disk, without an API server
+    /// Run from the topology on disk, without an API server.
     #[arg(long)]
     pub offline: bool,
-    /// Folder for the WireGuard key, the last topology and the proxy's certificates
+    /// Store the WireGuard key, the last topology and the proxy's certificates in this folder.
     #[arg(long, default_value = crate::names::STATE_DIR)]
     pub state_dir: PathBuf,
-    /// File with a preshared key for all tunnels of the cluster, in the format of `wg genpsk` (any other text is
-    /// hashed); it may change at any time
+    /// Read the preshared key of all tunnels from this file, in the format of `wg genpsk`; any other text is hashed.
+    /// The file may change at any time.
     #[arg(long, default_value = crate::names::PRESHARED_KEY_FILE)]
     pub preshared_key_file: PathBuf,
     /// Preshared key if the file does not exist, as in upstream's DaemonSet. Only from the environment, which other
     /// users cannot read
     #[arg(long, env = "VPN_CONNECTION_PSK", hide = true, hide_env_values = true)]
     pub preshared_key: Option<String>,
-    /// Prefix that must never enter the tunnel, whatever a Gateway claims, such as the Service range (repeatable)
+    /// Keep this prefix outside the tunnel, whatever a Gateway claims, such as the Service range; repeatable.
     #[arg(long = "protected-cidr")]
     pub protected: Vec<IpNet>,
-    /// Address that serves /metrics, /status, /drops and /tunnels
+    /// Serve /metrics, /status, /drops and /connections at this address; `:PORT` means all addresses.
     #[arg(long, env = "METRIC_BIND_ADDR", default_value = ":10265", value_parser = listen_address)]
     pub metric_bind_addr: SocketAddr,
-    /// Address that serves /healthz and /readyz
+    /// Serve /healthz and /readyz at this address; `:PORT` means all addresses.
     #[arg(long, default_value = raven_api::names::DEFAULT_HEALTH_PROBE_ADDR, value_parser = listen_address)]
     pub health_probe_addr: SocketAddr,
-    /// Address on which a cloud gateway node accepts TLS requests to kubelets; further TLS ports have
-    /// their own listeners
+    /// Accept TLS requests to kubelets at this address (cloud gateway nodes); `:PORT` means the node's
+    /// InternalIP. Further TLS ports have their own listeners.
     #[arg(long, env = "PROXY_INTERNAL_SECURE_ADDR", default_value = ":10263", value_parser = listen_address)]
     pub proxy_internal_secure_addr: SocketAddr,
-    /// Address on which a cloud gateway node accepts plain HTTP requests
+    /// Accept plain HTTP requests at this address (cloud gateway nodes); `:PORT` means the node's InternalIP.
     #[arg(long, env = "PROXY_INTERNAL_INSECURE_ADDR", default_value = ":10264", value_parser = listen_address)]
     pub proxy_internal_insecure_addr: SocketAddr,
-    /// How to attach TC programs
+    /// Attach TC programs by this mechanism.
     #[arg(long, value_enum, default_value = "auto")]
     pub tc_attach: TcAttach,
-    /// How a gateway node receives overlay packets
+    /// Receive overlay packets in this tier on a gateway node.
     #[arg(long, value_enum, default_value = "auto")]
     pub tier: Tier,
-    /// eBPF object to load instead of the built-in one, such as that of `cargo xtask build-ebpf --trace`. Programs are
-    /// replaced under traffic; a start without this flag restores the built-in ones
+    /// Load this eBPF object instead of the built-in one, such as that of `cargo xtask build-ebpf --trace`. Programs are
+    /// replaced under traffic; a start without this flag restores the built-in ones.
     #[arg(long)]
     pub ebpf_object: Option<PathBuf>,
-    /// Log format; RUST_LOG sets the level
+    /// Log in this format. RUST_LOG sets the level.
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
     /// Flags of upstream's agent that have no effect

@@ -1,6 +1,6 @@
-//! Kernel state as plain data: what the plan wants and what the drivers read back.
+//! Kernel state as plain data: the plan's desired state and the drivers' observed state.
 //!
-//! The ground floor of the agent: [`plan`](crate::plan) produces these types, [`diff`](crate::diff) compares them, the
+//! The lowest layer of the agent: [`plan`](crate::plan) produces these types, [`diff`](crate::diff) compares them, the
 //! drivers read and write them. Nothing here does I/O, and nothing here depends on another module but the checked keys
 //! of the topology.
 

@@ -11,7 +11,7 @@ pub enum ConditionType {
     Ready,
     /// Gateway: enough gateway nodes are elected.
     Elected,
-    /// Gateway: every claim is accepted; when false, the message lists each rejected claim with the reason.
+    /// Gateway: every claim is accepted; when false, the message lists each refused claim with the reason.
     Accepted,
     /// GatewayNode of an edge: its tunnel has a session with another pool. False after a period without one,
     /// absent before that.

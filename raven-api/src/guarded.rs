@@ -27,7 +27,7 @@ pub struct Unreadable {
     pub metadata: ObjectMeta,
 }
 
-/// Remembers which unreadable objects of a kind were reported, so that each is logged once until it is readable again.
+/// Records which unreadable objects of a kind were reported, so that each is logged once until it is readable again.
 #[derive(Clone, Debug)]
 pub struct UnreadableLog {
     kind: &'static str,

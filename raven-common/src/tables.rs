@@ -66,7 +66,7 @@ pub struct Config {
     pub flags: u32,
     /// UDP port of the tunnel; 0 on members.
     pub tunnel_port: u32,
-    /// Changes whenever another table has changed. Entries of `PATHS4` and `PATHS6` with
+    /// Changes whenever another table has changed. Entries of the path caches (`PATHS*`, `BACK*`) with
     /// another generation are invalid.
     pub generation: u32,
 }
@@ -216,7 +216,7 @@ impl DropSample {
     }
 }
 
-/// Key of `KUBELETS`: connections to this address and TCP port are intercepted by the proxy of this gateway node.
+/// Key of `KUBELETS`: connections to this address and TCP port are intercepted by a proxy of this pool.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KubeletAddress {

@@ -48,7 +48,7 @@ impl Ready {
         // The webhook's Service routes to ready replicas, so the webhook must be able to answer.
         let without_certificate = self.webhook.as_ref().is_some_and(|identity| identity.borrow().is_none());
         without_certificate.then_some(
-            "the conversion webhook has no certificate yet: check that its Secret exists (deploy/webhook.yaml) and that RBAC allows to update it\n",
+            "the conversion webhook has no certificate yet: check that its Secret exists (deploy/webhook.yaml) and that RBAC allows the controller to update it\n",
         )
     }
 }

@@ -184,7 +184,7 @@ impl Reconciler {
     fn log_strays(&mut self, decisions: &Decisions) {
         let strays: BTreeSet<String> = decisions.strays.iter().cloned().collect();
         for stray in strays.difference(&self.strays) {
-            tracing::warn!(reason = %stray, "nodes belong to no pool");
+            tracing::warn!(problem = %stray, "a node belongs to no pool");
         }
         self.strays = strays;
     }

@@ -166,15 +166,18 @@ fn log_unreadable<K: Resource>(log: &mut UnreadableLog, object: &Guarded<K>) {
 fn gateway_nodes(client: Client) -> impl Stream<Item = watcher::Result<Event<ObservedGatewayNode>>> + Send {
     let api = Api::<Guarded<DynamicObject>>::all_with(client, &ApiResource::erase::<GatewayNode>(&()));
     let mut log = UnreadableLog::new("GatewayNode");
-    let mut parse = move |object| {
+    let parse = |object, log: &mut UnreadableLog| {
         let (observed, typed) = ObservedGatewayNode::parse(object);
-        log_unreadable(&mut log, &typed);
+        log_unreadable(log, &typed);
         observed
     };
     events(api, watcher::Config::default()).map_ok(move |event| match event {
-        Event::Apply(object) => Event::Apply(parse(object)),
-        Event::InitApply(object) => Event::InitApply(parse(object)),
-        Event::Delete(object) => Event::Delete(ObservedGatewayNode::parse(object).0),
+        Event::Apply(object) => Event::Apply(parse(object, &mut log)),
+        Event::InitApply(object) => Event::InitApply(parse(object, &mut log)),
+        Event::Delete(object) => {
+            log.forget(&object.name_any());
+            Event::Delete(ObservedGatewayNode::parse(object).0)
+        }
         Event::Init => Event::Init,
         Event::InitDone => Event::InitDone,
     })

@@ -1,7 +1,7 @@
 //! sk_lookup on cloud gateway nodes: connections to a kubelet of another pool, addressed by that node's IP, are
 //! assigned to the proxy's listener.
 //!
-//! Local routes on the node deliver these connections to its own stack (`raven-agent/src/link/detour.rs`), both
+//! Local routes on the node deliver these connections to its own stack (`raven-agent/src/link/interception.rs`), both
 //! forwarded ones and those of the node's own processes and pods; no TC hook sees all of them. The program runs once
 //! per connection, for the SYN.
 //!

@@ -262,14 +262,14 @@ async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
 
 /// A run without changes has no effect: it restores exactly the one rule that was deleted.
 async fn settled(agent: &Agent) -> Result<()> {
-    const PUT_BACK: &str = "raven_restored_total";
+    const RESTORED: &str = "raven_restored_total";
     let ns = &agent.node.ns;
     // Restorations in the first run are not counted, because the topology is new.
     proof::ready(agent).await?;
-    let before = proof::metric(ns, PUT_BACK).await?.unwrap_or(0);
+    let before = proof::metric(ns, RESTORED).await?.unwrap_or(0);
     ns.run("ip", &["rule", "del", "pref", "100"])?;
     let counted = eventually(Duration::from_secs(20), "the rule is restored and counted", || async {
-        let now = proof::metric(ns, PUT_BACK).await?.unwrap_or(0);
+        let now = proof::metric(ns, RESTORED).await?.unwrap_or(0);
         ensure!(now > before, "{now}");
         Ok(now - before)
     });

@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File, OpenOptions},
-    io::{Read, Seek, SeekFrom},
+    io::{self, Read, Seek, SeekFrom, Write},
     path::PathBuf,
     process::Command,
     sync::{
@@ -39,7 +39,8 @@ pub(crate) fn init(command: &str) {
 
 /// Prints a line with the elapsed time.
 pub(crate) fn step(text: &str) {
-    eprintln!("{} {text}", elapsed());
+    // Without a reader of standard error, the command continues.
+    let _ = writeln!(io::stderr(), "{} {text}", elapsed());
 }
 
 /// Returns the elapsed time as a prefix of a line, such as `[ 12 s]`.
@@ -78,7 +79,6 @@ pub(crate) fn run(text: &str, command: &mut Command) -> Result<()> {
 
 /// Runs a command with its output in the log file. The error contains the end of the log.
 pub(crate) fn logged(command: &mut Command) -> Result<()> {
-    use std::io::Write;
     let mut file = log()?;
     writeln!(file, "{} {command:?}", elapsed())?;
     // Appending, so that concurrent commands do not overwrite each other.

@@ -14,7 +14,7 @@ use crate::{
 
 /// Delay before the first retry; each further delay is twice as long.
 ///
-/// A peer that does not know this node yet ignores its first handshake, and WireGuard itself retries only after five
+/// A peer that is not configured with this node's key yet ignores its first handshake, and WireGuard itself retries only after five
 /// seconds. The delay doubles so that the response of a distant peer still matches the last handshake.
 pub(super) const FIRST_RETRY: Duration = Duration::from_millis(500);
 /// The last delay; then WireGuard's own timer takes over.

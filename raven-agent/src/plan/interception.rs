@@ -47,7 +47,7 @@ fn destination(own: &Pool, me: &Me) -> Option<InterceptTo> {
     if own.proxies.contains_key(&me.node) {
         return Some(InterceptTo::Here);
     }
-    // If no proxy seems ready, the observation may be at fault: all are candidates.
+    // If no proxy is reported ready, the report may be wrong: all are candidates.
     let any_ready = own.proxies.values().any(|proxy| proxy.ready);
     let usable = own.proxies.iter().filter(|(_, proxy)| proxy.ready || !any_ready);
     let usable = usable.filter_map(|(proxy, _)| Some((proxy, own.members.get(proxy)?.outer)));
@@ -110,9 +110,17 @@ mod tests {
     };
 
     fn intercept(topology: &Topology, node: &str, present: Option<Ipv4Addr>) -> Option<Interception> {
+        planned(topology, node, present).map(|(interception, _)| interception)
+    }
+
+    fn planned(
+        topology: &Topology,
+        node: &str,
+        present: Option<Ipv4Addr>,
+    ) -> Option<(Interception, BTreeMap<IpNet, Remote>)> {
         let (_, own) = topology.pool_of(node).expect("a node of the topology");
         let me = Me { node: node.to_owned(), intercepting_gateway: present, ..Me::default() };
-        interception(topology, own, &me, own.members[node].outer, None).map(|(interception, _)| interception)
+        interception(topology, own, &me, own.members[node].outer, None)
     }
 
     #[test]
@@ -129,6 +137,9 @@ mod tests {
         assert!(!here.nodes.contains_key(&Ipv4Addr::new(10, 0, 0, 2)), "its own pool");
         assert_eq!(intercept(&topology, "c2", None).map(|i| i.to), Some(InterceptTo::Gateway([10, 0, 0, 1].into())));
         assert_eq!(intercept(&topology, "x1", None), None);
+        let (_, entries) = planned(&topology, "c2", None).expect("a member node");
+        let remote = Remote { gateway: gateway_ids(&topology)["edge-x"], via: [10, 0, 0, 1] };
+        assert_eq!(entries[&"10.1.0.1/32".parse().expect("a prefix")], remote);
     }
 
     #[test]

@@ -91,9 +91,7 @@ pub enum NotFound {
         nodes: Vec<String>,
     },
     /// The L7 half does not reach this port.
-    #[error(
-        "port {0} is not one that Raven reaches on nodes (see proxyHTTPPort and proxyHTTPSPort of the exposed Gateways)"
-    )]
+    #[error("port {0} is not listed; list it in proxyConfig.proxyHTTPPort or proxyHTTPSPort of an exposed Gateway")]
     Port(u16),
 }
 

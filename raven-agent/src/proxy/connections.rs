@@ -38,7 +38,7 @@ use crate::plan::proxy::{EdgeIdentity, Target};
 pub(crate) enum Error {
     /// No gateway node of the site is connected.
     #[error(
-        "no proxy connection to Gateway {pool}: its gateway node dials this node; check that it runs and that TCP port 10262 of this node's public address is open"
+        "no proxy connection to Gateway {pool}: its gateway node dials this node; check that it runs and can reach the proxy endpoint of this node (TCP port 10262, unless the Gateway sets another one)"
     )]
     NoConnection {
         /// Name of the Gateway.

@@ -96,7 +96,7 @@ impl Enrolment {
                 Err(e) => {
                     let error = e.to_string();
                     if self.problem.borrow().as_ref() != Some(&error) {
-                        tracing::warn!(error, "the proxy has no certificate; retrying with backoff");
+                        tracing::warn!(error, "cannot get or renew the proxy's certificate; retrying with backoff");
                     }
                     self.problem.send_replace(Some(error));
                     retries.next().unwrap_or(RETRY.1)

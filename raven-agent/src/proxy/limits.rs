@@ -67,7 +67,7 @@ pub(crate) const DIAL: [Duration; 4] =
     [Duration::from_millis(1500), Duration::from_millis(1500), Duration::from_millis(1500), Duration::from_secs(5)];
 /// Minimum and maximum delay between dials; jitter may double either.
 pub(crate) const REDIAL: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
-/// The same after the cloud refused the edge: a certificate or an election has to change first.
+/// Minimum and maximum delay between dials after the cloud refused the edge: a certificate or an election has to change first.
 pub(crate) const REDIAL_REFUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 
 // === Requests ===

@@ -1,4 +1,4 @@
-//! Opens a path to a target node: through a proxy connection of its site, or directly within this node's own pool.
+//! Opens a byte stream to a target node: through a proxy connection of its pool, or directly within this node's own pool.
 
 use std::{net::SocketAddr, sync::Arc};
 

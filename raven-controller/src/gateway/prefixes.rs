@@ -86,7 +86,7 @@ fn pod_prefixes<'a>(draft: &mut Draft<'a>, blocks: &Blocks<'a>, protected: &Prot
                 Ok(prefix) => *prefix,
                 Err(bad) => {
                     let message = format!(
-                        "{source} \"{}\" of node {} is not a prefix ({}): correct Node.spec.podCIDRs",
+                        "{source} {:?} of node {} is not a prefix ({}): correct Node.spec.podCIDRs",
                         bad.text, node.name, bad.error
                     );
                     refusals.push(Refusal::new("BadPodCIDR", message));
@@ -166,7 +166,7 @@ fn annotated(draft: &Draft<'_>) -> (Vec<IpNet>, Vec<Refusal>) {
             Ok(prefix) => good.push(prefix),
             Err(e) => bad.push(Refusal::new(
                 "BadAnnotation",
-                format!("\"{}\" in annotation {ANNOTATION_EXTRA_CIDRS} is not a prefix ({}): write prefixes such as 192.168.1.0/24, separated by commas", e.text, e.error),
+                format!("{:?} in annotation {ANNOTATION_EXTRA_CIDRS} is not a prefix ({}): write prefixes such as 192.168.1.0/24, separated by commas", e.text, e.error),
             )),
         }
     }

@@ -21,7 +21,10 @@ use raven_api::{
 };
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::{sync::watch, time::interval};
+use tokio::{
+    sync::watch,
+    time::{Instant, interval, timeout_at},
+};
 use tracing::Instrument;
 
 use super::{dns, services};
@@ -32,8 +35,10 @@ use crate::lead::Leadership;
 const REFRESH: Duration = Duration::from_secs(300);
 /// Interval after which missing objects are written again: another program may have deleted them.
 const CHECK: Duration = Duration::from_secs(30);
-/// Time to wait after a change, so that changes that follow each other closely are published together.
-const COALESCE: Duration = Duration::from_millis(200);
+/// Changes that follow each other within this time are published together.
+const SETTLE: Duration = Duration::from_millis(200);
+/// Maximum time during which changes are collected.
+const BURST: Duration = Duration::from_secs(1);
 /// Delay after a failure.
 const RETRY: Duration = Duration::from_secs(3);
 
@@ -79,7 +84,7 @@ impl Publisher {
             tokio::select! {
                 changed = self.snapshots.changed() => {
                     if changed.is_err() { return }
-                    tokio::time::sleep(COALESCE).await;
+                    self.settle().await;
                 }
                 changed = self.leadership.leads.changed() => {
                     if changed.is_err() { return }
@@ -100,6 +105,12 @@ impl Publisher {
                 failed = true;
             }
         }
+    }
+
+    /// Waits until the cluster has not changed for [`SETTLE`], at most for [`BURST`].
+    async fn settle(&mut self) {
+        let end = Instant::now() + BURST;
+        while let Ok(Ok(())) = timeout_at(end.min(Instant::now() + SETTLE), self.snapshots.changed()).await {}
     }
 
     /// Writes all objects. They are independent: a rejected one (a quota, an admission policy) does not prevent the

@@ -128,6 +128,10 @@ impl CertificateSigner {
                 tracing::warn!(error = %e, "the CA of the proxies is unavailable; retrying");
                 continue;
             }
+            if self.authorities.is_none() {
+                // Another replica changed the Secret at the same time. Open requests stay for the retry.
+                continue;
+            }
             let mut failed = Vec::new();
             for request in std::mem::take(&mut open) {
                 let span = tracing::info_span!(
