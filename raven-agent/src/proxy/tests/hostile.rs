@@ -335,19 +335,19 @@ async fn each_refusal_is_logged_and_a_flood_is_rate_limited() {
         http(&sites, &format!("GET / HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n\r\n")).await
     };
     request("unknown").await;
-    assert_eq!(log.lines_with(r#"no node of this cluster is called \\"unknown\\""#), 1);
+    assert_eq!(log.lines_with(r#"no node of this cluster is called \"unknown\""#), 1);
     let mut client = TcpStream::connect(sites.secure).await.expect("connected");
     client.write_all(&hello_for("nowhere")).await.expect("sent");
     let mut alert = Vec::new();
     timeout(SOON, client.read_to_end(&mut alert)).await.expect("in time").expect("an alert");
-    assert_eq!(log.lines_with(r#"no node of this cluster is called \\"nowhere\\""#), 1);
+    assert_eq!(log.lines_with(r#"no node of this cluster is called \"nowhere\""#), 1);
 
     let (before, begin) = (sites.cloud_stats.refusals(Refusal::Unknown), Instant::now());
     for _ in 0..200 {
         request("again").await;
     }
     assert_eq!(sites.cloud_stats.refusals(Refusal::Unknown), before + 200, "every one is counted");
-    let logged = log.lines_with(r#"no node of this cluster is called \\"again\\""#);
+    let logged = log.lines_with(r#"no node of this cluster is called \"again\""#);
     // A burst of ten, then one per second.
     let most = 11 + begin.elapsed().as_secs();
     assert!((1..=most).contains(&(logged as u64)), "{logged} of 200 are logged");
