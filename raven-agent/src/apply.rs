@@ -199,9 +199,14 @@ impl Reconciler {
         })
     }
 
-    /// Brings a node of a pool to its plan: devices, then state, then programs, then the rules that send packets there.
+    /// Brings a node of a pool to its plan: what keeps packets from leaking, then devices, state and programs.
     async fn bring_up(&mut self, plan: &Plan, uplink: &Uplink, outcome: &mut Outcome) {
         let Some(want) = &plan.overlay else { return };
+        // Fail closed: from here on, a packet for another pool leaves by Raven or not at all. The exemption from source NAT comes
+        // before the rule, because the first packet of a flow determines its source.
+        outcome.take(netfilter::ensure().await);
+        outcome.take(self.links.ensure_barriers(&plan.state.barriers).await);
+        outcome.take(self.links.ensure_rules().await);
         let Some(overlay) = outcome.keep(self.links.ensure_overlay(want).await) else { return };
         outcome.failures.extend(set_sysctls(names::OVERLAY).into_iter().map(Error::from));
         outcome.take(self.links.ensure_addresses(names::OVERLAY, overlay, &want.addresses).await);
@@ -222,8 +227,6 @@ impl Reconciler {
         if plan.role == Role::Member {
             self.remove_tunnel(outcome).await;
         }
-        outcome.take(self.links.ensure_rules().await);
-        outcome.take(netfilter::ensure().await);
         self.check_surroundings(plan, indexes, uplink, outcome).await;
     }
 
@@ -259,6 +262,10 @@ impl Reconciler {
         }
         let index = outcome.keep(self.links.ensure_up(names::TUNNEL, want.mtu).await)?;
         outcome.failures.extend(set_sysctls(names::TUNNEL).into_iter().map(Error::from));
+        // The source of masqueraded packets and of host processes on this node, as on the overlay.
+        if let Some(overlay) = &plan.overlay {
+            outcome.take(self.links.ensure_addresses(names::TUNNEL, index, &overlay.addresses).await);
+        }
         Some(index)
     }
 
@@ -287,6 +294,7 @@ impl Reconciler {
         self.remove_tunnel(outcome).await;
         // The kernel deletes its routes with the device.
         outcome.take(self.links.delete_device(names::OVERLAY).await);
+        outcome.take(self.links.delete_barriers().await);
         outcome.take(netfilter::remove().await);
         let Some(have) = outcome.keep(self.bpf.read()) else { return };
         let steps = diff(&have, &State::default());

@@ -17,6 +17,7 @@ pub async fn run(state_dir: &Path, keep_state: bool) -> (Vec<String>, Vec<String
     bpf::detach_uplink_filter();
     done.note(names::TUNNEL, tunnel::remove(&links).await);
     done.note(names::OVERLAY, links.delete_device(names::OVERLAY).await);
+    done.note("unreachable routes", links.delete_barriers().await);
     done.note("nft table inet raven", netfilter::remove().await);
     done.note("programs and maps", bpf::remove_pins().map(Change::from));
     if !keep_state {

@@ -1,9 +1,9 @@
 //! `diff(have, want)`: the steps that bring the kernel from its observed state to the desired one. Pure.
 //!
 //! The order of the steps is part of the contract: no packet is sent to a node that does not accept it yet, and
-//! nothing that works stops before its replacement is in place. Admission comes first (nodes of this pool, what
-//! each peer may send), then the maps that direct packets, then the routes that send packets there. Removal runs in
-//! the opposite order.
+//! nothing that works stops before its replacement is in place. Unreachable routes come first, so that no packet
+//! leaves by another route. Then come admission (nodes of this pool, what each peer may send), the maps that direct
+//! packets, and the routes that send packets there. Removal runs in the opposite order.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,6 +21,8 @@ use crate::{
 /// One change to the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
+    /// Add an unreachable route.
+    PutBarrier(IpNet),
     /// Admit a node of the pool.
     PutNode(Ipv4Addr, Node),
     /// Assign a prefix of this pool to its node.
@@ -33,6 +35,8 @@ pub enum Step {
     PutRoute(IpNet, Route),
     /// Delete a route.
     DeleteRoute(IpNet),
+    /// Delete an unreachable route.
+    DeleteBarrier(IpNet),
     /// Stop directing a remote prefix.
     DeleteRemote(IpNet),
     /// Remove prefixes from a peer that no other peer gets. A prefix that moves to another peer leaves the first one
@@ -49,12 +53,14 @@ pub enum Step {
 /// The steps from `have` to `want`, in the order described above; empty when they are equal.
 pub fn diff(have: &State, want: &State) -> Vec<Step> {
     let mut steps = Vec::new();
+    steps.extend(want.barriers.difference(&have.barriers).map(|k| Step::PutBarrier(*k)));
     steps.extend(changed(&have.nodes, &want.nodes).map(|(k, v)| Step::PutNode(*k, *v)));
     steps.extend(changed(&have.local, &want.local).map(|(k, v)| Step::PutLocal(*k, *v)));
     steps.extend(want.peers.iter().filter_map(|(key, peer)| put_peer(*key, have.peers.get(key), peer)));
     steps.extend(changed(&have.remote, &want.remote).map(|(k, v)| Step::PutRemote(*k, *v)));
     steps.extend(changed(&have.routes, &want.routes).map(|(k, v)| Step::PutRoute(*k, *v)));
     steps.extend(surplus(&have.routes, &want.routes).map(|k| Step::DeleteRoute(*k)));
+    steps.extend(have.barriers.difference(&want.barriers).map(|k| Step::DeleteBarrier(*k)));
     steps.extend(surplus(&have.remote, &want.remote).map(|k| Step::DeleteRemote(*k)));
     steps.extend(surplus_prefixes(&have.peers, &want.peers));
     steps.extend(surplus(&have.peers, &want.peers).map(|k| Step::DeletePeer(*k)));

@@ -13,6 +13,8 @@ pub const PRESHARED_KEY_FILE: &str = "/etc/raven/secret/vpn-connection-psk";
 
 /// Raven's routing table; it contains remote prefixes only.
 pub const TABLE: u32 = 9027;
+/// Metric of the unreachable routes in [`TABLE`]: behind the routes to devices, whose metric is 0 (IPv4) or 1024 (IPv6).
+pub const BARRIER_METRIC: u32 = 4096;
 /// Priority of the rule for [`TABLE`]: before `main` (32766), so that every lookup consults Raven's table first.
 pub const RULE_PRIORITY: u32 = 100;
 /// Protocol number of Raven's routes and rules (`ip route show proto 152`); unassigned in iproute2's rt_protos.

@@ -88,6 +88,7 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     let mtu = tunnel_mtu(me.uplink_mtu);
     let mut state = State {
         routes: routes::routes(&paths, role, &sources, mtu),
+        barriers: BTreeSet::new(),
         peers: if role == Role::Gateway { peers::peers(&paths, pool, me.preshared) } else { BTreeMap::new() },
         remote: maps::remote(&paths, role, &me.node, pool),
         local: maps::local(pool),
@@ -96,6 +97,7 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     if !me.ipv6 {
         state.routes.retain(|prefix, _| prefix.addr().is_ipv4());
     }
+    state.barriers = state.routes.keys().copied().collect();
     let (interception, entries) = intercepted.unzip();
     for (prefix, remote) in entries.into_iter().flatten() {
         // Where L3 carries node addresses it carries these connections, too.

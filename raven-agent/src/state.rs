@@ -21,6 +21,9 @@ use crate::topology::{PresharedKey, PublicKey};
 pub struct State {
     /// Routes of Raven's table, by destination.
     pub routes: BTreeMap<IpNet, Route>,
+    /// Unreachable routes of Raven's table, one behind each of [`State::routes`]: while the device of a route is missing,
+    /// they refuse its packets, which would otherwise leave by another route, unencrypted.
+    pub barriers: BTreeSet<IpNet>,
     /// WireGuard peers.
     pub peers: BTreeMap<PublicKey, Peer>,
     /// Maps `REMOTE4` and `REMOTE6`.

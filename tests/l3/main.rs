@@ -6,6 +6,7 @@
 
 mod degraded;
 mod environment;
+mod fail_closed;
 mod forged;
 mod gateway_failover;
 mod live_changes;

@@ -103,6 +103,39 @@ async fn services_and_host_processes_reach_other_pools_and_policies_apply() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn node_port_and_cluster_ip_work_on_a_gateway_node() {
+    require_root!();
+    let running = Running::start().await.expect("start the lab");
+    let lab = &running.lab;
+    let (server, node) = (lab.pod("y-b"), lab.node("cloud-a"));
+    let echo = Echo::on(&server.ns, SocketAddr::from((server.v4, PORT))).expect("start the echo server");
+    let echo6 = Echo::on(&server.ns, SocketAddr::from((server.v6, PORT))).expect("start the echo server");
+    // The rules of kube-proxy: it marks and masquerades NodePorts, and connections of host processes to ClusterIPs.
+    let rules = format!(
+        "table ip6 svc {{
+            chain out {{ type nat hook output priority -100;
+                ip6 daddr fd00:96::50 tcp dport 80 meta mark set meta mark or 0x4000 dnat to {2}; }}
+            chain post {{ type nat hook postrouting priority srcnat; meta mark & 0x4000 != 0 masquerade; }}
+        }}
+        table ip svc {{
+            chain pre {{ type nat hook prerouting priority dstnat;
+                ip daddr {1} tcp dport 30080 meta mark set meta mark or 0x4000 dnat to {0}; }}
+            chain out {{ type nat hook output priority -100;
+                ip daddr 10.96.0.50 tcp dport 80 meta mark set meta mark or 0x4000 dnat to {0}; }}
+            chain post {{ type nat hook postrouting priority srcnat; meta mark & 0x4000 != 0 masquerade; }}
+        }}",
+        echo.address, node.lan_v4, echo6.address
+    );
+    running.check(node.ns.nft(&rules));
+    let node_port = SocketAddr::from((node.lan_v4, 30080));
+    assert_eq!(running.check(seen(&lab.control_plane, node_port).await), first_address(lab, "cloud-a"), "NodePort");
+    let cluster_ip = SocketAddr::from(([10, 96, 0, 50], 80));
+    running.check(seen(&node.ns, cluster_ip).await);
+    let cluster_ip6 = SocketAddr::from((Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x50), 80));
+    running.check(seen(&node.ns, cluster_ip6).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn traffic_between_pools_is_exempt_from_masquerade() {
     require_root!();
     for by in MasqueradeBy::all() {

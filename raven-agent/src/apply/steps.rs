@@ -49,7 +49,7 @@ impl Reconciler {
 
     async fn read(&mut self, indexes: Indexes) -> Result<State, Error> {
         let mut state = self.bpf.read()?;
-        state.routes = self.links.routes(indexes).await?;
+        (state.routes, state.barriers) = self.links.routes(indexes).await?;
         if let Some(tunnel) = &self.tunnel {
             state.peers = tunnel.peers().await?;
         }
@@ -92,7 +92,7 @@ fn span(step: &Step, plan: &Plan) -> Span {
 }
 
 fn is_route(step: &Step) -> bool {
-    matches!(step, Step::PutRoute(..) | Step::DeleteRoute(_))
+    matches!(step, Step::PutBarrier(_) | Step::DeleteBarrier(_) | Step::PutRoute(..) | Step::DeleteRoute(_))
 }
 
 /// Routes do not depend on each other: they are requested without waiting for each answer, or ten thousand of them
@@ -107,6 +107,8 @@ async fn change_routes(links: &Links, steps: &[Step], indexes: Indexes, outcome:
 async fn change_route(links: &Links, step: &Step, indexes: Indexes) -> Result<(), link::Error> {
     tracing::debug!(?step, "applying");
     match step {
+        Step::PutBarrier(prefix) => links.put_barrier(*prefix).await,
+        Step::DeleteBarrier(prefix) => links.delete_barrier(*prefix).await,
         Step::PutRoute(prefix, route) => links.put_route(*prefix, route, indexes).await,
         Step::DeleteRoute(prefix) => links.delete_route(*prefix).await,
         _ => Ok(()),

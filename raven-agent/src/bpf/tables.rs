@@ -23,7 +23,13 @@ use crate::{
 pub fn is_map_entry(step: &Step) -> bool {
     !matches!(
         step,
-        Step::PutRoute(..) | Step::DeleteRoute(_) | Step::PutPeer(..) | Step::TakePrefixes(..) | Step::DeletePeer(_)
+        Step::PutBarrier(_)
+            | Step::DeleteBarrier(_)
+            | Step::PutRoute(..)
+            | Step::DeleteRoute(_)
+            | Step::PutPeer(..)
+            | Step::TakePrefixes(..)
+            | Step::DeletePeer(_)
     )
 }
 

@@ -15,6 +15,8 @@ fn apply(mut state: State, steps: &[Step]) -> State {
             Step::PutNode(k, v) => drop(state.nodes.insert(k, v)),
             Step::PutLocal(k, v) => drop(state.local.insert(k, v)),
             Step::PutRemote(k, v) => drop(state.remote.insert(k, v)),
+            Step::PutBarrier(k) => drop(state.barriers.insert(k)),
+            Step::DeleteBarrier(k) => drop(state.barriers.remove(&k)),
             Step::PutRoute(k, v) => drop(state.routes.insert(k, v)),
             Step::PutPeer(k, v) => {
                 for peer in state.peers.values_mut() {
@@ -88,8 +90,16 @@ fn state() -> impl Strategy<Value = State> {
         collection::btree_map(prefix(), remote, 0..8),
         collection::btree_map(prefix(), local, 0..8),
         collection::btree_map(node, (0u32..2).prop_map(|flags| Node { flags }), 0..6),
+        collection::btree_set(prefix(), 0..8),
     )
-        .prop_map(|(routes, peers, remote, local, nodes)| State { routes, peers, remote, local, nodes })
+        .prop_map(|(routes, peers, remote, local, nodes, barriers)| State {
+            routes,
+            barriers,
+            peers,
+            remote,
+            local,
+            nodes,
+        })
 }
 
 fn want() -> impl Strategy<Value = State> {
@@ -104,6 +114,7 @@ proptest! {
     fn applying_the_diff_gives_the_desired_state(have in state(), want in want()) {
         let after = apply(have.clone(), &diff(&have, &want));
         prop_assert_eq!(&after.routes, &want.routes);
+        prop_assert_eq!(&after.barriers, &want.barriers);
         prop_assert_eq!(&after.remote, &want.remote);
         prop_assert_eq!(&after.local, &want.local);
         prop_assert_eq!(&after.nodes, &want.nodes);

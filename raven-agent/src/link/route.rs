@@ -1,14 +1,14 @@
 //! Routes of Raven's table, and the rule that leads to it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt, future, stream};
 use ipnet::IpNet;
 use netlink_packet_route::{
-    route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope},
+    route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
 use rtnetlink::{IpVersion, RouteMessageBuilder};
@@ -19,11 +19,14 @@ use crate::{
     state::{Change, Device, Indexes, Route},
 };
 
+/// Route requests in flight at a time.
+const IN_FLIGHT: usize = 64;
+
 impl Links {
-    /// The routes of Raven's table. A route that Raven did not add, or whose device is missing, is returned with a
-    /// value that no plan wants, so that it is replaced or deleted.
-    pub async fn routes(&self, indexes: Indexes) -> Result<BTreeMap<IpNet, Route>, Error> {
-        let mut routes = BTreeMap::new();
+    /// The routes of Raven's table, and its unreachable routes. A route that Raven did not add, or whose device is
+    /// missing, is returned with a value that is in no plan, so that it is replaced or deleted.
+    pub async fn routes(&self, indexes: Indexes) -> Result<(BTreeMap<IpNet, Route>, BTreeSet<IpNet>), Error> {
+        let (mut routes, mut barriers) = (BTreeMap::new(), BTreeSet::new());
         for message in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
         {
             let mut stream = self.handle.route().get(message).execute();
@@ -31,11 +34,54 @@ impl Links {
                 if table_of(&message) == names::TABLE
                     && let Some(prefix) = destination(&message)
                 {
-                    routes.insert(prefix, as_route(&message, indexes));
+                    if is_barrier(&message) {
+                        barriers.insert(prefix);
+                    } else {
+                        routes.insert(prefix, as_route(&message, indexes));
+                    }
                 }
             }
         }
-        Ok(routes)
+        Ok((routes, barriers))
+    }
+
+    /// Adds an unreachable route, behind the route to a device.
+    pub async fn put_barrier(&self, prefix: IpNet) -> Result<(), Error> {
+        let action = format!("add unreachable route {prefix} to table {}", names::TABLE);
+        self.handle.route().add(barrier(prefix)).replace().execute().await.map_err(failed(action))
+    }
+
+    /// Deletes an unreachable route.
+    pub async fn delete_barrier(&self, prefix: IpNet) -> Result<(), Error> {
+        match self.handle.route().del(barrier(prefix)).execute().await {
+            // ESRCH: another program deleted it.
+            Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -3 => Ok(()),
+            result => result.map_err(failed(format!("delete unreachable route {prefix} from table {}", names::TABLE))),
+        }
+    }
+
+    /// Adds the missing unreachable routes of these prefixes.
+    pub async fn ensure_barriers(&self, want: &BTreeSet<IpNet>) -> Result<Change, Error> {
+        let have = self.barriers().await?;
+        let added =
+            stream::iter(want.difference(&have)).map(|prefix| self.put_barrier(*prefix)).buffer_unordered(IN_FLIGHT);
+        added.try_fold(Change::NONE, |change, ()| future::ready(Ok(Change(change.0 + 1)))).await
+    }
+
+    /// Deletes all unreachable routes of Raven's table.
+    pub async fn delete_barriers(&self) -> Result<Change, Error> {
+        let mut change = Change::NONE;
+        for prefix in self.barriers().await? {
+            self.delete_barrier(prefix).await?;
+            change += Change::ONE;
+        }
+        Ok(change)
+    }
+
+    async fn barriers(&self) -> Result<BTreeSet<IpNet>, Error> {
+        // Only the unreachable ones are of interest, so the devices do not matter.
+        let indexes = Indexes { uplink: 0, overlay: 0, tunnel: None };
+        self.routes(indexes).await.map(|(_, barriers)| barriers)
     }
 
     /// Adds or replaces a route.
@@ -87,7 +133,7 @@ impl Links {
         // Matches any scope, protocol and type.
         message.header.scope = RouteScope::NoWhere;
         message.header.protocol = RouteProtocol::Unspec;
-        message.header.kind = netlink_packet_route::route::RouteType::Unspec;
+        message.header.kind = RouteType::Unspec;
         match self.handle.route().del(message).execute().await {
             // ESRCH: the kernel deleted it with its device.
             Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -3 => Ok(()),
@@ -148,13 +194,61 @@ impl Links {
         }
         let mut stream = self.handle.rule().get(version).execute();
         while let Some(rule) = stream.try_next().await.map_err(failed("list rules"))? {
-            let table = rule.attributes.contains(&RuleAttribute::Table(names::TABLE));
-            if table && rule.attributes.contains(&RuleAttribute::Priority(names::RULE_PRIORITY)) {
+            if is_ours(&rule) {
                 found.push(rule);
             }
         }
         Ok(found)
     }
+}
+
+/// True for a rule that is Raven's in every part. OpenYurt's Raven has a rule with the same priority and table that matches
+/// only marked packets; taking it for Raven's would leave all other packets to the default route.
+fn is_ours(rule: &RuleMessage) -> bool {
+    let selects = rule.header.src_len > 0
+        || rule.header.dst_len > 0
+        || rule.attributes.iter().any(|attribute| {
+            matches!(
+                attribute,
+                RuleAttribute::FwMark(1..)
+                    | RuleAttribute::Iifname(_)
+                    | RuleAttribute::Oifname(_)
+                    | RuleAttribute::IpProtocol(_)
+                    | RuleAttribute::SourcePortRange(_)
+                    | RuleAttribute::DestinationPortRange(_)
+                    | RuleAttribute::UidRange(_)
+            )
+        });
+    let is = |attribute| rule.attributes.contains(&attribute);
+    !selects
+        && rule.header.action == RuleAction::ToTable
+        && is(RuleAttribute::Table(names::TABLE))
+        && is(RuleAttribute::Priority(names::RULE_PRIORITY))
+        && is(RuleAttribute::Protocol(RouteProtocol::Other(names::ROUTE_PROTOCOL)))
+}
+
+fn is_barrier(message: &RouteMessage) -> bool {
+    message.header.kind == RouteType::Unreachable
+        && message.attributes.contains(&RouteAttribute::Priority(names::BARRIER_METRIC))
+}
+
+fn barrier(prefix: IpNet) -> RouteMessage {
+    let mut message = match prefix {
+        IpNet::V4(p) => RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(p.addr(), p.prefix_len())
+            .table_id(names::TABLE)
+            .protocol(RouteProtocol::Other(names::ROUTE_PROTOCOL))
+            .kind(RouteType::Unreachable)
+            .build(),
+        IpNet::V6(p) => RouteMessageBuilder::<Ipv6Addr>::new()
+            .destination_prefix(p.addr(), p.prefix_len())
+            .table_id(names::TABLE)
+            .protocol(RouteProtocol::Other(names::ROUTE_PROTOCOL))
+            .kind(RouteType::Unreachable)
+            .build(),
+    };
+    message.attributes.push(RouteAttribute::Priority(names::BARRIER_METRIC));
+    message
 }
 
 /// The result of a route lookup.
