@@ -202,10 +202,10 @@ impl Reconciler {
     /// Brings a node of a pool to its plan: what keeps packets from leaking, then devices, state and programs.
     async fn bring_up(&mut self, plan: &Plan, uplink: &Uplink, outcome: &mut Outcome) {
         let Some(want) = &plan.overlay else { return };
-        // Fail closed: from here on, a packet for another pool leaves by Raven or not at all. The exemption from source NAT comes
-        // before the rule, because the first packet of a flow determines its source.
+        // Fail closed: from here on, a packet for another pool leaves by Raven or not at all. The exemption from source
+        // NAT comes before the rule, because the first packet of a flow determines its source.
         outcome.take(netfilter::ensure().await);
-        outcome.take(self.links.ensure_barriers(&plan.state.barriers).await);
+        self.ensure_barriers(plan, outcome).await;
         outcome.take(self.links.ensure_rules().await);
         let Some(overlay) = outcome.keep(self.links.ensure_overlay(want).await) else { return };
         outcome.failures.extend(set_sysctls(names::OVERLAY).into_iter().map(Error::from));

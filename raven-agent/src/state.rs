@@ -182,6 +182,11 @@ pub struct Indexes {
     pub tunnel: Option<u32>,
 }
 
+impl Indexes {
+    /// For requests about routes that have no device. Linux has no interface with index 0.
+    pub const NONE: Self = Self { uplink: 0, overlay: 0, tunnel: None };
+}
+
 impl Config {
     /// The entry of map `CONFIG`.
     ///

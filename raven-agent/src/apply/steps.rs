@@ -17,6 +17,13 @@ use crate::{
 const IN_FLIGHT: usize = 64;
 
 impl Reconciler {
+    /// Adds the missing unreachable routes. It does not need the devices, so it can run before they exist.
+    pub(super) async fn ensure_barriers(&self, plan: &Plan, outcome: &mut Outcome) {
+        let Some(have) = outcome.keep(self.links.barriers().await) else { return };
+        let steps: Vec<_> = plan.state.barriers.difference(&have).copied().map(Step::PutBarrier).collect();
+        change_routes(&self.links, &steps, Indexes::NONE, outcome).await;
+    }
+
     /// Brings routes, peers and maps to the planned state.
     pub(super) async fn change_state(&mut self, plan: &Plan, indexes: Indexes, outcome: &mut Outcome) {
         let have = self.read(indexes).await;

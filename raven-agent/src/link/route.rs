@@ -5,7 +5,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use futures::{StreamExt, TryStreamExt, future, stream};
+use futures::TryStreamExt;
 use ipnet::IpNet;
 use netlink_packet_route::{
     route::{RouteAddress, RouteAttribute, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType},
@@ -18,9 +18,6 @@ use crate::{
     names,
     state::{Change, Device, Indexes, Route},
 };
-
-/// Route requests in flight at a time.
-const IN_FLIGHT: usize = 64;
 
 impl Links {
     /// The routes of Raven's table, and its unreachable routes. A route that Raven did not add, or whose device is
@@ -53,19 +50,7 @@ impl Links {
 
     /// Deletes an unreachable route.
     pub async fn delete_barrier(&self, prefix: IpNet) -> Result<(), Error> {
-        match self.handle.route().del(barrier(prefix)).execute().await {
-            // ESRCH: another program deleted it.
-            Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -3 => Ok(()),
-            result => result.map_err(failed(format!("delete unreachable route {prefix} from table {}", names::TABLE))),
-        }
-    }
-
-    /// Adds the missing unreachable routes of these prefixes.
-    pub async fn ensure_barriers(&self, want: &BTreeSet<IpNet>) -> Result<Change, Error> {
-        let have = self.barriers().await?;
-        let added =
-            stream::iter(want.difference(&have)).map(|prefix| self.put_barrier(*prefix)).buffer_unordered(IN_FLIGHT);
-        added.try_fold(Change::NONE, |change, ()| future::ready(Ok(Change(change.0 + 1)))).await
+        self.delete(barrier(prefix), format!("delete unreachable route {prefix} from table {}", names::TABLE)).await
     }
 
     /// Deletes all unreachable routes of Raven's table.
@@ -78,10 +63,9 @@ impl Links {
         Ok(change)
     }
 
-    async fn barriers(&self) -> Result<BTreeSet<IpNet>, Error> {
-        // Only the unreachable ones are of interest, so the devices do not matter.
-        let indexes = Indexes { uplink: 0, overlay: 0, tunnel: None };
-        self.routes(indexes).await.map(|(_, barriers)| barriers)
+    /// The unreachable routes of Raven's table.
+    pub async fn barriers(&self) -> Result<BTreeSet<IpNet>, Error> {
+        self.routes(Indexes::NONE).await.map(|(_, barriers)| barriers)
     }
 
     /// Adds or replaces a route.
@@ -120,24 +104,19 @@ impl Links {
 
     /// Deletes a route.
     pub async fn delete_route(&self, prefix: IpNet) -> Result<(), Error> {
-        let mut message = match prefix {
-            IpNet::V4(p) => RouteMessageBuilder::<Ipv4Addr>::new()
-                .destination_prefix(p.addr(), p.prefix_len())
-                .table_id(names::TABLE)
-                .build(),
-            IpNet::V6(p) => RouteMessageBuilder::<Ipv6Addr>::new()
-                .destination_prefix(p.addr(), p.prefix_len())
-                .table_id(names::TABLE)
-                .build(),
-        };
+        let mut message = in_table(prefix);
         // Matches any scope, protocol and type.
         message.header.scope = RouteScope::NoWhere;
         message.header.protocol = RouteProtocol::Unspec;
         message.header.kind = RouteType::Unspec;
+        self.delete(message, format!("delete route {prefix} from table {}", names::TABLE)).await
+    }
+
+    async fn delete(&self, message: RouteMessage, action: String) -> Result<(), Error> {
         match self.handle.route().del(message).execute().await {
-            // ESRCH: the kernel deleted it with its device.
+            // ESRCH: the kernel deleted it with its device, or another program did.
             Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -3 => Ok(()),
-            result => result.map_err(failed(format!("delete route {prefix} from table {}", names::TABLE))),
+            result => result.map_err(failed(action)),
         }
     }
 
@@ -233,22 +212,25 @@ fn is_barrier(message: &RouteMessage) -> bool {
 }
 
 fn barrier(prefix: IpNet) -> RouteMessage {
-    let mut message = match prefix {
+    let mut message = in_table(prefix);
+    message.header.protocol = RouteProtocol::Other(names::ROUTE_PROTOCOL);
+    message.header.kind = RouteType::Unreachable;
+    message.attributes.push(RouteAttribute::Priority(names::BARRIER_METRIC));
+    message
+}
+
+/// A message about the route to `prefix` in Raven's table.
+fn in_table(prefix: IpNet) -> RouteMessage {
+    match prefix {
         IpNet::V4(p) => RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(p.addr(), p.prefix_len())
             .table_id(names::TABLE)
-            .protocol(RouteProtocol::Other(names::ROUTE_PROTOCOL))
-            .kind(RouteType::Unreachable)
             .build(),
         IpNet::V6(p) => RouteMessageBuilder::<Ipv6Addr>::new()
             .destination_prefix(p.addr(), p.prefix_len())
             .table_id(names::TABLE)
-            .protocol(RouteProtocol::Other(names::ROUTE_PROTOCOL))
-            .kind(RouteType::Unreachable)
             .build(),
-    };
-    message.attributes.push(RouteAttribute::Priority(names::BARRIER_METRIC));
-    message
+    }
 }
 
 /// The result of a route lookup.
