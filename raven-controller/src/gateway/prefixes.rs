@@ -94,18 +94,11 @@ fn pod_prefixes<'a>(draft: &mut Draft<'a>, blocks: &Blocks<'a>, protected: &Prot
                 }
             };
             let what = format!("{source} {prefix} of node {}", node.name);
-            if let Some((held, reason)) = protected.conflict(prefix, &gateway.name, Kind::Pod) {
-                refusals.push(Refusal::new(
-                    PREFIX_PROTECTED,
-                    protected::message(&what, prefix, held, reason, &gateway.name),
-                ));
-                continue;
-            }
             let owner = Owner { gateway: gateway.name.clone(), node: node.name.clone(), kind: Kind::Pod };
-            match claims.claim(prefix, owner.clone()) {
+            match claim(what, prefix, &owner, protected, claims) {
                 Ok(true) => subnets.push(prefix),
                 Ok(false) => {}
-                Err(conflict) => refusals.push(claimed_twice(what, &owner, &conflict)),
+                Err(refusal) => refusals.push(refusal),
             }
         }
     }
@@ -143,18 +136,28 @@ fn extra_prefixes(draft: &mut Draft<'_>, protected: &ProtectedPrefixes, claims: 
     };
     for prefix in extra {
         let what = format!("prefix {prefix} of annotation {ANNOTATION_EXTRA_CIDRS}");
-        if let Some((held, reason)) = protected.conflict(prefix, &gateway.name, Kind::Extra) {
-            refusals
-                .push(Refusal::new(PREFIX_PROTECTED, protected::message(&what, prefix, held, reason, &gateway.name)));
-            continue;
-        }
         let owner = Owner { gateway: gateway.name.clone(), node: node.name.clone(), kind: Kind::Extra };
-        match claims.claim(prefix, owner.clone()) {
+        match claim(what, prefix, &owner, protected, claims) {
             Ok(true) => subnets.push(prefix),
             Ok(false) => {}
-            Err(conflict) => refusals.push(claimed_twice(what, &owner, &conflict)),
+            Err(refusal) => refusals.push(refusal),
         }
     }
+}
+
+// Claims `prefix`, which messages call `what`. False if the owner's pool has it already.
+fn claim(
+    what: String,
+    prefix: IpNet,
+    owner: &Owner,
+    protected: &ProtectedPrefixes,
+    claims: &mut Claims,
+) -> Result<bool, Refusal> {
+    if let Some((held, reason)) = protected.conflict(prefix, &owner.gateway, owner.kind) {
+        let message = protected::message(&what, prefix, held, reason, &owner.gateway);
+        return Err(Refusal::new(PREFIX_PROTECTED, message));
+    }
+    claims.claim(prefix, owner.clone()).map_err(|conflict| claimed_twice(what, owner, &conflict))
 }
 
 fn annotated(draft: &Draft<'_>) -> (Vec<IpNet>, Vec<Refusal>) {
