@@ -15,6 +15,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::accept::accept;
 use crate::cluster::Snapshot;
 use crate::webhook::serve::ServingIdentity;
 
@@ -62,15 +63,7 @@ pub(crate) async fn bind(address: SocketAddr) -> Result<TcpListener, Error> {
 pub(crate) async fn serve(listener: TcpListener, ready: Ready, stop: CancellationToken) {
     loop {
         let stream = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                Err(e) => {
-                    // Usually a lack of file descriptors: an immediate retry would only consume CPU time.
-                    tracing::warn!(error = %e, "cannot accept a health probe");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
-                }
-            },
+            stream = accept(&listener, "a health probe") => stream,
             () = stop.cancelled() => return,
         };
         let (ready, stop) = (ready.clone(), stop.clone());

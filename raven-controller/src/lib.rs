@@ -8,6 +8,7 @@
 //! - L7: `proxy` signs certificates and publishes Services and host names.
 //! - `lead` elects the one replica that writes. [`webhook`] converts Gateways of v1alpha1. `ca` stores the certificate
 //!   authorities. `health` answers the probes of the kubelet.
+//! - `accept` takes connections for the two servers, `health` and the webhook.
 //!
 //! All state is stored in the API server, so a restart loses nothing but the quarantine of
 //! cut-off nodes (`gateway::links`).
@@ -18,6 +19,7 @@ pub mod app;
 pub mod config;
 pub mod webhook;
 
+mod accept;
 mod apply;
 mod ca;
 mod cluster;

@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::certificate::Material;
 use super::convert;
+use crate::accept::accept;
 
 // The API server sends a list of all Gateways in one request: a thousand with ten nodes each take 5 MB.
 const MAX_BODY: usize = 32 << 20;
@@ -108,15 +109,7 @@ impl Server {
         loop {
             let Ok(permit) = connections.clone().acquire_owned().await else { return };
             let stream = tokio::select! {
-                accepted = self.listener.accept() => match accepted {
-                    Ok((stream, _)) => stream,
-                    Err(e) => {
-                        // Usually a lack of file descriptors: an immediate retry would only consume CPU time.
-                        tracing::warn!(error = %e, "cannot accept a connection to the conversion webhook");
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                        continue;
-                    }
-                },
+                stream = accept(&self.listener, "a connection to the conversion webhook") => stream,
                 () = stop.cancelled() => return,
             };
             let (tls, conversions, stop) = (self.tls.clone(), conversions.clone(), stop.clone());
