@@ -1,8 +1,8 @@
 //! `cargo xtask test kernel`: runs the L3 tests (`tests/vm`) on Debian's kernels in QEMU.
 
-use std::{env, fmt, fs, path::Path, process::Command, time::Duration};
+use std::{collections::VecDeque, env, fmt, fs, path::Path, process::Command, sync::Mutex, thread, time::Duration};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use raven_tests::qemu::{Image, Kernel, Machine};
 
 use crate::{
@@ -11,28 +11,40 @@ use crate::{
     setup, workspace,
 };
 
-/// Time limit per kernel: three times the longest run under emulation here, for machines that are half as fast.
-const DEADLINE: Duration = Duration::from_secs(1320);
+/// Time limit per kernel: twice the longest run under emulation here, for machines that are half as fast.
+const DEADLINE: Duration = Duration::from_secs(2100);
+
+/// Machines that run at the same time. Under emulation each of them uses one processor ([`raven_tests::qemu`]).
+const AT_ONCE: usize = 2;
+
+/// Which checks to run on a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// All checks.
+    Whole,
+    /// The checks that depend on the kernel's version; the others are reported as skipped.
+    Short,
+}
 
 /// Result of the tests on one kernel.
 #[derive(Clone, Debug)]
 pub(crate) enum Outcome {
-    Ran { release: String, passed: u32, failed: u32, seconds: u64, accelerator: &'static str },
+    Ran { release: String, counts: Counts, seconds: u64, accelerator: &'static str },
     Failed(String),
     Skipped(String),
 }
 
 impl Outcome {
     pub(crate) fn passed(&self) -> bool {
-        matches!(self, Self::Ran { failed: 0, passed: 1.., .. })
+        matches!(self, Self::Ran { counts: Counts { failed: 0, passed: 1.., .. }, .. })
     }
 }
 
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Ran { release, passed, failed, seconds, accelerator } => {
-                write!(f, "{release}: {passed} passed, {failed} failed ({seconds} s, {accelerator})")
+            Self::Ran { release, counts, seconds, accelerator } => {
+                write!(f, "{release}: {counts} ({seconds} s, {accelerator})")
             }
             Self::Failed(why) => write!(f, "FAILED: {why}"),
             Self::Skipped(why) => write!(f, "SKIPPED: {why}"),
@@ -40,27 +52,39 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Runs the tests on the given kernels, one after the other.
-pub(crate) fn run(wanted: &[Series]) -> Result<Vec<(Series, Outcome)>> {
-    let obstacle = obstacle();
-    if obstacle.is_none() {
-        build::binaries()?;
-        build::vm_tests()?;
+/// Runs the tests on the given kernels, [`AT_ONCE`] at a time and in the given order. Outcomes are in that order, too.
+pub(crate) fn run(wanted: &[(Series, Scope)]) -> Result<Vec<(Series, Outcome)>> {
+    if let Some(why) = obstacle() {
+        return Ok(wanted.iter().map(|(series, _)| (*series, Outcome::Skipped(why.clone()))).collect());
     }
-    let mut outcomes = Vec::new();
-    for series in wanted {
-        println!("\n=== kernel {series} ===");
-        let outcome = match &obstacle {
-            Some(why) => Outcome::Skipped(why.clone()),
-            None => match find_or_fetch(*series) {
-                Ok(kernel) => boot(*series, &kernel).unwrap_or_else(|error| Outcome::Failed(format!("{error:#}"))),
+    build::binaries()?;
+    build::vm_tests()?;
+    // One after the other, because downloads share folders.
+    let found = wanted.iter().map(|(series, scope)| (*series, *scope, find_or_fetch(*series)));
+    let queue: Mutex<VecDeque<_>> = Mutex::new(found.enumerate().collect());
+    let next = || queue.lock().ok()?.pop_front();
+    let work = || {
+        let mut outcomes = Vec::new();
+        while let Some((place, (series, scope, kernel))) = next() {
+            println!("=== kernel {series} ===");
+            let outcome = match kernel {
+                Ok(kernel) => {
+                    boot(series, scope, &kernel).unwrap_or_else(|error| Outcome::Failed(format!("{error:#}")))
+                }
                 Err(error) => Outcome::Skipped(format!("{error:#}")),
-            },
-        };
-        println!("{series}: {outcome}");
-        outcomes.push((*series, outcome));
-    }
-    Ok(outcomes)
+            };
+            println!("=== kernel {series}: {outcome}");
+            outcomes.push((place, (series, outcome)));
+        }
+        outcomes
+    };
+    let mut outcomes: Vec<_> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().flat_map(|worker| worker.join().unwrap_or_default()).collect()
+    });
+    outcomes.sort_by_key(|(place, _)| *place);
+    ensure!(outcomes.len() == wanted.len(), "the tests of a kernel panicked");
+    Ok(outcomes.into_iter().map(|(_, outcome)| outcome).collect())
 }
 
 /// Returns the reason why no kernel can be tested on this machine.
@@ -118,8 +142,8 @@ const PROGRAMS: [&str; 42] = [
     "awk",
 ];
 
-fn boot(series: Series, kernel: &Kernel) -> Result<Outcome> {
-    println!("packing kernel {} with the lab's programs", kernel.release);
+fn boot(series: Series, scope: Scope, kernel: &Kernel) -> Result<Outcome> {
+    println!("{series}: packing kernel {} with the lab's programs", kernel.release);
     let folder = workspace().join("target/vm").join(series.name());
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder)?;
@@ -127,15 +151,17 @@ fn boot(series: Series, kernel: &Kernel) -> Result<Outcome> {
     image(kernel, &folder)?.write(&initramfs)?;
     let console = folder.join("console.log");
     // Environment of the first process, inherited by all others.
-    let words = ["RAVEN_TEST_PATIENCE=4".to_owned(), "NO_COLOR=1".to_owned()].to_vec();
+    let mut words = vec!["RAVEN_TEST_PATIENCE=4".to_owned(), "NO_COLOR=1".to_owned()];
+    words.extend((scope == Scope::Short).then(|| "RAVEN_TEST_SHORT=1".to_owned()));
     let machine = Machine { kernel: kernel.clone(), initramfs, words, deadline: DEADLINE, console };
     let mut summary = Summary::default();
     let ended = machine.run(|line| {
-        println!("  {line}");
+        // Lines of several machines are mixed.
+        println!("{series:<6} {line}");
         summary.take(line);
     })?;
-    println!("console: {}", machine.console.display());
-    let Summary { release: Some(release), counts: Some((passed, failed)), complaint: None } = summary else {
+    println!("{series}: console: {}", machine.console.display());
+    let Summary { release: Some(release), counts: Some(counts), complaint: None } = summary else {
         bail!(
             "{}",
             summary
@@ -143,9 +169,7 @@ fn boot(series: Series, kernel: &Kernel) -> Result<Outcome> {
                 .unwrap_or_else(|| "the console contains no result, because the tests did not complete".to_owned())
         );
     };
-    println!("kernel: {release}");
-    println!("{passed} passed, {failed} failed");
-    Ok(Outcome::Ran { release, passed, failed, seconds: ended.elapsed.as_secs(), accelerator: ended.accelerator })
+    Ok(Outcome::Ran { release, counts, seconds: ended.elapsed.as_secs(), accelerator: ended.accelerator })
 }
 
 fn image(kernel: &Kernel, folder: &Path) -> Result<Image> {
@@ -172,7 +196,7 @@ fn image(kernel: &Kernel, folder: &Path) -> Result<Image> {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Summary {
     release: Option<String>,
-    counts: Option<(u32, u32)>,
+    counts: Option<Counts>,
     complaint: Option<String>,
 }
 
@@ -188,10 +212,24 @@ impl Summary {
     }
 }
 
-/// Parses the line `N passed, M failed`.
-fn counts(line: &str) -> Option<(u32, u32)> {
-    let (passed, failed) = line.split_once(" passed, ")?;
-    Some((passed.parse().ok()?, failed.strip_suffix(" failed")?.parse().ok()?))
+/// Numbers of checks, from the line `N passed, M failed, K skipped`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Counts {
+    passed: u32,
+    failed: u32,
+    skipped: u32,
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} passed, {} failed, {} skipped", self.passed, self.failed, self.skipped)
+    }
+}
+
+fn counts(line: &str) -> Option<Counts> {
+    let mut parts = line.split(", ");
+    let mut number = |word: &str| parts.next()?.strip_suffix(word)?.parse().ok();
+    Some(Counts { passed: number(" passed")?, failed: number(" failed")?, skipped: number(" skipped")? })
 }
 
 #[cfg(test)]
@@ -201,10 +239,13 @@ mod tests {
     #[test]
     fn only_a_complete_line_is_a_result_and_a_panic_is_a_failure() {
         let mut summary = Summary::default();
-        for line in ["kernel: 5.10.0-46-cloud-amd64", "ok x: 3 passed, 0 failed", "12 passed, 1 failed"] {
+        for line in
+            ["kernel: 5.10.0-46-cloud-amd64", "ok x: 3 passed, 0 failed, 0 skipped", "12 passed, 1 failed, 4 skipped"]
+        {
             summary.take(line);
         }
-        assert_eq!((summary.release.as_deref(), summary.counts), (Some("5.10.0-46-cloud-amd64"), Some((12, 1))));
+        let counts = Counts { passed: 12, failed: 1, skipped: 4 };
+        assert_eq!((summary.release.as_deref(), summary.counts), (Some("5.10.0-46-cloud-amd64"), Some(counts)));
         summary.take("[   12.1] Kernel panic - not syncing: Fatal exception");
         assert!(summary.complaint.is_some());
     }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     build,
     debian_kernel::Series,
-    kernel,
+    kernel::{self, Scope},
     setup::{self, Need},
     workspace,
 };
@@ -18,7 +18,8 @@ pub(crate) struct Test {
     /// Run only this level; default: all levels that this machine supports.
     #[arg(value_enum)]
     level: Option<Level>,
-    /// Test only this kernel in level `kernel`; default: all kernels.
+    /// Run all checks on this kernel in level `kernel`; default: all checks on the oldest and the newest kernel, and
+    /// on the others only those that depend on the kernel's version.
     #[arg(long, value_enum)]
     kernel: Option<Series>,
 }
@@ -94,6 +95,14 @@ impl Level {
     }
 }
 
+/// Kernels in the order of their tests: those that take longest first.
+const KERNELS: [(Series, Scope); 4] = [
+    (Series::V5_10, Scope::Whole),
+    (Series::Newest, Scope::Whole),
+    (Series::V6_1, Scope::Short),
+    (Series::V6_12, Scope::Short),
+];
+
 /// Result of a level.
 enum Outcome {
     Passed,
@@ -132,9 +141,9 @@ impl Test {
         for level in levels {
             let outcome = match level.obstacle() {
                 Some(why) => Outcome::Skipped(why),
-                None if level == Level::Kernel => {
-                    Outcome::Kernels(kernel::run(&self.kernel.map_or(Series::ALL.to_vec(), |one| vec![one]))?)
-                }
+                None if level == Level::Kernel => Outcome::Kernels(kernel::run(
+                    &self.kernel.map_or(KERNELS.to_vec(), |one| vec![(one, Scope::Whole)]),
+                )?),
                 None => run(level)?,
             };
             outcomes.push((level, outcome));
