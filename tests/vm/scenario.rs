@@ -250,9 +250,9 @@ async fn preshared(lab: &Lab, gateways: &[String]) -> Result<String> {
     Ok(format!("{peers} peers use it"))
 }
 
-/// 400 prefixes are added to edge-y and removed again. Traffic between x-b and cloud-b is not interrupted, because
-/// the kernel's WireGuard changes a peer's allowed IPs without ending its session. Netlink transfers a peer with so
-/// many prefixes in parts.
+/// 400 prefixes are added to edge-y and removed again on the gateway nodes of edge-x and the cloud. Traffic between
+/// x-b and cloud-b is not interrupted, because the kernel's WireGuard changes a peer's allowed IPs without ending its
+/// session. Netlink transfers a peer with so many prefixes in parts.
 async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
     const MANY: u32 = 400;
     let (from, to) = (lab.pod("x-b"), lab.pod("cloud-b"));
@@ -263,24 +263,16 @@ async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
         (0..MANY).map(|n| format!("172.{}.{}.0/24", 24 + n / 256, n % 256)),
     )?;
     let flow = probe::Flow::start(&from.ns, &to.ns, to.v4.into(), RATE)?;
-    let gateway = lab.node("x-a");
     for (snapshot, wanted) in [(&after, MANY), (&before, 0)] {
-        for agent in agents.iter_mut() {
+        for agent in on_path(agents) {
             topology::put(&agent.node, snapshot)?;
             agent.restart()?;
         }
-        eventually(Duration::from_secs(60), "every node has the prefixes in its map and in WireGuard", || async {
-            for node in lab.nodes.iter().filter(|node| node.pool != "edge-y") {
-                let map = node.ns.sh("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/REMOTE4 | tr -d ' \\n'")?;
-                let count = map.matches("[172,24,").count() + map.matches("[172,25,").count();
-                ensure!(count == wanted as usize, "{}: {count}", node.name);
-            }
-            let peer = gateway.ns.sh("wg show raven-wg0 allowed-ips | grep -o ' 172[.]2[45][.]' | wc -l")?;
-            ensure!(peer.trim() == wanted.to_string(), "the peer has {peer} allowed IPs");
-            Ok(())
-        })
-        .await?;
-        settled(agents.iter().find(|agent| agent.node.name == gateway.name).context("the node has no agent")?).await?;
+        for agent in on_path(agents) {
+            let what = "the node has the prefixes in its map and in WireGuard";
+            eventually(Duration::from_secs(60), what, || async { has_prefixes(&agent.node, wanted) }).await?;
+        }
+        settled(agents.iter().find(|agent| agent.node.name == "x-a").context("the node has no agent")?).await?;
     }
     let report = flow.stop().await?;
     ensure!(report.lost == 0, "{report:?}");
@@ -289,6 +281,21 @@ async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
         report.sent,
         report.longest_gap.as_millis()
     ))
+}
+
+/// The agents of the gateway nodes between edge-x and the cloud.
+fn on_path(agents: &mut [Agent]) -> impl Iterator<Item = &mut Agent> {
+    agents.iter_mut().filter(|agent| ["x-a", "cloud-a"].contains(&agent.node.name.as_str()))
+}
+
+/// Checks the number of added prefixes in a gateway node's map and in its WireGuard.
+fn has_prefixes(node: &Node, wanted: u32) -> Result<()> {
+    let map = node.ns.sh("bpftool map dump pinned /sys/fs/bpf/raven/v1/maps/REMOTE4 | tr -d ' \\n'")?;
+    let count = map.matches("[172,24,").count() + map.matches("[172,25,").count();
+    ensure!(count == wanted as usize, "{}: {count} prefixes in the map", node.name);
+    let peer = node.ns.sh("wg show raven-wg0 allowed-ips | grep -o '[[:space:]]172[.]2[45][.]' | wc -l")?;
+    ensure!(peer.trim() == wanted.to_string(), "{}: the peer has {} allowed IPs", node.name, peer.trim());
+    Ok(())
 }
 
 /// A run without changes has no effect: it restores exactly the one rule that was deleted.

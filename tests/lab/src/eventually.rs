@@ -17,6 +17,8 @@ where
     Attempt: Future<Output = Result<T>>,
 {
     let deadline = deadline.mul_f64(patience());
+    // On a slow machine, an attempt every few milliseconds would keep it from doing what is waited for.
+    let interval = INTERVAL.mul_f64(patience());
     let end = Instant::now() + deadline;
     let mut last = anyhow!("no attempt completed");
     loop {
@@ -25,10 +27,10 @@ where
             Ok(Err(error)) => last = error,
             Err(_) => {}
         }
-        if Instant::now() + INTERVAL >= end {
+        if Instant::now() + interval >= end {
             return Err(last).with_context(|| format!("{what}: not within {deadline:?}"));
         }
-        sleep(INTERVAL).await;
+        sleep(interval).await;
     }
 }
 
