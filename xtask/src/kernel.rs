@@ -1,8 +1,8 @@
 //! `cargo xtask test kernel`: runs the L3 tests (`tests/vm`) on Debian's kernels in QEMU.
 
-use std::{collections::VecDeque, env, fmt, fs, path::Path, process::Command, sync::Mutex, thread, time::Duration};
+use std::{env, fmt, fs, path::Path, process::Command, time::Duration};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use raven_tests::qemu::{Image, Kernel, Machine};
 
 use crate::{
@@ -13,9 +13,6 @@ use crate::{
 
 /// Time limit per kernel: twice the longest run under emulation here, for machines that are half as fast.
 const DEADLINE: Duration = Duration::from_secs(2100);
-
-/// Machines that run at the same time. Under emulation each of them uses one processor ([`raven_tests::qemu`]).
-const AT_ONCE: usize = 2;
 
 /// Which checks to run on a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,39 +49,30 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Runs the tests on the given kernels, [`AT_ONCE`] at a time and in the given order. Outcomes are in that order, too.
+/// Runs the tests on the given kernels, one after the other: an emulated processor that shares one of this machine's
+/// with another machine loses packets.
 pub(crate) fn run(wanted: &[(Series, Scope)]) -> Result<Vec<(Series, Outcome)>> {
-    if let Some(why) = obstacle() {
-        return Ok(wanted.iter().map(|(series, _)| (*series, Outcome::Skipped(why.clone()))).collect());
+    let obstacle = obstacle();
+    if obstacle.is_none() {
+        build::binaries()?;
+        build::vm_tests()?;
     }
-    build::binaries()?;
-    build::vm_tests()?;
-    // One after the other, because downloads share folders.
-    let found = wanted.iter().map(|(series, scope)| (*series, *scope, find_or_fetch(*series)));
-    let queue: Mutex<VecDeque<_>> = Mutex::new(found.enumerate().collect());
-    let next = || queue.lock().ok()?.pop_front();
-    let work = || {
-        let mut outcomes = Vec::new();
-        while let Some((place, (series, scope, kernel))) = next() {
-            println!("=== kernel {series} ===");
-            let outcome = match kernel {
+    let mut outcomes = Vec::new();
+    for (series, scope) in wanted {
+        println!("\n=== kernel {series} ===");
+        let outcome = match &obstacle {
+            Some(why) => Outcome::Skipped(why.clone()),
+            None => match find_or_fetch(*series) {
                 Ok(kernel) => {
-                    boot(series, scope, &kernel).unwrap_or_else(|error| Outcome::Failed(format!("{error:#}")))
+                    boot(*series, *scope, &kernel).unwrap_or_else(|error| Outcome::Failed(format!("{error:#}")))
                 }
                 Err(error) => Outcome::Skipped(format!("{error:#}")),
-            };
-            println!("=== kernel {series}: {outcome}");
-            outcomes.push((place, (series, outcome)));
-        }
-        outcomes
-    };
-    let mut outcomes: Vec<_> = thread::scope(|scope| {
-        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
-        workers.into_iter().flat_map(|worker| worker.join().unwrap_or_default()).collect()
-    });
-    outcomes.sort_by_key(|(place, _)| *place);
-    ensure!(outcomes.len() == wanted.len(), "the tests of a kernel panicked");
-    Ok(outcomes.into_iter().map(|(_, outcome)| outcome).collect())
+            },
+        };
+        println!("{series}: {outcome}");
+        outcomes.push((*series, outcome));
+    }
+    Ok(outcomes)
 }
 
 /// Returns the reason why no kernel can be tested on this machine.
@@ -143,7 +131,7 @@ const PROGRAMS: [&str; 42] = [
 ];
 
 fn boot(series: Series, scope: Scope, kernel: &Kernel) -> Result<Outcome> {
-    println!("{series}: packing kernel {} with the lab's programs", kernel.release);
+    println!("packing kernel {} with the lab's programs", kernel.release);
     let folder = workspace().join("target/vm").join(series.name());
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder)?;
@@ -156,11 +144,10 @@ fn boot(series: Series, scope: Scope, kernel: &Kernel) -> Result<Outcome> {
     let machine = Machine { kernel: kernel.clone(), initramfs, words, deadline: DEADLINE, console };
     let mut summary = Summary::default();
     let ended = machine.run(|line| {
-        // Lines of several machines are mixed.
-        println!("{series:<6} {line}");
+        println!("  {line}");
         summary.take(line);
     })?;
-    println!("{series}: console: {}", machine.console.display());
+    println!("console: {}", machine.console.display());
     let Summary { release: Some(release), counts: Some(counts), complaint: None } = summary else {
         bail!(
             "{}",
