@@ -69,6 +69,7 @@ pub async fn run(config: Run) -> Result<()> {
         release,
         tc_attach: config.tc_attach,
         tier: config.tier,
+        wireguard_engine: config.wireguard_engine,
         ebpf_object: config.ebpf_object.clone(),
         preshared_key_file: config.preshared_key_file.clone(),
         preshared_key: config.preshared_key.as_deref().and_then(|text| PresharedKey::from_bytes(text.as_bytes())),

@@ -28,7 +28,7 @@ use self::{
 };
 use crate::{
     bpf::{self, Bpf, Hook, probe::Release},
-    config::{TcAttach, Tier},
+    config::{Engine, TcAttach, Tier},
     diff::diff,
     link::{self, Links, Uplink, set_sysctls},
     names, netfilter,
@@ -39,8 +39,13 @@ use crate::{
     tunnel::{self, Backend, PrivateKey, Tunnel},
 };
 
-/// Period of the check of the surroundings while nothing changes.
+/// Shortest period of the check of the surroundings while nothing changes.
 const SURROUNDINGS_PERIOD: Duration = Duration::from_secs(25);
+/// The period is at least this many times as long as the check took, which depends on the node's firewall.
+const SURROUNDINGS_SHARE: u32 = 100;
+
+/// Time until a run after one that found no working WireGuard, such as an engine that is about to start.
+const ENGINE_RETRY: Duration = Duration::from_secs(2);
 
 /// Settings that stay the same for the life of the process.
 #[derive(Clone, Debug)]
@@ -57,6 +62,8 @@ pub struct Settings {
     pub tc_attach: TcAttach,
     /// How a gateway node receives overlay packets.
     pub tier: Tier,
+    /// Which process runs WireGuard if the kernel has none.
+    pub wireguard_engine: Engine,
     /// An eBPF object that replaces the built-in one.
     pub ebpf_object: Option<PathBuf>,
     /// File of the cluster's preshared key.
@@ -88,9 +95,16 @@ pub struct Reconciler {
     restored: u64,
     /// The proxy's listener for intercepted connections.
     listener: Option<TcpListener>,
-    /// The last check of the surroundings, and its result. netfilter can have many rules, so they are not read
-    /// in every run.
-    surroundings: Option<(Instant, Vec<String>)>,
+    /// The last check of the surroundings. netfilter can have many rules, so they are not read in every run.
+    surroundings: Option<Checked>,
+}
+
+/// A check of the surroundings.
+struct Checked {
+    /// Time of the next one, if nothing changes.
+    next: Instant,
+    /// What stops packets.
+    found: Vec<String>,
 }
 
 /// What a run reads before it plans.
@@ -231,15 +245,18 @@ impl Reconciler {
     }
 
     async fn check_surroundings(&mut self, plan: &Plan, indexes: Indexes, uplink: &Uplink, outcome: &mut Outcome) {
-        let recent =
-            self.surroundings.take().filter(|(when, _)| !outcome.change.any() && when.elapsed() < SURROUNDINGS_PERIOD);
-        let (when, found) = match recent {
+        let recent = self.surroundings.take().filter(|last| !outcome.change.any() && last.next > Instant::now());
+        let checked = match recent {
             Some(recent) => recent,
-            None => (Instant::now(), surroundings::check(&self.links, plan, indexes, &uplink.name).await),
+            None => {
+                let start = Instant::now();
+                let found = surroundings::check(&self.links, plan, indexes, &uplink.name).await;
+                Checked { next: start + SURROUNDINGS_PERIOD.max(start.elapsed() * SURROUNDINGS_SHARE), found }
+            }
         };
-        outcome.surroundings.extend(found.iter().cloned());
-        self.surroundings = Some((when, found));
-        outcome.rerun_within(SURROUNDINGS_PERIOD.saturating_sub(when.elapsed()));
+        outcome.surroundings.extend(checked.found.iter().cloned());
+        outcome.rerun_within(checked.next.saturating_duration_since(Instant::now()));
+        self.surroundings = Some(checked);
     }
 
     fn configure(&mut self, plan: &Plan, indexes: Indexes) -> Result<Change, bpf::Error> {
@@ -251,7 +268,10 @@ impl Reconciler {
     /// Ensures that the tunnel device exists on a gateway node; returns its index.
     async fn ensure_tunnel(&mut self, plan: &Plan, outcome: &mut Outcome) -> Option<u32> {
         let want = plan.tunnel.as_ref()?;
-        let tunnel = outcome.keep(Tunnel::ensure(&self.links).await)?;
+        let Some(tunnel) = outcome.keep(Tunnel::ensure(&self.links, self.settings.wireguard_engine).await) else {
+            outcome.rerun_within(ENGINE_RETRY);
+            return None;
+        };
         self.tunnel = Some(tunnel.clone());
         let configured = outcome.keep(tunnel.configure(self.key.clone(), want.port).await);
         // With its port taken by another program, the device keeps its previous one. The embedded engine exits at its
@@ -272,7 +292,7 @@ impl Reconciler {
     async fn remove_tunnel(&mut self, outcome: &mut Outcome) {
         self.tunnel = None;
         self.handshakes.clear();
-        outcome.take(tunnel::remove(&self.links).await);
+        outcome.take(tunnel::remove(&self.links, self.settings.wireguard_engine).await);
     }
 
     /// Some kernels crash when WireGuard receives a packet with tunnel metadata, which the overlay device adds. A TUN

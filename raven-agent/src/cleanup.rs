@@ -3,10 +3,10 @@
 
 use std::{fs, io, path::Path};
 
-use crate::{bpf, link::Links, names, netfilter, state::Change, tunnel};
+use crate::{bpf, config::Engine, link::Links, names, netfilter, state::Change, tunnel};
 
 /// Removes everything. Returns what was removed and what could not be removed, one line each.
-pub async fn run(state_dir: &Path, keep_state: bool) -> (Vec<String>, Vec<String>) {
+pub async fn run(state_dir: &Path, keep_state: bool, engine: Engine) -> (Vec<String>, Vec<String>) {
     let mut done = Outcome::default();
     let links = match Links::connect() {
         Ok((links, _)) => links,
@@ -15,7 +15,7 @@ pub async fn run(state_dir: &Path, keep_state: bool) -> (Vec<String>, Vec<String
     done.note("interception routes and rules", links.ensure_interception(None, None).await);
     done.note("rules", links.delete_rules().await);
     bpf::detach_uplink_filter();
-    done.note(names::TUNNEL, tunnel::remove(&links).await);
+    done.note(names::TUNNEL, tunnel::remove(&links, engine).await);
     done.note(names::OVERLAY, links.delete_device(names::OVERLAY).await);
     done.note("unreachable routes", links.delete_barriers().await);
     done.note("nft table inet raven", netfilter::remove().await);

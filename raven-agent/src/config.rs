@@ -26,6 +26,12 @@ pub enum Command {
         #[arg(long)]
         keep_state: bool,
     },
+    /// Run the userspace WireGuard engine until SIGTERM; on a node whose kernel has WireGuard, only wait.
+    Wireguard {
+        /// Do not run an engine, but fail if the running one does not respond.
+        #[arg(long)]
+        check: bool,
+    },
     /// Run the embedded WireGuard engine (started by the agent).
     #[command(name = crate::tunnel::engine::SUBCOMMAND, hide = true)]
     Engine {
@@ -43,6 +49,15 @@ pub enum TcAttach {
     Tcx,
     /// Always clsact.
     Clsact,
+}
+
+/// Which process runs WireGuard on a node whose kernel has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    /// A child process of the agent. In a container, it ends with the agent's.
+    Embedded,
+    /// `raven-agent wireguard`, in a Pod of its own.
+    External,
 }
 
 /// How a gateway node receives overlay packets.
@@ -105,6 +120,9 @@ pub struct Run {
     /// Receive overlay packets in this tier on a gateway node.
     #[arg(long, value_enum, default_value = "auto")]
     pub tier: Tier,
+    /// Run WireGuard by this process on a node whose kernel has none.
+    #[arg(long, env = "WIREGUARD_ENGINE", value_enum, default_value = "embedded")]
+    pub wireguard_engine: Engine,
     /// Load this eBPF object instead of the built-in one, such as that of `cargo xtask build-ebpf --trace`. Programs are
     /// replaced under traffic; a start without this flag restores the built-in ones.
     #[arg(long)]

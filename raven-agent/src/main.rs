@@ -8,7 +8,7 @@ use clap::Parser;
 use raven_agent::{
     app, cleanup,
     config::{Cli, Command, LogFormat},
-    tunnel::engine,
+    tunnel::{self, engine},
 };
 use tracing_subscriber::EnvFilter;
 
@@ -17,8 +17,15 @@ fn main() -> ExitCode {
     log(cli.run.log_format);
     let result = match cli.command {
         Some(Command::Engine { device }) => engine::run(&device).map_err(anyhow::Error::from),
+        Some(Command::Wireguard { check }) => {
+            silence_stdout();
+            with_runtime(async move {
+                let result = if check { tunnel::check_engine().await } else { engine::serve().await };
+                result.map_err(anyhow::Error::from)
+            })
+        }
         Some(Command::Cleanup { keep_state }) => with_runtime(async {
-            let (removed, failed) = cleanup::run(&cli.run.state_dir, keep_state).await;
+            let (removed, failed) = cleanup::run(&cli.run.state_dir, keep_state, cli.run.wireguard_engine).await;
             removed.iter().for_each(|what| println!("removed {what}"));
             failed.iter().for_each(|what| eprintln!("cannot remove {what}"));
             anyhow::ensure!(failed.is_empty(), "{} objects could not be removed", failed.len());

@@ -12,13 +12,14 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use base64::{Engine, engine::general_purpose::STANDARD};
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use ipnet::IpNet;
 use netlink_packet_route::link::InfoKind;
 use wireguard_control::{Device, DeviceUpdate, InterfaceName, Key, PeerConfigBuilder, PeerInfo};
 
 pub use self::key::{load_or_create as load_or_create_key, load_preshared};
 use crate::{
+    config::Engine,
     link::{self, Links},
     names,
     state::{Change, Peer, Preshared},
@@ -35,9 +36,21 @@ pub enum Error {
     /// An operation on the device failed.
     #[error(transparent)]
     Link(#[from] link::Error),
-    /// The embedded engine does not start or stop.
-    #[error("the embedded WireGuard engine: {0}; it needs /dev/net/tun and CAP_NET_ADMIN")]
+    /// The userspace engine does not start or stop.
+    #[error("the userspace WireGuard engine: {0}; it needs /dev/net/tun and CAP_NET_ADMIN")]
     Engine(String),
+    /// The engine's own Pod does not run.
+    #[error(
+        "the kernel has no WireGuard, and no engine listens on {}; look at the Pod of DaemonSet raven-wireguard on this node, or start the agent with --wireguard-engine=embedded",
+        engine::socket(names::TUNNEL).display()
+    )]
+    NoEngine,
+    /// The engine in its own Pod hangs.
+    #[error(
+        "the WireGuard engine does not respond within {} s; if the liveness probe of its Pod (DaemonSet raven-wireguard) does not restart it, delete the Pod",
+        ANSWER.as_secs()
+    )]
+    Unresponsive,
     /// A key file cannot be read or written.
     #[error("cannot use key file {path}: {reason}")]
     Key {
@@ -95,13 +108,12 @@ pub struct Tunnel {
 
 impl Tunnel {
     /// Ensures that the device exists and its WireGuard implementation responds.
-    pub async fn ensure(links: &Links) -> Result<Self, Error> {
-        let backend = ensure_device(links).await?;
-        let name: InterfaceName = names::TUNNEL
-            .parse()
-            .map_err(|_| Error::Engine(format!("{} is not a valid device name", names::TUNNEL)))?;
-        let tunnel = Self { backend, name };
-        if backend == Backend::Userspace && tunnel.device().await.is_err_and(|e| e.is_timeout()) {
+    pub async fn ensure(links: &Links, engine: Engine) -> Result<Self, Error> {
+        let tunnel = Self::of(ensure_device(links, engine).await?)?;
+        if tunnel.backend == Backend::Userspace && tunnel.device().await.is_err_and(|e| e.is_timeout()) {
+            if engine == Engine::External {
+                return Err(Error::Unresponsive);
+            }
             tracing::warn!(
                 timeout_s = ANSWER.as_secs(),
                 "the embedded WireGuard engine does not respond; restarting it"
@@ -110,6 +122,12 @@ impl Tunnel {
             engine::start(names::TUNNEL).await?;
         }
         Ok(tunnel)
+    }
+
+    fn of(backend: Backend) -> Result<Self, Error> {
+        let name = names::TUNNEL.parse();
+        let name = name.map_err(|_| Error::Engine(format!("{} is not a valid device name", names::TUNNEL)))?;
+        Ok(Self { backend, name })
     }
 
     /// The implementation of WireGuard.
@@ -354,7 +372,7 @@ pub fn public(key: &Key) -> PublicKey {
 
 /// Ensures that the device exists. An existing one determines the backend; otherwise the kernel's WireGuard
 /// is tried first.
-async fn ensure_device(links: &Links) -> Result<Backend, Error> {
+async fn ensure_device(links: &Links, engine: Engine) -> Result<Backend, Error> {
     match links.find(names::TUNNEL).await? {
         Some(found) if found.kind == Some(InfoKind::Wireguard) => return Ok(Backend::Kernel),
         Some(_) if engine::is_running(names::TUNNEL) => return Ok(Backend::Userspace),
@@ -370,6 +388,7 @@ async fn ensure_device(links: &Links) -> Result<Backend, Error> {
     }
     match links.add_wireguard(names::TUNNEL).await {
         Ok(()) => Ok(Backend::Kernel),
+        Err(e) if e.is_unsupported() && engine == Engine::External => Err(Error::NoEngine),
         Err(e) if e.is_unsupported() => {
             tracing::info!("the kernel has no WireGuard; starting the embedded engine on a TUN device");
             engine::start(names::TUNNEL).await?;
@@ -379,9 +398,21 @@ async fn ensure_device(links: &Links) -> Result<Backend, Error> {
     }
 }
 
-/// Deletes the device, with either backend, if it exists.
-pub async fn remove(links: &Links) -> Result<Change, Error> {
+/// Fails if an engine has a socket for the device and does not answer on it.
+pub async fn check_engine() -> Result<(), Error> {
+    match engine::socket(names::TUNNEL).exists() {
+        true => Tunnel::of(Backend::Userspace)?.device().await.map(drop),
+        false => Ok(()),
+    }
+}
+
+/// Deletes the device, with either backend, if it exists. An external engine without peers is left alone: its Pod would
+/// start the next one.
+pub async fn remove(links: &Links, engine: Engine) -> Result<Change, Error> {
     if engine::is_running(names::TUNNEL) {
+        if engine == Engine::External && Tunnel::of(Backend::Userspace)?.peers().await?.is_empty() {
+            return Ok(Change::NONE);
+        }
         engine::stop(names::TUNNEL).await?;
         return Ok(Change::ONE);
     }

@@ -12,7 +12,7 @@ use raven_tests::proof::{self, Check, FAMILIES};
 use raven_tests::{Lab, Node, eventually, kernel_log, offline as topology};
 
 /// Size of transfers in bytes; emulation is slow.
-const BULK: u64 = 4_000_000;
+const BULK: u64 = 2_000_000;
 /// Rate of flows in packets per second.
 const RATE: u32 = 100;
 const ANSWER: Duration = Duration::from_secs(20);
@@ -97,7 +97,7 @@ async fn with_agents(results: &mut Results, lab: &Lab, gateways: &[String], agen
     );
     results.note("host processes reach pods of other pools and vice versa", hosts(lab).await);
     results.note("traceroute shows every gateway node", proof::traceroute(lab));
-    results.note("packets are not fragmented", proof::unfragmented(lab, BULK / 4).await);
+    results.note("packets are not fragmented", proof::unfragmented(lab, BULK / 2).await);
     results.note("a peer cannot send from addresses of another pool", proof::rejects_foreign_sources(lab, true).await);
     results.note("connections to kubelets of other pools are intercepted by address", intercepted(lab));
     results.note("MTU: cloud-b, y-b", proof::mtu(lab, "cloud-b", "y-b").await);

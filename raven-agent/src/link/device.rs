@@ -136,6 +136,16 @@ impl Links {
         self.handle.link().add(message).execute().await.map_err(failed(format!("create WireGuard device {name}")))
     }
 
+    /// Reports whether the kernel has WireGuard, by a device that exists only for this test.
+    pub async fn has_wireguard(&self, probe: &str) -> Result<bool, Error> {
+        self.delete_device(probe).await?;
+        match self.add_wireguard(probe).await {
+            Ok(()) => self.delete_device(probe).await.map(|_| true),
+            Err(e) if e.is_unsupported() => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
     /// Ensures that a device is up with this MTU (bytes); returns its index.
     pub async fn ensure_up(&self, name: &str, mtu: u32) -> Result<u32, Error> {
         let found = self.must_find(name).await?;

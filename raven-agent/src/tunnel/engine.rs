@@ -1,5 +1,5 @@
-//! The embedded WireGuard engine: boringtun's device in a separate process, so that the agent can restart
-//! without packet loss.
+//! The userspace WireGuard engine: boringtun's device in a separate process, so that the agent can restart without
+//! packet loss. The agent starts it ([`start`]), or it runs in a Pod of its own ([`serve`]), which outlives the agent's.
 //!
 //! It serves the cross-platform WireGuard protocol on `/var/run/wireguard/DEVICE.sock`, so `wg show` works with it. It
 //! exits on SIGTERM or when that socket is removed, and its TUN device is deleted with it.
@@ -21,8 +21,13 @@ use nix::{
     },
     unistd::Pid,
 };
+use tokio::{
+    signal::unix::{SignalKind, signal as on_signal},
+    sync::oneshot,
+};
 
 use super::Error;
+use crate::{link::Links, names};
 
 /// The hidden subcommand of `raven-agent` that runs the engine.
 pub const SUBCOMMAND: &str = "wireguard-engine";
@@ -30,7 +35,11 @@ pub const SUBCOMMAND: &str = "wireguard-engine";
 /// Folder of the sockets, fixed in boringtun and wireguard-control.
 const SOCKETS: &str = "/var/run/wireguard";
 
-fn socket(device: &str) -> PathBuf {
+/// The device that shows whether the kernel has WireGuard; deleted at once.
+const PROBE: &str = "raven-wg-probe";
+
+/// The engine's socket for a device.
+pub(super) fn socket(device: &str) -> PathBuf {
     PathBuf::from(SOCKETS).join(format!("{device}.sock"))
 }
 
@@ -70,6 +79,10 @@ pub async fn kill(device: &str) -> Result<(), Error> {
     let failed = |e: &dyn std::fmt::Display| Error::Engine(format!("cannot kill the unresponsive process: {e}"));
     let stream = UnixStream::connect(socket(device)).map_err(|e| failed(&e))?;
     let peer = getsockopt(&stream, PeerCredentials).map_err(|e| failed(&e))?;
+    // 0 stands for a process of another PID namespace here, and for the caller's own process group in kill(2).
+    if peer.pid() <= 0 {
+        return Err(failed(&"it runs in another container"));
+    }
     signal::kill(Pid::from_raw(peer.pid()), Signal::SIGKILL).map_err(|e| failed(&e))?;
     stop(device).await
 }
@@ -86,8 +99,34 @@ pub async fn stop(device: &str) -> Result<(), Error> {
     deleted.retry(backoff).await.map_err(|e| Error::Engine(e.to_owned()))
 }
 
+/// Runs the engine until SIGTERM, as the program of a container. Where the kernel has WireGuard, it only waits.
+pub async fn serve() -> Result<(), Error> {
+    let (links, _) = Links::connect()?;
+    // Without handlers, the first process of a container ignores these signals.
+    let failed = |e: std::io::Error| Error::Engine(format!("cannot handle signals: {e}"));
+    let mut term = on_signal(SignalKind::terminate()).map_err(failed)?;
+    let mut int = on_signal(SignalKind::interrupt()).map_err(failed)?;
+    tokio::select! {
+        _ = term.recv() => Ok(()),
+        _ = int.recv() => Ok(()),
+        result = run_if_needed(&links) => result,
+    }
+}
+
+async fn run_if_needed(links: &Links) -> Result<(), Error> {
+    if links.has_wireguard(PROBE).await? {
+        tracing::info!("the kernel has WireGuard; there is nothing to do on this node");
+        return std::future::pending().await;
+    }
+    tracing::info!(ifname = names::TUNNEL, "the kernel has no WireGuard; starting the userspace engine");
+    let (ended, end) = oneshot::channel();
+    std::thread::spawn(|| ended.send(run(names::TUNNEL)));
+    end.await.unwrap_or_else(|_| Err(Error::Engine("its thread ended without a result".to_owned())))
+}
+
 /// Runs the engine until it is stopped. Called by `main` for [`SUBCOMMAND`].
 pub fn run(device: &str) -> Result<(), Error> {
+    exit_on_panic();
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));
     let config = DeviceConfig {
         n_threads: threads,
@@ -100,4 +139,13 @@ pub fn run(device: &str) -> Result<(), Error> {
         DeviceHandle::new(device, config).map_err(|e| Error::Engine(format!("cannot open device {device}: {e}")))?;
     handle.wait();
     Ok(())
+}
+
+/// Ends the process when one of its threads panics: the others would go on without it, and forward nothing.
+fn exit_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::exit(101);
+    }));
 }

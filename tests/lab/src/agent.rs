@@ -18,13 +18,24 @@ pub struct Agent {
     /// Command-line arguments, without the node's name.
     pub arguments: Vec<String>,
     logs: PathBuf,
+    contained: bool,
 }
 
 impl Agent {
-    fn spawn(node: &Node, arguments: &[String], logs: &Path) -> Result<Process> {
-        let mut command = node.ns.command(binary("raven-agent")?);
+    fn spawn(node: &Node, arguments: &[String], logs: &Path, contained: bool) -> Result<Process> {
+        let program = binary("raven-agent")?;
+        let mut command = node.ns.command(if contained { Path::new("unshare") } else { &program });
+        if contained {
+            command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(&program);
+        }
         command.arg("--node-name").arg(&node.name).args(arguments).env("RUST_LOG", log_filter());
         Process::start(format!("agent-{}", node.name), logs, command)
+    }
+
+    /// From the next start on, the agent is the first process of a PID namespace, as in a container: when it ends, the
+    /// kernel kills all of its child processes.
+    pub fn contain(&mut self) {
+        self.contained = true;
     }
 
     /// Kills the agent with SIGKILL.
@@ -37,7 +48,7 @@ impl Agent {
         if self.process.ended()?.is_none() {
             self.process.kill()?;
         }
-        self.process = Self::spawn(&self.node, &self.arguments, &self.logs)?;
+        self.process = Self::spawn(&self.node, &self.arguments, &self.logs, self.contained)?;
         Ok(())
     }
 }
@@ -52,8 +63,8 @@ impl Lab {
     /// Starts the agent of a node with the given arguments (such as `--offline`), which a restart reuses.
     pub fn start_agent_with(&self, node: &str, arguments: Vec<String>) -> Result<Agent> {
         let (node, logs) = (self.node(node).clone(), self.logs());
-        let process = Agent::spawn(&node, &arguments, &logs)?;
-        Ok(Agent { node, process, arguments, logs })
+        let process = Agent::spawn(&node, &arguments, &logs, false)?;
+        Ok(Agent { node, process, arguments, logs, contained: false })
     }
 
     /// Starts the agents of all nodes.

@@ -1,0 +1,102 @@
+//! Tests of the userspace engine in a Pod of its own (DaemonSet `raven-wireguard`).
+
+use std::{net::IpAddr, time::Duration};
+
+use anyhow::{Result, ensure};
+use raven_tests::{Lab, agent, eventually, probe::Flow, process::Process, proof, require_root};
+
+use crate::Running;
+
+/// Starts the engines of all nodes, as the DaemonSet does.
+fn start_engines(lab: &Lab) -> Result<Vec<Process>> {
+    lab.nodes.iter().map(|node| start_engine(lab, &node.name)).collect()
+}
+
+fn start_engine(lab: &Lab, node: &str) -> Result<Process> {
+    let mut command = lab.node(node).ns.command(agent::binary("raven-agent")?);
+    command.arg("wireguard");
+    Process::start(format!("engine-{node}"), &lab.logs(), command)
+}
+
+/// Starts a lab whose agents use the engines of other containers, and waits until all pools are connected.
+async fn start() -> Result<(Running, Vec<Process>)> {
+    let lab = Lab::builder().up().await?;
+    let engines = start_engines(&lab)?;
+    let mut running = Running::begin(lab).await?;
+    for agent in &mut running.agents {
+        agent.contain();
+        agent.arguments.push("--wireguard-engine=external".to_owned());
+        agent.restart()?;
+    }
+    running.check(proof::converged(&running.lab).await.map(drop));
+    Ok((running, engines))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn engine_outlives_the_agents_container() {
+    require_root!();
+    let (mut running, engines) = start().await.expect("start the lab");
+    let (a, b) = (running.lab.pod("x-b").clone(), running.lab.pod("y-b").clone());
+    let there = Flow::start(&a.ns, &b.ns, IpAddr::V4(b.v4), 1000).expect("start a flow");
+    let back = Flow::start(&b.ns, &a.ns, IpAddr::V4(a.v4), 1000).expect("start a flow");
+    // All of them end with all of their processes, as in `kubectl delete pod` of every agent.
+    for agent in &mut running.agents {
+        agent.kill().expect("kill the agent's container");
+    }
+    for agent in &mut running.agents {
+        agent.restart().expect("restart the agent");
+    }
+    for agent in &running.agents {
+        running.check(proof::ready(agent).await);
+    }
+    for flow in [there, back] {
+        let report = running.check(flow.stop().await);
+        assert!(report.sent >= 1000 && report.lost == 0, "{report:?}");
+    }
+    drop(engines);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_engine_is_named_and_configured_again_and_nothing_leaks() {
+    require_root!();
+    let (running, mut engines) = start().await.expect("start the lab");
+    let lab = &running.lab;
+    let internet = proof::record(lab).await.expect("capture the internet");
+    let (from, to) = (lab.pod("x-a"), lab.pod("cloud-b"));
+    let flow = Flow::start(&from.ns, &to.ns, to.v4.into(), 500).expect("start the flow");
+    let place = lab.nodes.iter().position(|node| node.name == "x-a").expect("the node");
+    engines[place].kill().expect("kill the engine");
+    let node = lab.node("x-a");
+    let named = eventually(Duration::from_secs(60), "/readyz names the missing engine", || async {
+        let body = node.ns.sh("curl -s localhost:10275/readyz")?;
+        ensure!(body.contains("DaemonSet raven-wireguard"), "{body}");
+        Ok(())
+    });
+    running.check(named.await);
+    engines[place] = start_engine(lab, "x-a").expect("restart the engine");
+    running.check(proof::converged(lab).await.map(drop));
+    running.check(flow.stop().await);
+    let internet = internet.stop().await.expect("stop the capture");
+    running.check(proof::encrypted(lab, &internet).map(drop));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn member_leaves_an_idle_engine_alone() {
+    require_root!();
+    let (running, mut engines) = start().await.expect("start the lab");
+    let node = running.lab.node("x-b");
+    let index = |running: &Running| running.check(node.ns.sh("cat /sys/class/net/raven-wg0/ifindex"));
+    let before = index(&running);
+    // A run of the agent, which restores the rule.
+    running.check(node.ns.sh("ip rule del pref 100"));
+    let restored = eventually(Duration::from_secs(30), "the rule is restored", || async {
+        node.ns.sh("ip rule show pref 100 | grep -q .").map(drop)
+    });
+    running.check(restored.await);
+    assert_eq!(index(&running), before, "the device was recreated");
+    for engine in &mut engines {
+        running.check(engine.ensure_running());
+        let check = running.lab.agent_command("x-b", &["wireguard", "--check"]);
+        running.check(check.map(drop));
+    }
+}
