@@ -126,7 +126,10 @@ pub async fn run(config: Run) -> Result<()> {
     };
     tokio::select! {
         () = work.run() => Ok(()),
-        result = stop() => result,
+        result = terminated() => {
+            tracing::info!("stopping; the kernel continues to forward");
+            result
+        }
     }
 }
 
@@ -158,10 +161,10 @@ async fn trace(mut flush: impl FnMut()) {
     }
 }
 
-async fn stop() -> Result<()> {
+/// Waits for SIGTERM or SIGINT.
+pub async fn terminated() -> Result<()> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
-    tracing::info!("stopping; the kernel continues to forward");
     Ok(())
 }
 

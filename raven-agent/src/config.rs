@@ -25,6 +25,9 @@ pub enum Command {
         /// Keep the WireGuard key, the last topology and the proxy's certificates.
         #[arg(long)]
         keep_state: bool,
+        /// After a cleanup without errors, wait for SIGTERM, as the program of a Pod.
+        #[arg(long)]
+        stay: bool,
     },
     /// Run the userspace WireGuard engine until SIGTERM; on a node whose kernel has WireGuard, only wait.
     Wireguard {

@@ -24,11 +24,15 @@ fn main() -> ExitCode {
                 result.map_err(anyhow::Error::from)
             })
         }
-        Some(Command::Cleanup { keep_state }) => with_runtime(async {
+        Some(Command::Cleanup { keep_state, stay }) => with_runtime(async {
             let (removed, failed) = cleanup::run(&cli.run.state_dir, keep_state, cli.run.wireguard_engine).await;
             removed.iter().for_each(|what| println!("removed {what}"));
             failed.iter().for_each(|what| eprintln!("cannot remove {what}"));
             anyhow::ensure!(failed.is_empty(), "{} objects could not be removed", failed.len());
+            if stay {
+                println!("nothing of Raven is left on this node");
+                app::terminated().await?;
+            }
             Ok(())
         }),
         None => {
