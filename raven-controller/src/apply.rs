@@ -2,14 +2,17 @@
 //!
 //! Writes are independent: a failed write is returned to the caller and does not prevent others.
 
+use k8s_openapi::api::core::v1::Node;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource};
+use raven_api::GatewayNode;
 use raven_api::gateway::{Gateway, GatewayStatus};
 use raven_api::names::{GROUP, MANAGER_CONTROLLER};
 use serde_json::{Value, json};
 
 use crate::gateway::events::Change;
+use crate::gateway::facts::NodeName;
 use crate::lead::Leadership;
 
 // The API's limit for the note of an Event is 1 kB.
@@ -35,6 +38,14 @@ pub(crate) enum Error {
         verb: &'static str,
         /// Name of the Gateway.
         name: String,
+    },
+    /// The GatewayNode of a removed node is left.
+    #[error("cannot delete GatewayNode {name}, whose Node no longer exists: {source}")]
+    Orphan {
+        /// Name of the GatewayNode.
+        name: NodeName,
+        /// Error of the client.
+        source: Box<kube::Error>,
     },
     /// The status cannot be encoded.
     #[error("cannot encode the status of Gateway {name} as JSON: {source}")]
@@ -88,6 +99,22 @@ impl Writer {
             Ok(_) => Ok(()),
             Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
             Err(e) => Err(error("delete", gateway, e)),
+        }
+    }
+
+    /// Deletes the GatewayNode of a Node that does not exist. Returns false if the Node exists: the controller cannot read
+    /// every Node, and its view may be older.
+    pub(crate) async fn delete_orphan(&self, name: &NodeName) -> Result<bool, Error> {
+        let failed = |e| Error::Orphan { name: name.clone(), source: Box::new(e) };
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        if nodes.get_metadata_opt(name.as_str()).await.map_err(failed)?.is_some() || !self.leadership.is_valid() {
+            return Ok(false);
+        }
+        let orphans: Api<GatewayNode> = Api::all(self.client.clone());
+        match orphans.delete(name.as_str(), &DeleteParams::default()).await {
+            Ok(_) => Ok(true),
+            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(true),
+            Err(e) => Err(failed(e)),
         }
     }
 

@@ -385,6 +385,7 @@ impl Snapshot {
             blocks: BTreeMap::clone(&self.blocks),
             balancers: self.balancers.values().map(|facts| (**facts).clone()).collect(),
             links: self.quarantine.merge(links, Instant::now()),
+            gateway_nodes: self.proxies.keys().cloned().collect(),
             services: self.service_cidrs.iter().copied().collect(),
             api_servers: self.api_servers.iter().copied().collect(),
             rules: self.rules,

@@ -29,7 +29,7 @@ use std::collections::BTreeMap;
 
 use raven_api::gateway::EndpointType;
 
-use facts::{GatewayFacts, GatewayName};
+use facts::{GatewayFacts, GatewayName, NodeName};
 use inputs::Inputs;
 use links::Links;
 use membership::Membership;
@@ -44,6 +44,8 @@ pub(crate) struct Decisions {
     pub(crate) create: Vec<raven_api::Gateway>,
     /// Gateways to delete: created by a pool rule and no longer required.
     pub(crate) delete: Vec<GatewayName>,
+    /// GatewayNodes to delete: their Nodes do not exist, as far as is known.
+    pub(crate) orphans: Vec<NodeName>,
     /// Messages about nodes without a pool whose labels or NodePools suggest one, for the log.
     pub(crate) strays: Vec<String>,
 }
@@ -64,7 +66,8 @@ pub(crate) fn decide(inputs: &Inputs) -> Decisions {
     let cluster = ClusterView::of(inputs, &drafts);
     let gateways =
         drafts.into_iter().map(|draft| (draft.gateway.name.clone(), draft.finish(&cluster, inputs.switches))).collect();
-    Decisions { gateways, create: membership.create, delete: membership.delete, strays: membership.strays }
+    let orphans = inputs.gateway_nodes.iter().filter(|name| !inputs.nodes.contains_key(*name)).cloned().collect();
+    Decisions { gateways, create: membership.create, delete: membership.delete, orphans, strays: membership.strays }
 }
 
 fn draft<'a>(inputs: &'a Inputs, gateway: &'a GatewayFacts, membership: &Membership, links: &Links<'_>) -> Draft<'a> {

@@ -156,6 +156,16 @@ impl Reconciler {
             }
             results.push(result.map(|()| None));
         }
+        for name in &decisions.orphans {
+            match self.writer.delete_orphan(name).await {
+                Ok(false) => {}
+                Ok(true) => {
+                    tracing::info!(node = %name, "deleted the GatewayNode of a node that no longer exists");
+                    results.push(Ok(None));
+                }
+                Err(e) => results.push(Err(e)),
+            }
+        }
         self.account(results, tally).await;
     }
 

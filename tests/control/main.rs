@@ -10,6 +10,7 @@ mod admission;
 mod claims;
 mod election;
 mod fixture;
+mod gateway_nodes;
 mod leader_election;
 mod pools;
 mod protected_prefixes;

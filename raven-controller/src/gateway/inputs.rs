@@ -25,6 +25,8 @@ pub(crate) struct Inputs {
     pub(crate) balancers: Vec<BalancerFacts>,
     /// Reports of gateway nodes about their connections.
     pub(crate) links: LinkReports,
+    /// Names of the readable GatewayNodes.
+    pub(crate) gateway_nodes: BTreeSet<NodeName>,
     /// Ranges of Service addresses.
     pub(crate) services: BTreeSet<IpNet>,
     /// Addresses of the API server.
