@@ -99,9 +99,25 @@ pub(crate) fn command(toolchain: &Toolchain, workspace: &Path, target_dir: &Path
         .args(["--package", "raven-ebpf", "--release", "--target", TARGET, "--target-dir"])
         .arg(target_dir)
         .args(if trace { &["--features", "trace"][..] } else { &[] })
-        // BTF of maps and programs lets bpftool show fields by name.
-        .env("CARGO_ENCODED_RUSTFLAGS", "-Cdebuginfo=2\u{1f}-Clink-arg=--btf\u{1f}-Clinker=bpf-linker\u{1f}-Dwarnings");
+        .env("CARGO_ENCODED_RUSTFLAGS", flags(workspace).join("\u{1f}"));
     cargo
+}
+
+/// Returns the compiler's flags. The object does not depend on the paths of the checkout and of cargo's folder: the
+/// BTF's line information names sources relative to the workspace, where bpf-linker runs and finds their text.
+fn flags(workspace: &Path) -> Vec<String> {
+    // BTF of maps and programs lets bpftool show fields by name.
+    let mut flags =
+        ["-Cdebuginfo=2", "-Clink-arg=--btf", "-Clinker=bpf-linker", "-Dwarnings"].map(str::to_owned).to_vec();
+    flags.push(format!("--remap-path-prefix={}=.", workspace.display()));
+    flags.extend(cargo_home().map(|home| format!("--remap-path-prefix={}=/cargo", home.display())));
+    flags
+}
+
+/// Returns the folder in which cargo unpacks the sources of dependencies.
+pub(crate) fn cargo_home() -> Option<PathBuf> {
+    let default = || Some(PathBuf::from(env::var_os("HOME")?).join(".cargo"));
+    env::var_os("CARGO_HOME").map(PathBuf::from).or_else(default)
 }
 
 /// Returns the path of the object that [`command`] builds.
