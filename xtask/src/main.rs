@@ -15,6 +15,7 @@ mod cycles;
 mod debian_kernel;
 mod demo;
 mod fuzz;
+mod image;
 mod kernel;
 mod lab;
 mod progress;
@@ -47,6 +48,8 @@ enum Command {
     Test(test::Test),
     /// Write the CRD manifests into deploy/crds/ from the Rust types.
     Crds(crds::Crds),
+    /// Make container images of raven-agent and raven-controller, with SBOMs.
+    Image(image::Image),
     /// Find import cycles among the modules of each crate.
     Cycles(cycles::Cycles),
     /// Manage labs for manual work.
@@ -90,6 +93,7 @@ impl Command {
             Self::Fuzz(_) => "fuzz",
             Self::Test(_) => "test",
             Self::Crds(_) => "crds",
+            Self::Image(_) => "image",
             Self::Lab(_) => "lab",
         }
     }
@@ -104,6 +108,7 @@ fn dispatch(command: Command) -> Result<()> {
         Command::Fuzz(fuzz) => fuzz.run(),
         Command::Test(test) => test.run(),
         Command::Crds(crds) => crds.run(),
+        Command::Image(image) => image.run(),
         Command::Cycles(_) => cycles::Cycles::run(),
         Command::Lab(command) => lab::run(command),
     }

@@ -29,7 +29,8 @@ pub(crate) struct Setup {
 impl Setup {
     /// Installs everything that any command needs.
     pub(crate) fn run(self) -> Result<()> {
-        let all = [Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet, Need::Metrics, Need::Vm];
+        let all =
+            [Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet, Need::Metrics, Need::Vm, Need::Image];
         if self.check {
             let missing: Vec<String> = all.iter().flat_map(|need| need.missing()).collect();
             ensure!(missing.is_empty(), "missing: {}", missing.join(", "));
@@ -72,6 +73,8 @@ pub(crate) enum Need {
     Metrics,
     /// Programs that boot other kernels. The kernels themselves are downloaded when they are tested.
     Vm,
+    /// Programs that images contain, and that read their libraries, packages and commit.
+    Image,
 }
 
 /// Installs what is missing. Returns immediately if nothing is.
@@ -155,6 +158,9 @@ impl Need {
                 tool("find", "findutils"),
                 tool("unshare", "util-linux"),
             ],
+            Self::Image => {
+                vec![tool("nft", "nftables"), tool("ldd", "libc-bin"), tool("dpkg-query", "dpkg"), tool("git", "git")]
+            }
         }
     }
 

@@ -204,7 +204,7 @@ fn padding(length: usize) -> usize {
 }
 
 /// Returns the files in the output of `ldd`: `libc.so.6 => /lib/… (0x…)`, and the loader as a path alone.
-fn libraries(ldd: &str) -> BTreeSet<PathBuf> {
+pub fn libraries(ldd: &str) -> BTreeSet<PathBuf> {
     let path = |line: &str| {
         let path = line.split_once("=>").map_or(line, |(_, path)| path).split_whitespace().next()?;
         path.starts_with('/').then(|| PathBuf::from(path))
