@@ -209,11 +209,11 @@ mod tests {
 
     #[test]
     fn references_are_those_of_the_manifests() {
-        let kustomization = include_str!("../../deploy/kustomization.yaml");
-        for program in &PROGRAMS {
-            let (name, tag) = (program.name, env!("CARGO_PKG_VERSION"));
-            let lines = format!("name: {REGISTRY}/{name}\n    newTag: {tag}\n");
-            assert!(kustomization.contains(&lines), "deploy/kustomization.yaml lacks `{lines}`");
+        let deploy = include_str!("../../deploy/kustomization.yaml");
+        let cleanup = include_str!("../../deploy/cleanup/kustomization.yaml");
+        for (file, name) in [(deploy, PROGRAMS[0].name), (deploy, PROGRAMS[1].name), (cleanup, PROGRAMS[0].name)] {
+            let lines = format!("name: {REGISTRY}/{name}\n    newTag: {}\n", env!("CARGO_PKG_VERSION"));
+            assert!(file.contains(&lines), "a kustomization lacks `{lines}`");
         }
     }
 }
