@@ -35,7 +35,11 @@ async fn start() -> Result<(Running, Vec<Process>)> {
 #[tokio::test(flavor = "multi_thread")]
 async fn engine_outlives_the_agents_container() {
     require_root!();
-    let (mut running, engines) = start().await.expect("start the lab");
+    let (mut running, mut engines) = start().await.expect("start the lab");
+    // The engine of a member has no peers, and stays.
+    let idle = running.lab.node("x-b").ns.clone();
+    let index = |running: &Running| running.check(idle.sh("cat /sys/class/net/raven-wg0/ifindex"));
+    let before = index(&running);
     let (a, b) = (running.lab.pod("x-b").clone(), running.lab.pod("y-b").clone());
     let there = Flow::start(&a.ns, &b.ns, IpAddr::V4(b.v4), 1000).expect("start a flow");
     let back = Flow::start(&b.ns, &a.ns, IpAddr::V4(a.v4), 1000).expect("start a flow");
@@ -53,7 +57,11 @@ async fn engine_outlives_the_agents_container() {
         let report = running.check(flow.stop().await);
         assert!(report.sent >= 1000 && report.lost == 0, "{report:?}");
     }
-    drop(engines);
+    assert_eq!(index(&running), before, "the device of the member's engine was recreated");
+    for (node, engine) in running.lab.nodes.iter().zip(&mut engines) {
+        running.check(engine.ensure_running());
+        running.check(running.lab.agent_command(&node.name, &["wireguard", "--check"]).map(drop));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -78,25 +86,4 @@ async fn killed_engine_is_named_and_configured_again_and_nothing_leaks() {
     running.check(flow.stop().await);
     let internet = internet.stop().await.expect("stop the capture");
     running.check(proof::encrypted(lab, &internet).map(drop));
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn member_leaves_an_idle_engine_alone() {
-    require_root!();
-    let (running, mut engines) = start().await.expect("start the lab");
-    let node = running.lab.node("x-b");
-    let index = |running: &Running| running.check(node.ns.sh("cat /sys/class/net/raven-wg0/ifindex"));
-    let before = index(&running);
-    // A run of the agent, which restores the rule.
-    running.check(node.ns.sh("ip rule del pref 100"));
-    let restored = eventually(Duration::from_secs(30), "the rule is restored", || async {
-        node.ns.sh("ip rule show pref 100 | grep -q .").map(drop)
-    });
-    running.check(restored.await);
-    assert_eq!(index(&running), before, "the device was recreated");
-    for engine in &mut engines {
-        running.check(engine.ensure_running());
-        let check = running.lab.agent_command("x-b", &["wireguard", "--check"]);
-        running.check(check.map(drop));
-    }
 }
