@@ -20,8 +20,14 @@ fn main() -> ExitCode {
         Some(Command::Wireguard { check }) => {
             silence_stdout();
             with_runtime(async move {
-                let result = if check { tunnel::check_engine().await } else { engine::serve().await };
-                result.map_err(anyhow::Error::from)
+                if check {
+                    return Ok(tunnel::check_engine().await?);
+                }
+                // The first process of a container ignores SIGTERM without a handler.
+                tokio::select! {
+                    result = engine::serve() => Ok(result?),
+                    result = app::terminated() => result,
+                }
             })
         }
         Some(Command::Cleanup { keep_state, stay }) => with_runtime(async {

@@ -21,10 +21,7 @@ use nix::{
     },
     unistd::Pid,
 };
-use tokio::{
-    signal::unix::{SignalKind, signal as on_signal},
-    sync::oneshot,
-};
+use tokio::sync::oneshot;
 
 use super::Error;
 use crate::{link::Links, names};
@@ -99,21 +96,9 @@ pub async fn stop(device: &str) -> Result<(), Error> {
     deleted.retry(backoff).await.map_err(|e| Error::Engine(e.to_owned()))
 }
 
-/// Runs the engine until SIGTERM, as the program of a container. Where the kernel has WireGuard, it only waits.
+/// Runs the engine, as the program of a container, until it ends. Where the kernel has WireGuard, waits forever.
 pub async fn serve() -> Result<(), Error> {
     let (links, _) = Links::connect()?;
-    // Without handlers, the first process of a container ignores these signals.
-    let failed = |e: std::io::Error| Error::Engine(format!("cannot handle signals: {e}"));
-    let mut term = on_signal(SignalKind::terminate()).map_err(failed)?;
-    let mut int = on_signal(SignalKind::interrupt()).map_err(failed)?;
-    tokio::select! {
-        _ = term.recv() => Ok(()),
-        _ = int.recv() => Ok(()),
-        result = run_if_needed(&links) => result,
-    }
-}
-
-async fn run_if_needed(links: &Links) -> Result<(), Error> {
     if links.has_wireguard(PROBE).await? {
         tracing::info!("the kernel has WireGuard; there is nothing to do on this node");
         return std::future::pending().await;
