@@ -11,8 +11,8 @@ use crate::{
     setup, workspace,
 };
 
-/// Time limit per kernel: twice the longest run under emulation here, for machines that are half as fast.
-const DEADLINE: Duration = Duration::from_secs(2100);
+/// Time limit per kernel: more than twice the longest run under emulation here, for machines that are half as fast.
+const DEADLINE: Duration = Duration::from_secs(1320);
 
 /// Which checks to run on a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
