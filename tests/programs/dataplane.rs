@@ -218,6 +218,12 @@ impl Dataplane {
             .unwrap_or_else(|e| panic!("attach {} to {device}: {e:?}", hook.program()));
     }
 
+    /// Returns the number of instructions that the verifier followed when it loaded a program; since Linux 5.16.
+    pub(crate) fn verified_instructions(&self, hook: Hook) -> Option<u32> {
+        let program = self.ebpf.program(hook.program()).expect("the object has the program");
+        program.info().expect("read the program's information").verified_instruction_count()
+    }
+
     fn tc(&self, hook: Hook) -> &SchedClassifier {
         self.ebpf.program(hook.program()).expect("the object has the program").try_into().expect("a classifier")
     }

@@ -6,7 +6,7 @@
 //! compares. A test run has no tunnel metadata, redirects or outer headers: these are tested with real devices in
 //! two namespaces, by [`testbed`].
 //!
-//! One module per program follows, and [`mutations`] for all of them. Nothing is pinned, so tests are independent.
+//! One module per program follows, and [`mutations`] and [`verifier`] for all of them. Nothing is pinned, so tests are independent.
 
 #![forbid(unsafe_code)]
 
@@ -23,3 +23,4 @@ mod tunnel_egress;
 mod tunnel_ingress;
 mod uplink_ingress;
 mod uplink_xdp;
+mod verifier;

@@ -1,0 +1,21 @@
+//! What the programs cost when an agent loads them.
+
+use raven_agent::bpf::Hook;
+use raven_tests::require_root;
+
+use crate::{dataplane::Dataplane, topology};
+
+/// Limit of instructions that the verifier follows per program; 6,100 are needed (Linux 6.18). A program with branches
+/// that it cannot prune needs a hundred times as many: seconds of each agent's start on a small node.
+const LIMIT: u32 = 10_000;
+
+#[test]
+fn programs_are_cheap_to_verify() {
+    require_root!();
+    let dataplane = Dataplane::load(topology::gateway());
+    for hook in Hook::ALL {
+        // Kernels before 5.16 do not report it.
+        let Some(verified) = dataplane.verified_instructions(hook) else { continue };
+        assert!(verified > 0 && verified < LIMIT, "{}: {verified} instructions", hook.program());
+    }
+}
