@@ -3,7 +3,6 @@
 
 use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::path::Path;
-use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
@@ -329,7 +328,7 @@ fn fresh_controller() -> Result<()> {
         }
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("");
         let profile = if cfg!(debug_assertions) { "dev" } else { "release" };
-        let built = Command::new(env!("CARGO"))
+        let built = raven_tests::cargo::command()
             .current_dir(workspace)
             .args(["build", "-q", "-p", "raven-controller", "--profile", profile])
             .output();

@@ -1,8 +1,6 @@
 //! `cargo xtask bench`: prints ratios to a baseline measured in the same run. `raven-bench` (tests/bench/)
 //! does the measurements.
 
-use std::process::Command;
-
 use anyhow::{Context, Result, ensure};
 
 use crate::{
@@ -45,7 +43,7 @@ impl Bench {
     pub(crate) fn run(self) -> Result<()> {
         setup::ensure(&[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes])?;
         build(self.what)?;
-        let mut bench = Command::new("cargo");
+        let mut bench = raven_tests::cargo::command();
         bench.current_dir(workspace()).args(["bench", "--quiet", "-p", "raven-tests", "--bench", "raven-bench"]);
         if self.what == What::Transit {
             // The measured code is in the kernel, so an optimised build of the benchmark program has no effect.
@@ -75,7 +73,7 @@ impl Bench {
 
 /// Builds the programs to measure; raven-agent contains the eBPF objects.
 fn build(what: What) -> Result<()> {
-    let mut cargo = Command::new("cargo");
+    let mut cargo = raven_tests::cargo::command();
     cargo.current_dir(workspace()).args(["build", "-p", "raven-agent"]);
     if what != What::Transit {
         cargo.args(["--release", "-p", "raven-controller"]);

@@ -37,7 +37,7 @@ pub(crate) fn vm_tests() -> Result<()> {
 }
 
 fn cargo_build(arguments: &[&str]) -> Command {
-    let mut cargo = Command::new("cargo");
+    let mut cargo = raven_tests::cargo::command();
     cargo.current_dir(workspace()).arg("build").args(arguments);
     if !cfg!(debug_assertions) {
         cargo.arg("--release");

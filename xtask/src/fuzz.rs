@@ -35,7 +35,7 @@ impl Fuzz {
         let folder = workspace().join("tests/fuzz");
         let target = workspace().join("target/fuzz");
         // With an explicit target, build scripts and macros are built with their usual flags.
-        let mut cargo = Command::new("cargo");
+        let mut cargo = raven_tests::cargo::command();
         cargo.args(["build", "--release", "--target", HOST, "--manifest-path"]).arg(folder.join("Cargo.toml"));
         cargo.env("CARGO_TARGET_DIR", &target).env("RUSTFLAGS", FLAGS);
         progress::run("building the fuzz targets", &mut cargo)?;

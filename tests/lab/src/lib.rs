@@ -22,6 +22,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub mod agent;
 pub mod capture;
+pub mod cargo;
 pub mod cli;
 pub mod eventually;
 pub mod evidence;

@@ -1,9 +1,6 @@
 //! Compiles the programs of the images.
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
@@ -16,7 +13,7 @@ const PROFILE: &str = "image";
 /// Compiles the programs for the machine. Returns the folder that contains them.
 pub(crate) fn programs(names: &[&str], machine: &Machine) -> Result<PathBuf> {
     let triple = machine.arch.triple();
-    let mut cargo = Command::new("cargo");
+    let mut cargo = raven_tests::cargo::command();
     cargo.current_dir(workspace()).args(["build", "--locked", "--profile", PROFILE, "--target", triple]);
     names.iter().for_each(|name| _ = cargo.args(["--package", name]));
     let target = std::path::absolute(target_dir())?;

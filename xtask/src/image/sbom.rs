@@ -102,7 +102,7 @@ fn crates(program: &Program, triple: &str) -> Result<BTreeMap<Key, Crate>> {
 /// Returns the crates that are linked into a program. `cargo metadata` resolves features for the whole workspace, tests
 /// included; `cargo tree` resolves them for this program, as its build does.
 fn linked(program: &str, triple: &str) -> Result<BTreeSet<Key>> {
-    let mut tree = Command::new("cargo");
+    let mut tree = raven_tests::cargo::command();
     tree.current_dir(workspace()).args(["tree", "--locked", "--package", program, "--target", triple]);
     tree.args(["--edges", "normal,no-proc-macro", "--prefix", "none", "--format", "{p}"]);
     output_of(&mut tree)?.lines().filter(|line| !line.is_empty()).map(key).collect()
