@@ -100,9 +100,11 @@ pub async fn run(config: Run) -> Result<()> {
     let proxy = Proxy::new(proxy, client.clone(), plans.subscribe(), proxied.clone(), stats.clone(), intercepted);
     let proxy_runtime = ProxyRuntime::new()?;
     proxy_runtime.0.as_ref().map(|runtime| runtime.spawn(proxy.run()));
+    let outages = api_watch::Outages::default();
     if let Some(client) = client {
+        let watch_outages = outages.clone();
         let (watched, namespace, inputs) = (client.clone(), config.namespace.clone(), inputs.clone());
-        tokio::spawn(async move { api_watch::run(watched, &namespace, inputs).await });
+        tokio::spawn(async move { api_watch::run(watched, &namespace, inputs, watch_outages).await });
         tokio::spawn(observe::publish(
             client,
             config.node_name.clone(),
@@ -113,7 +115,7 @@ pub async fn run(config: Run) -> Result<()> {
     }
     let drops = observe::Drops::default();
     tokio::spawn(drops.clone().read());
-    let sources = observe::admin::Sources { latest, proxy: proxied.subscribe(), drops, stats };
+    let sources = observe::admin::Sources { latest, proxy: proxied.subscribe(), drops, stats, outages };
     tokio::spawn(observe::admin::serve(config.metric_bind_addr, sources.clone()));
     tokio::spawn(observe::admin::serve(config.health_probe_addr, sources));
     let work = Loop {

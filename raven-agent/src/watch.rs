@@ -3,7 +3,15 @@
 //!
 //! Nodes and Pods are never watched, so that ten thousand agents cost the API server little.
 
-use std::{fmt::Debug, net::IpAddr, time::Duration};
+mod outages;
+
+use std::{
+    fmt::Debug,
+    net::IpAddr,
+    time::{Duration, Instant as StdInstant},
+};
+
+pub use outages::Outages;
 
 use futures::{
     StreamExt, TryStreamExt,
@@ -42,18 +50,20 @@ const BURST: Duration = Duration::from_secs(1);
 /// `Some`: the named list is complete. `None`: an object changed.
 type Progress = Option<&'static str>;
 
-/// Runs until the process ends. The last inputs stay valid while the API server is unavailable.
-pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<Inputs>>) {
+/// Runs until the process ends. The last inputs stay valid while the API server is unavailable; `outages` records how
+/// long that has been.
+pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<Inputs>>, outages: Outages) {
     let all = watcher::Config::default;
     let named = |name: &str| watcher::Config::default().fields(&format!("metadata.name={name}"));
     let configs: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), API_SERVER_NAMESPACE);
-    let (gateways, a) = reflected("Gateways", Api::<Gateway>::all(client.clone()), all());
-    let (nodes, b) = reflected("GatewayNodes", Api::<Guarded<GatewayNode>>::all(client), all());
-    let (switches, c) = reflected(SWITCHES_CONFIG_MAP, configs.clone(), named(SWITCHES_CONFIG_MAP));
-    let (agent, d) = reflected(AGENT_CONFIG_MAP, configs.clone(), named(AGENT_CONFIG_MAP));
-    let (ca, e) = reflected(CA_NAME, configs, named(CA_NAME));
-    let (api_servers, f) = reflected(API_SERVERS, slices, named(API_SERVER_SLICE));
+    let (gateways, a) = reflected("Gateways", Api::<Gateway>::all(client.clone()), all(), &outages);
+    let (nodes, b) = reflected("GatewayNodes", Api::<Guarded<GatewayNode>>::all(client), all(), &outages);
+    let (switches, c) = reflected(SWITCHES_CONFIG_MAP, configs.clone(), named(SWITCHES_CONFIG_MAP), &outages);
+    let (agent, d) = reflected(AGENT_CONFIG_MAP, configs.clone(), named(AGENT_CONFIG_MAP), &outages);
+    let (ca, e) = reflected(CA_NAME, configs, named(CA_NAME), &outages);
+    // Its outages do not count, because the agent works without it.
+    let (api_servers, f) = reflected(API_SERVERS, slices, named(API_SERVER_SLICE), &Outages::default());
     let mut reported = UnreadableLog::new("GatewayNode");
     let mut incomplete = vec!["Gateways", "GatewayNodes", SWITCHES_CONFIG_MAP, AGENT_CONFIG_MAP, CA_NAME];
     let mut events = stream::select_all([a, b, c, d, e, f]);
@@ -118,17 +128,20 @@ fn reflected<K>(
     what: &'static str,
     api: Api<K>,
     config: watcher::Config,
+    outages: &Outages,
 ) -> (reflector::Store<K>, BoxStream<'static, Progress>)
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
 {
     let (store, writer) = reflector::store();
+    let outages = outages.clone();
     let events = watcher(api, config)
         .default_backoff()
         .reflect(writer)
-        .inspect_err(
-            move |e| tracing::warn!(list = what, error = %e, "watch failed; the last seen objects stay in use until it is restored"),
-        )
+        .inspect_err(move |e| {
+            tracing::warn!(list = what, error = %e, "watch failed; the last seen objects stay in use until it is restored");
+            outages.record(what, e.to_string(), StdInstant::now());
+        })
         .filter_map(move |event| async move {
             match event.ok()? {
                 watcher::Event::InitDone => Some(Some(what)),

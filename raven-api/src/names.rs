@@ -27,6 +27,8 @@ pub const MANAGER_AGENT: &str = "raven-agent";
 pub const DEFAULT_NAMESPACE: &str = "kube-system";
 /// ServiceAccount of the agents.
 pub const AGENT_SERVICE_ACCOUNT: &str = "raven-agent-account";
+/// Label selector of the agents' Pods, as in deploy/agent.yaml.
+pub const AGENT_PODS: &str = "app.kubernetes.io/name=raven-agent";
 
 /// ConfigMap with the cluster-wide switches [`SWITCH_L3`] and [`SWITCH_L7`].
 pub const SWITCHES_CONFIG_MAP: &str = "raven-cfg";

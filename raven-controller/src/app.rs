@@ -87,7 +87,11 @@ pub async fn run(config: Config, client: Client, stop: CancellationToken) -> Res
         Some(webhook) => Some((serve::Server::bind(webhook.listen, serving_identity.clone()).await?, webhook)),
         None => None,
     };
-    let settings = DecisionSettings { rules: config.auto_gateways, service_cidrs: config.service_cidr.clone() };
+    let settings = DecisionSettings {
+        rules: config.auto_gateways,
+        agent_timeout: config.agent_timeout,
+        service_cidrs: config.service_cidr.clone(),
+    };
     let cluster = Cluster::new(settings);
     let (updates_tx, updates) = mpsc::channel(UPDATES);
     let (snapshots_tx, snapshots) = channel::channel(Arc::new(cluster.snapshot()));

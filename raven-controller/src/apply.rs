@@ -2,17 +2,21 @@
 //!
 //! Writes are independent: a failed write is returned to the caller and does not prevent others.
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource};
 use raven_api::GatewayNode;
+use raven_api::condition::ConditionType;
 use raven_api::gateway::{Gateway, GatewayStatus};
 use raven_api::names::{GROUP, MANAGER_CONTROLLER};
 use serde_json::{Value, json};
 
 use crate::gateway::events::Change;
 use crate::gateway::facts::NodeName;
+use crate::gateway::status::{AGENT_NOT_READY, find_agents};
 use crate::lead::Leadership;
 
 // The API's limit for the note of an Event is 1 kB.
@@ -42,6 +46,14 @@ pub(crate) enum Error {
     /// The GatewayNode of a removed node is left.
     #[error("cannot delete GatewayNode {name}, whose Node no longer exists: {source}")]
     Orphan {
+        /// Name of the GatewayNode.
+        name: NodeName,
+        /// Error of the client.
+        source: Box<kube::Error>,
+    },
+    /// The GatewayNode of a node without an agent still reports Ready.
+    #[error("cannot set the conditions of GatewayNode {name}, whose agent does not work: {source}")]
+    GatewayNode {
         /// Name of the GatewayNode.
         name: NodeName,
         /// Error of the client.
@@ -116,6 +128,30 @@ impl Writer {
             Err(kube::Error::Api(status)) if status.is_not_found() => Ok(true),
             Err(e) => Err(failed(e)),
         }
+    }
+
+    /// Replaces the conditions of a GatewayNode by Ready Unknown. The agent writes all of them again when it works.
+    pub(crate) async fn silent(&self, name: &NodeName, now: Timestamp) -> Result<(), Error> {
+        let message = format!(
+            "the agent of this node has not been Ready for some time, so its last report may be out of date: {}",
+            find_agents(&[name.as_str()])
+        );
+        let condition = Condition {
+            type_: ConditionType::Ready.as_str().to_owned(),
+            status: "Unknown".to_owned(),
+            reason: AGENT_NOT_READY.to_owned(),
+            message,
+            last_transition_time: Time(now),
+            observed_generation: None,
+        };
+        let object = json!({
+            "apiVersion": GatewayNode::api_version(&()), "kind": GatewayNode::kind(&()),
+            "metadata": { "name": name.as_str() }, "status": { "conditions": [condition] },
+        });
+        let failed = |e| Error::GatewayNode { name: name.clone(), source: Box::new(e) };
+        let nodes: Api<GatewayNode> = Api::all(self.client.clone());
+        let params = PatchParams::apply(MANAGER_CONTROLLER).force();
+        nodes.patch_status(name.as_str(), &params, &Patch::Apply(object)).await.map(drop).map_err(failed)
     }
 
     /// Writes a status, unless the Gateway was changed since the decision.

@@ -7,10 +7,10 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::{ConfigMap, Node, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::core::DynamicObject;
@@ -21,10 +21,12 @@ use raven_api::guarded::Unreadable;
 use raven_api::pool::{NodePoolSpec, NodePoolStatus};
 use raven_api::{Gateway, Guarded};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::sleep_until;
 
+use crate::gateway::agents::{self, Absences};
 use crate::gateway::facts::{
-    BalancerFacts, BlockFacts, GatewayFacts, GatewayName, LinkFacts, LinkReports, NodeFacts, NodeName, PoolFacts,
-    Switches, parse_prefix,
+    AgentFacts, BalancerFacts, BlockFacts, GatewayFacts, GatewayName, LinkFacts, LinkReports, NodeFacts, NodeName,
+    PoolFacts, Switches, parse_prefix,
 };
 use crate::gateway::inputs::Inputs;
 use crate::gateway::links::Quarantine;
@@ -46,6 +48,10 @@ pub(crate) enum Update {
     Written(Vec<Gateway>, oneshot::Sender<()>),
     /// Event of the watch of Nodes.
     Node(Event<Guarded<Node>>),
+    /// Event of the watch of the agents' Pods.
+    Agent(Event<Guarded<Pod>>),
+    /// Pods cannot be listed: every node counts as one with an agent.
+    AgentsUnavailable,
     /// Event of the watch of GatewayNodes.
     GatewayNode(Event<ObservedGatewayNode>),
     /// GatewayNodes cannot be listed: no node counts as cut off.
@@ -189,12 +195,20 @@ impl<K: Ord + Clone, V: PartialEq> Cache<K, V> {
 }
 
 /// Settings of the command line that affect decisions.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct DecisionSettings {
     /// The three pool rules create Gateways.
     pub(crate) rules: bool,
+    /// Time after which a node without a Ready agent is replaced.
+    pub(crate) agent_timeout: Duration,
     /// Ranges of Service addresses, in addition to those of the API server.
     pub(crate) service_cidrs: Vec<IpNet>,
+}
+
+impl Default for DecisionSettings {
+    fn default() -> Self {
+        Self { rules: false, agent_timeout: agents::TIMEOUT, service_cidrs: Vec::new() }
+    }
 }
 
 /// Facts of the cluster, maintained from updates.
@@ -202,6 +216,8 @@ pub(crate) struct DecisionSettings {
 pub(crate) struct Cluster {
     gateways: Cache<GatewayName, GatewayFacts>,
     nodes: Cache<NodeName, NodeFacts>,
+    agents: Cache<String, AgentFacts>,
+    absences: Absences,
     pools: Cache<String, PoolFacts>,
     switches: Cache<String, Switches>,
     blocks: Cache<String, BlockFacts>,
@@ -222,6 +238,8 @@ impl Cluster {
         Self {
             gateways: Cache::new(),
             nodes: Cache::new(),
+            agents: Cache::new(),
+            absences: Absences::new(settings.agent_timeout),
             pools: Cache::new(),
             switches: Cache::new(),
             blocks: Cache::new(),
@@ -251,6 +269,8 @@ impl Cluster {
             Update::Gateway(Event::Apply(gateway)) => self.absorb_gateway(gateway),
             Update::Gateway(event) => self.gateways.absorb(event, parse_gateway),
             Update::Node(event) => self.nodes.absorb(event, |node| parse_guarded(node, |node| NodeFacts::parse(&node))),
+            Update::Agent(event) => self.agents.absorb(event, |pod| parse_guarded(pod, |pod| AgentFacts::parse(&pod))),
+            Update::AgentsUnavailable => self.agents.clear(),
             Update::GatewayNode(event) => self.absorb_gateway_node(&event),
             Update::GatewayNodesUnavailable => self.links.clear(),
             Update::Pool(event) => self.pools.absorb(event, |pool| parse_guarded(pool, |pool| Some(parse_pool(&pool)))),
@@ -299,6 +319,11 @@ impl Cluster {
         self.proxies.absorb(event.clone(), |node| (node.name, node.proxy)) || links_changed
     }
 
+    /// Updates since when nodes have no Ready agent. Once per batch, because it considers all nodes.
+    fn update_absences(&mut self) {
+        self.absences.update(self.nodes.facts.keys(), &self.agents.facts, Instant::now());
+    }
+
     /// Returns the present state. Cheap: facts are shared.
     pub(crate) fn snapshot(&self) -> Snapshot {
         let Self {
@@ -333,6 +358,7 @@ impl Cluster {
             balancers: balancers.facts.clone(),
             links: links.facts.clone(),
             quarantine: self.quarantine.clone(),
+            absences: self.absences.clone(),
             proxies: proxies.facts.clone(),
             internal_service: internal_service.facts.values().flat_map(|list| list.iter()).copied().collect(),
             service_cidrs: service_cidrs
@@ -365,6 +391,7 @@ pub(crate) struct Snapshot {
     balancers: Facts<String, BalancerFacts>,
     links: Facts<NodeName, LinkFacts>,
     quarantine: Quarantine,
+    absences: Absences,
     proxies: Facts<NodeName, Option<ProxyStatus>>,
     internal_service: Vec<IpAddr>,
     service_cidrs: Vec<IpNet>,
@@ -385,6 +412,7 @@ impl Snapshot {
             blocks: BTreeMap::clone(&self.blocks),
             balancers: self.balancers.values().map(|facts| (**facts).clone()).collect(),
             links: self.quarantine.merge(links, Instant::now()),
+            without_agent: self.absences.nodes(Instant::now()),
             gateway_nodes: self.proxies.keys().cloned().collect(),
             services: self.service_cidrs.iter().copied().collect(),
             api_servers: self.api_servers.iter().copied().collect(),
@@ -428,15 +456,23 @@ impl Snapshot {
     }
 }
 
-/// Absorbs updates and publishes a snapshot after each batch that changed a fact. Ends when all senders of
-/// updates are dropped.
+/// Absorbs updates and publishes a snapshot after each batch that changed a fact, and when a node has had no Ready agent
+/// for too long. Ends when all senders of updates are dropped.
 pub(crate) async fn run(
     mut cluster: Cluster,
     mut updates: mpsc::Receiver<Update>,
     snapshots: watch::Sender<Arc<Snapshot>>,
 ) {
     let mut batch = Vec::with_capacity(BATCH);
-    while updates.recv_many(&mut batch, BATCH).await > 0 {
+    loop {
+        let timeout = cluster.absences.next_timeout(Instant::now());
+        tokio::select! {
+            received = updates.recv_many(&mut batch, BATCH) => if received == 0 { return },
+            () = sleep_until(timeout.unwrap_or_else(Instant::now).into()), if timeout.is_some() => {
+                cluster.revision += 1;
+                snapshots.send_replace(Arc::new(cluster.snapshot()));
+            }
+        }
         let (mut changed, mut waiting) = (false, Vec::new());
         for update in batch.drain(..) {
             let (update, absorbed) = match update {
@@ -450,6 +486,7 @@ pub(crate) async fn run(
             waiting.extend(absorbed);
         }
         if changed {
+            cluster.update_absences();
             snapshots.send_replace(Arc::new(cluster.snapshot()));
         }
         for absorbed in waiting {

@@ -2,10 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use hyper::Uri;
 use ipnet::IpNet;
+use jiff::SignedDuration;
 
 /// Elect gateway nodes, assign nodes and prefixes to pools, and report the state in each Gateway's status.
 #[derive(Parser, Clone, Debug)]
@@ -29,6 +31,9 @@ pub struct Config {
     /// Create Gateways by the three pool rules for nodes that no Gateway claims.
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
     pub auto_gateways: bool,
+    /// Replace a gateway node whose agent's Pod is not Ready for this long, if another candidate has a Ready one.
+    #[arg(long, default_value = "2m", value_parser = parse_duration, value_name = "DURATION")]
+    pub agent_timeout: Duration,
     /// Protect these ranges of Service addresses, in addition to ServiceCIDR objects (Kubernetes 1.33 and later);
     /// repeatable or comma-separated.
     #[arg(long, value_name = "PREFIX", value_delimiter = ',')]
@@ -83,6 +88,11 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
     full.parse().map_err(|e| format!("{e}: expected ADDRESS:PORT or :PORT"))
 }
 
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let duration: SignedDuration = text.parse().map_err(|e| format!("{e}: expected a duration such as 90s or 2m"))?;
+    Duration::try_from(duration).map_err(|_| "a duration cannot be negative".to_owned())
+}
+
 fn parse_listen_or_off(text: &str) -> Result<Listen, String> {
     if text == "off" { Ok(Listen::Off) } else { parse_listen(text).map(Listen::At) }
 }
@@ -113,6 +123,17 @@ mod tests {
         assert_eq!(url("https://10.0.0.5:9443"), Ok(Some("https://10.0.0.5:9443/".to_owned())));
         for bad in ["http://10.0.0.5:9443", "https://10.0.0.5:9443/convert", "10.0.0.5:9443"] {
             assert!(url(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn agent_timeout_is_a_duration_and_has_a_default() {
+        let parse =
+            |args: &[&str]| Config::try_parse_from([&["raven-controller"], args].concat()).map(|c| c.agent_timeout);
+        assert_eq!(parse(&[]).ok(), Some(crate::gateway::agents::TIMEOUT));
+        assert_eq!(parse(&["--agent-timeout=90s"]).ok(), Some(Duration::from_secs(90)));
+        for bad in ["--agent-timeout=90", "--agent-timeout=-5s", "--agent-timeout=soon"] {
+            assert!(parse(&[bad]).is_err(), "{bad}");
         }
     }
 

@@ -5,9 +5,10 @@
 //! Previous elections are read from the status of each Gateway.
 //!
 //! Modules in the order of the computation: [`membership`] and [`rules`] assign nodes to Gateways, [`elect`] elects
-//! gateway nodes (using [`links`] to replace nodes that are cut off), [`prefixes`] assigns prefixes (using [`claims`]
+//! gateway nodes (using [`links`] and [`agents`] to replace nodes that are cut off or have no agent), [`prefixes`] assigns prefixes (using [`claims`]
 //! and [`protected`]), [`status`] computes the conditions, and [`events`] derives Events from the new status.
 
+pub(crate) mod agents;
 pub(crate) mod claims;
 pub(crate) mod elect;
 pub(crate) mod events;
@@ -46,6 +47,8 @@ pub(crate) struct Decisions {
     pub(crate) delete: Vec<GatewayName>,
     /// GatewayNodes to delete: their Nodes do not exist, as far as is known.
     pub(crate) orphans: Vec<NodeName>,
+    /// GatewayNodes that still report Ready, although no agent works on their nodes.
+    pub(crate) silent: Vec<NodeName>,
     /// Messages about nodes without a pool whose labels or NodePools suggest one, for the log.
     pub(crate) strays: Vec<String>,
 }
@@ -67,14 +70,23 @@ pub(crate) fn decide(inputs: &Inputs) -> Decisions {
     let gateways =
         drafts.into_iter().map(|draft| (draft.gateway.name.clone(), draft.finish(&cluster, inputs.switches))).collect();
     let orphans = inputs.gateway_nodes.iter().filter(|name| !inputs.nodes.contains_key(*name)).cloned().collect();
-    Decisions { gateways, create: membership.create, delete: membership.delete, orphans, strays: membership.strays }
+    let reports_ready = |name: &&NodeName| inputs.links.get(*name).is_some_and(|facts| facts.ready == Some(true));
+    let silent = inputs.without_agent.iter().filter(reports_ready).cloned().collect();
+    Decisions {
+        gateways,
+        create: membership.create,
+        delete: membership.delete,
+        orphans,
+        silent,
+        strays: membership.strays,
+    }
 }
 
 fn draft<'a>(inputs: &'a Inputs, gateway: &'a GatewayFacts, membership: &Membership, links: &Links<'_>) -> Draft<'a> {
     let (nodes, mut refusals) = membership.pool_of(inputs, gateway);
     let (addressed, unaddressed): (Vec<_>, Vec<_>) = nodes.iter().copied().partition(|node| node.address.is_some());
-    let mut tunnel = elect::elect(gateway, EndpointType::Tunnel, &addressed, links, inputs.switches.l3);
-    let mut proxy = elect::elect(gateway, EndpointType::Proxy, &addressed, links, inputs.switches.l7);
+    let mut tunnel = elect::elect(inputs, gateway, EndpointType::Tunnel, &addressed, links);
+    let mut proxy = elect::elect(inputs, gateway, EndpointType::Proxy, &addressed, links);
     tunnel.add_load_balancers(inputs, gateway);
     proxy.add_load_balancers(inputs, gateway);
     refusals.extend(elect::refused_endpoints(inputs, gateway, &nodes));

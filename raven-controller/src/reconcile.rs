@@ -166,6 +166,13 @@ impl Reconciler {
                 Err(e) => results.push(Err(e)),
             }
         }
+        for name in &decisions.silent {
+            let result = self.writer.silent(name, Timestamp::now()).await;
+            if result.is_ok() {
+                tracing::warn!(node = %name, "no agent works on this node; its GatewayNode is no longer Ready");
+            }
+            results.push(result.map(|()| None));
+        }
         self.account(results, tally).await;
     }
 

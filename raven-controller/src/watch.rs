@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt};
-use k8s_openapi::api::core::v1::{ConfigMap, Node, Service};
+use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -17,7 +17,7 @@ use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource, ResourceExt};
 use raven_api::guarded::{Guarded, UnreadableLog};
-use raven_api::names::{API_SERVER_NAMESPACE, API_SERVER_SLICE, SWITCHES_CONFIG_MAP};
+use raven_api::names::{AGENT_PODS, API_SERVER_NAMESPACE, API_SERVER_SLICE, SWITCHES_CONFIG_MAP};
 use raven_api::proxy::{INTERNAL_SERVICE, LABEL_GATEWAY_TYPE};
 use raven_api::{Gateway, GatewayNode};
 use serde::de::DeserializeOwned;
@@ -78,6 +78,11 @@ pub(crate) fn tasks(
     let services = || Api::<Service>::namespaced(client(), namespace);
     let gateways = events(Api::<Gateway>::all(client()), all());
     let nodes = guarded("Node", Api::<Guarded<Node>>::all(client()), all());
+    let agents = guarded(
+        "Pod",
+        Api::<Guarded<Pod>>::namespaced(client(), namespace),
+        watcher::Config::default().labels(AGENT_PODS),
+    );
     let config_maps = Api::<ConfigMap>::namespaced(client(), namespace);
     let switches = events(config_maps, named(SWITCHES_CONFIG_MAP));
     // Two watches of Services with different selectors. Upstream's load balancers lack the label of the controller, so
@@ -89,6 +94,10 @@ pub(crate) fn tasks(
     vec![
         ("watch of Gateways", follow("Gateway", gateways, send(), Update::Gateway, None).boxed()),
         ("watch of Nodes", follow("Node", nodes, send(), Update::Node, None).boxed()),
+        (
+            "watch of the agents' Pods",
+            follow("Pod", agents, send(), Update::Agent, Some(|| Update::AgentsUnavailable)).boxed(),
+        ),
         (
             "watch of ConfigMap raven-cfg",
             follow("ConfigMap", switches, send(), Update::Switches, Some(|| Update::SwitchesUnavailable)).boxed(),

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod admission;
+mod agents;
 mod claims;
 mod election;
 mod fixture;

@@ -1,6 +1,10 @@
 //! HTTP for operators and machines: `/metrics`, `/status`, `/drops`, `/connections`, `/healthz` and `/readyz`.
 
-use std::{convert::Infallible, net::SocketAddr, time::Duration};
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use http_body_util::Full;
 use hyper::{Request, Response, StatusCode, body::Bytes, server::conn::http1, service::service_fn};
@@ -8,7 +12,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpListener, sync::watch};
 
 use super::{Drops, metrics, publish::Latest, status};
-use crate::proxy::{ProxyReport, stats::Stats};
+use crate::{
+    proxy::{ProxyReport, stats::Stats},
+    watch::Outages,
+};
 
 /// Timeout for the head of a request.
 const HEAD: Duration = Duration::from_secs(5);
@@ -28,6 +35,8 @@ pub struct Sources {
     pub drops: Drops,
     /// Counters of the proxy.
     pub stats: Stats,
+    /// Outages of the watches of the API server.
+    pub outages: Outages,
 }
 
 /// Serves all paths on `address` until the process ends. A failure to listen is logged and does not affect forwarding.
@@ -77,10 +86,9 @@ fn answer<B>(request: &Request<B>, sources: &Sources) -> Response<Full<Bytes>> {
     match (request.uri().path(), &report) {
         ("/healthz", _) => health(report.map(|r| r.ended.elapsed())),
         ("/readyz" | "/status", None) => text(StatusCode::SERVICE_UNAVAILABLE, "waiting for the topology\n".to_owned()),
-        ("/readyz", Some(r)) if r.failures.is_empty() => text(StatusCode::OK, "ok\n".to_owned()),
         ("/readyz", Some(r)) => {
-            let failures: String = r.failures.iter().map(|failure| format!("{failure}\n")).collect();
-            text(StatusCode::SERVICE_UNAVAILABLE, failures)
+            let failures = r.failures.iter().map(ToString::to_string);
+            readiness(failures.chain(sources.outages.long(Instant::now())))
         }
         ("/status", Some(r)) => text(StatusCode::OK, status::render(r, sources.proxy.borrow().as_ref())),
         ("/metrics", _) => match metrics::render(report.as_deref(), &sources.stats) {
@@ -94,6 +102,15 @@ fn answer<B>(request: &Request<B>, sources: &Sources) -> Response<Full<Bytes>> {
             text(StatusCode::NOT_FOUND, paths.to_owned())
         }
     }
+}
+
+/// Ready if nothing is wrong; else lists what is, one line each.
+fn readiness(problems: impl Iterator<Item = String>) -> Response<Full<Bytes>> {
+    let lines: String = problems.map(|problem| format!("{problem}\n")).collect();
+    if lines.is_empty() {
+        return text(StatusCode::OK, "ok\n".to_owned());
+    }
+    text(StatusCode::SERVICE_UNAVAILABLE, lines)
 }
 
 /// `age`: time since the last run ended, if there was one.

@@ -92,8 +92,11 @@ fn complete_once_every_kind_is_listed_or_unavailable() {
 
 #[test]
 fn protected_prefixes_stay_while_they_are_unavailable() {
-    let mut cluster =
-        Cluster::new(DecisionSettings { rules: true, service_cidrs: vec!["10.97.0.0/16".parse().expect("a prefix")] });
+    let mut cluster = Cluster::new(DecisionSettings {
+        rules: true,
+        service_cidrs: vec!["10.97.0.0/16".parse().expect("a prefix")],
+        ..Default::default()
+    });
     let range = serde_json::from_value(
         serde_json::json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16", "fd00:96::/112"]}}),
     );

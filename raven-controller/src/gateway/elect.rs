@@ -2,7 +2,7 @@
 //!
 //! The election is sticky because each change of a gateway node breaks the flows that it carries: a preferred node that
 //! becomes ready again does not replace the elected one. A node that is cut off from all other pools
-//! ([`links`](super::links)) is replaced.
+//! ([`links`](super::links)) or on which no agent works ([`agents`](super::agents)) is replaced.
 //!
 //! If no candidate is ready, the previously elected nodes stay elected. A site that loses only its connection to the
 //! API server looks like this: all its nodes become NotReady at once, while its tunnel may still carry traffic, and no
@@ -33,6 +33,8 @@ pub(crate) struct Election {
     pub(crate) elected: Vec<Endpoint>,
     /// True if no candidate is ready and the previously elected nodes stay elected.
     pub(crate) kept: bool,
+    /// Elected nodes on which no agent works: no candidate with an agent is left.
+    pub(crate) without_agent: Vec<String>,
 }
 
 impl Election {
@@ -61,15 +63,18 @@ impl Election {
     }
 }
 
-/// Elects endpoints of one type among `nodes`, the pool's nodes sorted by name. `switch` is the state of the
-/// type's cluster-wide switch.
+/// Elects endpoints of one type among `nodes`, the pool's nodes sorted by name.
 pub(crate) fn elect(
+    inputs: &Inputs,
     gateway: &GatewayFacts,
     type_: EndpointType,
     nodes: &[&NodeFacts],
     links: &Links<'_>,
-    switch: bool,
 ) -> Election {
+    let switch = match type_ {
+        EndpointType::Tunnel => inputs.switches.l3,
+        EndpointType::Proxy => inputs.switches.l7,
+    };
     let wanted = replicas(gateway, type_);
     let candidates = candidates(gateway, type_, nodes);
     let count = candidates.len();
@@ -79,15 +84,20 @@ pub(crate) fn elect(
     let eligible = candidates.into_iter().filter(|(endpoint, node)| node.ready || none_ready && was_elected(endpoint));
     let eligible: Vec<(Endpoint, &NodeFacts)> = eligible.collect();
 
-    // Nodes that are cut off come last, so they stay elected if no other candidate is left.
+    // Nodes without an agent and nodes that are cut off come last, so they stay elected if no other candidate is left.
+    let without_agent = |name: &NodeName| inputs.without_agent.contains(name);
     let mut by_preference: Vec<usize> = (0..eligible.len()).collect();
-    by_preference
-        .sort_by_key(|&i| (links.is_cut_off(gateway, &eligible[i].1.name, type_), !was_elected(&eligible[i].0)));
+    by_preference.sort_by_key(|&i| {
+        let (endpoint, node) = &eligible[i];
+        (without_agent(&node.name), links.is_cut_off(gateway, &node.name, type_), !was_elected(endpoint))
+    });
     let chosen: BTreeSet<usize> = by_preference.into_iter().take(wanted).collect();
 
     let elected = eligible.into_iter().enumerate().filter(|(i, _)| chosen.contains(i));
     let elected: Vec<Endpoint> = elected.map(|(_, (endpoint, node))| complete(endpoint, node, switch)).collect();
-    Election { type_, wanted, candidates: count, kept: none_ready && !elected.is_empty(), elected }
+    let silent = elected.iter().map(|e| e.node_name.as_str()).filter(|name| without_agent(&(*name).into()));
+    let without_agent = silent.map(str::to_owned).collect();
+    Election { type_, wanted, candidates: count, kept: none_ready && !elected.is_empty(), elected, without_agent }
 }
 
 /// Returns refusals for endpoints of the spec that name a node outside the pool or a node without an address.

@@ -12,7 +12,7 @@ use raven_api::gateway::{EndpointType, GatewayStatus};
 use super::facts::{GatewayName, NodeName};
 use super::inputs::Inputs;
 use super::refusal::Refusal;
-use super::status::{BY_NAME_ONLY, NO_READY_NODE};
+use super::status::{AGENT_NOT_READY, BY_NAME_ONLY, NO_READY_NODE, find_agents};
 use super::text::{MAX_ITEMS, enumerate, type_name};
 
 /// An Event about a Gateway that is not published yet.
@@ -104,6 +104,9 @@ fn removal_reason(
             format!("it left the pool of {gateway}")
         }
         Some(facts) if !facts.ready => "it is not Ready".to_owned(),
+        Some(facts) if inputs.without_agent.contains(&facts.name) => {
+            format!("its agent is not Ready: {}", find_agents(&[node]))
+        }
         Some(facts) if inputs.links.get(&facts.name).and_then(|report| report.of(type_)) == Some(false) => {
             "it is Ready but cut off from all other pools, while other sites are connected: check its uplink and firewall".to_owned()
         }
@@ -111,13 +114,15 @@ fn removal_reason(
     }
 }
 
-// The pool may be cut off although the elected nodes stay the same: no candidate is ready.
-fn kept(old: Option<&GatewayStatus>, new: &GatewayStatus) -> Option<Change> {
-    let none_ready =
-        |status: &GatewayStatus| condition(status, ConditionType::Elected).is_some_and(|c| c.reason == NO_READY_NODE);
-    let began = none_ready(new) && !new.active_endpoints.is_empty() && !old.is_some_and(none_ready);
-    let elected = condition(new, ConditionType::Elected).filter(|_| began)?;
-    Some(Change { warning: true, reason: elected.reason.clone(), note: elected.message.clone() })
+// The pool may be cut off although the elected nodes stay the same: no candidate is ready, or none has an agent.
+fn kept(old: Option<&GatewayStatus>, new: &GatewayStatus) -> impl Iterator<Item = Change> {
+    let causes = [(ConditionType::Elected, NO_READY_NODE), (ConditionType::Ready, AGENT_NOT_READY)];
+    causes.into_iter().filter(|_| !new.active_endpoints.is_empty()).filter_map(move |(type_, reason)| {
+        let has = |status: &GatewayStatus| condition(status, type_).is_some_and(|c| c.reason == reason);
+        let began = has(new) && !old.is_some_and(has);
+        let found = condition(new, type_).filter(|_| began)?;
+        Some(Change { warning: true, reason: found.reason.clone(), note: found.message.clone() })
+    })
 }
 
 fn refused(old: Option<&GatewayStatus>, new: &GatewayStatus) -> Option<Change> {

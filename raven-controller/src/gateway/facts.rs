@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Node, Service};
+use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::core::{DynamicObject, Selector};
 use raven_api::LABEL_GATEWAY;
@@ -146,6 +146,24 @@ fn internal_addresses(node: &Node) -> Vec<IpAddr> {
 fn is_ready(node: &Node) -> bool {
     let conditions = node.status.as_ref().and_then(|s| s.conditions.as_ref());
     conditions.is_some_and(|list| list.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
+}
+
+/// Facts of a Pod of raven-agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct AgentFacts {
+    /// Node of the Pod.
+    pub(crate) node: NodeName,
+    /// True if condition Ready is True.
+    pub(crate) ready: bool,
+}
+
+impl AgentFacts {
+    /// Extracts the facts of a Pod. Returns `None` for a Pod that is not scheduled.
+    pub(crate) fn parse(pod: &Pod) -> Option<Self> {
+        let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
+        let ready = conditions.is_some_and(|list| list.iter().any(|c| c.type_ == "Ready" && c.status == "True"));
+        Some(Self { node: pod.spec.as_ref()?.node_name.as_deref()?.into(), ready })
+    }
 }
 
 /// Facts of a Gateway.
@@ -299,9 +317,11 @@ impl Switches {
     }
 }
 
-/// Connections of a gateway node, as reported in the conditions of its GatewayNode. `None`: not reported.
+/// Conditions of a gateway node's GatewayNode. `None`: not reported.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct LinkFacts {
+    /// Condition Ready.
+    pub(crate) ready: Option<bool>,
     /// Condition TunnelConnected (L3).
     pub(crate) tunnel: Option<bool>,
     /// Condition ProxyConnected (L7).
@@ -309,17 +329,20 @@ pub(crate) struct LinkFacts {
 }
 
 impl LinkFacts {
-    /// Extracts the facts of a GatewayNode; `None` if neither condition is present.
+    /// Extracts the facts of a GatewayNode; `None` if none of the conditions is present.
     ///
-    /// Only the two conditions are parsed: a node writes its own GatewayNode, and other invalid content must
+    /// Only these conditions are parsed: a node writes its own GatewayNode, and other invalid content must
     /// not hide them.
     pub(crate) fn parse(node: &DynamicObject) -> Option<Self> {
         let conditions = node.data["status"]["conditions"].as_array().map(Vec::as_slice).unwrap_or_default();
         let status = |type_: ConditionType| {
             conditions.iter().find(|c| c["type"] == type_.as_str()).map(|c| c["status"] == "True")
         };
-        let facts =
-            Self { tunnel: status(ConditionType::TunnelConnected), proxy: status(ConditionType::ProxyConnected) };
+        let facts = Self {
+            ready: status(ConditionType::Ready),
+            tunnel: status(ConditionType::TunnelConnected),
+            proxy: status(ConditionType::ProxyConnected),
+        };
         (facts != Self::default()).then_some(facts)
     }
 
@@ -355,7 +378,7 @@ mod tests {
         };
         let condition = serde_json::json!({"type": "TunnelConnected", "status": "False", "lastTransitionTime": "2026-01-01T00:00:00ZTx"});
         let facts = LinkFacts::parse(&node(serde_json::json!({"conditions": [7, condition], "peers": "none"})));
-        assert_eq!(facts, Some(LinkFacts { tunnel: Some(false), proxy: None }));
+        assert_eq!(facts, Some(LinkFacts { tunnel: Some(false), ..LinkFacts::default() }));
         assert_eq!(LinkFacts::parse(&node(serde_json::json!({"conditions": {}}))), None);
     }
 }

@@ -25,6 +25,8 @@ pub(crate) struct Inputs {
     pub(crate) balancers: Vec<BalancerFacts>,
     /// Reports of gateway nodes about their connections.
     pub(crate) links: LinkReports,
+    /// Nodes on which no agent works; see [`agents`](super::agents).
+    pub(crate) without_agent: BTreeSet<NodeName>,
     /// Names of the readable GatewayNodes.
     pub(crate) gateway_nodes: BTreeSet<NodeName>,
     /// Ranges of Service addresses.

@@ -67,10 +67,11 @@ impl<'a> Links<'a> {
                     .links
                     .get(&NodeName::from(endpoint.node_name.as_str()))
                     .and_then(|facts| facts.of(endpoint.type_));
-                // The report of a site without power is stale: only Ready nodes count.
-                let ready =
-                    || inputs.nodes.get(&NodeName::from(endpoint.node_name.as_str())).is_some_and(|node| node.ready);
-                if report == Some(true) && ready() {
+                // The report of a site without power is stale, as is that of an agent that no longer works.
+                let name = NodeName::from(endpoint.node_name.as_str());
+                let reports =
+                    || inputs.nodes.get(&name).is_some_and(|node| node.ready) && !inputs.without_agent.contains(&name);
+                if report == Some(true) && reports() {
                     connected.entry(endpoint.type_).or_default().insert(&gateway.name);
                 }
             }
@@ -96,7 +97,7 @@ mod tests {
     #[test]
     fn negative_report_is_kept_until_the_next_report_or_the_end_of_the_quarantine() {
         let reports = |tunnel: Option<bool>| {
-            LinkReports::from([(NodeName::from("e1"), Arc::new(LinkFacts { tunnel, proxy: None }))])
+            LinkReports::from([(NodeName::from("e1"), Arc::new(LinkFacts { tunnel, ..LinkFacts::default() }))])
         };
         let (now, mut quarantine) = (Instant::now(), Quarantine::default());
         let held = |quarantine: &Quarantine, at: Instant| {

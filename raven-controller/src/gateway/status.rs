@@ -11,7 +11,7 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use raven_api::condition::{self, ConditionType, Verdict};
 use raven_api::gateway::{Endpoint, ExposeType, Gateway, GatewayStatus, NodeInfo};
-use raven_api::names::{ANNOTATION_EXTRA_CIDRS, LABEL_GATEWAY, SWITCH_L3, SWITCH_L7, SWITCHES_CONFIG_MAP};
+use raven_api::names::{AGENT_PODS, ANNOTATION_EXTRA_CIDRS, LABEL_GATEWAY, SWITCH_L3, SWITCH_L7, SWITCHES_CONFIG_MAP};
 use raven_api::proxy::CONFIG_HOSTNAME;
 
 use super::elect::Election;
@@ -22,6 +22,8 @@ use super::text::{count, enumerate, join_capped, type_name};
 
 /// Reason of conditions and Events if no candidate is ready.
 pub(crate) const NO_READY_NODE: &str = "NoReadyNode";
+/// Reason of condition Ready and of Events if no agent works on the elected nodes of a half.
+pub(crate) const AGENT_NOT_READY: &str = "AgentNotReady";
 
 /// Intermediate results for one Gateway.
 #[derive(Debug)]
@@ -129,6 +131,12 @@ impl Draft<'_> {
         !self.gateway.resource.spec.expose_type.is_edge()
     }
 
+    // Elected nodes on which no agent works.
+    fn without_agent(&self) -> Vec<&str> {
+        let names: BTreeSet<&String> = self.tunnel.without_agent.iter().chain(&self.proxy.without_agent).collect();
+        names.into_iter().map(String::as_str).collect()
+    }
+
     fn accepted(&self) -> Verdict {
         let Some(first) = self.refusals.first() else {
             return verdict(
@@ -177,7 +185,8 @@ impl Draft<'_> {
             return verdict_with_notes(false, reason, message);
         }
         let incomplete = self.tunnel.elected.len() < self.tunnel.wanted || self.proxy.elected.len() < self.proxy.wanted;
-        if incomplete || !self.refusals.is_empty() || !self.unaddressed.is_empty() {
+        let silent = !self.without_agent().is_empty();
+        if incomplete || silent || !self.refusals.is_empty() || !self.unaddressed.is_empty() {
             return verdict_with_notes(
                 true,
                 "Degraded",
@@ -196,6 +205,7 @@ impl Draft<'_> {
         match self.refusals.as_slice() {
             [] if self.tunnel.elected.len() < self.tunnel.wanted => tally(&self.tunnel),
             [] if self.proxy.elected.len() < self.proxy.wanted => tally(&self.proxy),
+            [] if !self.without_agent().is_empty() => no_agent(&self.without_agent()),
             [] => "some nodes of the pool are ignored".to_owned(),
             [only] => only.message.clone(),
             [first, more @ ..] => format!("{} (and {} more, see condition Accepted)", first.message, more.len()),
@@ -224,6 +234,14 @@ impl Draft<'_> {
             if on && election.ready() == 0 {
                 let what = if election.kept { "no gateway node is ready" } else { "no gateway node" };
                 return Some((NO_READY_NODE, format!("{what}: {}", tally(election))));
+            }
+        }
+        for (on, election) in [(l3, &self.tunnel), (l7, &self.proxy)] {
+            if on && election.without_agent.len() == election.elected.len() {
+                return Some((
+                    AGENT_NOT_READY,
+                    format!("{}: {}", type_name(election.type_), no_agent(&self.without_agent())),
+                ));
             }
         }
         if l3 && self.nodes.iter().all(|(_, subnets)| subnets.is_empty()) {
@@ -335,8 +353,22 @@ fn missing_peer(cluster: &ClusterView, l3: bool) -> Option<(&'static str, String
     None
 }
 
+/// Returns the command that shows the agents' Pods on these nodes.
+pub(crate) fn find_agents(nodes: &[&str]) -> String {
+    let field = if let [only] = nodes { format!(" --field-selector spec.nodeName={only}") } else { String::new() };
+    format!("kubectl describe pods -A -l {AGENT_PODS}{field}")
+}
+
+fn no_agent(nodes: &[&str]) -> String {
+    format!(
+        "the agent of gateway node {} is not Ready, and no other candidate has a Ready agent: {}",
+        enumerate(nodes),
+        find_agents(nodes)
+    )
+}
+
 fn tally(election: &Election) -> String {
-    let Election { type_, wanted, candidates, elected, kept } = election;
+    let Election { type_, wanted, candidates, elected, kept, .. } = election;
     let what = type_name(*type_);
     let names: Vec<&str> = elected.iter().map(|e| e.node_name.as_str()).collect();
     if *kept {

@@ -135,7 +135,13 @@ impl Cluster {
 
     /// Sets a gateway node's report about its connections.
     pub(super) fn link(mut self, node: &str, tunnel: Option<bool>, proxy: Option<bool>) -> Self {
-        self.0.links.insert(node.into(), Arc::new(LinkFacts { tunnel, proxy }));
+        self.0.links.insert(node.into(), Arc::new(LinkFacts { ready: Some(true), tunnel, proxy }));
+        self
+    }
+
+    /// Adds a node to those without a working agent.
+    pub(super) fn without_agent(mut self, node: &str) -> Self {
+        self.0.without_agent.insert(node.into());
         self
     }
 
