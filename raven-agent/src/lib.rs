@@ -20,6 +20,7 @@ pub mod diff;
 pub mod link;
 pub mod names;
 pub mod netfilter;
+mod nft;
 pub mod observe;
 pub mod plan;
 pub mod proxy;

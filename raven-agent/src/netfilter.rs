@@ -5,10 +5,9 @@
 //! exempts the flow from every later chain: of nft and of iptables with either backend. Packets that kube-proxy marked
 //! for masquerade are left to kube-proxy.
 
-use nftables::helper::{self, NftablesError};
 use serde_json::{Value, json};
 
-use crate::{names, state::Change};
+use crate::{names, nft, state::Change};
 
 /// nft failed, or is not installed.
 #[derive(Debug, thiserror::Error)]
@@ -18,7 +17,7 @@ use crate::{names, state::Change};
 )]
 pub struct Error {
     action: &'static str,
-    reason: NftablesError,
+    reason: nft::Error,
 }
 
 /// Ensures that the table exists with its rules.
@@ -40,16 +39,13 @@ pub async fn remove() -> Result<Change, Error> {
 }
 
 async fn exists() -> bool {
-    let args = ["list", "chain", "inet", names::NFT_TABLE, "postrouting"];
-    let listed = helper::get_current_ruleset_raw_async(helper::DEFAULT_NFT, args).await;
+    let listed = nft::list(&["list", "chain", "inet", names::NFT_TABLE, "postrouting"]).await;
     // Another program may have flushed the chain, so its two rules are checked too.
-    listed.is_ok_and(|text| text.matches("\"snat\"").count() == 2)
+    listed.is_ok_and(|chain| chain.to_string().matches("\"snat\"").count() == 2)
 }
 
 async fn apply(action: &'static str, ruleset: &Value) -> Result<(), Error> {
-    let applied =
-        helper::apply_ruleset_raw_async(&ruleset.to_string(), helper::DEFAULT_NFT, helper::DEFAULT_ARGS).await;
-    applied.map(drop).map_err(|reason| Error { action, reason })
+    nft::apply(ruleset).await.map_err(|reason| Error { action, reason })
 }
 
 fn table() -> Value {

@@ -3,15 +3,14 @@
 //!
 //! This module only reads. Raven's own objects are restored by the drivers.
 
-use std::{collections::BTreeSet, fs, net::IpAddr, process::Stdio, time::Duration};
+use std::{collections::BTreeSet, fs, net::IpAddr};
 
 use ipnet::IpNet;
 use serde_json::Value;
-use tokio::{io::AsyncReadExt, process::Command, time::timeout};
 
 use crate::{
     link::Links,
-    names,
+    names, nft,
     plan::Plan,
     state::{Device, Indexes},
 };
@@ -25,7 +24,7 @@ pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &str) -
             complaints.extend(forward_drops(&ruleset, &own_prefixes(plan)));
             complaints.extend(blocked_ports(&ruleset, uplink, plan.tunnel.as_ref().map(|t| t.port)));
         }
-        Err(error) => tracing::warn!(error, "cannot read this node's firewall rules; they are not checked"),
+        Err(e) => tracing::warn!(error = %e, "cannot read this node's firewall rules; they are not checked"),
     }
     complaints
 }
@@ -78,17 +77,12 @@ fn own_prefixes(plan: &Plan) -> Vec<IpNet> {
     plan.state.local.iter().filter(|(_, local)| local.node == own).map(|(prefix, _)| *prefix).collect()
 }
 
-/// Time limit of one call of nft.
-const LISTING: Duration = Duration::from_secs(10);
-/// Longest output of one call of nft that is read, in bytes: the names of the chains of 5,000 Services take 1.3 MB.
-const LONGEST: u64 = 8 << 20;
-
 /// The chains of all tables, and the rules of those tables in which a chain drops by its policy. kube-proxy's tables,
 /// which have thousands of rules, have no such chain, so their rules are not read.
-async fn ruleset() -> Result<Value, String> {
-    let mut ruleset = nft(&["list", "chains"]).await?;
+async fn ruleset() -> Result<Value, nft::Error> {
+    let mut ruleset = nft::list(&["list", "chains"]).await?;
     for (family, table) in dropping_tables(&ruleset) {
-        let mut listed = nft(&["list", "table", &family, &table]).await?;
+        let mut listed = nft::list(&["list", "table", &family, &table]).await?;
         let rules = listed["nftables"].as_array_mut().map(std::mem::take).unwrap_or_default();
         if let Some(objects) = ruleset["nftables"].as_array_mut() {
             objects.extend(rules.into_iter().filter(|object| object.get("rule").is_some()));
@@ -103,29 +97,6 @@ fn dropping_tables(ruleset: &Value) -> BTreeSet<(String, String)> {
         .filter(|chain| (chain["hook"] == "forward" || chain["hook"] == "input") && chain["policy"] == "drop")
         .map(|chain| (text(chain, "family").to_owned(), text(chain, "table").to_owned()))
         .collect()
-}
-
-/// Runs `nft -j` within the limits of time and output.
-async fn nft(args: &[&str]) -> Result<Value, String> {
-    let action = format!("nft -j {}", args.join(" "));
-    let failed = |e: &dyn std::fmt::Display| format!("{action}: {e}");
-    let mut command = Command::new("nft");
-    command.arg("-j").args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
-    let mut child = command.spawn().map_err(|e| failed(&e))?;
-    let mut output = Vec::new();
-    let reading = async {
-        if let Some(stdout) = child.stdout.take() {
-            stdout.take(LONGEST + 1).read_to_end(&mut output).await?;
-        }
-        if output.len() as u64 <= LONGEST { child.wait().await.map(Some) } else { Ok(None) }
-    };
-    match timeout(LISTING, reading).await {
-        Err(_) => Err(failed(&format!("no result after {} s", LISTING.as_secs()))),
-        Ok(Err(e)) => Err(failed(&e)),
-        Ok(Ok(None)) => Err(failed(&format!("more than {LONGEST} bytes"))),
-        Ok(Ok(Some(status))) if !status.success() => Err(failed(&status)),
-        Ok(Ok(Some(_))) => serde_json::from_slice(&output).map_err(|e| failed(&e)),
-    }
 }
 
 fn objects<'a>(ruleset: &'a Value, kind: &'a str) -> impl Iterator<Item = &'a Value> {
