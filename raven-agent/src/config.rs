@@ -25,7 +25,7 @@ pub enum Command {
         /// Keep the WireGuard key, the last topology and the proxy's certificates.
         #[arg(long)]
         keep_state: bool,
-        /// After a cleanup without errors, wait for SIGTERM, as the program of a Pod.
+        /// After a cleanup without errors, repeat it every ten seconds until SIGTERM, as the program of a Pod.
         #[arg(long)]
         stay: bool,
     },

@@ -2,15 +2,18 @@
 
 #![forbid(unsafe_code)]
 
-use std::{fs::OpenOptions, process::ExitCode};
+use std::{fs::OpenOptions, process::ExitCode, time::Duration};
 
 use clap::Parser;
 use raven_agent::{
     app, cleanup,
-    config::{Cli, Command, LogFormat},
+    config::{Cli, Command, LogFormat, Run},
     tunnel::{self, engine},
 };
 use tracing_subscriber::EnvFilter;
+
+/// Pause between two cleanups of a Pod that stays.
+const CLEANUP_INTERVAL: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -31,13 +34,13 @@ fn main() -> ExitCode {
             })
         }
         Some(Command::Cleanup { keep_state, stay }) => with_runtime(async {
-            let (removed, failed) = cleanup::run(&cli.run.state_dir, keep_state, cli.run.wireguard_engine).await;
-            removed.iter().for_each(|what| println!("removed {what}"));
-            failed.iter().for_each(|what| eprintln!("cannot remove {what}"));
-            anyhow::ensure!(failed.is_empty(), "{} objects could not be removed", failed.len());
+            clean(&cli.run, keep_state).await?;
             if stay {
                 println!("nothing of Raven is left on this node");
-                app::terminated().await?;
+                tokio::select! {
+                    ended = app::terminated() => ended?,
+                    failed = clean_repeatedly(&cli.run, keep_state) => failed?,
+                }
             }
             Ok(())
         }),
@@ -53,6 +56,23 @@ fn main() -> ExitCode {
             tracing::error!(error = format!("{e:#}"), "the agent failed");
             ExitCode::FAILURE
         }
+    }
+}
+
+async fn clean(settings: &Run, keep_state: bool) -> anyhow::Result<()> {
+    let (removed, failed) = cleanup::run(&settings.state_dir, keep_state, settings.wireguard_engine).await;
+    removed.iter().for_each(|what| println!("removed {what}"));
+    failed.iter().for_each(|what| eprintln!("cannot remove {what}"));
+    anyhow::ensure!(failed.is_empty(), "{} objects could not be removed", failed.len());
+    Ok(())
+}
+
+/// Pods of the agent and of the engine that still terminate may create objects after the first cleanup. Returns the
+/// first failure.
+async fn clean_repeatedly(settings: &Run, keep_state: bool) -> anyhow::Result<()> {
+    loop {
+        tokio::time::sleep(CLEANUP_INTERVAL).await;
+        clean(settings, keep_state).await?;
     }
 }
 

@@ -416,7 +416,8 @@ pub async fn remove(links: &Links, engine: Engine) -> Result<Change, Error> {
         engine::stop(names::TUNNEL).await?;
         return Ok(Change::ONE);
     }
-    Ok(links.delete_device(names::TUNNEL).await?)
+    let device = links.delete_device(names::TUNNEL).await?;
+    Ok(if engine::remove_socket(names::TUNNEL)?.any() { Change::ONE } else { device })
 }
 
 #[cfg(test)]

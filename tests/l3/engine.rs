@@ -67,7 +67,7 @@ async fn engine_outlives_the_agents_container() {
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_engine_is_named_and_configured_again_and_nothing_leaks() {
     require_root!();
-    let (running, mut engines) = start().await.expect("start the lab");
+    let (mut running, mut engines) = start().await.expect("start the lab");
     let lab = &running.lab;
     let internet = proof::record(lab).await.expect("capture the internet");
     let (from, to) = (lab.pod("x-a"), lab.pod("cloud-b"));
@@ -86,4 +86,10 @@ async fn killed_engine_is_named_and_configured_again_and_nothing_leaks() {
     running.check(flow.stop().await);
     let internet = internet.stop().await.expect("stop the capture");
     running.check(proof::encrypted(lab, &internet).map(drop));
+    // A killed engine leaves its socket, which cleanup removes.
+    engines[place].kill().expect("kill the engine");
+    let Running { agents, lab, .. } = &mut running;
+    let agent = agents.iter_mut().find(|agent| agent.node.name == "x-a").expect("the node has an agent");
+    let cleaned = proof::cleaned(lab, agent);
+    running.check(cleaned);
 }

@@ -92,6 +92,16 @@ const PROGRAMS: [Program; 2] = [
 /// Registry and organisation of the images, as in deploy/.
 const REGISTRY: &str = "ghcr.io/openyurtio";
 
+/// Returns the folder of images for which no other one was named.
+pub(crate) fn folder() -> PathBuf {
+    target_dir().join("image")
+}
+
+/// Makes the images that deploy/ names, for tests on this machine.
+pub(crate) fn of_this_version() -> Result<()> {
+    Image { arch: Arch::Amd64, output: None, tag: env!("CARGO_PKG_VERSION").to_owned() }.run()
+}
+
 /// A finished image.
 struct Made {
     name: &'static str,
@@ -155,7 +165,7 @@ impl Image {
     }
 
     fn folder(&self) -> PathBuf {
-        self.output.clone().unwrap_or_else(|| target_dir().join("image"))
+        self.output.clone().unwrap_or_else(folder)
     }
 
     /// Returns the path of an output file, such as `raven-agent-0.1.0-amd64.tar`.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use raven_tests::kubernetes::binaries::{Binaries, MetricsServer, NodeBinaries};
+use raven_tests::kubernetes::binaries::{Binaries, HELM, METRICS, Module, NODE, WORKLOADS};
 
 use crate::debian_kernel::{self, Series};
 use crate::progress::{self, Task};
@@ -27,7 +27,7 @@ pub(crate) struct Setup {
 }
 
 impl Setup {
-    /// Installs everything that any command needs.
+    /// Installs everything that the commands of the README need.
     pub(crate) fn run(self) -> Result<()> {
         let all =
             [Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet, Need::Metrics, Need::Vm, Need::Image];
@@ -69,6 +69,10 @@ pub(crate) enum Need {
     Kubernetes,
     /// kubelet, containerd, kube-proxy, CoreDNS, and the programs they run.
     Kubelet,
+    /// kube-controller-manager and kube-scheduler, which run DaemonSets and Deployments, and the CNI's plugins.
+    Workloads,
+    /// helm, with which the chart is tested.
+    Helm,
     /// metrics-server, which only tests use.
     Metrics,
     /// Programs that boot other kernels. The kernels themselves are downloaded when they are tested.
@@ -107,22 +111,24 @@ impl Need {
     /// Returns the task that builds the Go programs of this need, or `None` if it has none or they exist.
     fn go_build(self) -> Option<Task> {
         let name = |names: &str| format!("building {names} from Go modules (5 to 10 minutes, once)");
+        if self == Self::Kubernetes && !matches!(Binaries::find(), Ok(Some(_))) {
+            return Some(Task::new(name(Binaries::NAMES), |reporter| {
+                Binaries::find_or_build_with(&|text| reporter.detail(text)).map(drop)
+            }));
+        }
+        let module = self.module().filter(|module| !matches!(module.find(), Ok(Some(_))))?;
+        Some(Task::new(name(module.names), move |reporter| {
+            module.find_or_build_with(&|text| reporter.detail(text)).map(drop)
+        }))
+    }
+
+    /// Returns the Go module of this need. The control plane's programs may also come from KUBEBUILDER_ASSETS.
+    fn module(self) -> Option<&'static Module> {
         match self {
-            Self::Kubernetes if !matches!(Binaries::find(), Ok(Some(_))) => {
-                Some(Task::new(name(Binaries::NAMES), |reporter| {
-                    Binaries::find_or_build_with(&|text| reporter.detail(text)).map(drop)
-                }))
-            }
-            Self::Kubelet if !matches!(NodeBinaries::find(), Ok(Some(_))) => {
-                Some(Task::new(name(NodeBinaries::NAMES), |reporter| {
-                    NodeBinaries::find_or_build_with(&|text| reporter.detail(text)).map(drop)
-                }))
-            }
-            Self::Metrics if !matches!(MetricsServer::find(), Ok(Some(_))) => {
-                Some(Task::new(name(MetricsServer::NAMES), |reporter| {
-                    MetricsServer::find_or_build_with(&|text| reporter.detail(text)).map(drop)
-                }))
-            }
+            Self::Kubelet => Some(&NODE),
+            Self::Workloads => Some(&WORKLOADS),
+            Self::Helm => Some(&HELM),
+            Self::Metrics => Some(&METRICS),
             _ => None,
         }
     }
@@ -148,7 +154,9 @@ impl Need {
                 tool("nsenter", "util-linux"),
                 tool("sysctl", "procps"),
             ],
-            Self::Kubernetes | Self::Metrics => Vec::new(),
+            Self::Kubernetes | Self::Helm | Self::Metrics => Vec::new(),
+            // The plugins are not on the path.
+            Self::Workloads => vec![Tool { program: "/usr/lib/cni/bridge", package: "containernetworking-plugins" }],
             Self::Kubelet => vec![tool("runc", "runc"), tool("busybox", "busybox-static"), tool("curl", "curl")],
             Self::Vm => vec![
                 tool("qemu-system-x86_64", "qemu-system-x86"),
@@ -176,11 +184,8 @@ impl Need {
         if self == Self::Kubernetes && !matches!(Binaries::find(), Ok(Some(_))) {
             missing.push("etcd, kube-apiserver, kubectl (KUBEBUILDER_ASSETS, or Go to build them)".to_owned());
         }
-        if self == Self::Kubelet && !matches!(NodeBinaries::find(), Ok(Some(_))) {
-            missing.push("kubelet, containerd, kube-proxy, CoreDNS (Go to build them)".to_owned());
-        }
-        if self == Self::Metrics && !matches!(MetricsServer::find(), Ok(Some(_))) {
-            missing.push("metrics-server (Go to build it)".to_owned());
+        if let Some(module) = self.module().filter(|module| !matches!(module.find(), Ok(Some(_)))) {
+            missing.push(format!("{} (Go to build them)", module.names));
         }
         missing
     }

@@ -1,12 +1,11 @@
 //! `cargo xtask test`: runs all tests that this machine supports and reports the others as skipped.
 
-use std::process::Command;
-
 use anyhow::{Context, Result, bail};
 
 use crate::{
     build,
     debian_kernel::Series,
+    image,
     kernel::{self, Scope},
     setup::{self, Need},
     workspace,
@@ -35,10 +34,12 @@ enum Level {
     Lab,
     /// L3 tests on other kernels in QEMU.
     Kernel,
+    /// The images and manifests, installed on real kubelets. Only if it is named. Requires root.
+    Installed,
 }
 
 impl Level {
-    const ALL: [Self; 4] = [Self::Unit, Self::Bpf, Self::Lab, Self::Kernel];
+    const ALL: [Self; 5] = [Self::Unit, Self::Bpf, Self::Lab, Self::Kernel, Self::Installed];
 
     fn needs(self) -> &'static [Need] {
         match self {
@@ -46,6 +47,16 @@ impl Level {
             // Level `kernel` checks its needs itself and is skipped if they cannot be installed.
             Self::Kernel => &[],
             Self::Lab => &[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet, Need::Metrics],
+            Self::Installed => &[
+                Need::Build,
+                Need::Ebpf,
+                Need::Image,
+                Need::Lab,
+                Need::Kubernetes,
+                Need::Kubelet,
+                Need::Workloads,
+                Need::Helm,
+            ],
         }
     }
 
@@ -72,6 +83,7 @@ impl Level {
                 "--test-threads=1",
             ],
             Self::Kernel => &[],
+            Self::Installed => &["-p", "raven-tests", "--test", "installed", "--", "--nocapture"],
         }
     }
 
@@ -81,6 +93,7 @@ impl Level {
             Self::Bpf => "bpf",
             Self::Lab => "lab",
             Self::Kernel => "kernel",
+            Self::Installed => "installed",
         }
     }
 
@@ -89,8 +102,8 @@ impl Level {
         let root = nix::unistd::geteuid().is_root();
         match self {
             Self::Unit => None,
-            Self::Bpf | Self::Lab if !root => Some("it needs root (namespaces and BPF)".to_owned()),
-            Self::Bpf | Self::Lab | Self::Kernel => None,
+            Self::Bpf | Self::Lab | Self::Installed if !root => Some("it needs root (namespaces and BPF)".to_owned()),
+            Self::Bpf | Self::Lab | Self::Kernel | Self::Installed => None,
         }
     }
 }
@@ -139,7 +152,11 @@ impl Test {
         let levels = self.level.map_or(Level::ALL.to_vec(), |level| vec![level]);
         let mut outcomes = Vec::new();
         for level in levels {
-            let outcome = match level.obstacle() {
+            let optional = || {
+                let unnamed = self.level.is_none() && level == Level::Installed;
+                unnamed.then(|| "it compiles for ten minutes; run `cargo xtask test installed`".to_owned())
+            };
+            let outcome = match level.obstacle().or_else(optional) {
                 Some(why) => Outcome::Skipped(why),
                 None if level == Level::Kernel => Outcome::Kernels(kernel::run(
                     &self.kernel.map_or(KERNELS.to_vec(), |one| vec![(one, Scope::Whole)]),
@@ -159,16 +176,20 @@ impl Test {
 }
 
 fn run(level: Level) -> Result<Outcome> {
+    if level == Level::Installed {
+        image::of_this_version()?;
+    }
     let builds = if level == Level::Lab { vec![build::binaries_task()] } else { Vec::new() };
     setup::ensure_and_build(level.needs(), builds)?;
     if level == Level::Lab {
         build::tracing_object()?;
     }
     println!("\n=== {} ===", level.name());
-    let status = Command::new("cargo")
+    let status = raven_tests::cargo::command()
         .current_dir(workspace())
         .arg("test")
         .args(level.arguments())
+        .env("RAVEN_IMAGES", image::folder())
         .status()
         .context("start cargo test")?;
     Ok(if status.success() { Outcome::Passed } else { Outcome::Failed })
@@ -180,10 +201,10 @@ fn report(outcomes: &[(Level, Outcome)]) {
     println!("API server: {}", api_server());
     for (level, outcome) in outcomes {
         match outcome {
-            Outcome::Passed => println!("{:<7} passed", level.name()),
-            Outcome::Failed => println!("{:<7} FAILED", level.name()),
-            Outcome::Skipped(why) => println!("{:<7} SKIPPED: {why}", level.name()),
-            Outcome::Kernels(each) => each.iter().for_each(|(series, o)| println!("{:<7} {series}: {o}", level.name())),
+            Outcome::Passed => println!("{:<9} passed", level.name()),
+            Outcome::Failed => println!("{:<9} FAILED", level.name()),
+            Outcome::Skipped(why) => println!("{:<9} SKIPPED: {why}", level.name()),
+            Outcome::Kernels(each) => each.iter().for_each(|(series, o)| println!("{:<9} {series}: {o}", level.name())),
         }
     }
 }

@@ -5,7 +5,7 @@
 //! exits on SIGTERM or when that socket is removed, and its TUN device is deleted with it.
 
 use std::{
-    fs,
+    fs, io,
     os::unix::{net::UnixStream, process::CommandExt},
     path::PathBuf,
     process::{Command, Stdio},
@@ -24,7 +24,7 @@ use nix::{
 use tokio::sync::oneshot;
 
 use super::Error;
-use crate::{link::Links, names};
+use crate::{link::Links, names, state::Change};
 
 /// The hidden subcommand of `raven-agent` that runs the engine.
 pub const SUBCOMMAND: &str = "wireguard-engine";
@@ -86,14 +86,22 @@ pub async fn kill(device: &str) -> Result<(), Error> {
 
 /// Stops the engine and waits until its device is deleted.
 pub async fn stop(device: &str) -> Result<(), Error> {
-    fs::remove_file(socket(device))
-        .map_err(|e| Error::Engine(format!("cannot remove {}: {e}", socket(device).display())))?;
+    remove_socket(device)?;
     let deleted = || async {
         let exists = nix::net::if_::if_nametoindex(device).is_ok();
         if exists { Err("cannot stop: its device still exists after 5 s") } else { Ok(()) }
     };
     let backoff = ConstantBuilder::default().with_delay(Duration::from_millis(50)).with_max_times(100);
     deleted.retry(backoff).await.map_err(|e| Error::Engine(e.to_owned()))
+}
+
+/// Removes the socket that an engine leaves when it is killed.
+pub(super) fn remove_socket(device: &str) -> Result<Change, Error> {
+    match fs::remove_file(socket(device)) {
+        Ok(()) => Ok(Change::ONE),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Change::NONE),
+        Err(e) => Err(Error::Engine(format!("cannot remove {}: {e}", socket(device).display()))),
+    }
 }
 
 /// Runs the engine, as the program of a container, until it ends. Where the kernel has WireGuard, waits forever.

@@ -28,7 +28,9 @@ impl Capture {
         let (name, file) = free_name(&dir, &format!("{}-{device}", ns.name))?;
         let mut command = ns.command("tcpdump");
         // tcpdump must stay root, because other users cannot access the lab's folder.
-        command.args(["-Z", "root", "-n", "-U", "--immediate-mode", "-B", "16384", "-i", device, "-w"]).arg(&file);
+        // In immediate mode each packet occupies as much of the buffer (64 MiB) as the longest one could: 64 KiB.
+        command.args(["-Z", "root", "-n", "-U", "--immediate-mode", "-B", "65536", "-s", "65536", "-i", device, "-w"]);
+        command.arg(&file);
         if !filter.is_empty() {
             command.arg(filter);
         }

@@ -12,7 +12,7 @@ use kube::api::{Api, Patch, PatchParams};
 use raven_api::proxy::{DNS_CONFIG_MAP, DNS_KEY};
 use serde_json::json;
 
-use crate::kubernetes::binaries::NodeBinaries;
+use crate::kubernetes::binaries::{NODE, Programs};
 use crate::namespace::output;
 use crate::process::Process;
 use crate::site::Node;
@@ -30,6 +30,8 @@ const SOON: Duration = Duration::from_secs(60);
 pub struct Kubelet {
     /// Name of the node.
     pub node: String,
+    /// The command of containerd's client.
+    ctr: Vec<String>,
     _containerd: Process,
     _kubelet: Process,
 }
@@ -68,10 +70,28 @@ impl SecondApiServer {
     }
 }
 
+impl Kubelet {
+    /// Imports an image archive.
+    pub fn import(&self, archive: &Path) -> Result<()> {
+        self.ctr(&["images", "import", "--local", &archive.to_string_lossy()])
+            .map(drop)
+            .with_context(|| format!("import {} on {}", archive.display(), self.node))
+    }
+
+    /// Runs a command of containerd's client in the kubelet's namespace and returns its standard output.
+    pub fn ctr(&self, args: &[&str]) -> Result<String> {
+        ctr(&self.ctr, args)
+    }
+}
+
+fn ctr(command: &[String], args: &[&str]) -> Result<String> {
+    output(Command::new(&command[0]).args(&command[1..]).args(args))
+}
+
 impl Lab {
     /// Starts containerd and kubelet on a node and waits until the kubelet has updated the Node object.
     pub async fn start_kubelet(&self, name: &str) -> Result<Kubelet> {
-        let binaries = tokio::task::spawn_blocking(NodeBinaries::find_or_build).await??;
+        let binaries = NODE.find_or_build().await?;
         let node = self.node(name);
         let dir = node.dir.join("kubelet");
         fs::create_dir_all(dir.join("root"))?;
@@ -80,15 +100,14 @@ impl Lab {
         let mut command = node.ns.command(binaries.program("containerd"));
         command.args(["--config"]).arg(dir.join("containerd.toml")).env("PATH", path_with(&binaries.dir));
         let containerd = Process::start(format!("containerd-{name}"), &self.logs(), command)?;
-        let ctr = |args: &[&str]| {
-            let mut command = node.ns.command(binaries.program("ctr"));
-            command.arg("--address").arg(&socket).args(args);
-            output(&mut command)
-        };
-        eventually(SOON, "containerd responds", || async { ctr(&["version"]) }).await?;
-        let image = image(&dir)?;
-        ctr(&["-n", "k8s.io", "images", "import", "--local", &image.to_string_lossy()]).context("import the image")?;
+        let mut client = node.ns.nsenter();
+        client.push(binaries.program("ctr").to_string_lossy().into_owned());
+        client.extend(["--address".to_owned(), socket.to_string_lossy().into_owned()]);
+        client.extend(["--namespace", "k8s.io"].map(str::to_owned));
+        eventually(SOON, "containerd responds", || async { ctr(&client, &["version"]) }).await?;
         let kubelet = self.kubelet(node, &dir, &socket, &binaries)?;
+        let kubelet = Kubelet { node: name.to_owned(), ctr: client, _containerd: containerd, _kubelet: kubelet };
+        kubelet.import(&image(&dir)?)?;
         let api: Api<NodeObject> = Api::all(self.cluster().client());
         eventually(SOON, &format!("the kubelet of {name} has registered"), || async {
             let status = api.get(name).await?.status.context("the Node has no status")?;
@@ -97,10 +116,10 @@ impl Lab {
             Ok(())
         })
         .await?;
-        Ok(Kubelet { node: name.to_owned(), _containerd: containerd, _kubelet: kubelet })
+        Ok(kubelet)
     }
 
-    fn kubelet(&self, node: &Node, dir: &Path, socket: &Path, binaries: &NodeBinaries) -> Result<Process> {
+    fn kubelet(&self, node: &Node, dir: &Path, socket: &Path, binaries: &Programs) -> Result<Process> {
         let names = vec![node.name.clone(), node.lan_v4.to_string()];
         let (certificate, key) = self.cluster().sign_server(&format!("system:node:{}", node.name), names)?;
         let file = |name: &str, content: &str| -> Result<PathBuf> {
@@ -174,7 +193,7 @@ impl Lab {
     /// Starts a further API server on a cloud node. With [`Prefer::Hostname`] it has the setup of such a cluster:
     /// CoreDNS with the hosts file that the controller maintains, and kube-proxy for the proxy's Service.
     pub async fn api_server_on(&self, name: &str, prefer: Prefer) -> Result<SecondApiServer> {
-        let binaries = tokio::task::spawn_blocking(NodeBinaries::find_or_build).await??;
+        let binaries = NODE.find_or_build().await?;
         let node = self.node(name);
         let dir = node.dir.join("api-server");
         fs::create_dir_all(&dir)?;
@@ -212,7 +231,7 @@ impl Lab {
         Ok(path)
     }
 
-    async fn names_and_services(&self, node: &Node, dir: &Path, binaries: &NodeBinaries) -> Result<Vec<Process>> {
+    async fn names_and_services(&self, node: &Node, dir: &Path, binaries: &Programs) -> Result<Vec<Process>> {
         let api: Api<ConfigMap> = Api::namespaced(self.cluster().client(), raven_api::DEFAULT_NAMESPACE);
         let hosts = eventually(SOON, "the controller has written the hosts file", || async {
             let hosts = api
@@ -243,8 +262,16 @@ impl Lab {
         node.ns
             .sh(&format!("mount --bind {} /etc/resolv.conf", dir.join("resolv.conf").display()))
             .context("set the node's DNS server")?;
+        let kube_proxy = self.start_kube_proxy(node, dir, binaries)?;
+        // DNAT applies only to routable Service addresses; the node's default route covers them.
+        Ok(vec![coredns, kube_proxy])
+    }
+
+    /// Starts kube-proxy on a node, with its files in `dir`.
+    pub(crate) fn start_kube_proxy(&self, node: &Node, dir: &Path, binaries: &Programs) -> Result<Process> {
         let kubeconfig = dir.join("kube-proxy.kubeconfig");
-        fs::write(&kubeconfig, self.cluster().admin_kubeconfig(&self.cluster().server_for(self, false)))?;
+        let edge = node.pool != self.cloud().spec.name;
+        fs::write(&kubeconfig, self.cluster().admin_kubeconfig(&self.cluster().server_for(self, edge)))?;
         let mut kube_proxy = node.ns.command(binaries.program("kube-proxy"));
         kube_proxy.arg("--kubeconfig").arg(&kubeconfig).arg("--hostname-override").arg(&node.name).args([
             "--proxy-mode=nftables",
@@ -253,9 +280,7 @@ impl Lab {
             "--conntrack-tcp-timeout-established=0s",
             "--conntrack-tcp-timeout-close-wait=0s",
         ]);
-        let kube_proxy = Process::start(format!("kube-proxy-{}", node.name), &self.logs(), kube_proxy)?;
-        // DNAT applies only to routable Service addresses; the node's default route covers them.
-        Ok(vec![coredns, kube_proxy])
+        Process::start(format!("kube-proxy-{}", node.name), &self.logs(), kube_proxy)
     }
 }
 
@@ -280,7 +305,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 [plugins."io.containerd.cri.v1.runtime"]
   restrict_oom_score_adj = true
   [plugins."io.containerd.cri.v1.runtime".cni]
-    bin_dirs = ["{dir}/cni"]
+    bin_dirs = ["/usr/lib/cni"]
     conf_dir = "{dir}/cni"
 "#
     )

@@ -28,7 +28,7 @@ pub mod objects;
 /// IPv4 and IPv6 range of Service addresses.
 pub const SERVICES: &str = "10.96.0.0/16,fd00:96::/112";
 /// Address of the Service `kubernetes`, the first one of the range.
-const FIRST_SERVICE: &str = "10.96.0.1";
+pub(crate) const FIRST_SERVICE: &str = "10.96.0.1";
 const READY_WITHIN: Duration = Duration::from_secs(60);
 
 /// A running API server with its etcd.

@@ -3,7 +3,8 @@
 //!
 //! - [`site`] describes a lab; `network` creates its namespaces, links, routes and NAT.
 //! - [`kubernetes`] starts etcd and the API server and writes the objects; [`kubelet`] starts real kubelets and further
-//!   API servers; [`agent`] starts the Raven binaries, each as a [`process`].
+//!   API servers; [`agent`] starts the Raven binaries, each as a [`process`]. [`real_nodes`] starts everything that real
+//!   Pods need on all nodes, instead.
 //! - [`probe`] and [`capture`] measure, [`eventually()`] retries until a deadline, [`proof`] combines them into checks.
 //! - [`evidence`] saves the state of a failed test; [`teardown`] removes a lab, also after its process was killed.
 //! - [`cli`] implements `raven-lab` and `cargo xtask lab`.
@@ -39,6 +40,7 @@ pub mod probe;
 pub mod process;
 pub mod proof;
 pub mod qemu;
+pub mod real_nodes;
 pub mod site;
 pub mod teardown;
 

@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::{
     Lab, eventually,
     kubelet::{Prefer, SecondApiServer},
-    kubernetes::binaries::MetricsServer,
+    kubernetes::binaries::METRICS,
     namespace::output,
     process::Process,
     proof::CONVERGENCE,
@@ -19,13 +19,13 @@ const RESOLUTION: u64 = 10;
 impl Lab {
     /// Starts metrics-server on a node and registers it with the API server; replaces an earlier registration.
     pub async fn start_metrics_server(&self, node: &str, prefer: Prefer) -> Result<Process> {
-        let metrics_server = tokio::task::spawn_blocking(MetricsServer::find_or_build).await??;
+        let metrics_server = METRICS.find_or_build().await?;
         let node = self.node(node);
         let dir = node.dir.join("metrics-server");
         std::fs::create_dir_all(&dir)?;
         let kubeconfig = dir.join("kubeconfig");
         std::fs::write(&kubeconfig, self.cluster().admin_kubeconfig(&self.cluster().server_for(self, false)))?;
-        let mut command = node.ns.command(&metrics_server.program);
+        let mut command = node.ns.command(metrics_server.program("metrics-server"));
         for flag in ["kubeconfig", "authentication-kubeconfig", "authorization-kubeconfig"] {
             command.arg(format!("--{flag}={}", kubeconfig.display()));
         }

@@ -478,34 +478,56 @@ pub async fn restart_under(
     family: usize,
     rate: u32,
 ) -> Result<String> {
-    let (from_pod, to_pod) = (lab.pod(from), lab.pod(to));
-    let flow = Flow::start(&from_pod.ns, &to_pod.ns, to_pod.addresses()[family], rate)?;
     // The flow also runs for some time before and after the restarts.
     let end = tokio::time::Instant::now() + Duration::from_secs(3);
-    let mut killed = Vec::new();
-    for agent in agents.iter_mut() {
-        agent.kill()?;
-        killed.push(agent.node.name.clone());
+    lossless(lab, &[(from, to)], family, rate, async || {
+        let mut killed = Vec::new();
+        for agent in agents.iter_mut() {
+            agent.kill()?;
+            killed.push(agent.node.name.clone());
+        }
+        for agent in agents.iter_mut() {
+            agent.restart()?;
+        }
+        for agent in agents.iter() {
+            ready(agent).await?;
+        }
+        tokio::time::sleep_until(end).await;
+        Ok(format!("killed: {}", killed.join(", ")))
+    })
+    .await
+}
+
+/// Sends `rate` datagrams per second from a node's pod to that of another, for each of `pairs`, while `disturb` runs;
+/// none is lost.
+pub async fn lossless(
+    lab: &Lab,
+    pairs: &[(&str, &str)],
+    family: usize,
+    rate: u32,
+    disturb: impl AsyncFnOnce() -> Result<String>,
+) -> Result<String> {
+    let mut flows = Vec::new();
+    for (from, to) in pairs {
+        let (from, to) = (lab.pod(from), lab.pod(to));
+        flows.push(Flow::start(&from.ns, &to.ns, to.addresses()[family], rate)?);
     }
-    for agent in agents.iter_mut() {
-        agent.restart()?;
+    let disturbed = disturb().await?;
+    let (mut sent, mut lost, mut gap) = (0, Vec::new(), Duration::ZERO);
+    for (flow, (from, to)) in flows.into_iter().zip(pairs) {
+        let report = flow.stop().await?;
+        ensure!(report.sent >= 2 * u64::from(rate), "only {} packets were sent from {from} to {to}", report.sent);
+        if report.lost > 0 {
+            lost.push(format!("{} of {} packets from {from} to {to} were lost", report.lost, report.sent));
+        }
+        sent += report.sent;
+        gap = gap.max(report.longest_gap);
     }
-    for agent in agents.iter() {
-        ready(agent).await?;
+    let gap = gap.as_secs_f64() * 1e3;
+    if !lost.is_empty() {
+        bail!("{}, longest gap {gap:.0} ms; {}; {disturbed}", lost.join(", "), discards(lab)?);
     }
-    tokio::time::sleep_until(end).await;
-    let report = flow.stop().await?;
-    ensure!(report.sent >= 2 * u64::from(rate), "only {} packets were sent during the restarts", report.sent);
-    if report.lost > 0 {
-        let gap = report.longest_gap.as_secs_f64() * 1e3;
-        bail!("{} of {} packets were lost, longest gap {gap:.0} ms; {}", report.lost, report.sent, discards(lab)?);
-    }
-    Ok(format!(
-        "{} packets sent, 0 lost, longest gap {:.0} ms; killed: {}",
-        report.sent,
-        report.longest_gap.as_secs_f64() * 1e3,
-        killed.join(", ")
-    ))
+    Ok(format!("{sent} packets sent, 0 lost, longest gap {gap:.0} ms; {disturbed}"))
 }
 
 /// Lists packets discarded by the stack and by devices: a full queue of the machine is not a defect of Raven.
@@ -585,8 +607,13 @@ pub async fn http_of(ns: &Namespace, address: &str, host: &str, path: &str, with
 /// After `raven-agent cleanup`, nothing that Raven installed is left on a node.
 pub fn cleaned(lab: &Lab, agent: &mut Agent) -> Result<String> {
     agent.kill()?;
-    let node = agent.node.clone();
-    let removed = lab.agent_command(&node.name, &["cleanup"])?;
+    let removed = lab.agent_command(&agent.node.name, &["cleanup"])?;
+    nothing_left(&agent.node)?;
+    Ok(format!("{} objects removed, none left", removed.lines().count()))
+}
+
+/// Nothing that Raven installs is on a node.
+pub fn nothing_left(node: &Node) -> Result<()> {
     for (what, command) in [
         ("a device", "ip -o link show | grep raven || true"),
         (
@@ -605,7 +632,7 @@ pub fn cleaned(lab: &Lab, agent: &mut Agent) -> Result<String> {
         ("an engine", "ls /run/wireguard"),
     ] {
         let left = node.ns.sh(command)?;
-        ensure!(left.trim().is_empty(), "cleanup leaves {what} on {}: {left}", node.name);
+        ensure!(left.trim().is_empty(), "{what} is left on {}: {left}", node.name);
     }
-    Ok(format!("{} objects removed, none left", removed.lines().count()))
+    Ok(())
 }

@@ -1,8 +1,8 @@
 //! Finds or builds the Kubernetes programs of the lab.
 //!
 //! etcd, kube-apiserver and kubectl come from `KUBEBUILDER_ASSETS` (the envtest convention), else from the cache, else
-//! they are built from Go modules (tests/kubernetes/go.mod). The programs of nodes with a kubelet, and metrics-server,
-//! come from the cache or are built (tests/kubernetes/{node,metrics}/go.mod). Official release archives are not used,
+//! they are built from Go modules (tests/kubernetes/go.mod). All other programs come from the cache or are built
+//! (tests/kubernetes/{node,workloads,helm,metrics}/go.mod). Official release archives are not used,
 //! because the development environment reaches package registries only, so a download could not be tested.
 
 use std::fs::{self, File};
@@ -53,7 +53,7 @@ impl Binaries {
         match Self::find()? {
             Some(found) => Ok(found),
             None => {
-                let dir = CONTROL_PLANE.build(|| Ok(Self::find()?.is_some()), report)?;
+                let dir = CONTROL_PLANE.find_or_build_with(report)?.dir;
                 Self::inside(&dir, "server", "Go modules, built just now")
                     .context("the build did not produce all programs")
             }
@@ -72,73 +72,17 @@ impl Binaries {
     }
 }
 
-/// The programs of a node with a kubelet.
+/// Programs built from a Go module.
 #[derive(Clone, Debug)]
-pub struct NodeBinaries {
-    /// Folder that contains all programs; containerd looks for its shim in its own folder.
+pub struct Programs {
+    /// Folder that contains all of them; containerd looks for its shim in its own folder.
     pub dir: PathBuf,
 }
 
-impl NodeBinaries {
-    /// Names of the programs.
-    pub const NAMES: &str = NODE.names;
-
-    /// Returns the programs if they exist.
-    pub fn find() -> Result<Option<Self>> {
-        let dir = NODE.cache_dir()?;
-        let all = ["kubelet", "containerd", "containerd-shim-runc-v2", "ctr", "kube-proxy", "coredns"];
-        Ok(all.iter().all(|name| dir.join(name).is_file()).then_some(Self { dir }))
-    }
-
-    /// Returns the programs; builds them into the cache if necessary, which takes minutes.
-    pub fn find_or_build() -> Result<Self> {
-        Self::find_or_build_with(&print)
-    }
-
-    /// Like [`NodeBinaries::find_or_build`], with progress reports.
-    pub fn find_or_build_with(report: Report<'_>) -> Result<Self> {
-        if let Some(found) = Self::find()? {
-            return Ok(found);
-        }
-        NODE.build(|| Ok(Self::find()?.is_some()), report)?;
-        Self::find()?.context("the build did not produce all programs")
-    }
-
+impl Programs {
     /// Returns the path of a program.
     pub fn program(&self, name: &str) -> PathBuf {
         self.dir.join(name)
-    }
-}
-
-/// metrics-server, which only tests use.
-#[derive(Clone, Debug)]
-pub struct MetricsServer {
-    /// Path of the program.
-    pub program: PathBuf,
-}
-
-impl MetricsServer {
-    /// Name of the program.
-    pub const NAMES: &str = METRICS.names;
-
-    /// Returns the program if it exists.
-    pub fn find() -> Result<Option<Self>> {
-        let program = METRICS.cache_dir()?.join("metrics-server");
-        Ok(program.is_file().then_some(Self { program }))
-    }
-
-    /// Returns the program; builds it into the cache if necessary, which takes minutes.
-    pub fn find_or_build() -> Result<Self> {
-        Self::find_or_build_with(&print)
-    }
-
-    /// Like [`MetricsServer::find_or_build`], with progress reports.
-    pub fn find_or_build_with(report: Report<'_>) -> Result<Self> {
-        if let Some(found) = Self::find()? {
-            return Ok(found);
-        }
-        METRICS.build(|| Ok(Self::find()?.is_some()), report)?;
-        Self::find()?.context("the build did not produce metrics-server")
     }
 }
 
@@ -147,33 +91,81 @@ fn print(progress: &str) {
 }
 
 /// A Go module that lists commands as tools.
-struct Module {
+#[derive(Debug)]
+pub struct Module {
     folder: &'static str,
     /// Module whose version is part of the cache folder's name.
     versioned: &'static str,
     /// Suffix of the cache folder's name.
     suffix: &'static str,
     /// Names of the programs, for messages.
-    names: &'static str,
+    pub names: &'static str,
+    /// File names of the programs.
+    programs: &'static [&'static str],
 }
 
-const CONTROL_PLANE: Module =
-    Module { folder: "kubernetes", versioned: KUBERNETES, suffix: "", names: "etcd, kube-apiserver and kubectl" };
-const NODE: Module = Module {
+const CONTROL_PLANE: Module = Module {
+    folder: "kubernetes",
+    versioned: KUBERNETES,
+    suffix: "",
+    names: "etcd, kube-apiserver and kubectl",
+    programs: &["server", "kube-apiserver", "kubectl"],
+};
+/// The programs of a node with a kubelet.
+pub const NODE: Module = Module {
     folder: "kubernetes/node",
     versioned: KUBERNETES,
     suffix: "-node",
     names: "kubelet, containerd, kube-proxy and CoreDNS",
+    programs: &["kubelet", "containerd", "containerd-shim-runc-v2", "ctr", "kube-proxy", "coredns"],
 };
-const METRICS: Module = Module {
+/// The programs that run DaemonSets and Deployments.
+pub const WORKLOADS: Module = Module {
+    folder: "kubernetes/workloads",
+    versioned: KUBERNETES,
+    suffix: "-workloads",
+    names: "kube-controller-manager and kube-scheduler",
+    programs: &["kube-controller-manager", "kube-scheduler"],
+};
+/// helm, with which the chart is tested.
+pub const HELM: Module = Module {
+    folder: "kubernetes/helm",
+    versioned: "helm.sh/helm/v4",
+    suffix: "-helm",
+    names: "helm",
+    programs: &["helm"],
+};
+/// metrics-server, which only tests use.
+pub const METRICS: Module = Module {
     folder: "kubernetes/metrics",
     versioned: "sigs.k8s.io/metrics-server",
     suffix: "-metrics-server",
     names: "metrics-server",
+    programs: &["metrics-server"],
 };
 const KUBERNETES: &str = "k8s.io/kubernetes";
 
 impl Module {
+    /// Returns the programs if they exist.
+    pub fn find(&self) -> Result<Option<Programs>> {
+        let dir = self.cache_dir()?;
+        Ok(self.programs.iter().all(|name| dir.join(name).is_file()).then_some(Programs { dir }))
+    }
+
+    /// Returns the programs; builds them into the cache if necessary, which takes minutes.
+    pub async fn find_or_build(&'static self) -> Result<Programs> {
+        tokio::task::spawn_blocking(|| self.find_or_build_with(&print)).await?
+    }
+
+    /// Like [`Module::find_or_build`], for callers that may block, with progress reports.
+    pub fn find_or_build_with(&self, report: Report<'_>) -> Result<Programs> {
+        if let Some(found) = self.find()? {
+            return Ok(found);
+        }
+        self.build(report)?;
+        self.find()?.with_context(|| format!("the build did not produce all of {}", self.names))
+    }
+
     fn folder(&self) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join(self.folder)
     }
@@ -198,22 +190,21 @@ impl Module {
         Ok(format!("v{version}"))
     }
 
-    /// Builds the programs into the cache, unless another process has done so meanwhile. Returns the folder.
-    fn build(&self, exists: impl Fn() -> Result<bool>, report: Report<'_>) -> Result<PathBuf> {
+    /// Builds the programs into the cache, unless another process has done so meanwhile.
+    fn build(&self, report: Report<'_>) -> Result<()> {
         let dir = self.cache_dir()?;
         let parent = dir.parent().context("the cache has no parent folder")?;
         fs::create_dir_all(parent)?;
         // Labs that start concurrently build each module once; different modules are built in parallel.
         let lock = File::create(parent.join(format!(".lock{}", self.suffix)))?;
         lock.lock().context("lock the cache")?;
-        if exists()? {
-            return Ok(dir);
+        if self.find()?.is_some() {
+            return Ok(());
         }
         report(&format!("building {} from Go modules into {} (5 to 10 minutes, once)", self.names, dir.display()));
         let unfinished = tempdir_beside(&dir)?;
         self.go_build(&unfinished, report)?;
-        fs::rename(&unfinished, &dir).with_context(|| format!("rename the build's folder to {}", dir.display()))?;
-        Ok(dir)
+        fs::rename(&unfinished, &dir).with_context(|| format!("rename the build's folder to {}", dir.display()))
     }
 
     fn go_build(&self, into: &Path, report: Report<'_>) -> Result<()> {
