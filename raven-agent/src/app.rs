@@ -105,6 +105,8 @@ pub async fn run(config: Run) -> Result<()> {
         let watch_outages = outages.clone();
         let (watched, namespace, inputs) = (client.clone(), config.namespace.clone(), inputs.clone());
         tokio::spawn(async move { api_watch::run(watched, &namespace, inputs, watch_outages).await });
+        let node = config.node_name.clone();
+        tokio::spawn(observe::publish_events(client.clone(), node, latest.clone(), inputs_seen.clone()));
         tokio::spawn(observe::publish(
             client,
             config.node_name.clone(),

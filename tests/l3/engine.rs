@@ -1,9 +1,16 @@
 //! Tests of the userspace engine in a Pod of its own (DaemonSet `raven-wireguard`).
 
-use std::{net::IpAddr, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use raven_tests::{Lab, agent, eventually, probe::Flow, process::Process, proof, require_root};
+use raven_tests::{
+    Lab,
+    agent::{self, Agent},
+    eventually,
+    probe::Flow,
+    process::Process,
+    proof, require_root,
+};
 
 use crate::Running;
 
@@ -40,23 +47,18 @@ async fn engine_outlives_the_agents_container() {
     let idle = running.lab.node("x-b").ns.clone();
     let index = |running: &Running| running.check(idle.sh("cat /sys/class/net/raven-wg0/ifindex"));
     let before = index(&running);
-    let (a, b) = (running.lab.pod("x-b").clone(), running.lab.pod("y-b").clone());
-    let there = Flow::start(&a.ns, &b.ns, IpAddr::V4(b.v4), 1000).expect("start a flow");
-    let back = Flow::start(&b.ns, &a.ns, IpAddr::V4(a.v4), 1000).expect("start a flow");
-    // All of them end with all of their processes, as in `kubectl delete pod` of every agent.
-    for agent in &mut running.agents {
-        agent.kill().expect("kill the agent's container");
-    }
-    for agent in &mut running.agents {
-        agent.restart().expect("restart the agent");
-    }
-    for agent in &running.agents {
-        running.check(proof::ready(agent).await);
-    }
-    for flow in [there, back] {
-        let report = running.check(flow.stop().await);
-        assert!(report.sent >= 1000 && report.lost == 0, "{report:?}");
-    }
+    let Running { agents, lab, .. } = &mut running;
+    let replaced = proof::lossless(lab, &[("x-b", "y-b"), ("y-b", "x-b")], 0, 1000, async || {
+        // All of them end with all of their processes, as in `kubectl delete pod` of every agent.
+        agents.iter_mut().try_for_each(Agent::kill)?;
+        agents.iter_mut().try_for_each(Agent::restart)?;
+        for agent in agents.iter() {
+            proof::ready(agent).await?;
+        }
+        Ok(String::new())
+    });
+    let replaced = replaced.await;
+    running.check(replaced);
     assert_eq!(index(&running), before, "the device of the member's engine was recreated");
     for (node, engine) in running.lab.nodes.iter().zip(&mut engines) {
         running.check(engine.ensure_running());

@@ -41,6 +41,8 @@ async fn obstacles_are_reported_with_remedy_until_removed() {
     require_root!();
     let running = Running::start().await.expect("start the lab");
     running.until_ready("no obstacle", |status, _| status == "True").await;
+    // A member node has no GatewayNode.
+    running.run_on("x-b", "sysctl -qw net.ipv4.ip_forward=0");
 
     running.run_on("x-a", "iptables -P FORWARD DROP");
     running
@@ -60,6 +62,15 @@ async fn obstacles_are_reported_with_remedy_until_removed() {
 
     running.run_on("x-a", "sysctl -qw net.ipv4.ip_forward=0");
     running.until_ready("disabled forwarding", |s, m| s == "False" && m.contains("net.ipv4.ip_forward=1")).await;
+
+    let published =
+        eventually(Duration::from_secs(60), "the member's problem is an Event about its Gateway", || async {
+            let described = running.lab.cluster().kubectl(&["describe", "gateway", "edge-x"])?;
+            let event = described.lines().find(|line| line.contains("NodeProblem") && line.contains("node x-b: "));
+            ensure!(event.is_some_and(|line| line.contains("sysctl -w net.ipv4.ip_forward=1")), "{described}");
+            Ok(())
+        });
+    running.check(published.await);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -116,7 +116,11 @@ async fn up(up: Up) -> Result<()> {
 
 async fn prepare(lab: &Lab, up: &Up) -> Result<()> {
     eprintln!("Kubernetes: {}", lab.cluster().origin());
-    if !up.no_gateways && !up.no_crds {
+    // The manifests contain the service accounts.
+    if up.no_crds {
+        return Ok(());
+    }
+    if !up.no_gateways {
         lab.cluster().apply_gateways(lab).await?;
     }
     for node in &lab.nodes {

@@ -478,8 +478,6 @@ pub async fn restart_under(
     family: usize,
     rate: u32,
 ) -> Result<String> {
-    // The flow also runs for some time before and after the restarts.
-    let end = tokio::time::Instant::now() + Duration::from_secs(3);
     lossless(lab, &[(from, to)], family, rate, async || {
         let mut killed = Vec::new();
         for agent in agents.iter_mut() {
@@ -492,7 +490,6 @@ pub async fn restart_under(
         for agent in agents.iter() {
             ready(agent).await?;
         }
-        tokio::time::sleep_until(end).await;
         Ok(format!("killed: {}", killed.join(", ")))
     })
     .await
@@ -507,12 +504,15 @@ pub async fn lossless(
     rate: u32,
     disturb: impl AsyncFnOnce() -> Result<String>,
 ) -> Result<String> {
+    // The flows run longer than a short disturbance.
+    let end = tokio::time::Instant::now() + Duration::from_secs(3);
     let mut flows = Vec::new();
     for (from, to) in pairs {
         let (from, to) = (lab.pod(from), lab.pod(to));
         flows.push(Flow::start(&from.ns, &to.ns, to.addresses()[family], rate)?);
     }
     let disturbed = disturb().await?;
+    tokio::time::sleep_until(end).await;
     let (mut sent, mut lost, mut gap) = (0, Vec::new(), Duration::ZERO);
     for (flow, (from, to)) in flows.into_iter().zip(pairs) {
         let report = flow.stop().await?;

@@ -205,7 +205,7 @@ async fn lab_of_killed_owner_is_removed_completely() {
 #[tokio::test(flavor = "multi_thread")]
 async fn api_server_has_nodes_and_node_bound_agent_tokens() -> Result<()> {
     require_root!();
-    let lab = Lab::builder().without_crds().up().await?;
+    let lab = Lab::builder().up().await?;
     let cluster = lab.cluster();
     let api: Api<Node> = Api::all(cluster.client());
     assert_eq!(api.list(&Default::default()).await?.items.len(), 6);

@@ -9,9 +9,8 @@ use anyhow::{Context, Result, bail};
 use k8s_openapi::api::admissionregistration::v1::ValidatingAdmissionPolicyBinding;
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{Pod, ServiceAccount};
-use k8s_openapi::api::rbac::v1::ClusterRoleBinding;
 use kube::Client;
-use kube::api::{Api, DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use raven_api::{AGENT_SERVICE_ACCOUNT, DEFAULT_NAMESPACE, GatewayNode};
 use serde_json::json;
 
@@ -24,43 +23,6 @@ pub const CONTROLLER_SERVICE_ACCOUNT: &str = "raven-controller";
 const SOON: Duration = Duration::from_secs(30);
 /// Lifetime of tokens, longer than that of any lab.
 const TOKEN_SECONDS: i64 = 7 * 24 * 3600;
-
-/// Creates the service accounts that no manifest contains. They get all permissions and a warning, as RBAC
-/// is then not tested.
-pub(super) async fn ensure_accounts(cluster: &Cluster) -> Result<()> {
-    let api: Api<ServiceAccount> = Api::namespaced(cluster.client(), DEFAULT_NAMESPACE);
-    for name in [AGENT_SERVICE_ACCOUNT, CONTROLLER_SERVICE_ACCOUNT] {
-        // The API server creates kube-system shortly after it is ready.
-        let created = eventually(SOON, &format!("service account {name}"), async || {
-            if api.get_opt(name).await?.is_some() {
-                return Ok(false);
-            }
-            let account = ServiceAccount { metadata: meta(name), ..ServiceAccount::default() };
-            api.create(&PostParams::default(), &account).await?;
-            Ok(true)
-        })
-        .await?;
-        if created {
-            eprintln!("lab: deploy/ contains no service account {name}; it gets all permissions");
-            grant_all_permissions(cluster, name).await?;
-        }
-    }
-    Ok(())
-}
-
-async fn grant_all_permissions(cluster: &Cluster, account: &str) -> Result<()> {
-    let name = format!("raven-lab-{account}");
-    let binding = json!({
-        "apiVersion": "rbac.authorization.k8s.io/v1",
-        "kind": "ClusterRoleBinding",
-        "metadata": {"name": name},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"},
-        "subjects": [{"kind": "ServiceAccount", "name": account, "namespace": DEFAULT_NAMESPACE}],
-    });
-    let api: Api<ClusterRoleBinding> = Api::all(cluster.client());
-    api.patch(&name, &PatchParams::apply("raven-lab"), &Patch::Apply(&binding)).await?;
-    Ok(())
-}
 
 /// Waits until the API server enforces the admission policy, if one is installed: there is a delay after it is stored.
 /// Tests this with a dry run of a forbidden write, by an agent without a node's token.
@@ -88,10 +50,6 @@ pub(super) async fn policy_in_force(cluster: &Cluster) -> Result<()> {
         }
     })
     .await
-}
-
-fn meta(name: &str) -> ObjectMeta {
-    ObjectMeta { name: Some(name.to_owned()), namespace: Some(DEFAULT_NAMESPACE.to_owned()), ..ObjectMeta::default() }
 }
 
 impl Cluster {

@@ -12,7 +12,7 @@ use raven_api::gateway::{Endpoint, ExposeType, Gateway, GatewaySpec};
 use raven_api::{LABEL_EDGE_WORKER, LABEL_GATEWAY};
 use serde_json::{Value, json};
 
-use super::{Cluster, identity};
+use super::Cluster;
 use crate::eventually;
 use crate::site::{Node, Pool, Site};
 
@@ -21,9 +21,8 @@ const MANAGER: &str = "raven-lab";
 const SOON: Duration = Duration::from_secs(30);
 
 impl Cluster {
-    /// Writes the Node objects and the service accounts.
+    /// Writes the Node objects.
     pub(super) async fn apply_nodes(&self, site: &Site) -> Result<()> {
-        identity::ensure_accounts(self).await?;
         for node in &site.nodes {
             self.apply_node(site, node).await?;
         }
