@@ -65,6 +65,8 @@ async fn controller_has_only_required_permissions() {
         let requests = "certificatesigningrequests.certificates.k8s.io";
         for (verb, what) in [
             ("list", "nodes"),
+            ("list", "pods"),
+            ("patch", "gatewaynodes.raven.openyurt.io/status"),
             ("create", gateways),
             ("patch", &format!("{gateways}/status")),
             ("create", "leases.coordination.k8s.io"),
@@ -86,7 +88,10 @@ async fn controller_has_only_required_permissions() {
             ("delete", "configmaps"),
             ("create", requests),
             ("patch", requests),
-            ("list", "pods"),
+            ("create", "pods"),
+            ("patch", "pods"),
+            ("delete", "pods"),
+            ("patch", "gatewaynodes.raven.openyurt.io"),
             ("get", "endpoints"),
             ("delete", "endpoints"),
         ];
@@ -97,8 +102,10 @@ async fn controller_has_only_required_permissions() {
         let answer =
             fixture.lab.cluster().kubectl(&["auth", "can-i", "delete", &by_name, "-n", "kube-system", account])?;
         assert_eq!(answer.trim(), "yes", "delete the Endpoints that upstream left behind");
-        // Outside its own namespace, the controller has no access to Services and EndpointSlices.
-        for (verb, what) in [("list", slices), ("patch", slices), ("patch", "services"), ("create", "services")] {
+        // Outside its own namespace, the controller has no access to Pods, Services and EndpointSlices.
+        for (verb, what) in
+            [("list", "pods"), ("list", slices), ("patch", slices), ("patch", "services"), ("create", "services")]
+        {
             assert!(!may_in("default", verb, what), "{verb} {what} in namespace default");
         }
         Ok(())

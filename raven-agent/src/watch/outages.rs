@@ -1,4 +1,4 @@
-//! Detects watches that have failed for a long time: the agent forwards by an old topology and does not know of changes.
+//! Detects watches that have failed for a long time: the agent forwards with an old topology and does not receive changes.
 
 use std::{
     collections::BTreeMap,
@@ -40,8 +40,8 @@ impl Outages {
         });
         long.map(|(list, Outage { first, error, .. })| {
             format!(
-                "{list} cannot be watched for {} minutes, so this node does not know of changes: {error}; check that the API server is reachable \
-                 from this node and that deploy/rbac.yaml is applied",
+                "the watch of {list} has failed for {} minutes, so this node does not receive changes: {error}; check that the API server is \
+                 reachable from this node and that deploy/rbac.yaml is applied",
                 now.duration_since(*first).as_secs() / 60
             )
         })
@@ -65,7 +65,7 @@ mod tests {
         fails("Gateways", 600);
         fails("GatewayNodes", 600);
         let [message] = &outages.long(at(660))[..] else { panic!("{:?}", outages.long(at(660))) };
-        assert!(message.starts_with("Gateways cannot be watched for 11 minutes"), "{message}");
+        assert!(message.starts_with("the watch of Gateways has failed for 11 minutes"), "{message}");
         assert!(message.contains("error at 600"), "{message}");
         // It works again: no more failures.
         assert_eq!(outages.long(at(720)), Vec::<String>::new());
