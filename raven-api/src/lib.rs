@@ -6,7 +6,7 @@
 //!
 //! - [`names`]: labels, annotations, ConfigMaps, ports. [`condition`]: condition types. [`proxy`]: names and ports of
 //!   the L7 half.
-//! - [`prefix`]: prefixes that are never accepted.
+//! - [`prefix`]: prefixes that are never accepted. [`event`]: notes of Events.
 //! - [`guarded`]: reads lists in which single objects may be unreadable.
 //! - [`gateway_v1alpha1`] and [`conversion`]: the oldest version of the Gateway, and its conversion.
 //! - [`schema`]: the CRDs. [`pool`]: OpenYurt's NodePool.
@@ -17,6 +17,7 @@ use std::time::Duration;
 
 pub mod condition;
 pub mod conversion;
+pub mod event;
 pub mod gateway;
 pub mod gateway_node;
 pub mod gateway_v1alpha1;

@@ -8,19 +8,16 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource};
-use raven_api::GatewayNode;
 use raven_api::condition::ConditionType;
 use raven_api::gateway::{Gateway, GatewayStatus};
 use raven_api::names::{GROUP, MANAGER_CONTROLLER};
+use raven_api::{GatewayNode, event};
 use serde_json::{Value, json};
 
 use crate::gateway::events::Change;
 use crate::gateway::facts::NodeName;
 use crate::gateway::status::{AGENT_NOT_READY, find_agents};
 use crate::lead::Leadership;
-
-// The API's limit for the note of an Event is 1 kB.
-const NOTE_MAX: usize = 1000;
 
 /// A write that failed.
 #[derive(Debug, thiserror::Error)]
@@ -131,7 +128,11 @@ impl Writer {
     }
 
     /// Replaces the conditions of a GatewayNode by Ready Unknown. The agent writes all of them again when it works.
-    pub(crate) async fn silent(&self, name: &NodeName, now: Timestamp) -> Result<(), Error> {
+    /// Returns false if this replica no longer leads.
+    pub(crate) async fn silent(&self, name: &NodeName, now: Timestamp) -> Result<bool, Error> {
+        if !self.leadership.is_valid() {
+            return Ok(false);
+        }
         let message = format!(
             "the agent of this node has not been Ready for some time, so its last report may be out of date: {}",
             find_agents(&[name.as_str()])
@@ -151,7 +152,7 @@ impl Writer {
         let failed = |e| Error::GatewayNode { name: name.clone(), source: Box::new(e) };
         let nodes: Api<GatewayNode> = Api::all(self.client.clone());
         let params = PatchParams::apply(MANAGER_CONTROLLER).force();
-        nodes.patch_status(name.as_str(), &params, &Patch::Apply(object)).await.map(drop).map_err(failed)
+        nodes.patch_status(name.as_str(), &params, &Patch::Apply(object)).await.map(|_| true).map_err(failed)
     }
 
     /// Writes a status, unless the Gateway was changed since the decision.
@@ -174,7 +175,7 @@ impl Writer {
         let event = Event {
             type_: if change.warning { EventType::Warning } else { EventType::Normal },
             reason: change.reason.clone(),
-            note: Some(truncated(&change.note, NOTE_MAX).to_owned()),
+            note: Some(event::note(change.note.clone())),
             action: "Reconcile".to_owned(),
             secondary: cause.map(|gateway| gateway.object_ref(&())),
         };
@@ -221,14 +222,6 @@ fn error(verb: &'static str, gateway: &Gateway, source: kube::Error) -> Error {
     Error::Api { verb, name: name_of(gateway).to_owned(), source: Box::new(source) }
 }
 
-fn truncated(text: &str, max: usize) -> &str {
-    let mut end = text.len().min(max);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    &text[..end]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -245,6 +238,7 @@ mod tests {
         refused(writer.create(&gateway).await.map(drop));
         refused(writer.delete(&gateway).await);
         refused(writer.status(&gateway, &GatewayStatus::default()).await.map(drop));
+        assert!(matches!(writer.silent(&"n".into(), Timestamp::UNIX_EPOCH).await, Ok(false)));
     }
 
     #[test]
@@ -261,11 +255,5 @@ mod tests {
         let patch = status_patch(&gateway, &GatewayStatus::default()).expect("a status is JSON");
         assert_eq!(patch["status"]["activeEndpoints"], json!([]));
         assert_eq!(patch["status"]["nodes"], json!([]));
-    }
-
-    #[test]
-    fn note_is_truncated_at_a_character_boundary() {
-        assert_eq!(truncated("aé", 2), "a");
-        assert_eq!(truncated("aé", 3), "aé");
     }
 }

@@ -167,11 +167,14 @@ impl Reconciler {
             }
         }
         for name in &decisions.silent {
-            let result = self.writer.silent(name, Timestamp::now()).await;
-            if result.is_ok() {
-                tracing::warn!(node = %name, "no agent works on this node; its GatewayNode is no longer Ready");
+            match self.writer.silent(name, Timestamp::now()).await {
+                Ok(false) => {}
+                Ok(true) => {
+                    tracing::warn!(node = %name, "no agent works on this node; its GatewayNode is no longer Ready");
+                    results.push(Ok(None));
+                }
+                Err(e) => results.push(Err(e)),
             }
-            results.push(result.map(|()| None));
         }
         self.account(results, tally).await;
     }

@@ -12,7 +12,7 @@ use kube::{
     Client, Resource,
     runtime::events::{Event, EventType, Recorder, Reporter},
 };
-use raven_api::{Gateway, MANAGER_AGENT};
+use raven_api::{Gateway, MANAGER_AGENT, event};
 use tokio::sync::watch;
 
 use super::Latest;
@@ -30,8 +30,6 @@ const REPEAT: Duration = Duration::from_secs(2400);
 const CONSIDERED: usize = 3;
 /// Maximum number of Events within [`REPEAT`].
 const LIMIT: usize = 12;
-/// The API's limit for the note of an Event, in bytes.
-const LONGEST_NOTE: usize = 1000;
 
 /// Publishes until the process ends. A failure is logged; the Event is published again after [`REPEAT`].
 pub async fn run(client: Client, node: String, latest: watch::Receiver<Latest>, seen: watch::Receiver<Option<Inputs>>) {
@@ -45,16 +43,16 @@ pub async fn run(client: Client, node: String, latest: watch::Receiver<Latest>, 
             continue;
         };
         for problem in problems.due(report.complaints(), Instant::now()) {
-            let event = Event {
+            let published = Event {
                 type_: EventType::Warning,
                 reason: REASON.to_owned(),
-                note: Some(note(&node, &problem)),
+                note: Some(event::note(format!("node {node}: {problem}"))),
                 action: "Reconcile".to_owned(),
                 secondary: None,
             };
             // A new recorder per Event: one recorder aggregates Events of the same reason and keeps the first note.
             let recorder = Recorder::new(client.clone(), reporter.clone());
-            if let Err(e) = recorder.publish(&event, &gateway.object_ref(&())).await {
+            if let Err(e) = recorder.publish(&published, &gateway.object_ref(&())).await {
                 tracing::warn!(problem, error = %e, "cannot publish an Event (check that deploy/rbac.yaml is applied)");
             }
         }
@@ -63,12 +61,6 @@ pub async fn run(client: Client, node: String, latest: watch::Receiver<Latest>, 
 
 fn gateway(inputs: Option<&Inputs>, name: &str) -> Option<Gateway> {
     inputs?.gateways.iter().find(|gateway| gateway.metadata.name.as_deref() == Some(name)).cloned()
-}
-
-fn note(node: &str, problem: &str) -> String {
-    let mut note = format!("node {node}: {problem}");
-    note.truncate(note.floor_char_boundary(LONGEST_NOTE));
-    note
 }
 
 /// Problems of the last check, and the times of the last Events.
@@ -138,11 +130,5 @@ mod tests {
             published += problems.due(names.into_iter(), now).len();
         }
         assert_eq!(published, LIMIT);
-    }
-
-    #[test]
-    fn note_fits_the_api() {
-        let long = note("x", &"é".repeat(2000));
-        assert!(long.len() <= LONGEST_NOTE && long.len() > LONGEST_NOTE - 4, "{}", long.len());
     }
 }
