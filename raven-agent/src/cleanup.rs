@@ -1,7 +1,7 @@
 //! `raven-agent cleanup`: removes everything Raven installed on a node. It works without an API server and after a
 //! crash at any point; missing objects are not errors.
 
-use std::{fs, io, path::Path};
+use std::{fs, path::Path};
 
 use crate::{bpf, config::Engine, link::Links, names, netfilter, state::Change, tunnel};
 
@@ -22,10 +22,10 @@ pub async fn run(state_dir: &Path, keep_state: bool, engine: Engine) -> (Vec<Str
     done.note("programs and maps", bpf::remove_pins().map(Change::from));
     if !keep_state {
         for file in [names::KEY_FILE, names::SNAPSHOT_FILE] {
-            done.note(file, unless_missing(fs::remove_file(state_dir.join(file))));
+            done.note(file, Change::unless_missing(fs::remove_file(state_dir.join(file))));
         }
         for folder in [names::PROXY_CLIENT_DIR, names::PROXY_SERVER_DIR] {
-            done.note(folder, unless_missing(fs::remove_dir_all(state_dir.join(folder))));
+            done.note(folder, Change::unless_missing(fs::remove_dir_all(state_dir.join(folder))));
         }
     }
     (done.removed, done.failed)
@@ -44,14 +44,5 @@ impl Outcome {
             Ok(_) => {}
             Err(e) => self.failed.push(format!("{what}: {e}")),
         }
-    }
-}
-
-/// A missing file is no error.
-fn unless_missing(removed: io::Result<()>) -> io::Result<Change> {
-    match removed {
-        Ok(()) => Ok(Change::ONE),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Change::NONE),
-        Err(e) => Err(e),
     }
 }

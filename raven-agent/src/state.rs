@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io,
     iter::Sum,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     ops::AddAssign,
@@ -224,6 +225,15 @@ impl Change {
     /// True if at least one object changed.
     pub fn any(self) -> bool {
         self.0 > 0
+    }
+
+    /// Returns the change by a removal. A missing file is no error.
+    pub fn unless_missing(removed: io::Result<()>) -> io::Result<Self> {
+        match removed {
+            Ok(()) => Ok(Self::ONE),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Self::NONE),
+            Err(e) => Err(e),
+        }
     }
 }
 

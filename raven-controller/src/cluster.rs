@@ -466,14 +466,12 @@ pub(crate) async fn run(
     let mut batch = Vec::with_capacity(BATCH);
     loop {
         let timeout = cluster.absences.next_timeout(Instant::now());
-        tokio::select! {
-            received = updates.recv_many(&mut batch, BATCH) => if received == 0 { return },
-            () = sleep_until(timeout.unwrap_or_else(Instant::now).into()), if timeout.is_some() => {
-                cluster.revision += 1;
-                snapshots.send_replace(Arc::new(cluster.snapshot()));
-            }
-        }
-        let (mut changed, mut waiting) = (false, Vec::new());
+        let timed_out = tokio::select! {
+            received = updates.recv_many(&mut batch, BATCH) => if received == 0 { return } else { false },
+            () = sleep_until(timeout.unwrap_or_else(Instant::now).into()), if timeout.is_some() => true,
+        };
+        cluster.revision += u64::from(timed_out);
+        let (mut changed, mut waiting) = (timed_out, Vec::new());
         for update in batch.drain(..) {
             let (update, absorbed) = match update {
                 Update::Written(gateways, absorbed) => {

@@ -14,8 +14,10 @@ fn programs_are_cheap_to_verify() {
     require_root!();
     let dataplane = Dataplane::load(topology::gateway());
     for hook in Hook::ALL {
-        // Kernels before 5.16 do not report it.
-        let Some(verified) = dataplane.verified_instructions(hook) else { continue };
+        let Some(verified) = dataplane.verified_instructions(hook) else {
+            eprintln!("SKIPPED: {}: kernels before 5.16 do not report the number of instructions", hook.program());
+            continue;
+        };
         assert!(verified > 0 && verified < LIMIT, "{}: {verified} instructions", hook.program());
     }
 }

@@ -116,21 +116,23 @@ impl Need {
                 Binaries::find_or_build_with(&|text| reporter.detail(text)).map(drop)
             }));
         }
-        let module = self.module().filter(|module| !matches!(module.find(), Ok(Some(_))))?;
+        let module = self.missing_module()?;
         Some(Task::new(name(module.names), move |reporter| {
             module.find_or_build_with(&|text| reporter.detail(text)).map(drop)
         }))
     }
 
-    /// Returns the Go module of this need. The control plane's programs may also come from KUBEBUILDER_ASSETS.
-    fn module(self) -> Option<&'static Module> {
-        match self {
-            Self::Kubelet => Some(&NODE),
-            Self::Workloads => Some(&WORKLOADS),
-            Self::Helm => Some(&HELM),
-            Self::Metrics => Some(&METRICS),
-            _ => None,
-        }
+    /// Returns the Go module of this need, if its programs are missing. Those of the control plane may also come from
+    /// KUBEBUILDER_ASSETS, so they are not among them.
+    fn missing_module(self) -> Option<&'static Module> {
+        let module = match self {
+            Self::Kubelet => &NODE,
+            Self::Workloads => &WORKLOADS,
+            Self::Helm => &HELM,
+            Self::Metrics => &METRICS,
+            _ => return None,
+        };
+        (!matches!(module.find(), Ok(Some(_)))).then_some(module)
     }
 
     /// Returns the system programs of this need.
@@ -184,7 +186,7 @@ impl Need {
         if self == Self::Kubernetes && !matches!(Binaries::find(), Ok(Some(_))) {
             missing.push("etcd, kube-apiserver, kubectl (KUBEBUILDER_ASSETS, or Go to build them)".to_owned());
         }
-        if let Some(module) = self.module().filter(|module| !matches!(module.find(), Ok(Some(_)))) {
+        if let Some(module) = self.missing_module() {
             missing.push(format!("{} (Go to build them)", module.names));
         }
         missing

@@ -5,7 +5,7 @@
 //! exits on SIGTERM or when that socket is removed, and its TUN device is deleted with it.
 
 use std::{
-    fs, io,
+    fs,
     os::unix::{net::UnixStream, process::CommandExt},
     path::PathBuf,
     process::{Command, Stdio},
@@ -97,11 +97,8 @@ pub async fn stop(device: &str) -> Result<(), Error> {
 
 /// Removes the socket that an engine leaves when it is killed.
 pub(super) fn remove_socket(device: &str) -> Result<Change, Error> {
-    match fs::remove_file(socket(device)) {
-        Ok(()) => Ok(Change::ONE),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Change::NONE),
-        Err(e) => Err(Error::Engine(format!("cannot remove {}: {e}", socket(device).display()))),
-    }
+    Change::unless_missing(fs::remove_file(socket(device)))
+        .map_err(|e| Error::Engine(format!("cannot remove {}: {e}", socket(device).display())))
 }
 
 /// Runs the engine, as the program of a container, until it ends. Where the kernel has WireGuard, waits forever.

@@ -20,12 +20,6 @@ pub(crate) struct Absences {
     since: BTreeMap<NodeName, Instant>,
 }
 
-impl Default for Absences {
-    fn default() -> Self {
-        Self::new(TIMEOUT)
-    }
-}
-
 impl Absences {
     /// Creates an empty list.
     pub(crate) fn new(timeout: Duration) -> Self {
@@ -77,7 +71,7 @@ mod tests {
     fn node_counts_after_the_timeout_and_until_its_agent_is_ready() {
         let (now, names) = (Instant::now(), ["a", "b", "windows"].map(NodeName::from));
         let at = |seconds| now + Duration::from_secs(seconds);
-        let mut absences = Absences::default();
+        let mut absences = Absences::new(TIMEOUT);
         absences.update(names.iter(), &pods(&[("a", true), ("b", true)]), at(0));
         absences.update(names.iter(), &pods(&[("a", true), ("b", false)]), at(60));
         assert_eq!(absences.nodes(at(119)), [].into());
@@ -96,7 +90,7 @@ mod tests {
     #[test]
     fn without_any_pod_no_node_counts() {
         let (now, names) = (Instant::now(), ["a"].map(NodeName::from));
-        let mut absences = Absences::default();
+        let mut absences = Absences::new(TIMEOUT);
         absences.update(names.iter(), &pods(&[("b", true)]), now);
         absences.update(names.iter(), &pods(&[]), now);
         assert_eq!(absences.nodes(now + TIMEOUT), [].into());
