@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use libfuzzer_sys::fuzz_target;
 use raven_agent::{
     bpf::probe::Release,
-    topology::{PublicKey, Settings},
+    topology::{ClusterSettings, PublicKey},
 };
 
 fuzz_target!(|text: &str| {
@@ -15,5 +15,5 @@ fuzz_target!(|text: &str| {
         assert_eq!(key.to_string().parse(), Ok(key));
     }
     let data = BTreeMap::from([("enable-l3-tunnel".to_owned(), text.to_owned()), ("forward-node-ip".to_owned(), text.to_owned())]);
-    let _ = Settings::parse(&data, &data);
+    let _ = ClusterSettings::parse(&data, &data);
 });
