@@ -66,6 +66,7 @@ pub async fn run(config: Run) -> Result<()> {
         node: config.node_name.clone(),
         node_ip: config.node_ip,
         protected,
+        masquerade_mark: 1 << config.masquerade_bit,
         release,
         tc_attach: config.tc_attach,
         tier: config.tier,

@@ -29,9 +29,11 @@ use self::{
 use crate::{
     bpf::{self, Bpf, Hook, probe::Release},
     config::{Engine, TcAttach, Tier},
+    conntrack,
     diff::diff,
     link::{self, Links, Uplink, set_sysctls},
-    names, netfilter,
+    names,
+    netfilter::{self, Sources},
     plan::{Me, Plan},
     state::{Change, Indexes, Role, State},
     surroundings,
@@ -56,6 +58,8 @@ pub struct Settings {
     pub node_ip: Option<IpAddr>,
     /// Prefixes that must never enter the tunnel.
     pub protected: Vec<IpNet>,
+    /// The bits of kube-proxy's mark on packets that it masquerades.
+    pub masquerade_mark: u32,
     /// Release of the running kernel.
     pub release: Release,
     /// How TC programs are attached.
@@ -218,9 +222,15 @@ impl Reconciler {
         let Some(want) = &plan.overlay else { return };
         // Fail closed: from here on, a packet for another pool leaves by Raven or not at all. The exemption from source
         // NAT comes before the rule, because the first packet of a flow determines its source.
-        outcome.take(netfilter::ensure().await);
+        let before = outcome.change;
+        let own = plan.own_prefixes();
+        let sources = Sources::new(&own, self.settings.masquerade_mark);
+        sources.ensure().await.into_iter().for_each(|result| outcome.take(result));
         self.ensure_barriers(plan, outcome).await;
         outcome.take(self.links.ensure_rules().await);
+        if outcome.change != before {
+            forget_masqueraded(&own, plan, outcome).await;
+        }
         let Some(overlay) = outcome.keep(self.links.ensure_overlay(want).await) else { return };
         outcome.failures.extend(set_sysctls(names::OVERLAY).into_iter().map(Error::from));
         outcome.take(self.links.ensure_addresses(names::OVERLAY, overlay, &want.addresses).await);
@@ -324,5 +334,13 @@ impl Reconciler {
         if !steps.is_empty() {
             let _ = outcome.keep(self.bpf.next_generation());
         }
+    }
+}
+
+async fn forget_masqueraded(own: &[IpNet], plan: &Plan, outcome: &mut Outcome) {
+    match conntrack::forget_masqueraded(own, plan.state.barriers.iter().copied()).await {
+        Ok(change) => outcome.change += change,
+        // Not a failed step: a kernel without ctnetlink does everything else.
+        Err(e) => tracing::warn!(error = %e, "connections that began before Raven were not checked"),
     }
 }

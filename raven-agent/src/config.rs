@@ -117,6 +117,9 @@ pub struct Run {
     /// Accept plain HTTP requests at this address (cloud gateway nodes); `:PORT` means the node's InternalIP.
     #[arg(long, env = "PROXY_INTERNAL_INSECURE_ADDR", default_value = ":10264", value_parser = listen_address)]
     pub proxy_internal_insecure_addr: SocketAddr,
+    /// Leave packets with this bit of the mark to kube-proxy, which masquerades them: its `--iptables-masquerade-bit`.
+    #[arg(long, env = "MASQUERADE_BIT", default_value_t = 14, value_parser = clap::value_parser!(u8).range(0..32))]
+    pub masquerade_bit: u8,
     /// Attach TC programs by this mechanism.
     #[arg(long, value_enum, default_value = "auto")]
     pub tc_attach: TcAttach,

@@ -2,8 +2,8 @@
 //! order. A library with a thin `main.rs`, so that tests and benchmarks can link it.
 //!
 //! - Pure: [`topology`], [`plan`] (for L3 and L7), [`diff`]. They share [`state`], the kernel's state as plain data.
-//! - Drivers, each of which reads and changes one part of the kernel: [`bpf`], [`link`], [`tunnel`], [`netfilter`].
-//!   [`apply`] runs them; [`cleanup`] uses them to remove everything.
+//! - Drivers, each of which reads and changes one part of the kernel: [`bpf`], [`link`], [`tunnel`], [`netfilter`],
+//!   [`conntrack`]. [`apply`] runs them; [`cleanup`] uses them to remove everything.
 //! - The L7 half: [`proxy`], which follows the L7 part of the plan.
 //! - Around them: [`snapshot`] (the last topology on disk, written by [`atomic_file`]), [`surroundings`] (what other
 //!   programs do to Raven's packets), [`observe`] (status, metrics, health), [`config`], [`names`].
@@ -16,6 +16,7 @@ pub mod atomic_file;
 pub mod bpf;
 pub mod cleanup;
 pub mod config;
+pub mod conntrack;
 pub mod diff;
 pub mod link;
 pub mod names;

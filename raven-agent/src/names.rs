@@ -43,10 +43,8 @@ pub const TC_PRIORITIES: [u16; 2] = [1, 4472];
 /// Handle of Raven's TC filters.
 pub const TC_HANDLE: u16 = 4472;
 
-/// The nftables table (family inet) that exempts Raven's devices from source NAT.
+/// The nftables table (family inet) that determines the sources of packets that leave by Raven's devices.
 pub const NFT_TABLE: &str = "raven";
-/// kube-proxy's mark on packets that must be masqueraded (`--iptables-masquerade-bit` 14).
-pub const KUBE_MASQUERADE_MARK: u32 = 0x4000;
 
 /// Folder of the files that outlive the agent.
 pub const STATE_DIR: &str = "/var/lib/raven";

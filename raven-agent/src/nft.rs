@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use serde_json::Value;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
@@ -73,6 +74,17 @@ pub(crate) async fn list(args: &[&str]) -> Result<Value, Error> {
 /// Applies a ruleset (libnftables-json(5)) in one transaction.
 pub(crate) async fn apply(ruleset: &Value) -> Result<(), Error> {
     run(&["-j", "-f", "-"], &ruleset.to_string(), "-j -f -").await.map(drop)
+}
+
+/// The objects of one kind ("chain", "rule", "set") in a listed ruleset.
+pub(crate) fn objects<'a>(ruleset: &'a Value, kind: &'a str) -> impl Iterator<Item = &'a Value> {
+    ruleset["nftables"].as_array().into_iter().flatten().filter_map(move |object| object.get(kind))
+}
+
+/// The prefix of an expression `{"prefix": {"addr": …, "len": …}}`.
+pub(crate) fn prefix(expression: &Value) -> Option<IpNet> {
+    let prefix = expression.get("prefix")?;
+    IpNet::new(prefix["addr"].as_str()?.parse().ok()?, u8::try_from(prefix["len"].as_u64()?).ok()?).ok()
 }
 
 async fn run(args: &[&str], input: &str, command: &str) -> Result<Vec<u8>, Error> {

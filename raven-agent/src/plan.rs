@@ -58,6 +58,16 @@ pub struct Plan {
     pub problems: Vec<String>,
 }
 
+// === impl Plan ===
+
+impl Plan {
+    /// The prefixes of this node, with its own address where node addresses are forwarded.
+    pub fn own_prefixes(&self) -> Vec<IpNet> {
+        let own = self.config.node.octets();
+        self.state.local.iter().filter(|(_, local)| local.node == own).map(|(prefix, _)| *prefix).collect()
+    }
+}
+
 /// The plan for node `me` in this topology.
 ///
 /// Each half works without the other. With L3 off no other pool is reached, and the overlay of an exposed pool carries
@@ -67,7 +77,7 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     let l3 = topology.settings.l3;
     let Some((name, pool)) = topology.pool_of(&me.node) else { return empty(me, proxy, without_pool(topology, me)) };
     let member = &pool.members[&me.node];
-    let prefixes = own_prefixes(member);
+    let prefixes = pod_prefixes(member);
     let sources: Vec<IpAddr> = prefixes.iter().map(|prefix| routes::source(prefix, &me.addresses)).collect();
     let own_v4 = sources.iter().find_map(|s| if let IpAddr::V4(s) = s { Some(*s) } else { None });
     let intercepted = interception::interception(topology, pool, me, member.outer, own_v4);
@@ -134,7 +144,7 @@ fn tunnel_mtu(uplink_mtu: u32) -> u32 {
 }
 
 /// The prefixes of this node, without its own address: where node addresses are forwarded, the uplink has that one.
-fn own_prefixes(member: &Member) -> Vec<IpNet> {
+fn pod_prefixes(member: &Member) -> Vec<IpNet> {
     let own = IpNet::from(IpAddr::V4(member.outer));
     member.prefixes.iter().filter(|prefix| **prefix != own).copied().collect()
 }

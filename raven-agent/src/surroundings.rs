@@ -10,7 +10,8 @@ use serde_json::Value;
 
 use crate::{
     link::Links,
-    names, nft,
+    names,
+    nft::{self, objects},
     plan::Plan,
     state::{Device, Indexes},
 };
@@ -21,7 +22,7 @@ pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &str) -
     complaints.extend(overriding_routes(links, plan, indexes).await);
     match ruleset().await {
         Ok(ruleset) => {
-            complaints.extend(forward_drops(&ruleset, &own_prefixes(plan)));
+            complaints.extend(forward_drops(&ruleset, &plan.own_prefixes()));
             complaints.extend(blocked_ports(&ruleset, uplink, plan.tunnel.as_ref().map(|t| t.port)));
         }
         Err(e) => tracing::warn!(error = %e, "cannot read this node's firewall rules; they are not checked"),
@@ -72,11 +73,6 @@ fn probe(prefix: &IpNet) -> IpAddr {
     prefix.hosts().nth(1).unwrap_or(prefix.addr())
 }
 
-fn own_prefixes(plan: &Plan) -> Vec<IpNet> {
-    let own = plan.config.node.octets();
-    plan.state.local.iter().filter(|(_, local)| local.node == own).map(|(prefix, _)| *prefix).collect()
-}
-
 /// The chains of all tables, and the rules of those tables in which a chain drops by its policy. kube-proxy's tables,
 /// which have thousands of rules, have no such chain, so their rules are not read.
 async fn ruleset() -> Result<Value, nft::Error> {
@@ -97,10 +93,6 @@ fn dropping_tables(ruleset: &Value) -> BTreeSet<(String, String)> {
         .filter(|chain| (chain["hook"] == "forward" || chain["hook"] == "input") && chain["policy"] == "drop")
         .map(|chain| (text(chain, "family").to_owned(), text(chain, "table").to_owned()))
         .collect()
-}
-
-fn objects<'a>(ruleset: &'a Value, kind: &'a str) -> impl Iterator<Item = &'a Value> {
-    ruleset["nftables"].as_array().into_iter().flatten().filter_map(move |o| o.get(kind))
 }
 
 /// FORWARD chains with policy DROP (of nft, or of iptables as nft shows it) in whose table no rule accepts
@@ -155,10 +147,7 @@ fn matches_pods(condition: &Value, own: &[&IpNet]) -> bool {
     if matches!(right.as_str(), Some(names::OVERLAY | names::TUNNEL)) {
         return true;
     }
-    let prefix = right
-        .get("prefix")
-        .and_then(|p| IpNet::new(p["addr"].as_str()?.parse().ok()?, u8::try_from(p["len"].as_u64()?).ok()?).ok());
-    prefix.is_some_and(|p| own.iter().all(|o| p.contains(*o)))
+    nft::prefix(right).is_some_and(|p| own.iter().all(|o| p.contains(*o)))
 }
 
 /// INPUT chains with policy DROP in whose table no rule opens Raven's ports.

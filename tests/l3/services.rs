@@ -7,9 +7,10 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
+use ipnet::IpNet;
 use raven_tests::{
-    Lab, Masquerade, MasqueradeBy, Namespace,
-    probe::{self, Echo},
+    Lab, Masquerade, MasqueradeBy, Namespace, Node, eventually,
+    probe::{self, Echo, Flow},
     proof, require_root,
 };
 
@@ -33,6 +34,11 @@ fn first_address(lab: &Lab, node: &str) -> IpAddr {
 fn bridge(lab: &Lab, node: &str) -> IpAddr {
     let IpAddr::V4(first) = first_address(lab, node) else { panic!("the podCIDR is not IPv4") };
     IpAddr::V4((u32::from(first) + 1).into())
+}
+
+/// Returns the prefixes of a node's pods.
+fn prefixes(node: &Node) -> [IpNet; 2] {
+    [node.pod_cidr_v4(), node.pod_cidr_v6()].map(|prefix| prefix.parse().expect("the podCIDR is a prefix"))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -133,6 +139,86 @@ async fn node_port_and_cluster_ip_work_on_a_gateway_node() {
     running.check(seen(&node.ns, cluster_ip).await);
     let cluster_ip6 = SocketAddr::from((Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x50), 80));
     running.check(seen(&node.ns, cluster_ip6).await);
+
+    // Without a mark, as of kube-proxy without --cluster-cidr, and from a process that is bound to the node's address.
+    for host in ["cloud-a", "cloud-b"].map(|name| lab.node(name)) {
+        let rules = format!(
+            "table ip6 plain {{ chain out {{ type nat hook output priority -99;
+                ip6 daddr fd00:96::51 tcp dport 80 dnat to {1}; }}
+            }}
+            table ip plain {{ chain out {{ type nat hook output priority -99;
+                ip daddr 10.96.0.51 tcp dport 80 dnat to {0}; }}
+            }}",
+            echo.address, echo6.address
+        );
+        running.check(host.ns.nft(&rules));
+        let own = |address: IpAddr| prefixes(host).iter().any(|prefix| prefix.contains(&address));
+        let unmarked = SocketAddr::from(([10, 96, 0, 51], 80));
+        assert!(own(running.check(seen(&host.ns, unmarked).await)), "IPv4 from {}", host.name);
+        let unmarked = SocketAddr::from((Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0x51), 80));
+        assert!(own(running.check(seen(&host.ns, unmarked).await)), "IPv6 from {}", host.name);
+        for (source, to) in
+            [(host.lan_v4.to_string(), server.v4.into()), (host.lan_v6.to_string(), IpAddr::from(server.v6))]
+        {
+            let answer = running.check(probe::ping_with(&host.ns, to, &["-I", &source]).await);
+            assert!(answer.is_some(), "{to} does not answer {source} of {}", host.name);
+        }
+    }
+}
+
+/// Fails unless there are UDP connections from `pod`, and all of them have another source (`changed`) or none.
+fn sources_are(node: &Namespace, pod: IpAddr, changed: bool) -> Result<()> {
+    let family = if pod.is_ipv4() { "ipv4" } else { "ipv6" };
+    let entries = node.sh(&format!("conntrack -L -f {family} -p udp --orig-src {pod} 2>/dev/null"))?;
+    // A line has the addresses of both directions: the second dst= is where answers go.
+    let answered: Vec<_> = entries.lines().filter_map(|line| line.split("dst=").nth(2)?.split(' ').next()).collect();
+    ensure!(!answered.is_empty() && answered.iter().all(|to| (*to != pod.to_string()) == changed), "{entries}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_from_before_the_exemption_get_their_pods_source() {
+    require_root!();
+    let lab = Lab::builder().masquerade(Masquerade::Never, MasqueradeBy::Nftables).up().await.expect("start the lab");
+    let (from, to) = (lab.pod("x-b").clone(), lab.pod("cloud-b").clone());
+    let node = lab.node("x-b").clone();
+    // A CNI that writes SNAT. The kernel keeps its entries when the route changes.
+    let [v4, v6] = prefixes(&node);
+    let rules = format!(
+        "table inet cni {{ chain post {{ type nat hook postrouting priority srcnat;
+            ip saddr {v4} ip daddr != {v4} snat ip to {}
+            ip6 saddr {v6} ip6 daddr != {v6} snat ip6 to {}; }}
+        }}",
+        node.lan_v4, node.lan_v6
+    );
+    node.ns.nft(&rules).expect("load the rules");
+    let pairs = [(IpAddr::from(from.v4), IpAddr::from(to.v4)), (from.v6.into(), to.v6.into())];
+    let start = || pairs.map(|(_, to_address)| Flow::start(&from.ns, &to.ns, to_address, 100).expect("start a flow"));
+    let until = async |changed: bool| {
+        for (pod, _) in pairs {
+            let what = format!("the source of {pod} is changed: {changed}");
+            eventually(SOON, &what, || async { sources_are(&node.ns, pod, changed) }).await?;
+        }
+        anyhow::Ok(())
+    };
+    let early = start();
+    until(true).await.expect("the CNI changes the source");
+    let running = Running::begin(lab).await.expect("start Raven");
+    running.check(proof::converged(&running.lab).await.map(drop));
+    running.check(until(false).await);
+    for flow in early {
+        let report = running.check(flow.stop().await);
+        assert!(report.received > 0, "the flow keeps its source: {report:?}");
+    }
+    running.check(node.ns.sh("nft delete table inet raven; conntrack -F"));
+    let late = start();
+    running.check(until(true).await);
+    // A change that wakes the agent at once.
+    running.check(node.ns.sh("ip rule del pref 100"));
+    running.check(until(false).await);
+    for flow in late {
+        running.check(flow.stop().await);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
