@@ -143,10 +143,10 @@ fn tunnel_mtu(uplink_mtu: u32) -> u32 {
     uplink_mtu.saturating_sub(TUNNEL_OVERHEAD as u32).max(MIN_MTU)
 }
 
-/// The prefixes of this node, without its own address: where node addresses are forwarded, the uplink has that one.
+/// The prefixes of this node, without its own addresses: where node addresses are forwarded, other devices have those.
 fn pod_prefixes(member: &Member) -> Vec<IpNet> {
-    let own = IpNet::from(IpAddr::V4(member.outer));
-    member.prefixes.iter().filter(|prefix| **prefix != own).copied().collect()
+    let own: BTreeSet<IpNet> = member.addresses.iter().copied().map(IpNet::from).collect();
+    member.prefixes.difference(&own).copied().collect()
 }
 
 /// Prefixes that no Gateway may claim on this node: those of `me`, the pool's own nodes, and every endpoint
@@ -156,7 +156,7 @@ fn protected(topology: &Topology, pool: &Pool, me: &Me) -> BTreeSet<IpNet> {
         topology.pools.values().flat_map(|p| p.gateways.values()).filter_map(|g| g.dial).map(|d| IpNet::from(d.ip()));
     let proxies = topology.pools.values().flat_map(|p| p.proxies.values()).filter_map(|p| p.dial.as_ref());
     let proxies = proxies.filter_map(|(host, _)| host.parse().ok()).map(|ip: IpAddr| IpNet::from(ip));
-    let nodes = pool.members.values().map(|m| IpNet::from(IpAddr::V4(m.outer)));
+    let nodes = pool.members.values().flat_map(|m| m.addresses.iter().copied()).map(IpNet::from);
     let api_servers = topology.api_servers.iter().copied().map(IpNet::from);
     me.protected.iter().copied().chain(api_servers).chain(endpoints).chain(proxies).chain(nodes).collect()
 }

@@ -55,7 +55,10 @@ pub struct Pool {
 pub struct Member {
     /// Outer address of overlay packets.
     pub outer: Ipv4Addr,
-    /// Its prefixes of both families, with host bits zero; no prefix of another pool overlaps them.
+    /// Its own addresses of both families, with `outer`.
+    pub addresses: BTreeSet<IpAddr>,
+    /// Its prefixes of both families, with host bits zero; no prefix of another pool overlaps them. They include its own
+    /// addresses if other pools can reach those.
     pub prefixes: BTreeSet<IpNet>,
 }
 
@@ -81,6 +84,13 @@ pub struct ProxyPeer {
     pub ready: bool,
     /// UID of its Node object, if the controller has published it.
     pub uid: Option<String>,
+}
+
+impl Member {
+    /// A node with one address and no prefixes.
+    pub fn new(outer: Ipv4Addr) -> Self {
+        Self { outer, addresses: BTreeSet::from([outer.into()]), prefixes: BTreeSet::new() }
+    }
 }
 
 impl Topology {

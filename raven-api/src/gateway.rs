@@ -229,6 +229,9 @@ pub struct NodeInfo {
     /// First InternalIP of the node, IPv4 before IPv6: the outer address of overlay packets.
     #[serde(rename = "privateIP", default)]
     pub private_ip: String,
+    /// All InternalIPs of a node that has several, privateIP first; at most 8.
+    #[serde(rename = "privateIPs", default, skip_serializing_if = "Vec::is_empty")]
+    pub private_ips: Vec<String>,
     /// Prefixes that the node carries, both address families.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub subnets: Vec<String>,

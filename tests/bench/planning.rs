@@ -130,6 +130,7 @@ fn cluster(nodes: usize) -> Inputs {
                 node_name: format!("n{p}-{n}"),
                 private_ip: format!("172.{}.{}.{}", 16 + id / 65_536, id / 256 % 256, id % 256),
                 subnets: vec![format!("10.{}.{}.0/24", id / 256, id % 256), format!("fd00:{id:x}::/64")],
+                ..NodeInfo::default()
             }
         };
         let endpoint = Endpoint {

@@ -1,6 +1,6 @@
 //! Tests of `forward-node-ip`: nodes of different pools reach each other by their own addresses.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use anyhow::Context;
 use raven_tests::{eventually, probe, require_root};
@@ -14,18 +14,20 @@ async fn node_addresses_are_forwarded_only_if_enabled() {
     let lab = &running.lab;
     // From a node and from a pod, to a member and to a gateway node, in both directions, and from edge to edge.
     let pairs = [
-        (&lab.node("cloud-b").ns, lab.node("x-b").lan_v4),
-        (&lab.pod("cloud-b").ns, lab.node("x-a").lan_v4),
-        (&lab.node("x-b").ns, lab.node("cloud-b").lan_v4),
-        (&lab.pod("x-b").ns, lab.node("y-b").lan_v4),
+        (&lab.node("cloud-b").ns, "x-b"),
+        (&lab.pod("cloud-b").ns, "x-a"),
+        (&lab.node("x-b").ns, "cloud-b"),
+        (&lab.pod("x-b").ns, "y-b"),
     ];
-    for (from, to) in pairs {
-        let answer = running.check(probe::ping(from, to.into()).await);
+    let both = |node: &str| [IpAddr::from(lab.node(node).lan_v4), lab.node(node).lan_v6.into()];
+    let pairs = || pairs.into_iter().flat_map(|(from, node)| both(node).map(|to| (from, to)));
+    for (from, to) in pairs() {
+        let answer = running.check(probe::ping(from, to).await);
         assert_eq!(answer, None, "{to} from {}, before", from.name);
     }
     running.check(lab.cluster().put_setting("raven-agent-config", "forward-node-ip", "true").await);
-    for (from, to) in pairs {
-        let answers = || async { probe::ping(from, to.into()).await?.context("no answer") };
+    for (from, to) in pairs() {
+        let answers = || async { probe::ping(from, to).await?.context("no answer") };
         running.check(eventually(Duration::from_secs(30), &format!("{to} answers {}", from.name), answers).await);
     }
     // Routes within the node's own networks are unchanged: to the API server, a node of the pool,

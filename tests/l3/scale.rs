@@ -26,6 +26,7 @@ fn pool(number: usize) -> (Gateway, GatewayStatus, GatewayNode) {
             node_name: format!("p{number}-n{n}"),
             private_ip: format!("172.{}.{}.{}", 16 + id / 65_536, id / 256 % 256, id % 256),
             subnets: vec![format!("11.{}.{}.0/24", id / 256, id % 256), format!("fd11:{id:x}::/64")],
+            ..NodeInfo::default()
         }
     };
     let spec = GatewaySpec { expose_type: ExposeType::PublicIP, ..GatewaySpec::default() };

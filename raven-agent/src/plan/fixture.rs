@@ -1,13 +1,12 @@
 //! Topologies for the unit tests of the plan.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::topology::{Member, Pool, ProxyPeer, Topology};
 
 /// A pool of these nodes, with `proxy` elected; an exposed one is dialled at 198.51.100.10:10262.
 pub(super) fn pool(exposed: bool, nodes: &[(&str, [u8; 4])], proxy: &str) -> Pool {
-    let members =
-        nodes.iter().map(|(name, ip)| ((*name).to_owned(), Member { outer: (*ip).into(), prefixes: BTreeSet::new() }));
+    let members = nodes.iter().map(|(name, ip)| ((*name).to_owned(), Member::new((*ip).into())));
     let dial = exposed.then(|| ("198.51.100.10".to_owned(), 10262));
     let proxies = BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, port: 10262, ..ProxyPeer::default() })]);
     Pool { exposed, members: members.collect(), proxies, ..Pool::default() }

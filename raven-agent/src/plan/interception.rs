@@ -149,7 +149,7 @@ mod tests {
         topology.api_servers.insert([10, 9, 9, 9].into());
         let edge = topology.pools.get_mut("edge-x").expect("it is there");
         for (name, address) in [("x3", [10, 9, 0, 1]), ("x4", [10, 9, 9, 9]), ("x5", [10, 1, 0, 5])] {
-            edge.members.insert(name.to_owned(), Member { outer: address.into(), prefixes: BTreeSet::new() });
+            edge.members.insert(name.to_owned(), Member::new(address.into()));
         }
         let nodes = intercept(&topology, "c1", None).expect("a gateway node").nodes;
         let intercepted = |address: [u8; 4]| nodes.contains_key(&Ipv4Addr::from(address));
@@ -162,7 +162,7 @@ mod tests {
     fn ready_proxy_is_preferred_and_without_one_any_is_chosen() {
         let mut topology = three_sites();
         let cloud = topology.pools.get_mut("cloud").expect("it is there");
-        cloud.members.insert("c3".to_owned(), Member { outer: [10, 0, 0, 3].into(), prefixes: BTreeSet::new() });
+        cloud.members.insert("c3".to_owned(), Member::new([10, 0, 0, 3].into()));
         cloud.proxies.insert("c3".to_owned(), ProxyPeer { port: 10262, ..ProxyPeer::default() });
         let to = |topology: &Topology| intercept(topology, "c2", None).expect("a member node").to;
         let by_hash = to(&topology);

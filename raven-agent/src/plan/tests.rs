@@ -50,6 +50,7 @@ fn gateway(n: usize, site: &Site) -> Gateway {
         node_name: node_name(n, i),
         private_ip: format!("192.168.{n}.{}", 10 + i),
         subnets: vec![format!("10.{block}.{i}.0/24"), format!("fd00:{block:x}:{i:x}::/64")],
+        ..NodeInfo::default()
     };
     let endpoint = |i: u8| Endpoint {
         node_name: node_name(n, i),
@@ -278,6 +279,31 @@ fn node_addresses_are_forwarded_except_those_of_the_own_network() {
         "the own node's address is known to the gateway node"
     );
     assert!(plan.overlay.expect("an overlay").addresses.iter().all(|a| !a.to_string().starts_with("192.")));
+}
+
+#[test]
+fn all_addresses_of_a_node_are_forwarded() {
+    let mut inputs = inputs(&three_pools());
+    inputs.settings.forward_node_ip = true;
+    let status = inputs.gateways[1].status.as_mut().expect("a status");
+    status.nodes[1].private_ips = vec!["192.168.1.11".to_owned(), "fd10:1::b".to_owned()];
+    let own: IpNet = "fd10:1::b/128".parse().expect("a prefix");
+    let topology = build(&inputs);
+    assert!(plan(&topology, &me(0, 1)).state.routes.contains_key(&own), "reached from another pool");
+    let node = plan(&topology, &me(1, 1));
+    assert!(node.own_prefixes().contains(&own), "accepted as a source of the node");
+    assert!(!node.overlay.expect("an overlay").addresses.contains(&own), "another device has it");
+}
+
+#[test]
+fn node_address_does_not_exclude_another_pools_prefix() {
+    let mut inputs = inputs(&three_pools());
+    inputs.settings.forward_node_ip = true;
+    // A stolen node of the oldest pool reports an address of a pod of site 2.
+    inputs.gateways[0].status.as_mut().expect("a status").nodes[1].private_ip = "10.2.1.7".into();
+    let plan = plan(&build(&inputs), &me(1, 1));
+    assert!(plan.state.routes.contains_key(&"10.2.1.0/24".parse().expect("a prefix")));
+    assert!(plan.problems.iter().any(|p| p.contains("10.2.1.7/32 overlaps 10.2.1.0/24")), "{:?}", plan.problems);
 }
 
 #[test]

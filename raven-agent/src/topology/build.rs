@@ -68,8 +68,13 @@ pub fn build(inputs: &Inputs) -> Topology {
             .filter(|g| g.spec.expose_type.is_edge() != exposed)
             .for_each(|gateway| builder.keep_keys(gateway));
     }
-    for gateway in gateways {
+    for gateway in &gateways {
         builder.add(gateway);
+    }
+    if inputs.settings.forward_node_ip {
+        // After the prefixes of all Gateways: the kubelet reports the node's address, so a stolen node could take
+        // another pool's prefix off the network with an address inside it.
+        builder.add_node_addresses(&gateways);
     }
     builder.topology
 }
@@ -135,10 +140,22 @@ impl Builder {
             return None;
         };
         self.nodes.insert(node.node_name.clone(), gateway.to_owned());
-        let address = self.topology.settings.forward_node_ip.then(|| outer.to_string());
-        let subnets = node.subnets.iter().chain(&address);
-        let prefixes = subnets.filter_map(|text| self.prefix(gateway, &node.node_name, text)).collect();
-        Some(Member { outer, prefixes })
+        let prefixes = node.subnets.iter().filter_map(|text| self.prefix(gateway, &node.node_name, text)).collect();
+        // The controller writes them, and omits those that are not addresses.
+        let further = node.private_ips.iter().filter_map(|text| text.parse().ok());
+        Some(Member { prefixes, addresses: further.chain([IpAddr::V4(outer)]).collect(), outer })
+    }
+
+    /// Makes each node's own addresses prefixes of it.
+    fn add_node_addresses(&mut self, by_age: &[&Gateway]) {
+        for gateway in by_age.iter().filter_map(|gateway| gateway.metadata.name.as_deref()) {
+            let Some(mut pool) = self.topology.pools.remove(gateway) else { continue };
+            for (node, member) in &mut pool.members {
+                let addresses = member.addresses.iter().map(IpAddr::to_string);
+                member.prefixes.extend(addresses.filter_map(|address| self.prefix(gateway, node, &address)));
+            }
+            self.topology.pools.insert(gateway.to_owned(), pool);
+        }
     }
 
     fn prefix(&mut self, gateway: &str, node: &str, text: &str) -> Option<IpNet> {

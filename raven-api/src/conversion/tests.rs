@@ -50,11 +50,9 @@ fn expose() -> impl Strategy<Value = ExposeType> {
 fn nodes() -> impl Strategy<Value = Vec<NodeInfo>> {
     let subnets = collection::vec("[a-c]", 0..3);
     collection::vec(
-        ("[a-c]", "[a-c]", subnets).prop_map(|(node_name, private_ip, subnets)| NodeInfo {
-            node_name,
-            private_ip,
-            subnets,
-        }),
+        ("[a-c]", "[a-c]", collection::vec("[a-c]", 0..3), subnets).prop_map(
+            |(node_name, private_ip, private_ips, subnets)| NodeInfo { node_name, private_ip, private_ips, subnets },
+        ),
         0..3,
     )
 }

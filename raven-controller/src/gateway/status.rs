@@ -96,6 +96,13 @@ impl Decision {
     }
 }
 
+/// The InternalIPs of a node that has several. A kubelet reports at most one per family, a cloud provider more; the
+/// number is limited because each agent receives them.
+fn several(node: &NodeFacts) -> Vec<String> {
+    let addresses: Vec<String> = node.addresses().take(8).map(|address| address.to_string()).collect();
+    if addresses.len() > 1 { addresses } else { Vec::new() }
+}
+
 fn shared_addresses(inputs: &Inputs, drafts: &[Draft<'_>]) -> Owners {
     let mut by_address = Owners::new();
     let mut members = BTreeSet::new();
@@ -120,6 +127,7 @@ impl Draft<'_> {
         let nodes = self.nodes.iter().map(|(node, subnets)| NodeInfo {
             node_name: node.name.to_string(),
             private_ip: node.address.map(|a| a.to_string()).unwrap_or_default(),
+            private_ips: several(node),
             subnets: subnets.iter().map(IpNet::to_string).collect(),
         });
         let active_endpoints = [self.tunnel.elected, self.proxy.elected].concat();

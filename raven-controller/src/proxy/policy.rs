@@ -269,7 +269,8 @@ mod tests {
         };
         let mut gateway =
             Gateway::new("cloud", GatewaySpec { expose_type: ExposeType::PublicIP, ..GatewaySpec::default() });
-        let info = NodeInfo { node_name: "cloud-a".to_owned(), private_ip: "10.0.0.11".to_owned(), subnets: vec![] };
+        let info =
+            NodeInfo { node_name: "cloud-a".to_owned(), private_ip: "10.0.0.11".to_owned(), ..NodeInfo::default() };
         gateway.status =
             Some(GatewayStatus { nodes: vec![info], active_endpoints: vec![endpoint], ..GatewayStatus::default() });
         let nodes = ["cloud-a", "x-a", "x-b"].map(|node| (node.to_owned(), format!("uid-of-{node}"))).into();

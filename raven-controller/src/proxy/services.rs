@@ -168,8 +168,11 @@ mod tests {
             proxy_https_port: Some("9443".to_owned()),
         });
         let mut gateway = Gateway::new("cloud", GatewaySpec { expose_type, proxy_config, ..GatewaySpec::default() });
-        let info =
-            |name: &str, ip: &str| NodeInfo { node_name: name.to_owned(), private_ip: ip.to_owned(), subnets: vec![] };
+        let info = |name: &str, ip: &str| NodeInfo {
+            node_name: name.to_owned(),
+            private_ip: ip.to_owned(),
+            ..NodeInfo::default()
+        };
         let endpoint = |name: &str, type_| Endpoint { node_name: name.to_owned(), type_, ..Endpoint::default() };
         gateway.status = Some(GatewayStatus {
             nodes: vec![info("a", "10.0.0.1"), info("b", "10.0.0.2")],

@@ -105,6 +105,7 @@ fn info(node: &Node) -> NodeInfo {
         node_name: node.name.clone(),
         private_ip: node.lan_v4.to_string(),
         subnets: vec![node.pod_cidr_v4(), node.pod_cidr_v6()],
+        ..NodeInfo::default()
     }
 }
 

@@ -157,9 +157,7 @@ fn proxy_plan(topology: &Topology, node: &str) -> Arc<ProxyPlan> {
 
 fn topology(port: u16, http_port: u16) -> Topology {
     let pool = |exposed, nodes: &[(&str, u8)], proxy: &str| {
-        let members = nodes.iter().map(|(name, last)| {
-            ((*name).to_owned(), Member { outer: [127, 0, 0, *last].into(), prefixes: BTreeSet::new() })
-        });
+        let members = nodes.iter().map(|(name, last)| ((*name).to_owned(), Member::new([127, 0, 0, *last].into())));
         let dial = if exposed { Some(("127.0.0.1".to_owned(), 0)) } else { None };
         let proxies =
             BTreeMap::from([(proxy.to_owned(), ProxyPeer { dial, uid: Some(UID.to_owned()), ..ProxyPeer::default() })]);

@@ -409,6 +409,17 @@ fn node_address_in_a_foreign_pod_prefix_affects_its_own_pool_only() {
 }
 
 #[test]
+fn status_lists_all_addresses_of_nodes_that_have_several() {
+    let mut dual = member("edge", "e2", "10.2.2.0/24");
+    dual.other_addresses = (1..20_u16).map(|n| [0xfd10, 0, 0, 0, 0, 0, 0, n].into()).collect();
+    let cluster = two_pools().node(at_address(dual, "192.168.7.2")).apply(1);
+    let status = cluster.resource("edge").status.as_ref().expect("applied");
+    assert_eq!(status.nodes[0].private_ips, Vec::<String>::new(), "one address");
+    assert_eq!(status.nodes[1].private_ips[..2], ["192.168.7.2", "fd10::1"]);
+    assert_eq!(status.nodes[1].private_ips.len(), 8, "bounded");
+}
+
+#[test]
 fn calico_blocks_replace_pod_cidrs() {
     let cluster = two_pools()
         .node(member("edge", "e3", "10.2.3.0/24"))

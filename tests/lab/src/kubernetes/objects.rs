@@ -80,11 +80,15 @@ impl Cluster {
         api.patch(&node.name, &parameters, &Patch::Apply(&object))
             .await
             .with_context(|| format!("apply Node {}", node.name))?;
-        let addresses = json!({"addresses": [
+        let addresses = json!({"status": {"addresses": [
             {"type": "InternalIP", "address": node.lan_v4.to_string()},
+            {"type": "InternalIP", "address": node.lan_v6.to_string()},
             {"type": "Hostname", "address": node.name},
-        ]});
-        self.patch_node_status(&node.name, "raven-lab-kubelet", addresses).await?;
+        ]}});
+        // A merge patch, as a kubelet sends it: server-side apply refuses two addresses of one type.
+        api.patch_status(&node.name, &PatchParams::default(), &Patch::Merge(&addresses))
+            .await
+            .with_context(|| format!("set the addresses of Node {}", node.name))?;
         self.set_ready(&node.name, true).await
     }
 
