@@ -28,6 +28,7 @@ use crate::{
     apply::{Reconciler, Report, Settings},
     bpf::probe,
     config::Run,
+    leftovers,
     link::Links,
     names, observe,
     plan::{ProxyPlan, plan},
@@ -84,7 +85,8 @@ pub async fn run(config: Run) -> Result<()> {
             |e| tracing::warn!(error = %e, "cannot listen for intercepted connections; kubelets of edge nodes are reachable by name only"),
         )
         .ok();
-    let mut reconciler = Reconciler::new(settings, links, key, intercepted.as_ref().and_then(|l| l.try_clone().ok()))?;
+    let mut reconciler =
+        Reconciler::new(settings, links.clone(), key, intercepted.as_ref().and_then(|l| l.try_clone().ok()))?;
     if let Some(flush) = reconciler.take_trace() {
         tokio::spawn(trace(flush));
     }
@@ -126,6 +128,7 @@ pub async fn run(config: Run) -> Result<()> {
         feed: Feed::new(inputs_seen),
         kernel_events,
         snapshot: config.state_dir.join(names::SNAPSHOT_FILE),
+        leftovers: Some((links, config.adopt)),
         reports,
         plans,
     };
@@ -222,6 +225,8 @@ struct Loop<S> {
     feed: Feed,
     kernel_events: S,
     snapshot: PathBuf,
+    /// What OpenYurt's Raven left is handled once, after the first run, and removed if the flag says so.
+    leftovers: Option<(Links, bool)>,
     reports: watch::Sender<observe::Latest>,
     plans: watch::Sender<Arc<ProxyPlan>>,
 }
@@ -245,6 +250,9 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
                 rerun_after = report.rerun_after;
                 log.write(&report);
                 self.reports.send_replace(Some((report, self.reconciler.tunnel())));
+                if let Some((links, remove)) = self.leftovers.take() {
+                    leftovers::report_or_remove(&links, remove).await;
+                }
             }
             tokio::select! {
                 () = self.feed.changed() => {}

@@ -120,6 +120,9 @@ pub struct Run {
     /// Leave packets with this bit of the mark to kube-proxy, which masquerades them: its `--iptables-masquerade-bit`.
     #[arg(long, env = "MASQUERADE_BIT", default_value_t = 14, value_parser = clap::value_parser!(u8).range(0..32))]
     pub masquerade_bit: u8,
+    /// Remove the rules, chains and ipsets that OpenYurt's Raven left on this node. Without this flag they are only logged.
+    #[arg(long)]
+    pub adopt: bool,
     /// Attach TC programs by this mechanism.
     #[arg(long, value_enum, default_value = "auto")]
     pub tc_attach: TcAttach,

@@ -6,22 +6,17 @@
 //! After the entry is deleted, the next packet begins a new connection. (The kernel itself deletes entries of
 //! MASQUERADE when the output device changes, but not those of SNAT.)
 
-use std::net::IpAddr;
+use std::{io, net::IpAddr};
 
-use futures::StreamExt;
 use ipnet::IpNet;
 use netlink_packet_netfilter::{
-    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
+    NetfilterMessageInner, NetfilterProtoFamily,
     conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Tuple},
 };
 use prefix_trie::joint::JointPrefixMap;
-use rtnetlink::{
-    packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload, Nla},
-    proto::{ConnectionHandle, new_connection},
-    sys::{SocketAddr, protocols::NETLINK_NETFILTER},
-};
+use rtnetlink::packet_core::Nla;
 
-use crate::state::Change;
+use crate::{nfnetlink::Nfnetlink, state::Change};
 
 /// A request to the kernel's connection tracking failed.
 #[derive(Debug, thiserror::Error)]
@@ -31,77 +26,40 @@ use crate::state::Change;
 )]
 pub struct Error {
     action: &'static str,
-    reason: String,
-}
-
-/// Deletes the connections from `own` prefixes to `remote` ones that have a wrong source.
-pub async fn forget_masqueraded(own: &[IpNet], remote: impl IntoIterator<Item = IpNet>) -> Result<Change, Error> {
-    let prefixes = Prefixes { own: set(own.iter().copied()), remote: set(remote) };
-    let (connection, kernel, _) = new_connection(NETLINK_NETFILTER).map_err(failed("open a netlink socket"))?;
-    // Ends when the handle is dropped.
-    tokio::spawn(connection);
-    let kernel = Kernel(kernel);
-    let mut change = Change::NONE;
-    for entry in kernel.entries(&prefixes).await? {
-        change += kernel.delete(entry).await?;
-    }
-    Ok(change)
-}
-
-fn failed<E: ToString>(action: &'static str) -> impl Fn(E) -> Error {
-    move |reason| Error { action, reason: reason.to_string() }
+    reason: io::Error,
 }
 
 type Entry = Vec<ConntrackAttribute>;
 
-/// ctnetlink (linux/netfilter/nfnetlink_conntrack.h).
-struct Kernel(ConnectionHandle<NetfilterMessage>);
-
-impl Kernel {
-    /// The entries with a wrong source.
-    async fn entries(&self, prefixes: &Prefixes) -> Result<Vec<Entry>, Error> {
-        const ACTION: &str = "list conntrack entries";
-        let list = message(NetfilterProtoFamily::Unspec, ConntrackMessage::Get(Vec::new()), NLM_F_REQUEST | NLM_F_DUMP);
-        let mut listed = self.0.clone().request(list, SocketAddr::new(0, 0)).map_err(failed(ACTION))?;
-        let mut wrong = Vec::new();
-        while let Some(answer) = listed.next().await {
-            match answer.payload {
-                NetlinkPayload::InnerMessage(NetfilterMessage {
-                    inner: NetfilterMessageInner::Conntrack(ConntrackMessage::New(entry)),
-                    ..
-                }) if prefixes.is_wrong(&entry) => wrong.push(entry),
-                NetlinkPayload::Error(e) if e.code.is_some() => return Err(failed(ACTION)(e)),
-                _ => {}
-            }
+/// Deletes the connections from `own` prefixes to `remote` ones that have a wrong source.
+pub async fn forget_masqueraded(own: &[IpNet], remote: impl IntoIterator<Item = IpNet>) -> Result<Change, Error> {
+    let failed = |action| move |reason| Error { action, reason };
+    let prefixes = Prefixes { own: set(own.iter().copied()), remote: set(remote) };
+    let kernel = Nfnetlink::connect().map_err(failed("open a netlink socket"))?;
+    let mut wrong = Vec::new();
+    let keep_wrong = |object| {
+        if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(entry)) = object
+            && prefixes.is_wrong(&entry)
+        {
+            wrong.push(entry);
         }
-        Ok(wrong)
+    };
+    kernel.list(ConntrackMessage::Get(Vec::new()), keep_wrong).await.map_err(failed("list conntrack entries"))?;
+    let mut change = Change::NONE;
+    for entry in wrong {
+        change += Change::unless_missing(delete(&kernel, entry).await).map_err(failed("delete a conntrack entry"))?;
     }
-
-    async fn delete(&self, entry: Entry) -> Result<Change, Error> {
-        const ACTION: &str = "delete a conntrack entry";
-        let family = match original(&entry) {
-            Some((IpAddr::V4(_), _)) => NetfilterProtoFamily::IPv4,
-            _ => NetfilterProtoFamily::IPv6,
-        };
-        // The original tuple and the zone, if there is one, identify the entry.
-        let key =
-            entry.into_iter().filter(|a| matches!(a, ConntrackAttribute::CtaTupleOrig(_)) || is_zone(a)).collect();
-        let delete = message(family, ConntrackMessage::Delete(key), NLM_F_REQUEST | NLM_F_ACK);
-        let mut answers = self.0.clone().request(delete, SocketAddr::new(0, 0)).map_err(failed(ACTION))?;
-        match answers.next().await.map(|answer| answer.payload) {
-            // ENOENT: the connection has ended since.
-            Some(NetlinkPayload::Error(e)) if e.raw_code() == -2 => Ok(Change::NONE),
-            Some(NetlinkPayload::Error(e)) if e.code.is_some() => Err(failed(ACTION)(e)),
-            _ => Ok(Change::ONE),
-        }
-    }
+    Ok(change)
 }
 
-fn message(family: NetfilterProtoFamily, inner: ConntrackMessage, flags: u16) -> NetlinkMessage<NetfilterMessage> {
-    let mut header = NetlinkHeader::default();
-    header.flags = flags;
-    let message = NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), inner);
-    NetlinkMessage::new(header, NetlinkPayload::from(message))
+async fn delete(kernel: &Nfnetlink, entry: Entry) -> io::Result<()> {
+    let family = match original(&entry) {
+        Some((IpAddr::V4(_), _)) => NetfilterProtoFamily::IPv4,
+        _ => NetfilterProtoFamily::IPv6,
+    };
+    // The original tuple and the zone, if there is one, identify the entry.
+    let key = entry.into_iter().filter(|a| matches!(a, ConntrackAttribute::CtaTupleOrig(_)) || is_zone(a)).collect();
+    kernel.change(family, ConntrackMessage::Delete(key)).await
 }
 
 struct Prefixes {

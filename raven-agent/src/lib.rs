@@ -6,7 +6,7 @@
 //!   [`conntrack`]. [`apply`] runs them; [`cleanup`] uses them to remove everything.
 //! - The L7 half: [`proxy`], which follows the L7 part of the plan.
 //! - Around them: [`snapshot`] (the last topology on disk, written by [`atomic_file`]), [`surroundings`] (what other
-//!   programs do to Raven's packets), [`observe`] (status, metrics, health), [`config`], [`names`].
+//!   programs do to Raven's packets), [`leftovers`] (of OpenYurt's Raven), [`observe`] (status, metrics, health), [`config`], [`names`].
 
 #![forbid(unsafe_code)]
 
@@ -18,9 +18,11 @@ pub mod cleanup;
 pub mod config;
 pub mod conntrack;
 pub mod diff;
+pub mod leftovers;
 pub mod link;
 pub mod names;
 pub mod netfilter;
+mod nfnetlink;
 mod nft;
 pub mod observe;
 pub mod plan;

@@ -5,6 +5,7 @@ mod device;
 mod filters;
 mod interception;
 mod route;
+mod upstream;
 
 use std::{collections::BTreeSet, net::IpAddr};
 

@@ -81,6 +81,11 @@ pub(crate) fn objects<'a>(ruleset: &'a Value, kind: &'a str) -> impl Iterator<It
     ruleset["nftables"].as_array().into_iter().flatten().filter_map(move |object| object.get(kind))
 }
 
+/// A field of an object; `?` if it is missing.
+pub(crate) fn text<'a>(object: &'a Value, key: &str) -> &'a str {
+    object[key].as_str().unwrap_or("?")
+}
+
 /// The prefix of an expression `{"prefix": {"addr": …, "len": …}}`.
 pub(crate) fn prefix(expression: &Value) -> Option<IpNet> {
     let prefix = expression.get("prefix")?;

@@ -11,7 +11,7 @@ use serde_json::Value;
 use crate::{
     link::Links,
     names,
-    nft::{self, objects},
+    nft::{self, objects, text},
     plan::Plan,
     state::{Device, Indexes},
 };
@@ -114,10 +114,6 @@ fn forward_drops(ruleset: &Value, own: &[IpNet]) -> Vec<String> {
             )
         })
         .collect()
-}
-
-fn text<'a>(object: &'a Value, key: &str) -> &'a str {
-    object[key].as_str().unwrap_or("?")
 }
 
 /// True if a rule of the same table accepts and matches on Raven's devices, on a prefix that contains this node's pod

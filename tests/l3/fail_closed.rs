@@ -48,15 +48,33 @@ async fn every_route_has_an_unreachable_route_behind_it() {
     }
 }
 
+/// Objects of OpenYurt's Raven, and a chain of another program beside them.
+const LEFTOVERS: &str = "
+    ip rule add pref 100 fwmark 0x40 lookup 9027
+    ip rule add pref 101 lookup 9028
+    ip route add 10.244.99.0/24 dev lo table 9028
+    ipset create raven-mark-set hash:net
+    ipset create raven-skip-nat-set hash:net
+    iptables -t mangle -N RAVEN-MARK-CHAIN
+    iptables -t mangle -A RAVEN-MARK-CHAIN -m set --match-set raven-mark-set dst -j MARK --set-mark 0x40
+    iptables -t mangle -N OTHER-CHAIN
+    iptables -t mangle -A PREROUTING -m comment --comment 'raven mark' -j RAVEN-MARK-CHAIN
+    iptables -t mangle -A PREROUTING -j OTHER-CHAIN
+    iptables -t mangle -A OUTPUT -j RAVEN-MARK-CHAIN
+    iptables -t nat -N RAVEN-POSTROUTING
+    iptables -t nat -A RAVEN-POSTROUTING -m set --match-set raven-skip-nat-set src -j ACCEPT
+    iptables -t nat -A POSTROUTING -j RAVEN-POSTROUTING
+";
+
 #[tokio::test(flavor = "multi_thread")]
 async fn rule_of_another_program_is_not_taken_for_ravens() {
     require_root!();
     let lab = Lab::builder().up().await.expect("start the lab");
-    // OpenYurt's Raven leaves this rule behind when it is killed.
+    // What OpenYurt's Raven leaves behind when it is killed.
     for node in ["x-a", "x-b"] {
-        lab.node(node).ns.sh("ip rule add pref 100 fwmark 0x40 lookup 9027").expect("add the rule");
+        lab.node(node).ns.sh(LEFTOVERS).expect("set up the leftovers");
     }
-    let running = Running::begin(lab).await.expect("start Raven");
+    let mut running = Running::begin(lab).await.expect("start Raven");
     running.check(proof::converged(&running.lab).await.map(drop));
     let rules = running.check(running.lab.node("x-b").ns.sh("ip rule show pref 100"));
     let result = (|| -> Result<()> {
@@ -65,4 +83,23 @@ async fn rule_of_another_program_is_not_taken_for_ravens() {
         Ok(())
     })();
     running.check(result);
+
+    // A flag removes them; the rest of the tables stays.
+    let log = running.agent("x-a").process.output().expect("read the log");
+    assert!(log.contains("ipset raven-skip-nat-set") && log.contains("--adopt"), "{log}");
+    let agent = running.agent("x-b");
+    agent.arguments.push("--adopt".to_owned());
+    agent.restart().expect("restart the agent");
+    let node = &running.lab.node("x-b").ns;
+    let gone = || async {
+        let left =
+            node.sh("ip rule; ip route show table 9028; ipset list -n; iptables-save -t mangle; iptables-save -t nat")?;
+        ensure!(!["0x40", "9028", "raven-skip", "raven-mark", "RAVEN-"].iter().any(|l| left.contains(l)), "{left}");
+        ensure!(left.contains("OTHER-CHAIN") && left.contains("-A PREROUTING -j OTHER-CHAIN"), "{left}");
+        ensure!(left.contains("lookup 9027"), "Raven's rule is missing: {left}");
+        Ok(())
+    };
+    running.check(eventually(Duration::from_secs(30), "the leftovers are removed", gone).await);
+    let (a, b) = (running.lab.pool("edge-x").clone(), running.lab.pool("cloud").clone());
+    running.check(proof::reach(&running.lab, &a, &b, 0).await.map(drop));
 }
