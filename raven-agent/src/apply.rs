@@ -31,7 +31,7 @@ use crate::{
     config::{Engine, TcAttach, Tier},
     conntrack,
     diff::diff,
-    link::{self, Links, Uplink, set_sysctls},
+    link::{self, Links, Uplink},
     names,
     netfilter::{self, Sources},
     plan::{Me, Plan},
@@ -232,7 +232,7 @@ impl Reconciler {
             forget_masqueraded(&own, plan, outcome).await;
         }
         let Some(overlay) = outcome.keep(self.links.ensure_overlay(want).await) else { return };
-        outcome.failures.extend(set_sysctls(names::OVERLAY).into_iter().map(Error::from));
+        let _ = outcome.keep(self.links.ensure_forwarding(names::OVERLAY, overlay).await);
         outcome.take(self.links.ensure_addresses(names::OVERLAY, overlay, &want.addresses).await);
         let tunnel = self.ensure_tunnel(plan, outcome).await;
         let indexes = Indexes { uplink: uplink.index, overlay, tunnel };
@@ -291,7 +291,7 @@ impl Reconciler {
             return None;
         }
         let index = outcome.keep(self.links.ensure_up(names::TUNNEL, want.mtu).await)?;
-        outcome.failures.extend(set_sysctls(names::TUNNEL).into_iter().map(Error::from));
+        let _ = outcome.keep(self.links.ensure_forwarding(names::TUNNEL, index).await);
         // The source of masqueraded packets and of host processes on this node, as on the overlay.
         if let Some(overlay) = &plan.overlay {
             outcome.take(self.links.ensure_addresses(names::TUNNEL, index, &overlay.addresses).await);

@@ -20,10 +20,7 @@ use rtnetlink::{Handle, MulticastGroup, new_connection, new_multicast_connection
 
 use crate::names;
 
-pub use self::{
-    device::{Found, set_sysctls},
-    route::Hop,
-};
+pub use self::{device::Found, route::Hop};
 
 /// A netlink request failed.
 #[derive(Debug, thiserror::Error)]
@@ -44,13 +41,14 @@ pub enum Error {
         "no device of this node has the address {0}, the InternalIP of its Node object; check --node-name, or set --node-ip to an address of this machine"
     )]
     NoUplink(IpAddr),
-    /// A setting under /proc/sys could not be changed.
-    #[error("cannot set {path} to {value}: {reason}; packets that need the stack are dropped on this device")]
-    Sysctl {
+    /// IPv6 is off on one of Raven's devices, and could not be switched on.
+    #[error(
+        "IPv6 is disabled on new devices of this node, and {path} cannot be written ({reason}): IPv6 packets of other pools are \
+         dropped; sysctl -w net.ipv6.conf.default.disable_ipv6=0, then delete the device (Raven creates it again)"
+    )]
+    Ipv6Disabled {
         /// File of the setting.
         path: String,
-        /// Its desired value.
-        value: &'static str,
         /// The error of the write.
         reason: std::io::Error,
     },

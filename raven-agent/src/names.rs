@@ -32,6 +32,9 @@ pub const OVERLAY_NEXT_HOP4: Ipv4Addr = Ipv4Addr::new(169, 254, 200, 1);
 /// Next hop of IPv6 overlay routes.
 pub const OVERLAY_NEXT_HOP6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0x72, 1);
 
+/// Where the DaemonSet mounts the node's /proc/sys/net: a container's own is read-only.
+pub const WRITABLE_SYSCTLS: &str = "/run/raven/sysctl-net";
+
 /// Mount point of the BPF file system.
 pub const BPFFS: &str = "/sys/fs/bpf";
 /// Folder of Raven's pins. The number is the layout version: a new layout does not touch the maps of an old one.

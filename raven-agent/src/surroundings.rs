@@ -18,11 +18,12 @@ use crate::{
 
 /// What stops packets, one sentence each.
 pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &str) -> Vec<String> {
-    let mut complaints = forwarding(|path| fs::read_to_string(path).ok());
+    let own = plan.own_prefixes();
+    let mut complaints = forwarding(&own, |path| fs::read_to_string(path).ok());
     complaints.extend(overriding_routes(links, plan, indexes).await);
     match ruleset().await {
         Ok(ruleset) => {
-            complaints.extend(forward_drops(&ruleset, &plan.own_prefixes()));
+            complaints.extend(forward_drops(&ruleset, &own));
             complaints.extend(blocked_ports(&ruleset, uplink, plan.tunnel.as_ref().map(|t| t.port)));
         }
         Err(e) => tracing::warn!(error = %e, "cannot read this node's firewall rules; they are not checked"),
@@ -30,17 +31,23 @@ pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &str) -
     complaints
 }
 
-/// Pods are reached by forwarding, so a node that does not forward has no reachable pods.
-fn forwarding(read: impl Fn(&str) -> Option<String>) -> Vec<String> {
-    let off = |path: &str| read(path).is_some_and(|value| value.trim() == "0");
-    let mut complaints = Vec::new();
-    if off("/proc/sys/net/ipv4/ip_forward") {
-        complaints.push(
-            "IPv4 forwarding is off on this node, so its pods have no connections to other nodes: sysctl -w net.ipv4.ip_forward=1"
-                .to_owned(),
-        );
-    }
-    complaints
+/// Pods are reached by forwarding, so a node that does not forward has no reachable pods. `own`: this node's prefixes.
+fn forwarding(own: &[IpNet], read: impl Fn(&str) -> Option<String>) -> Vec<String> {
+    let families = [
+        ("IPv4", true, "/proc/sys/net/ipv4/ip_forward", "net.ipv4.ip_forward"),
+        ("IPv6", false, "/proc/sys/net/ipv6/conf/all/forwarding", "net.ipv6.conf.all.forwarding"),
+    ];
+    families
+        .iter()
+        .filter(|(_, v4, path, _)| {
+            own.iter().any(|prefix| prefix.addr().is_ipv4() == *v4) && read(path).is_some_and(|value| value.trim() == "0")
+        })
+        .map(|(family, _, _, key)| {
+            format!(
+                "{family} forwarding is off on this node, so its pods have no connections to other nodes: sysctl -w {key}=1"
+            )
+        })
+        .collect()
 }
 
 /// Rules or routes of other programs that match before Raven's: looks up the route to one address of each pool.
@@ -257,8 +264,9 @@ mod tests {
 
     #[test]
     fn disabled_forwarding_is_reported() {
-        assert_eq!(forwarding(|_| Some("1\n".into())), Vec::<String>::new());
-        assert_eq!(forwarding(|_| Some("0\n".into())).len(), 1);
-        assert_eq!(forwarding(|_| None), Vec::<String>::new(), "a kernel without IPv4");
+        assert_eq!(forwarding(&own(), |_| Some("1\n".into())), Vec::<String>::new());
+        assert_eq!(forwarding(&own(), |_| Some("0\n".into())).len(), 2);
+        assert_eq!(forwarding(&own()[..1], |_| Some("0\n".into())).len(), 1, "a node without IPv6 prefixes");
+        assert_eq!(forwarding(&own(), |_| None), Vec::<String>::new(), "a kernel without the family");
     }
 }

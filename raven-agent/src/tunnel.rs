@@ -376,6 +376,8 @@ async fn ensure_device(links: &Links, engine: Engine) -> Result<Backend, Error> 
     match links.find(names::TUNNEL).await? {
         Some(found) if found.kind == Some(InfoKind::Wireguard) => return Ok(Backend::Kernel),
         Some(_) if engine::is_running(names::TUNNEL) => return Ok(Backend::Userspace),
+        // The engine creates its device before its socket: deleting it now would end an engine that starts.
+        Some(found) if found.kind == Some(InfoKind::Tun) && engine == Engine::External => return Err(Error::NoEngine),
         Some(other) => {
             tracing::warn!(
                 ifname = names::TUNNEL,

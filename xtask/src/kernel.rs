@@ -85,7 +85,7 @@ fn obstacle() -> Option<String> {
 }
 
 /// Programs that the lab, its tests and the agent run.
-const PROGRAMS: [&str; 42] = [
+const PROGRAMS: [&str; 43] = [
     "sh",
     "cat",
     "cp",
@@ -106,6 +106,7 @@ const PROGRAMS: [&str; 42] = [
     "mount",
     "umount",
     "nsenter",
+    "setpriv",
     "unshare",
     "modprobe",
     "sysctl",

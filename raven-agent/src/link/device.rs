@@ -1,14 +1,17 @@
 //! Raven's two devices: created when missing, changed in place where possible, recreated only when they are of
 //! the wrong kind.
 
-use std::{collections::BTreeSet, fs, net::IpAddr};
+use std::{collections::BTreeSet, fs, net::IpAddr, path::Path};
 
 use futures::TryStreamExt;
 use ipnet::IpNet;
 use netlink_packet_route::{
     AddressFamily,
     address::AddressAttribute,
-    link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage},
+    link::{
+        AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InetDevConf, InfoData, InfoKind, InfoVxlan,
+        LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    },
 };
 use raven_common::{OVERLAY_MAC, OVERLAY_PORT};
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVxlan, LinkWireguard};
@@ -107,7 +110,7 @@ impl Links {
             None => self.add_overlay().await?,
         };
         if found.mtu != want.mtu || !found.up || found.mac != OVERLAY_MAC {
-            disable_ipv6_autoconfiguration(name);
+            self.disable_ipv6_autoconfiguration(name, found.index).await;
             // The kernel changes the address only while the device is down.
             if found.mac != OVERLAY_MAC {
                 let message = LinkUnspec::new_with_index(found.index).down().address(OVERLAY_MAC.to_vec()).build();
@@ -150,10 +153,40 @@ impl Links {
     pub async fn ensure_up(&self, name: &str, mtu: u32) -> Result<u32, Error> {
         let found = self.must_find(name).await?;
         if found.mtu != mtu || !found.up {
-            disable_ipv6_autoconfiguration(name);
+            self.disable_ipv6_autoconfiguration(name, found.index).await;
             self.change(name, LinkUnspec::new_with_index(found.index).mtu(mtu).up().build()).await?;
         }
         Ok(found.index)
+    }
+
+    /// Disables link-local addresses and router solicitations: no host on the device answers them, and each would be
+    /// a counted drop.
+    async fn disable_ipv6_autoconfiguration(&self, name: &str, index: u32) {
+        let none = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+        // Fails only in a kernel without IPv6, where there is nothing to disable.
+        let _ = self.change(name, for_family(index, none)).await;
+    }
+
+    /// Sets what Raven's own devices need: loose source checks (the effective value is the maximum of `all` and this one,
+    /// so 2 overrides a strict `all`); forwarding, for packets that the fast path leaves to the stack; and IPv6 also on
+    /// a node that disables it on its own devices. IPv6 has no forwarding per device.
+    ///
+    /// Over netlink, because containers have /proc/sys read-only. Only `disable_ipv6` is a file.
+    pub async fn ensure_forwarding(&self, name: &str, index: u32) -> Result<(), Error> {
+        let path = |family: &str, key: &str| format!("/proc/sys/net/{family}/conf/{name}/{key}");
+        let is = |family, key, wanted: &str| fs::read_to_string(path(family, key)).is_ok_and(|v| v.trim() == wanted);
+        if !is("ipv4", "rp_filter", "2") || !is("ipv4", "forwarding", "1") {
+            let mut wanted = InetDevConf::default();
+            (wanted.rp_filter, wanted.forwarding) = (2, 1);
+            let wanted = AfSpecUnspec::Inet(vec![AfSpecInet::DevConfRequest(wanted)]);
+            self.change(name, for_family(index, wanted)).await?;
+        }
+        if is("ipv6", "disable_ipv6", "1") {
+            let folder = Some(names::WRITABLE_SYSCTLS).filter(|folder| Path::new(folder).exists());
+            let path = format!("{}/ipv6/conf/{name}/disable_ipv6", folder.unwrap_or("/proc/sys/net"));
+            fs::write(&path, "0").map_err(|reason| Error::Ipv6Disabled { path, reason })?;
+        }
+        Ok(())
     }
 
     async fn must_find(&self, name: &str) -> Result<Found, Error> {
@@ -209,41 +242,14 @@ impl Links {
     }
 }
 
+/// A change of a device's settings of one address family.
+fn for_family(index: u32, settings: AfSpecUnspec) -> LinkMessage {
+    LinkUnspec::new_with_index(index).append_extra_attribute(LinkAttribute::AfSpecUnspec(vec![settings])).build()
+}
+
 fn is_link_local(ip: &IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => ip.is_link_local(),
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
     }
-}
-
-/// Disables link-local addresses and router solicitations: no host on the device answers them, and each would be
-/// a counted drop.
-fn disable_ipv6_autoconfiguration(name: &str) {
-    for (key, value) in [("addr_gen_mode", "1"), ("accept_ra", "0"), ("autoconf", "0")] {
-        // Fails only in a kernel without IPv6, where there is nothing to disable.
-        let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{key}"), value);
-    }
-}
-
-/// Sets what Raven's own devices need: loose source checks (the effective value is the maximum of `all` and this one,
-/// so 2 overrides a strict `all`); forwarding, for packets that the fast path leaves to the stack; and IPv6 also on a
-/// node that disables it on its own devices. Returns one error per setting that could not be changed.
-pub fn set_sysctls(name: &str) -> Vec<Error> {
-    let wanted = [
-        ("ipv4", "rp_filter", "2"),
-        ("ipv4", "forwarding", "1"),
-        ("ipv6", "disable_ipv6", "0"),
-        ("ipv6", "forwarding", "1"),
-    ];
-    let mut errors = Vec::new();
-    for (family, key, value) in wanted {
-        let path = format!("/proc/sys/net/{family}/conf/{name}/{key}");
-        let Ok(have) = fs::read_to_string(&path) else { continue };
-        if have.trim() != value
-            && let Err(reason) = fs::write(&path, value)
-        {
-            errors.push(Error::Sysctl { path, value, reason });
-        }
-    }
-    errors
 }

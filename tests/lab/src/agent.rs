@@ -8,6 +8,17 @@ use crate::Lab;
 use crate::process::Process;
 use crate::site::Node;
 
+/// Starts a program with the rights of the agent's container (deploy/agent.yaml): these capabilities only, and what
+/// container runtimes mount read-only.
+const AS_IN_THE_POD: &str = r#"
+    mkdir -p /run/raven/sysctl-net
+    mount --bind /proc/sys/net /run/raven/sysctl-net
+    mount --bind /proc/sys /proc/sys
+    mount -o remount,bind,ro /proc/sys
+    mount -o remount,bind,ro /sys
+    exec setpriv --inh-caps=-all --bounding-set=-all,+net_admin,+sys_admin,+sys_resource "$@"
+"#;
+
 /// A running agent, with the data to restart it.
 #[derive(Debug)]
 pub struct Agent {
@@ -24,10 +35,12 @@ pub struct Agent {
 impl Agent {
     fn spawn(node: &Node, arguments: &[String], logs: &Path, contained: bool) -> Result<Process> {
         let program = binary("raven-agent")?;
-        let mut command = node.ns.command(if contained { Path::new("unshare") } else { &program });
+        let mut command = node.ns.command("unshare");
+        command.args(["--mount", "--propagation", "slave"]);
         if contained {
-            command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(&program);
+            command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
         }
+        command.args(["sh", "-ec", AS_IN_THE_POD, "sh"]).arg(&program);
         command.arg("--node-name").arg(&node.name).args(arguments).env("RUST_LOG", log_filter());
         Process::start(format!("agent-{}", node.name), logs, command)
     }
