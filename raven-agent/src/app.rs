@@ -26,6 +26,7 @@ use tracing::Instrument;
 
 use crate::{
     apply::{Reconciler, Report, Settings},
+    boot::Boot,
     bpf::probe,
     config::Run,
     leftovers,
@@ -129,6 +130,7 @@ pub async fn run(config: Run) -> Result<()> {
         kernel_events,
         snapshot: config.state_dir.join(names::SNAPSHOT_FILE),
         leftovers: Some((links, config.adopt)),
+        boot: Boot::new(&config.state_dir, config.boot_unit_dir.clone()),
         reports,
         plans,
     };
@@ -227,6 +229,7 @@ struct Loop<S> {
     snapshot: PathBuf,
     /// What OpenYurt's Raven left is handled once, after the first run, and removed if the flag says so.
     leftovers: Option<(Links, bool)>,
+    boot: Boot,
     reports: watch::Sender<observe::Latest>,
     plans: watch::Sender<Arc<ProxyPlan>>,
 }
@@ -248,6 +251,9 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
                 let span = tracing::info_span!("reconcile", run);
                 let report = self.reconcile(&current.topology, new_topology).instrument(span).await;
                 rerun_after = report.rerun_after;
+                if let Err(e) = self.boot.update(&report.plan.state.barriers) {
+                    tracing::warn!(error = %e, "the next boot is not prepared");
+                }
                 log.write(&report);
                 self.reports.send_replace(Some((report, self.reconciler.tunnel())));
                 if let Some((links, remove)) = self.leftovers.take() {

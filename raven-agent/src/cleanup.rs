@@ -3,10 +3,17 @@
 
 use std::{fs, path::Path};
 
-use crate::{bpf, config::Engine, link::Links, names, netfilter, state::Change, tunnel};
+use crate::{boot, bpf, config::Engine, link::Links, names, netfilter, state::Change, tunnel};
 
 /// Removes everything. Returns what was removed and what could not be removed, one line each.
-pub async fn run(state_dir: &Path, keep_state: bool, engine: Engine) -> (Vec<String>, Vec<String>) {
+///
+/// `units`: the folder of the host's systemd units.
+pub async fn run(
+    state_dir: &Path,
+    units: Option<&Path>,
+    keep_state: bool,
+    engine: Engine,
+) -> (Vec<String>, Vec<String>) {
     let mut done = Outcome::default();
     let links = match Links::connect() {
         Ok((links, _)) => links,
@@ -19,6 +26,7 @@ pub async fn run(state_dir: &Path, keep_state: bool, engine: Engine) -> (Vec<Str
     done.note(names::OVERLAY, links.delete_device(names::OVERLAY).await);
     done.note("unreachable routes", links.delete_barriers().await);
     done.note("nft table inet raven", netfilter::remove().await);
+    done.note("boot unit", boot::remove(state_dir, units));
     done.note("programs and maps", bpf::remove_pins().map(Change::from));
     if !keep_state {
         for file in [names::KEY_FILE, names::SNAPSHOT_FILE] {

@@ -120,6 +120,10 @@ pub struct Run {
     /// Leave packets with this bit of the mark to kube-proxy, which masquerades them: its `--iptables-masquerade-bit`.
     #[arg(long, env = "MASQUERADE_BIT", default_value_t = 14, value_parser = clap::value_parser!(u8).range(0..32))]
     pub masquerade_bit: u8,
+    /// Install a systemd unit in this folder of the host: after a boot, it refuses packets for other pools until the agent
+    /// runs.
+    #[arg(long)]
+    pub boot_unit_dir: Option<PathBuf>,
     /// Remove the rules, chains and ipsets that OpenYurt's Raven left on this node. Without this flag they are only logged.
     #[arg(long)]
     pub adopt: bool,

@@ -60,7 +60,9 @@ fn main() -> ExitCode {
 }
 
 async fn clean(settings: &Run, keep_state: bool) -> anyhow::Result<()> {
-    let (removed, failed) = cleanup::run(&settings.state_dir, keep_state, settings.wireguard_engine).await;
+    let (removed, failed) =
+        cleanup::run(&settings.state_dir, settings.boot_unit_dir.as_deref(), keep_state, settings.wireguard_engine)
+            .await;
     removed.iter().for_each(|what| println!("removed {what}"));
     failed.iter().for_each(|what| eprintln!("cannot remove {what}"));
     anyhow::ensure!(failed.is_empty(), "{} objects could not be removed", failed.len());

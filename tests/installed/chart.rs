@@ -63,6 +63,20 @@ fn chart_without_values_renders_the_objects_of_deploy() {
 }
 
 #[test]
+fn boot_unit_is_the_same_in_the_chart_and_in_its_component() {
+    let overlay = folder("target/boot-overlay");
+    std::fs::create_dir_all(&overlay).expect("create the folder");
+    let kustomization = "resources: [../../deploy]\ncomponents: [../../deploy/boot]\n";
+    std::fs::write(format!("{overlay}/kustomization.yaml"), kustomization).expect("write the overlay");
+    let kubectl = Binaries::find_or_build().expect("find kubectl").kubectl;
+    let expected = objects(Command::new(kubectl).args(["kustomize", &overlay]));
+    let rendered = chart(&["agent.bootUnit=true"]);
+    assert_eq!(agent(&rendered, "raven-agent-ds"), agent(&expected, "raven-agent-ds"));
+    let arguments = &agent(&rendered, "raven-agent-ds")["containers"][0]["args"];
+    assert_eq!(arguments[1], "--boot-unit-dir=/host/systemd");
+}
+
+#[test]
 fn values_set_images_switches_and_flags() {
     let objects = chart(&[
         r#"image={"agent":"example.com/agent","tag":"9.9","pullPolicy":"Always","pullSecrets":["registry"]}"#,
@@ -70,12 +84,13 @@ fn values_set_images_switches_and_flags() {
         r#"agentConfig={"forward-node-ip":"true"}"#,
         r#"controller={"replicas":1,"args":["--agent-timeout=5m"],"serviceCIDRs":["10.96.0.0/12"]}"#,
         "wireguard.enabled=false",
+        "agent.masqueradeBit=15",
     ]);
     let spec = agent(&objects, "raven-agent-ds");
     assert_eq!(spec["containers"][0]["image"], "example.com/agent:9.9");
     assert_eq!(spec["containers"][0]["imagePullPolicy"], "Always");
     assert_eq!(spec["imagePullSecrets"], json!([{"name": "registry"}]));
-    assert_eq!(spec["containers"][0]["args"], json!(["--wireguard-engine=embedded"]));
+    assert_eq!(spec["containers"][0]["args"], json!(["--wireguard-engine=embedded", "--masquerade-bit=15"]));
     assert!(!objects.contains_key("DaemonSet kube-system/raven-wireguard"));
     assert_eq!(objects["ConfigMap kube-system/raven-cfg"]["data"], json!({"enable-l7-proxy": "false"}));
     assert_eq!(objects["ConfigMap kube-system/raven-agent-config"]["data"], json!({"forward-node-ip": "true"}));

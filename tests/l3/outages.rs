@@ -51,10 +51,53 @@ async fn rebooted_node_forwards_without_api_server() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn boot_unit_keeps_pods_packets_in_until_the_agent_runs() {
+    require_root!();
+    let mut running = Running::start().await.expect("start the lab");
+    let units = "/var/lib/raven/host-units";
+    let node = running.lab.node("x-b").ns.clone();
+    let agent = running.agent("x-b");
+    agent.arguments.push(format!("--boot-unit-dir={units}"));
+    agent.restart().expect("restart the agent");
+    let enabled = format!("{units}/multi-user.target.wants/raven-boot.service");
+    let installed = || async { node.sh(&format!("cat {enabled} && grep -c unreachable /var/lib/raven/boot6.ip")) };
+    let unit = running.check(eventually(Duration::from_secs(10), "the unit is installed", installed).await);
+    running.lab.kill_api_server().expect("kill the API server");
+    running.agent("x-b").kill().expect("kill the agent");
+    // The pods send before the agent starts: without the unit unencrypted, with it not at all.
+    running.check(reboot(&node));
+    for with_unit in [false, true] {
+        if with_unit {
+            for command in unit.lines().filter_map(|line| line.strip_prefix("ExecStart=-")) {
+                running.check(node.sh(command));
+            }
+        }
+        let internet = proof::record(&running.lab).await.expect("capture the internet");
+        let (from, to) = (running.lab.pod("x-b"), running.lab.pod("cloud-b"));
+        for address in [IpAddr::from(to.v4), to.v6.into()] {
+            assert_eq!(running.check(probe::ping(&from.ns, address).await), None);
+        }
+        // Proves that the capture works.
+        running.check(probe::ping(&node, IpAddr::from([198, 51, 100, 10])).await);
+        let internet = internet.stop().await.expect("stop the capture");
+        let kept = internet.ensure_nothing_in_clear(running.lab.site(), proof::MARKER);
+        assert_eq!(kept.is_ok(), with_unit, "with the unit: {with_unit}: {kept:?}");
+    }
+    running.agent("x-b").restart().expect("restart the agent");
+    running.check(reached(&running.lab, "x-b", "cloud-b").await);
+    let agent = running.agent("x-b");
+    agent.kill().expect("kill the agent");
+    let unit_dir = format!("--boot-unit-dir={units}");
+    running.check(running.lab.agent_command("x-b", &[&unit_dir, "cleanup", "--keep-state"]));
+    running.check(node.sh(&format!("! ls {enabled} {units}/raven-boot.service /var/lib/raven/boot4.ip 2>/dev/null")));
+}
+
 /// Simulates a reboot: removes Raven's state from the kernel and keeps its files.
 fn reboot(ns: &raven_tests::Namespace) -> Result<()> {
     ns.sh("rm -f /run/wireguard/raven-wg0.sock; rm -rf /sys/fs/bpf/raven; ip link del raven0; \
-           ip rule del pref 100; ip -6 rule del pref 100; nft delete table inet raven; \
+           ip rule del pref 100; ip -6 rule del pref 100; ip route flush table 9027; ip -6 route flush table 9027; \
+           nft delete table inet raven; \
            while ip link show raven-wg0 >/dev/null 2>&1; do :; done; ip link set eth0 xdp off")?;
     Ok(())
 }
