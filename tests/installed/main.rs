@@ -84,7 +84,21 @@ async fn scenario(lab: &Lab, results: &mut Results) -> Result<()> {
 async fn install(lab: &Lab) -> Result<String> {
     let deploy = folder("deploy");
     let applied = lab.cluster().kubectl(&["apply", "--server-side", "-k", &deploy])?;
-    Ok(format!("{} objects", applied.lines().count()))
+    let mut message = format!("{} objects", applied.lines().count());
+    // A container runtime refuses capabilities that it does not have itself. Only kernels before 5.11 need this one.
+    if std::process::Command::new("capsh")
+        .arg("--has-b=cap_sys_resource")
+        .output()
+        .is_ok_and(|has| !has.status.success())
+    {
+        let path = "/spec/template/spec/containers/0/securityContext/capabilities/add";
+        let patch = format!(
+            r#"[{{"op": "test", "path": "{path}/2", "value": "SYS_RESOURCE"}}, {{"op": "remove", "path": "{path}/2"}}]"#
+        );
+        lab.cluster().kubectl(&["--namespace=kube-system", "patch", AGENTS, "--type=json", "--patch", &patch])?;
+        message.push_str("; without SYS_RESOURCE, which this machine does not have");
+    }
+    Ok(message)
 }
 
 /// Waits until all Pods of a workload are replaced and Ready.
