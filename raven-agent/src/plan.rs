@@ -74,8 +74,8 @@ impl Plan {
 /// intercepted connections to its gateway nodes.
 pub fn plan(topology: &Topology, me: &Me) -> Plan {
     let proxy = Arc::new(proxy::proxy(topology, &me.node));
-    let l3 = topology.settings.l3;
     let Some((name, pool)) = topology.pool_of(&me.node) else { return empty(me, proxy, without_pool(topology, me)) };
+    let l3 = topology.settings.l3 && pool.l3;
     let member = &pool.members[&me.node];
     let prefixes = pod_prefixes(member);
     let sources: Vec<IpAddr> = prefixes.iter().map(|prefix| routes::source(prefix, &me.addresses)).collect();
@@ -124,7 +124,7 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
         config: Config {
             node: member.outer,
             tunnel_mtu: mtu,
-            relay: pool.exposed,
+            relay: topology.relays().iter().any(|(relay, _)| *relay == name),
             tunnel_port: own_gateway.map_or(0, |g| g.port),
         },
         gateway_names: gateway_ids(topology).into_iter().map(|(name, id)| (id, name)).collect(),

@@ -38,10 +38,14 @@ pub struct Topology {
 }
 
 /// The nodes of one Gateway.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pool {
     /// Its gateway nodes are dialled by other pools, and relay between pools that cannot dial each other.
     pub exposed: bool,
+    /// L3 is on for this pool (`tunnelConfig.Replicas` is not 0).
+    pub l3: bool,
+    /// L7 is on for this pool (`proxyConfig.Replicas` is not 0).
+    pub l7: bool,
     /// All nodes, by name.
     pub members: BTreeMap<String, Member>,
     /// Elected gateway nodes of the tunnel, by node name.
@@ -94,9 +98,30 @@ impl Member {
 }
 
 impl Topology {
+    /// The pools that relay: those that are exposed and have a gateway node, or, without one, all that can be dialled.
+    pub fn relays(&self) -> Vec<(&str, &Pool)> {
+        let dialled = self.pools.iter().filter(|(_, pool)| pool.dialable()).map(|(name, pool)| (name.as_str(), pool));
+        let (exposed, others): (Vec<_>, Vec<_>) = dialled.partition(|(_, pool)| pool.exposed);
+        if exposed.is_empty() { others } else { exposed }
+    }
+
     /// Name and pool of the Gateway that a node belongs to.
     pub fn pool_of(&self, node: &str) -> Option<(&str, &Pool)> {
         self.pools.iter().find(|(_, pool)| pool.members.contains_key(node)).map(|(name, pool)| (name.as_str(), pool))
+    }
+}
+
+impl Default for Pool {
+    /// A pool without nodes, with both halves on.
+    fn default() -> Self {
+        Self {
+            exposed: false,
+            l3: true,
+            l7: true,
+            members: BTreeMap::new(),
+            gateways: BTreeMap::new(),
+            proxies: BTreeMap::new(),
+        }
     }
 }
 

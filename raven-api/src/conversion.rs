@@ -37,6 +37,8 @@ struct KeptSpec {
 #[serde(rename_all = "camelCase")]
 struct KeptStatus {
     active_endpoints: Vec<v1beta1::Endpoint>,
+    #[serde(default)]
+    exposed: bool,
     conditions: Vec<Condition>,
     observed_generation: Option<i64>,
 }
@@ -70,6 +72,7 @@ pub fn to_v1alpha1(new: v1beta1::Gateway) -> v1alpha1::Gateway {
     let plain = old_status.clone().map(|s| status_to_v1beta1(s, None)) == new.status;
     let kept = new.status.filter(|_| !plain).map(|s| KeptStatus {
         active_endpoints: s.active_endpoints,
+        exposed: s.exposed,
         conditions: s.conditions,
         observed_generation: s.observed_generation,
     });
@@ -104,19 +107,25 @@ fn spec_to_v1alpha1(new: &v1beta1::GatewaySpec) -> v1alpha1::GatewaySpec {
 
 fn status_to_v1beta1(old: v1alpha1::GatewayStatus, kept: Option<KeptStatus>) -> v1beta1::GatewayStatus {
     let node_count = i32::try_from(old.nodes.len()).unwrap_or(i32::MAX);
-    let (active_endpoints, conditions, observed_generation) = match kept {
-        Some(kept) if kept.active_endpoints.first().map(endpoint_to_v1alpha1) == old.active_endpoint => {
-            (kept.active_endpoints, kept.conditions, kept.observed_generation)
-        }
-        // A controller of the old version elected a different endpoint: the stored list is stale.
-        Some(kept) => (
-            old.active_endpoint.into_iter().map(endpoint_to_v1beta1).collect(),
-            kept.conditions,
-            kept.observed_generation,
-        ),
-        None => (old.active_endpoint.into_iter().map(endpoint_to_v1beta1).collect(), Vec::new(), None),
+    let elected_by_old = old.active_endpoint.clone().into_iter().map(endpoint_to_v1beta1).collect();
+    let Some(kept) = kept else {
+        return v1beta1::GatewayStatus {
+            nodes: old.nodes,
+            node_count,
+            active_endpoints: elected_by_old,
+            ..v1beta1::GatewayStatus::default()
+        };
     };
-    v1beta1::GatewayStatus { nodes: old.nodes, node_count, active_endpoints, conditions, observed_generation }
+    // If a controller of the old version elected a different endpoint, the stored list is stale.
+    let is_current = kept.active_endpoints.first().map(endpoint_to_v1alpha1) == old.active_endpoint;
+    v1beta1::GatewayStatus {
+        nodes: old.nodes,
+        node_count,
+        active_endpoints: if is_current { kept.active_endpoints } else { elected_by_old },
+        exposed: kept.exposed,
+        conditions: kept.conditions,
+        observed_generation: kept.observed_generation,
+    }
 }
 
 fn status_to_v1alpha1(new: &v1beta1::GatewayStatus) -> v1alpha1::GatewayStatus {

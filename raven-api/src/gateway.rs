@@ -94,11 +94,11 @@ pub struct ProxyConfig {
     pub replicas: i32,
     /// Comma-separated plain-HTTP ports published on the internal Service, for example `10255,9445`.
     #[serde(rename = "proxyHTTPPort", default, skip_serializing_if = "Option::is_none")]
-    #[schemars(regex(pattern = r"^([0-9]{1,5}(,[0-9]{1,5})*)?$"))]
+    #[schemars(regex(pattern = r"^ *([0-9]{1,5} *(, *[0-9]{1,5} *)*)?$"))]
     pub proxy_http_port: Option<String>,
     /// Comma-separated TLS ports published on the internal Service, for example `10250,9100`.
     #[serde(rename = "proxyHTTPSPort", default, skip_serializing_if = "Option::is_none")]
-    #[schemars(regex(pattern = r"^([0-9]{1,5}(,[0-9]{1,5})*)?$"))]
+    #[schemars(regex(pattern = r"^ *([0-9]{1,5} *(, *[0-9]{1,5} *)*)?$"))]
     pub proxy_https_port: Option<String>,
 }
 
@@ -212,6 +212,10 @@ pub struct GatewayStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 256))]
     pub active_endpoints: Vec<Endpoint>,
+    /// Gateway nodes of other pools dial this pool, and it relays: exposeType is set, or, in a cluster where no Gateway has
+    /// it, the pool is in the cloud and not under NAT.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub exposed: bool,
     /// State of the Gateway: conditions Ready, Elected and Accepted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
@@ -238,6 +242,11 @@ pub struct NodeInfo {
 }
 
 impl Gateway {
+    /// True if gateway nodes of other pools dial this pool.
+    pub fn is_exposed(&self) -> bool {
+        !self.spec.expose_type.is_edge() || self.status.as_ref().is_some_and(|status| status.exposed)
+    }
+
     /// Number of tunnel endpoints to elect.
     pub fn tunnel_replicas(&self) -> usize {
         self.spec.tunnel_config.as_ref().map_or(1, |c| c.replicas.max(0) as usize)

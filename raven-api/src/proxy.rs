@@ -75,9 +75,7 @@ impl Ports {
     /// HTTPS serves TLS.
     pub fn of<'a>(gateways: impl IntoIterator<Item = &'a Gateway>) -> Self {
         let mut ports = Self::default();
-        for config in
-            gateways.into_iter().filter(|g| !g.spec.expose_type.is_edge()).filter_map(|g| g.spec.proxy_config.as_ref())
-        {
+        for config in gateways.into_iter().filter(|g| g.is_exposed()).filter_map(|g| g.spec.proxy_config.as_ref()) {
             ports.http.extend(listed(config.proxy_http_port.as_deref()));
             ports.https.extend(listed(config.proxy_https_port.as_deref()));
         }
@@ -103,7 +101,7 @@ impl Ports {
 /// may be stolen and report anything.
 pub fn ready<'a>(gateways: &'a [Gateway], nodes: &'a [GatewayNode]) -> BTreeSet<&'a str> {
     let elected = |exposed: bool| {
-        let of_kind = gateways.iter().filter(move |g| g.spec.expose_type.is_edge() != exposed);
+        let of_kind = gateways.iter().filter(move |g| g.is_exposed() == exposed);
         let status = of_kind
             .filter_map(|g| g.status.as_ref())
             .filter(move |s| exposed || condition_holds(s, ConditionType::Elected));

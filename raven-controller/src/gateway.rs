@@ -12,6 +12,7 @@ pub(crate) mod agents;
 pub(crate) mod claims;
 pub(crate) mod elect;
 pub(crate) mod events;
+pub(crate) mod exposure;
 pub(crate) mod facts;
 pub(crate) mod inputs;
 pub(crate) mod links;
@@ -60,9 +61,11 @@ pub(crate) fn decide(inputs: &Inputs) -> Decisions {
     if inputs.rules {
         rules::apply(inputs, &free, &mut membership);
     }
-    let links = Links::of(inputs);
+    let exposed = exposure::exposed(inputs);
+    let links = Links::of(inputs, &exposed);
     let gateways = inputs.by_seniority().into_iter().filter(|gateway| !membership.delete.contains(&gateway.name));
     let mut drafts: Vec<Draft<'_>> = gateways.map(|gateway| draft(inputs, gateway, &membership, &links)).collect();
+    drafts.iter_mut().for_each(|draft| draft.exposed = exposed.contains(&draft.gateway.name));
 
     prefixes::assign(inputs, &mut drafts);
 
@@ -97,5 +100,6 @@ fn draft<'a>(inputs: &'a Inputs, gateway: &'a GatewayFacts, membership: &Members
         tunnel,
         proxy,
         refusals,
+        exposed: false,
     }
 }

@@ -82,7 +82,7 @@ async fn schema_rejects_invalid_gateways() {
 async fn schema_sets_defaults() {
     run(test_name!(), async |fixture| {
         let given =
-            json!({"proxyConfig": {"proxyHTTPPort": "10255"}, "tunnelConfig": {}, "endpoints": [{"nodeName": "a"}]});
+            json!({"proxyConfig": {"proxyHTTPPort": "10255, 9445"}, "tunnelConfig": {}, "endpoints": [{"nodeName": "a"}]});
         fixture.put_gateway("g", given).await?;
         let stored = spec(fixture, "g").await?;
         assert_eq!((&stored["proxyConfig"]["Replicas"], &stored["tunnelConfig"]["Replicas"]), (&json!(1), &json!(1)));

@@ -21,6 +21,7 @@ mod scale;
 mod services;
 mod three_pools;
 mod upgrade;
+mod upstream_gateways;
 
 use anyhow::{Context, Result};
 use raven_tests::{Lab, LabBuilder, agent::Agent, process::Process, proof};

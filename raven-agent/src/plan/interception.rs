@@ -77,7 +77,7 @@ fn edge_nodes<'a>(topology: &'a Topology, me: &Me) -> BTreeMap<Ipv4Addr, Vec<(&'
         !excluded.contains(&address) && !needed
     };
     let mut nodes: BTreeMap<Ipv4Addr, Vec<(&str, &str)>> = BTreeMap::new();
-    for (gateway, pool) in topology.pools.iter().filter(|(_, pool)| !pool.exposed) {
+    for (gateway, pool) in topology.pools.iter().filter(|(_, pool)| !pool.exposed && pool.l7) {
         for (node, member) in pool.members.iter().filter(|(_, member)| is_free(member.outer)) {
             nodes.entry(member.outer).or_default().push((node, gateway));
         }

@@ -44,7 +44,7 @@ pub(super) fn paths<'a>(
     problems: &mut Vec<String>,
 ) -> BTreeMap<&'a str, Path<'a>> {
     let ids = gateway_ids(topology);
-    let others = topology.pools.iter().filter(|(name, _)| *name != own_name);
+    let others = topology.pools.iter().filter(|(name, pool)| *name != own_name && pool.l3);
     others
         .map(|(name, pool)| {
             let prefixes = allowed(name, pool, protected, problems);
@@ -91,13 +91,9 @@ fn path_kind(topology: &Topology, own: (&str, &Pool), other: (&str, &Pool)) -> P
     }
     // Both ends must choose the same relay, so the pair of names is hashed in a fixed order.
     let (a, b) = if own.0 < other.0 { (own.0, other.0) } else { (other.0, own.0) };
-    let relays = topology
-        .pools
-        .values()
-        .filter(|p| p.exposed)
-        .flat_map(super::super::topology::Pool::usable)
-        .filter(|(_, _, peer)| peer.dial.is_some());
-    relays.max_by_key(|(node, _, _)| weight(&[a, b, node])).map_or(PathKind::None, |(_, key, _)| PathKind::Relay(key))
+    let relays = topology.relays().into_iter().flat_map(|(_, pool)| pool.usable());
+    let dialled = relays.filter(|(_, _, peer)| peer.dial.is_some());
+    dialled.max_by_key(|(node, _, _)| weight(&[a, b, node])).map_or(PathKind::None, |(_, key, _)| PathKind::Relay(key))
 }
 
 /// The gateway node that owns the prefixes of `member`: the member itself if it is a gateway node, else one with a key,

@@ -16,8 +16,6 @@ const KEEPALIVE: u16 = 15;
 /// the prefixes of the pools that it relays.
 pub(super) fn peers(paths: &BTreeMap<&str, Path>, own: &Pool, preshared: Preshared) -> BTreeMap<PublicKey, Peer> {
     let mut peers = BTreeMap::new();
-    // A gateway node behind NAT dials. One that can be dialled does not, so that it never sends to a stale address.
-    let own_dialable = own.dialable();
     for path in paths.values().filter(|p| p.kind == PathKind::Direct) {
         for (node, key, gateway) in path.pool.usable() {
             let allowed: BTreeSet<_> = path
@@ -26,7 +24,9 @@ pub(super) fn peers(paths: &BTreeMap<&str, Path>, own: &Pool, preshared: Preshar
                 .filter(|(member, _)| owner(path.pool, member) == Some(node))
                 .flat_map(|(_, prefixes)| prefixes.iter().copied())
                 .collect();
-            let keepalive = (gateway.dial.is_some() && !own_dialable).then_some(KEEPALIVE);
+            // Only the pool that relays is surely not behind NAT: `underNAT` may be missing at a site that has it, and its
+            // `publicIP` may be that of its NAT.
+            let keepalive = (gateway.dial.is_some() && !own.exposed).then_some(KEEPALIVE);
             peers.insert(key, Peer { endpoint: gateway.dial, allowed, keepalive, preshared, alive: false });
         }
     }

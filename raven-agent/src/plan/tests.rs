@@ -3,7 +3,7 @@
 use proptest::{collection, prelude::*, sample::Index};
 use raven_api::{
     Gateway, GatewayNode, GatewaySpec, GatewayStatus,
-    gateway::{Endpoint, EndpointType, ExposeType, NodeInfo},
+    gateway::{Endpoint, EndpointType, ExposeType, NodeInfo, ProxyConfig, TunnelConfig},
     gateway_node::GatewayNodeSpec,
 };
 
@@ -279,6 +279,54 @@ fn node_addresses_are_forwarded_except_those_of_the_own_network() {
         "the own node's address is known to the gateway node"
     );
     assert!(plan.overlay.expect("an overlay").addresses.iter().all(|a| !a.to_string().starts_with("192.")));
+}
+
+#[test]
+fn pool_that_can_be_dialled_relays_if_none_is_exposed() {
+    let mut inputs = inputs(&three_pools());
+    inputs.gateways[0].spec.expose_type = ExposeType::Edge;
+    for endpoint in &mut inputs.gateways[0].status.as_mut().expect("a status").active_endpoints {
+        endpoint.public_ip = Some("198.51.100.1".to_owned());
+    }
+    let topology = build(&inputs);
+    let [relay, edge] = [me(0, 0), me(1, 0)].map(|me| plan(&topology, &me));
+    assert!(relay.config.relay);
+    assert_eq!(edge.problems, Vec::<String>::new());
+    let (_, peer) = edge.state.peers.first_key_value().expect("the relay");
+    let other: IpNet = "10.2.0.0/24".parse().expect("a prefix");
+    assert!(peer.allowed.contains(&other), "the other edge's prefixes: {:?}", peer.allowed);
+    assert!(relay.state.peers.values().all(|peer| peer.endpoint.is_none()), "edges dial");
+}
+
+#[test]
+fn edge_with_a_public_address_keeps_its_nat_open() {
+    let mut inputs = inputs(&three_pools());
+    // As OpenYurt's agent wrote it: the address may be that of the site's NAT.
+    for endpoint in &mut inputs.gateways[1].status.as_mut().expect("a status").active_endpoints {
+        (endpoint.under_nat, endpoint.public_ip) = (false, Some("198.51.100.20".to_owned()));
+    }
+    let plan = plan(&build(&inputs), &me(1, 0));
+    assert!(plan.state.peers.values().any(|peer| peer.endpoint.is_some() && peer.keepalive == Some(15)));
+}
+
+#[test]
+fn zero_replicas_switch_a_half_off_on_both_sides() {
+    let mut inputs = inputs(&three_pools());
+    let prefix: IpNet = "10.1.0.0/24".parse().expect("a prefix");
+    let routed = |inputs: &Inputs| plan(&build(inputs), &me(0, 1)).state.routes.contains_key(&prefix);
+    assert!(routed(&inputs));
+    inputs.gateways[1].spec.tunnel_config = Some(TunnelConfig { replicas: 0 });
+    assert!(!routed(&inputs), "other pools use their other routes");
+    assert_eq!(plan(&build(&inputs), &me(1, 1)).role, Role::None);
+    let proxy = Endpoint { node_name: node_name(0, 0), type_: EndpointType::Proxy, ..Endpoint::default() };
+    inputs.gateways[0].status.as_mut().expect("a status").active_endpoints.push(proxy);
+    let intercepted = |inputs: &Inputs| {
+        let interception = plan(&build(inputs), &me(0, 0)).interception.expect("a proxy");
+        interception.nodes.contains_key(&[192, 168, 1, 10].into())
+    };
+    assert!(intercepted(&inputs));
+    inputs.gateways[1].spec.proxy_config = Some(ProxyConfig { replicas: 0, ..ProxyConfig::default() });
+    assert!(!intercepted(&inputs), "its kubelets are dialled the ordinary way");
 }
 
 #[test]

@@ -63,10 +63,7 @@ pub fn build(inputs: &Inputs) -> Topology {
     // A key that two nodes claim stays with the first. Exposed Gateways come first: a stolen node of an older site that
     // publishes the cloud's key must not disconnect the cloud.
     for exposed in [true, false] {
-        gateways
-            .iter()
-            .filter(|g| g.spec.expose_type.is_edge() != exposed)
-            .for_each(|gateway| builder.keep_keys(gateway));
+        gateways.iter().filter(|g| g.is_exposed() == exposed).for_each(|gateway| builder.keep_keys(gateway));
     }
     for gateway in &gateways {
         builder.add(gateway);
@@ -101,7 +98,12 @@ impl Builder {
     fn add(&mut self, gateway: &Gateway) {
         let Some(name) = gateway.metadata.name.clone() else { return };
         let status = gateway.status.clone().unwrap_or_default();
-        let mut pool = Pool { exposed: !gateway.spec.expose_type.is_edge(), ..Pool::default() };
+        let mut pool = Pool {
+            exposed: gateway.is_exposed(),
+            l3: gateway.tunnel_replicas() > 0,
+            l7: gateway.proxy_replicas() > 0,
+            ..Pool::default()
+        };
         for node in &status.nodes {
             if let Some(member) = self.member(&name, node) {
                 pool.members.insert(node.node_name.clone(), member);

@@ -87,14 +87,17 @@ fn new_gateway() -> impl Strategy<Value = v1beta1::Gateway> {
             endpoints,
         },
     );
-    let status = (nodes(), collection::vec(endpoint(), 0..3), collection::vec(condition(), 0..3), option::of(1..9i64))
-        .prop_map(|(nodes, active_endpoints, conditions, observed_generation)| v1beta1::GatewayStatus {
+    let conditions = collection::vec(condition(), 0..3);
+    let status = (nodes(), collection::vec(endpoint(), 0..3), any::<bool>(), conditions, option::of(1..9i64)).prop_map(
+        |(nodes, active_endpoints, exposed, conditions, observed_generation)| v1beta1::GatewayStatus {
             node_count: i32::try_from(nodes.len()).expect("three at most"),
             nodes,
             active_endpoints,
+            exposed,
             conditions,
             observed_generation,
-        });
+        },
+    );
     (metadata(), spec, option::of(status)).prop_map(|(metadata, spec, status)| v1beta1::Gateway {
         metadata,
         spec,

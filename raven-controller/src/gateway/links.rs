@@ -53,14 +53,15 @@ impl Quarantine {
 #[derive(Debug)]
 pub(crate) struct Links<'a> {
     reports: &'a LinkReports,
+    exposed: &'a BTreeSet<GatewayName>,
     connected: BTreeMap<EndpointType, BTreeSet<&'a GatewayName>>,
 }
 
 impl<'a> Links<'a> {
     /// Evaluates the reports of the whole cluster.
-    pub(crate) fn of(inputs: &'a Inputs) -> Self {
+    pub(crate) fn of(inputs: &'a Inputs, exposed: &'a BTreeSet<GatewayName>) -> Self {
         let mut connected: BTreeMap<EndpointType, BTreeSet<&GatewayName>> = BTreeMap::new();
-        for gateway in inputs.gateways.values().filter(|g| g.resource.spec.expose_type.is_edge()) {
+        for gateway in inputs.gateways.values().filter(|g| !exposed.contains(&g.name)) {
             let elected = gateway.resource.status.iter().flat_map(|status| &status.active_endpoints);
             for endpoint in elected {
                 let report = inputs
@@ -76,7 +77,7 @@ impl<'a> Links<'a> {
                 }
             }
         }
-        Self { reports: &inputs.links, connected }
+        Self { reports: &inputs.links, exposed, connected }
     }
 
     /// True if a node of `gateway` is cut off. Nodes of exposed Gateways never count as cut off: their links fail
@@ -85,7 +86,7 @@ impl<'a> Links<'a> {
         let disconnected = || self.reports.get(node).and_then(|facts| facts.of(type_)) == Some(false);
         let other_site_connected =
             || self.connected.get(&type_).is_some_and(|sites| sites.iter().any(|site| **site != gateway.name));
-        gateway.resource.spec.expose_type.is_edge() && disconnected() && other_site_connected()
+        !self.exposed.contains(&gateway.name) && disconnected() && other_site_connected()
     }
 }
 

@@ -102,7 +102,7 @@ impl ProtectedPrefixes {
         let gateway = &draft.gateway.name;
         let elected = draft.tunnel.elected.iter().chain(&draft.proxy.elected);
         let elected: Vec<&Endpoint> = elected.filter(|e| e.node_name == node.name.as_str()).collect();
-        let dialled = draft.is_exposed() && elected.iter().any(|e| public_address(e).is_none());
+        let dialled = draft.exposed && elected.iter().any(|e| public_address(e).is_none());
         let dials = elected.iter().any(|e| !e.under_nat);
         for address in node.addresses().map(IpNet::from) {
             if dialled {

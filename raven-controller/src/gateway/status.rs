@@ -40,6 +40,8 @@ pub(crate) struct Draft<'a> {
     pub(crate) proxy: Election,
     /// Claims that are not accepted.
     pub(crate) refusals: Vec<Refusal>,
+    /// Gateway nodes of other pools dial this pool; see [`exposure`](super::exposure).
+    pub(crate) exposed: bool,
 }
 
 /// First words of the note about nodes that share their address with nodes of other pools, or of no pool. The Event is
@@ -60,7 +62,7 @@ type Owners = BTreeMap<IpAddr, Vec<(Option<GatewayName>, NodeName)>>;
 impl ClusterView {
     /// Collects the properties from all drafts and from the nodes without a pool.
     pub(crate) fn of(inputs: &Inputs, drafts: &[Draft<'_>]) -> Self {
-        let exposed = drafts.iter().filter(|d| d.is_exposed());
+        let exposed = drafts.iter().filter(|d| d.exposed);
         let mut exposed: Vec<_> = exposed.map(|d| (d.gateway.name.clone(), !d.tunnel.elected.is_empty())).collect();
         exposed.sort();
         Self { exposed, shared: shared_addresses(inputs, drafts) }
@@ -74,6 +76,8 @@ pub(crate) struct Decision {
     pub(crate) nodes: Vec<NodeInfo>,
     /// Elected endpoints, tunnel before proxy.
     pub(crate) active_endpoints: Vec<Endpoint>,
+    /// Gateway nodes of other pools dial this pool.
+    pub(crate) exposed: bool,
     /// Conditions Ready, Elected and Accepted.
     pub(crate) verdicts: Vec<Verdict>,
     /// Refused claims, the content of condition Accepted.
@@ -90,6 +94,7 @@ impl Decision {
             nodes: self.nodes.clone(),
             node_count: i32::try_from(self.nodes.len()).unwrap_or(i32::MAX),
             active_endpoints: self.active_endpoints.clone(),
+            exposed: self.exposed,
             conditions: condition::merge(old, &self.verdicts, generation, now),
             observed_generation: generation,
         }
@@ -131,12 +136,7 @@ impl Draft<'_> {
             subnets: subnets.iter().map(IpNet::to_string).collect(),
         });
         let active_endpoints = [self.tunnel.elected, self.proxy.elected].concat();
-        Decision { nodes: nodes.collect(), active_endpoints, verdicts, refusals: self.refusals }
-    }
-
-    /// True if gateway nodes of other pools dial this pool.
-    pub(crate) fn is_exposed(&self) -> bool {
-        !self.gateway.resource.spec.expose_type.is_edge()
+        Decision { nodes: nodes.collect(), active_endpoints, exposed: self.exposed, verdicts, refusals: self.refusals }
     }
 
     // Elected nodes on which no agent works.
@@ -255,7 +255,7 @@ impl Draft<'_> {
         if l3 && self.nodes.iter().all(|(_, subnets)| subnets.is_empty()) {
             return Some(("NoPodPrefix", self.no_prefix()));
         }
-        if self.is_exposed() { self.missing_load_balancer() } else { missing_peer(cluster, l3) }
+        if self.exposed { self.missing_load_balancer() } else { missing_peer(cluster, l3) }
     }
 
     fn no_prefix(&self) -> String {
@@ -295,7 +295,15 @@ impl Draft<'_> {
     fn notes(&self, cluster: &ClusterView, switches: Switches) -> Vec<String> {
         let mut notes = Vec::new();
         let without = self.without_public_ip();
-        if self.gateway.resource.spec.expose_type == ExposeType::PublicIP && !without.is_empty() {
+        let expose_type = self.gateway.resource.spec.expose_type;
+        if self.exposed && expose_type.is_edge() {
+            notes.push(
+                "exposeType is not set on any Gateway; this one counts as exposed, because its nodes are in the cloud and not \
+                 underNAT: set exposeType: PublicIP"
+                    .to_owned(),
+            );
+        }
+        if self.exposed && expose_type != ExposeType::LoadBalancer && !without.is_empty() {
             notes.push(format!("no publicIP is set for {}: other pools dial its InternalIP", enumerate(&without)));
         }
         if !self.unaddressed.is_empty() {
@@ -318,7 +326,7 @@ impl Draft<'_> {
     // Sites that are clones of one image have the same addresses. Such an address does not identify a node, so the
     // proxy refuses it.
     fn by_name_only(&self, cluster: &ClusterView) -> Option<String> {
-        if self.is_exposed() {
+        if self.exposed {
             return None;
         }
         let shared: Vec<String> = self

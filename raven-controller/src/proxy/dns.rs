@@ -1,5 +1,5 @@
 //! The hosts file for CoreDNS: names of edge nodes resolve to the internal Service, names of cloud nodes to the
-//! nodes. No I/O.
+//! nodes, as do those of pools whose proxy is off. No I/O.
 
 use std::{collections::BTreeSet, fmt::Write, net::IpAddr};
 
@@ -16,7 +16,7 @@ pub(crate) fn hosts<'a>(
 ) -> String {
     let edge: BTreeSet<&str> = gateways
         .iter()
-        .filter(|g| g.spec.expose_type.is_edge())
+        .filter(|g| !g.is_exposed() && g.proxy_replicas() > 0)
         .flat_map(|g| g.status.iter().flat_map(|s| &s.nodes))
         .map(|node| node.node_name.as_str())
         .collect();
@@ -39,7 +39,7 @@ pub(crate) fn hosts<'a>(
 mod tests {
     use raven_api::{
         GatewaySpec, GatewayStatus,
-        gateway::{ExposeType, NodeInfo},
+        gateway::{ExposeType, NodeInfo, ProxyConfig},
     };
     use serde_json::json;
 
@@ -64,6 +64,10 @@ mod tests {
         let gateways = [gateway("cloud", ExposeType::PublicIP, "cloud-a"), gateway("edge-x", ExposeType::Edge, "x-a")];
         let service = ["10.96.0.7".parse().expect("an address")];
         assert_eq!(hosts(&nodes, &gateways, &service), "10.0.0.11\tcloud-a\n10.9.0.1\tstray\n10.96.0.7\tx-a\n");
-        assert_eq!(hosts(&nodes, &gateways, &[]), "10.0.0.11\tcloud-a\n10.9.0.1\tstray\n10.1.0.11\tx-a\n");
+        let to_nodes = "10.0.0.11\tcloud-a\n10.9.0.1\tstray\n10.1.0.11\tx-a\n";
+        assert_eq!(hosts(&nodes, &gateways, &[]), to_nodes);
+        let mut off = gateways;
+        off[1].spec.proxy_config = Some(ProxyConfig { replicas: 0, ..ProxyConfig::default() });
+        assert_eq!(hosts(&nodes, &off, &service), to_nodes, "the proxy of that pool is off");
     }
 }

@@ -187,7 +187,7 @@ fn allowed(node: &str, signer: Signer, facts: &Facts<'_>) -> Result<BTreeSet<Str
         return Ok(BTreeSet::from([node.to_owned()]));
     }
     let mut names = BTreeSet::new();
-    for gateway in facts.gateways.iter().filter(|g| !g.spec.expose_type.is_edge()) {
+    for gateway in facts.gateways.iter().filter(|g| g.is_exposed()) {
         let Some(status) = &gateway.status else { continue };
         let elected = status.active_endpoints.iter().filter(|e| e.type_ == EndpointType::Proxy && e.node_name == node);
         for endpoint in elected {

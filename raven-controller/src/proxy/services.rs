@@ -28,7 +28,7 @@ pub(crate) struct Objects {
 /// Returns the desired objects. `l7` is the state of the L7 switch.
 pub(crate) fn desired(namespace: &str, gateways: &[Gateway], nodes: &[GatewayNode], l7: bool) -> Objects {
     let mut objects = Objects::default();
-    let exposed = || gateways.iter().filter(|g| !g.spec.expose_type.is_edge());
+    let exposed = || gateways.iter().filter(|g| g.is_exposed());
     if l7 {
         let ports = Ports::of(gateways);
         objects.services.insert(INTERNAL_SERVICE.to_owned(), internal_service(namespace, &ports));
