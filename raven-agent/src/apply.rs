@@ -10,7 +10,6 @@ mod report;
 mod steps;
 
 use std::{
-    collections::BTreeSet,
     net::{IpAddr, TcpListener},
     path::PathBuf,
     sync::Arc,
@@ -173,13 +172,12 @@ impl Reconciler {
     }
 
     fn me(&mut self, uplink: Option<&Uplink>) -> Me {
-        let subnets = uplink.into_iter().flat_map(|u| u.subnets.iter().copied());
-        let protected: BTreeSet<IpNet> = self.settings.protected.iter().copied().chain(subnets).collect();
         let default = Me::default();
         Me {
             node: self.settings.node.clone(),
             uplink_mtu: uplink.map_or(default.uplink_mtu, |u| u.mtu),
-            protected,
+            protected: self.settings.protected.iter().copied().collect(),
+            subnets: uplink.map(|u| u.subnets.clone()).unwrap_or_default(),
             addresses: uplink.map(|u| u.node_addresses.clone()).unwrap_or_default(),
             intercepting_gateway: self.bpf.intercepting_gateway(),
             preshared: self.preshared.current(),

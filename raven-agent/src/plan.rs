@@ -25,6 +25,7 @@ use std::{
 use ipnet::IpNet;
 use raven_common::{OVERLAY_OVERHEAD, TUNNEL_OVERHEAD};
 
+use self::path::Protected;
 pub use self::{me::Me, path::gateway_ids, proxy::ProxyPlan};
 use crate::{
     state::{Config, Interception, Overlay, PeerName, Role, State, TunnelDevice},
@@ -149,16 +150,18 @@ fn pod_prefixes(member: &Member) -> Vec<IpNet> {
     member.prefixes.difference(&own).copied().collect()
 }
 
-/// Prefixes that no Gateway may claim on this node: those of `me`, the pool's own nodes, and every endpoint
-/// that nodes dial.
-fn protected(topology: &Topology, pool: &Pool, me: &Me) -> BTreeSet<IpNet> {
+/// What must stay outside the tunnel on this node: what `me` protects, the pool's own nodes, and every endpoint that
+/// nodes dial.
+fn protected<'a>(topology: &Topology, pool: &Pool, me: &'a Me) -> Protected<'a> {
     let endpoints =
         topology.pools.values().flat_map(|p| p.gateways.values()).filter_map(|g| g.dial).map(|d| IpNet::from(d.ip()));
     let proxies = topology.pools.values().flat_map(|p| p.proxies.values()).filter_map(|p| p.dial.as_ref());
     let proxies = proxies.filter_map(|(host, _)| host.parse().ok()).map(|ip: IpAddr| IpNet::from(ip));
     let nodes = pool.members.values().flat_map(|m| m.addresses.iter().copied()).map(IpNet::from);
     let api_servers = topology.api_servers.iter().copied().map(IpNet::from);
-    me.protected.iter().copied().chain(api_servers).chain(endpoints).chain(proxies).chain(nodes).collect()
+    let prefixes =
+        me.protected.iter().copied().chain(api_servers).chain(endpoints).chain(proxies).chain(nodes).collect();
+    Protected { prefixes, subnets: &me.subnets }
 }
 
 fn without_pool(topology: &Topology, me: &Me) -> Vec<String> {

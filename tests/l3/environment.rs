@@ -86,6 +86,27 @@ async fn strict_rp_filter_does_not_drop_packets() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn lan_whose_mask_contains_the_pods_keeps_the_routes() {
+    require_root!();
+    let mut running = Running::start().await.expect("start the lab");
+    for name in ["x-a", "x-b"] {
+        let node = running.lab.node(name).clone();
+        let lan = node.lan_v4;
+        running.run_on(
+            name,
+            &format!(
+                "ip addr add {lan}/8 dev eth0; ip addr del {lan}/24 dev eth0; ip route replace default via 10.1.0.1"
+            ),
+        );
+        running.agent(name).restart().expect("restart the agent");
+        let ready = proof::ready(running.agent(name)).await;
+        running.check(ready);
+    }
+    let (cloud, edge) = (running.lab.pool("cloud").clone(), running.lab.pool("edge-x").clone());
+    running.check(proof::reach(&running.lab, &cloud, &edge, 0).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn port_in_use_is_reported_and_used_when_free() {
     require_root!();
     let mut running = Running::start().await.expect("start the lab");

@@ -72,7 +72,7 @@ fn edge_nodes<'a>(topology: &'a Topology, me: &Me) -> BTreeMap<Ipv4Addr, Vec<(&'
         topology.api_servers.iter().filter_map(|address| if let IpAddr::V4(v4) = address { Some(*v4) } else { None });
     let excluded: BTreeSet<Ipv4Addr> = exposed.chain(api_servers).collect();
     let is_free = |address: Ipv4Addr| {
-        let needed = me.protected.iter().any(|p| p.contains(&IpAddr::V4(address)))
+        let needed = me.protected.iter().chain(&me.subnets).any(|p| p.contains(&IpAddr::V4(address)))
             || me.addresses.contains(&IpAddr::V4(address));
         !excluded.contains(&address) && !needed
     };

@@ -16,9 +16,10 @@ pub struct Me {
     pub node: String,
     /// MTU of the uplink in bytes.
     pub uplink_mtu: u32,
-    /// Prefixes that must never enter the tunnel, whatever a Gateway claims: the API server, the node's own subnets,
-    /// the Service range.
+    /// Prefixes that must never enter the tunnel, whatever a Gateway claims: the API server, the Service range.
     pub protected: BTreeSet<IpNet>,
+    /// The subnets of the uplink. A prefix that contains one would take the node off its LAN.
+    pub subnets: BTreeSet<IpNet>,
     /// Addresses of the node's devices.
     pub addresses: BTreeSet<IpAddr>,
     /// The gateway node that intercepted connections go to at present.
@@ -35,6 +36,7 @@ impl Default for Me {
             node: String::new(),
             uplink_mtu: 1500,
             protected: BTreeSet::new(),
+            subnets: BTreeSet::new(),
             addresses: BTreeSet::new(),
             intercepting_gateway: None,
             preshared: Preshared::None,

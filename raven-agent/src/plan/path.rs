@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ipnet::IpNet;
 
 use super::rendezvous::weight;
-use crate::topology::{Pool, PublicKey, Topology};
+use crate::topology::{Member, Pool, PublicKey, Topology};
 
 /// The path to one other pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub(super) fn paths<'a>(
     topology: &'a Topology,
     own_name: &str,
     own: &Pool,
-    protected: &BTreeSet<IpNet>,
+    protected: &Protected<'_>,
     problems: &mut Vec<String>,
 ) -> BTreeMap<&'a str, Path<'a>> {
     let ids = gateway_ids(topology);
@@ -60,16 +60,30 @@ pub(super) fn paths<'a>(
         .collect()
 }
 
+/// What must stay outside the tunnel on this node.
+pub(super) struct Protected<'a> {
+    /// No prefix may overlap these.
+    pub(super) prefixes: BTreeSet<IpNet>,
+    /// The subnets of the uplink. A LAN may contain the cluster's pod prefixes by its mask (10.0.0.0/8): those are narrower,
+    /// and rightly win. Only a prefix that contains a subnet, or the address of another pool's node inside it, is refused.
+    pub(super) subnets: &'a BTreeSet<IpNet>,
+}
+
+impl Protected<'_> {
+    fn conflict(&self, member: &Member, prefix: &IpNet) -> Option<&IpNet> {
+        let is_address = prefix.prefix_len() == prefix.max_prefix_len() && member.addresses.contains(&prefix.addr());
+        let overlapped = self.prefixes.iter().find(|p| p.contains(prefix) || prefix.contains(*p));
+        overlapped.or_else(|| self.subnets.iter().find(|s| prefix.contains(*s) || (is_address && s.contains(prefix))))
+    }
+}
+
 fn allowed<'a>(
     name: &str,
     pool: &'a Pool,
-    protected: &BTreeSet<IpNet>,
+    protected: &Protected<'_>,
     problems: &mut Vec<String>,
 ) -> BTreeMap<&'a str, BTreeSet<IpNet>> {
-    let mut keep = |node: &str, prefix: &IpNet| match protected
-        .iter()
-        .find(|g| g.contains(prefix) || prefix.contains(*g))
-    {
+    let mut keep = |node: &str, member: &Member, prefix: &IpNet| match protected.conflict(member, prefix) {
         Some(conflict) => {
             problems.push(format!(
                 "Gateway {name}: prefix {prefix} of node {node} is not sent into the tunnel: it overlaps {conflict}, which this node \
@@ -79,9 +93,9 @@ fn allowed<'a>(
         }
         None => true,
     };
-    pool.members
-        .iter()
-        .map(|(node, member)| (node.as_str(), member.prefixes.iter().filter(|p| keep(node, p)).copied().collect()))
+    let members = pool.members.iter();
+    members
+        .map(|(node, m)| (node.as_str(), m.prefixes.iter().filter(|p| keep(node, m, p)).copied().collect()))
         .collect()
 }
 

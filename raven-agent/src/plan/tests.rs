@@ -268,7 +268,7 @@ fn node_addresses_are_forwarded_except_those_of_the_own_network() {
     inputs.settings.forward_node_ip = true;
     // The other site uses the same subnet as this one.
     inputs.gateways[2].status.as_mut().expect("a status").nodes[1].private_ip = "192.168.1.77".into();
-    let me = Me { protected: BTreeSet::from(["192.168.1.0/24".parse().expect("a prefix")]), ..me(1, 1) };
+    let me = Me { subnets: BTreeSet::from(["192.168.1.0/24".parse().expect("a prefix")]), ..me(1, 1) };
     let plan = plan(&build(&inputs), &me);
     let routes: Vec<String> =
         plan.state.routes.keys().map(ToString::to_string).filter(|r| r.starts_with("192.")).collect();
@@ -327,6 +327,18 @@ fn zero_replicas_switch_a_half_off_on_both_sides() {
     assert!(intercepted(&inputs));
     inputs.gateways[1].spec.proxy_config = Some(ProxyConfig { replicas: 0, ..ProxyConfig::default() });
     assert!(!intercepted(&inputs), "its kubelets are dialled the ordinary way");
+}
+
+#[test]
+fn lan_may_contain_pod_prefixes_but_no_prefix_may_contain_the_lan() {
+    let mut inputs = inputs(&three_pools());
+    let status = inputs.gateways[1].status.as_mut().expect("a status");
+    status.nodes[1].subnets = vec!["10.1.1.0/24".into(), "172.16.0.0/12".into()];
+    let lans = ["10.0.0.0/8", "172.16.5.0/24"].map(|lan| lan.parse().expect("a prefix"));
+    let plan = plan(&build(&inputs), &Me { subnets: lans.into(), ..me(0, 1) });
+    let routed = |prefix: &str| plan.state.routes.contains_key(&prefix.parse().expect("a prefix"));
+    assert!(routed("10.1.1.0/24") && !routed("172.16.0.0/12"));
+    assert!(plan.problems.iter().any(|p| p.contains("overlaps 172.16.5.0/24")), "{:?}", plan.problems);
 }
 
 #[test]
