@@ -35,6 +35,7 @@ use crate::{
     plan::{ProxyPlan, plan},
     proxy::{self, Proxy, ProxySettings, stats::Stats},
     snapshot,
+    state::Role,
     topology::{Inputs, PresharedKey, Topology, build},
     tunnel, watch as api_watch,
 };
@@ -227,7 +228,7 @@ struct Loop<S> {
     feed: Feed,
     kernel_events: S,
     snapshot: PathBuf,
-    /// What OpenYurt's Raven left is handled once, after the first run, and removed if the flag says so.
+    /// What OpenYurt's Raven left is logged or removed (the flag) once, after Raven's own rule exists.
     leftovers: Option<(Links, bool)>,
     boot: Boot,
     reports: watch::Sender<observe::Latest>,
@@ -251,12 +252,15 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
                 let span = tracing::info_span!("reconcile", run);
                 let report = self.reconcile(&current.topology, new_topology).instrument(span).await;
                 rerun_after = report.rerun_after;
-                if let Err(e) = self.boot.update(&report.plan.state.barriers) {
-                    tracing::warn!(error = %e, "the next boot is not prepared");
+                // Without an uplink, a plan does not know the node's LAN.
+                if report.fails_closed || report.plan.role == Role::None {
+                    let written = self.boot.update(&report.plan.state.barriers);
+                    written.unwrap_or_else(|e| tracing::warn!(error = %e, "cannot update the boot unit"));
                 }
                 log.write(&report);
+                let fails_closed = report.fails_closed;
                 self.reports.send_replace(Some((report, self.reconciler.tunnel())));
-                if let Some((links, remove)) = self.leftovers.take() {
+                if let Some((links, remove)) = self.leftovers.take_if(|_| fails_closed) {
                     leftovers::report_or_remove(&links, remove).await;
                 }
             }

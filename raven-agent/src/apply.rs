@@ -17,7 +17,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 pub use self::report::{Error, Report};
 use self::{
@@ -44,6 +44,9 @@ use crate::{
 const SURROUNDINGS_PERIOD: Duration = Duration::from_secs(25);
 /// The period is at least this many times as long as the check took, which depends on the node's firewall.
 const SURROUNDINGS_SHARE: u32 = 100;
+
+/// Time limit of the check of connections.
+const CONNTRACK_LIMIT: Duration = Duration::from_secs(10);
 
 /// Time until a run after one that found no working WireGuard, such as an engine that is about to start.
 const ENGINE_RETRY: Duration = Duration::from_secs(2);
@@ -100,6 +103,10 @@ pub struct Reconciler {
     listener: Option<TcpListener>,
     /// The last check of the surroundings. netfilter can have many rules, so they are not read in every run.
     surroundings: Option<Checked>,
+    /// This kernel cannot have the nft chain for processes of the node.
+    without_hosts_chain: bool,
+    /// Connections may have a wrong source: what determines it has changed, by this agent or before its start.
+    unchecked_connections: bool,
 }
 
 /// A check of the surroundings.
@@ -144,6 +151,8 @@ impl Reconciler {
             restored: 0,
             listener,
             surroundings: None,
+            without_hosts_chain: false,
+            unchecked_connections: true,
         })
     }
 
@@ -204,6 +213,7 @@ impl Reconciler {
             plan,
             failures: outcome.failures,
             surroundings: outcome.surroundings,
+            fails_closed: outcome.fails_closed,
             change: outcome.change,
             restored: self.restored,
             tier: outcome.tier,
@@ -221,13 +231,14 @@ impl Reconciler {
         // Fail closed: from here on, a packet for another pool leaves by Raven or not at all. The exemption from source
         // NAT comes before the rule, because the first packet of a flow determines its source.
         let before = outcome.change;
-        let own = plan.own_prefixes();
-        let sources = Sources::new(&own, self.settings.masquerade_mark);
-        sources.ensure().await.into_iter().for_each(|result| outcome.take(result));
+        self.ensure_sources(plan, outcome).await;
+        let failures = outcome.failures.len();
         self.ensure_barriers(plan, outcome).await;
         outcome.take(self.links.ensure_rules().await);
-        if outcome.change != before {
-            forget_masqueraded(&own, plan, outcome).await;
+        outcome.fails_closed = outcome.failures.len() == failures;
+        self.unchecked_connections |= outcome.change != before;
+        if std::mem::take(&mut self.unchecked_connections) {
+            forget_masqueraded(plan, outcome).await;
         }
         let Some(overlay) = outcome.keep(self.links.ensure_overlay(want).await) else { return };
         let _ = outcome.keep(self.links.ensure_forwarding(names::OVERLAY, overlay).await);
@@ -250,6 +261,20 @@ impl Reconciler {
             self.remove_tunnel(outcome).await;
         }
         self.check_surroundings(plan, indexes, uplink, outcome).await;
+    }
+
+    async fn ensure_sources(&mut self, plan: &Plan, outcome: &mut Outcome) {
+        let sources = Sources::new(&plan.own_prefixes(), self.settings.masquerade_mark);
+        let (pods, hosts) = sources.ensure(!self.without_hosts_chain).await;
+        outcome.take(pods);
+        match hosts {
+            Ok(change) => outcome.change += change,
+            // Not a failed step: this kernel has not got the modules, and forwards pods all the same.
+            Err(e) => {
+                tracing::warn!(error = %e, "processes of this node reach other pools only from the node's pod prefix");
+                self.without_hosts_chain = true;
+            }
+        }
     }
 
     async fn check_surroundings(&mut self, plan: &Plan, indexes: Indexes, uplink: &Uplink, outcome: &mut Outcome) {
@@ -335,10 +360,16 @@ impl Reconciler {
     }
 }
 
-async fn forget_masqueraded(own: &[IpNet], plan: &Plan, outcome: &mut Outcome) {
-    match conntrack::forget_masqueraded(own, plan.state.barriers.iter().copied()).await {
-        Ok(change) => outcome.change += change,
-        // Not a failed step: a kernel without ctnetlink does everything else.
-        Err(e) => tracing::warn!(error = %e, "connections that began before Raven were not checked"),
+async fn forget_masqueraded(plan: &Plan, outcome: &mut Outcome) {
+    let own = plan.own_prefixes();
+    let forget = conntrack::forget_masqueraded(&own, plan.state.barriers.iter().copied());
+    match timeout(CONNTRACK_LIMIT, forget).await {
+        Ok(Ok(change)) => outcome.change += change,
+        // Not failed steps: a kernel without ctnetlink does everything else.
+        Ok(Err(e)) => tracing::warn!(error = %e, "cannot correct the sources of connections that began before Raven"),
+        Err(_) => tracing::warn!(
+            seconds = CONNTRACK_LIMIT.as_secs(),
+            "the kernel did not list its connections in time; the sources of those that began before Raven are not corrected"
+        ),
     }
 }

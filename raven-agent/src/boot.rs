@@ -73,11 +73,15 @@ impl Boot {
 /// Removes the unit and its files. `units`: the folder of the host's units, if it is known.
 pub fn remove(state: &Path, units: Option<&Path>) -> Result<Change, Error> {
     let units = units.into_iter().flat_map(|units| [units.join(WANTED_BY).join(UNIT), units.join(UNIT)]);
-    let mut change = Change::NONE;
-    for path in units.chain(BATCHES.map(|file| state.join(file))) {
-        change += Change::unless_missing(fs::remove_file(&path)).map_err(failed(&path))?;
-    }
-    Ok(change)
+    // All of them, also if one cannot be removed.
+    let removed: Vec<_> = units
+        .chain(BATCHES.map(|file| state.join(file)))
+        .map(|path| Change::unless_missing(fs::remove_file(&path)).map_err(failed(&path)))
+        .collect();
+    removed.into_iter().try_fold(Change::NONE, |mut sum, change| {
+        sum += change?;
+        Ok(sum)
+    })
 }
 
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> Error {
@@ -104,7 +108,7 @@ fn install(units: &Path, state: &Path) -> Result<(), Error> {
     linked.map_err(failed(&link))
 }
 
-/// After the network managers: systemd-networkd deletes the rules of others when it starts.
+/// After the network managers: systemd-networkd deletes rules that it does not know when it starts.
 fn unit(state: &Path) -> String {
     let run = |family: &str, file: &str| {
         format!("ExecStart=-/bin/sh -c 'exec ip {family} -force -batch {}'\n", state.join(file).display())

@@ -22,7 +22,7 @@ const CHAINS: [&str; 2] = ["RAVEN-MARK-CHAIN", "RAVEN-POSTROUTING"];
 /// Names of its ipsets, which rules in these chains refer to.
 const IPSETS: [&str; 2] = ["raven-mark-set", "raven-skip-nat-set"];
 
-/// Logs what is there, or removes it.
+/// Logs the names of the objects that exist, or removes them.
 pub async fn report_or_remove(links: &Links, remove: bool) {
     let (mut found, mut failed) = (Vec::new(), Vec::new());
     let mut note = |what: &str, result: Result<Change, String>| match result {

@@ -49,12 +49,14 @@ impl Sources {
         Self { own: IpNet::aggregate(&own.to_vec()).into_iter().collect(), mark }
     }
 
-    /// Ensures that the table exists with its rules. Each chain is created without the other: the second needs a
-    /// kernel module (`nft_fib_inet`) that some kernels lack.
-    pub async fn ensure(&self) -> [Result<Change, Error>; 2] {
+    /// Ensures that the table exists with its rules. Returns the results for pods, and for processes of the node
+    /// (`hosts`). The second chain has a transaction of its own, because it needs kernel modules that some kernels lack.
+    pub async fn ensure(&self, hosts: bool) -> (Result<Change, Error>, Result<Change, Error>) {
         // Another program may have changed any part of the table. One that does not exist cannot be listed.
         let have = nft::list(&["list", "table", "inet", names::NFT_TABLE]).await.unwrap_or_default();
-        [self.ensure_chain(Chain::Postrouting, &have).await, self.ensure_chain(Chain::Hosts, &have).await]
+        let pods = self.ensure_chain(Chain::Postrouting, &have).await;
+        let hosts = if hosts { self.ensure_chain(Chain::Hosts, &have).await } else { Ok(Change::NONE) };
+        (pods, hosts)
     }
 
     async fn ensure_chain(&self, chain: Chain, have: &Value) -> Result<Change, Error> {

@@ -89,7 +89,7 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     let role = if own_gateway.is_some() { Role::Gateway } else { Role::Member };
     let mut problems = topology.problems.clone();
     let paths = match l3 {
-        true => path::paths(topology, name, pool, &protected(topology, pool, me), &mut problems),
+        true => path::paths(topology, name, pool, &protected(topology, pool, me, &prefixes), &mut problems),
         false => BTreeMap::new(),
     };
     if pool.usable().next().is_none() && role == Role::Member && !paths.is_empty() {
@@ -152,16 +152,21 @@ fn pod_prefixes(member: &Member) -> Vec<IpNet> {
 
 /// What must stay outside the tunnel on this node: what `me` protects, the pool's own nodes, and every endpoint that
 /// nodes dial.
-fn protected<'a>(topology: &Topology, pool: &Pool, me: &'a Me) -> Protected<'a> {
+fn protected<'a>(topology: &Topology, pool: &Pool, me: &'a Me, own: &'a [IpNet]) -> Protected<'a> {
     let endpoints =
         topology.pools.values().flat_map(|p| p.gateways.values()).filter_map(|g| g.dial).map(|d| IpNet::from(d.ip()));
     let proxies = topology.pools.values().flat_map(|p| p.proxies.values()).filter_map(|p| p.dial.as_ref());
     let proxies = proxies.filter_map(|(host, _)| host.parse().ok()).map(|ip: IpAddr| IpNet::from(ip));
-    let nodes = pool.members.values().flat_map(|m| m.addresses.iter().copied()).map(IpNet::from);
+    // Further addresses only on this LAN: a node may report any number of them.
+    let on_lan = |address: &IpAddr| me.subnets.iter().any(|subnet| subnet.contains(address));
+    let addresses = |m: &Member| -> Vec<IpAddr> {
+        m.addresses.iter().filter(|a| **a == IpAddr::V4(m.outer) || on_lan(a)).copied().collect()
+    };
+    let nodes = pool.members.values().flat_map(addresses).map(IpNet::from);
     let api_servers = topology.api_servers.iter().copied().map(IpNet::from);
     let prefixes =
         me.protected.iter().copied().chain(api_servers).chain(endpoints).chain(proxies).chain(nodes).collect();
-    Protected { prefixes, subnets: &me.subnets }
+    Protected { prefixes, subnets: &me.subnets, own }
 }
 
 fn without_pool(topology: &Topology, me: &Me) -> Vec<String> {

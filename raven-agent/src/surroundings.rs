@@ -18,7 +18,8 @@ use crate::{
 
 /// What stops packets, one sentence each.
 pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &str) -> Vec<String> {
-    let own = plan.own_prefixes();
+    let is_address = |prefix: &IpNet| prefix.prefix_len() == prefix.max_prefix_len();
+    let own: Vec<IpNet> = plan.own_prefixes().into_iter().filter(|prefix| !is_address(prefix)).collect();
     let mut complaints = forwarding(&own, |path| fs::read_to_string(path).ok());
     complaints.extend(overriding_routes(links, plan, indexes).await);
     match ruleset().await {

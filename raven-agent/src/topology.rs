@@ -98,11 +98,11 @@ impl Member {
 }
 
 impl Topology {
-    /// The pools that relay: those that are exposed and have a gateway node, or, without one, all that can be dialled.
+    /// The pools that relay, of those that can be dialled: the exposed ones, or all where none is exposed.
     pub fn relays(&self) -> Vec<(&str, &Pool)> {
-        let dialled = self.pools.iter().filter(|(_, pool)| pool.dialable()).map(|(name, pool)| (name.as_str(), pool));
-        let (exposed, others): (Vec<_>, Vec<_>) = dialled.partition(|(_, pool)| pool.exposed);
-        if exposed.is_empty() { others } else { exposed }
+        let some_exposed = self.pools.values().any(|pool| pool.exposed);
+        let dialled = self.pools.iter().filter(|(_, pool)| pool.l3 && pool.dialable());
+        dialled.filter(|(_, pool)| pool.exposed || !some_exposed).map(|(name, pool)| (name.as_str(), pool)).collect()
     }
 
     /// Name and pool of the Gateway that a node belongs to.

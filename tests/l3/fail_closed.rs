@@ -91,7 +91,7 @@ async fn rule_of_another_program_is_not_taken_for_ravens() {
     agent.arguments.push("--adopt".to_owned());
     agent.restart().expect("restart the agent");
     let node = &running.lab.node("x-b").ns;
-    let gone = || async {
+    let removed = || async {
         let left =
             node.sh("ip rule; ip route show table 9028; ipset list -n; iptables-save -t mangle; iptables-save -t nat")?;
         ensure!(!["0x40", "9028", "raven-skip", "raven-mark", "RAVEN-"].iter().any(|l| left.contains(l)), "{left}");
@@ -99,7 +99,7 @@ async fn rule_of_another_program_is_not_taken_for_ravens() {
         ensure!(left.contains("lookup 9027"), "Raven's rule is missing: {left}");
         Ok(())
     };
-    running.check(eventually(Duration::from_secs(30), "the leftovers are removed", gone).await);
+    running.check(eventually(Duration::from_secs(30), "the leftovers are removed", removed).await);
     let (a, b) = (running.lab.pool("edge-x").clone(), running.lab.pool("cloud").clone());
     running.check(proof::reach(&running.lab, &a, &b, 0).await.map(drop));
 }

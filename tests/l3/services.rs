@@ -216,6 +216,16 @@ async fn connections_from_before_the_exemption_get_their_pods_source() {
     // A change that wakes the agent at once.
     running.check(node.ns.sh("ip rule del pref 100"));
     running.check(until(false).await);
+    // A further run leaves a complete table as it is: the handles of its rules stay.
+    let table = || node.ns.sh("nft -a list table inet raven; ip rule show pref 100");
+    let complete = running.check(table());
+    running.check(node.ns.sh("ip rule del pref 100"));
+    let restored = || async {
+        let now = table()?;
+        ensure!(now == complete, "{now}");
+        Ok(())
+    };
+    running.check(eventually(SOON, "the rule is restored, and the table unchanged", restored).await);
     for flow in late {
         running.check(flow.stop().await);
     }

@@ -38,6 +38,8 @@ pub struct Report {
     pub failures: Vec<Error>,
     /// Settings and rules of other programs that stop packets, one sentence each.
     pub surroundings: Vec<String>,
+    /// Raven's rule and its unreachable routes exist.
+    pub fails_closed: bool,
     /// Objects that this run changed.
     pub change: Change,
     /// Objects changed since the agent's start without a new topology: restored after another program removed them, or
@@ -70,6 +72,7 @@ impl Report {
 pub(super) struct Outcome {
     pub(super) failures: Vec<Error>,
     pub(super) surroundings: Vec<String>,
+    pub(super) fails_closed: bool,
     pub(super) change: Change,
     pub(super) tier: Option<&'static str>,
     pub(super) tier_reason: Option<String>,

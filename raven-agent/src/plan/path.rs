@@ -29,9 +29,9 @@ pub(super) struct Path<'a> {
 pub(super) enum PathKind {
     /// The gateway nodes of the other pool: at least one of the two pools can be dialled.
     Direct,
-    /// A gateway node of an exposed pool, by its key.
+    /// A gateway node of a pool that relays, by its key.
     Relay(PublicKey),
-    /// No peer: neither pool can be dialled, and no exposed pool has a gateway node.
+    /// No peer: neither pool can be dialled, and no pool that relays has a gateway node.
     None,
 }
 
@@ -64,16 +64,21 @@ pub(super) fn paths<'a>(
 pub(super) struct Protected<'a> {
     /// No prefix may overlap these.
     pub(super) prefixes: BTreeSet<IpNet>,
-    /// The subnets of the uplink. A LAN may contain the cluster's pod prefixes by its mask (10.0.0.0/8): those are narrower,
-    /// and rightly win. Only a prefix that contains a subnet, or the address of another pool's node inside it, is refused.
+    /// The subnets of the uplink: no prefix may overlap these either, with one exception. A LAN whose mask is too wide
+    /// (10.0.0.0/8) contains the pods of its own nodes, too. There, the narrower prefixes of other pools are used.
     pub(super) subnets: &'a BTreeSet<IpNet>,
+    /// This node's own prefixes of pods.
+    pub(super) own: &'a [IpNet],
 }
 
 impl Protected<'_> {
     fn conflict(&self, member: &Member, prefix: &IpNet) -> Option<&IpNet> {
         let is_address = prefix.prefix_len() == prefix.max_prefix_len() && member.addresses.contains(&prefix.addr());
         let overlapped = self.prefixes.iter().find(|p| p.contains(prefix) || prefix.contains(*p));
-        overlapped.or_else(|| self.subnets.iter().find(|s| prefix.contains(*s) || (is_address && s.contains(prefix))))
+        let too_wide = |subnet: &IpNet| self.own.iter().any(|own| subnet.contains(own));
+        let refuses =
+            |subnet: &IpNet| prefix.contains(subnet) || (subnet.contains(prefix) && (is_address || !too_wide(subnet)));
+        overlapped.or_else(|| self.subnets.iter().find(|subnet| refuses(subnet)))
     }
 }
 

@@ -24,8 +24,8 @@ pub(super) fn peers(paths: &BTreeMap<&str, Path>, own: &Pool, preshared: Preshar
                 .filter(|(member, _)| owner(path.pool, member) == Some(node))
                 .flat_map(|(_, prefixes)| prefixes.iter().copied())
                 .collect();
-            // Only the pool that relays is surely not behind NAT: `underNAT` may be missing at a site that has it, and its
-            // `publicIP` may be that of its NAT.
+            // Only an exposed pool is surely not behind NAT: elsewhere, `underNAT` may have been left out, and `publicIP` may be
+            // that of the NAT.
             let keepalive = (gateway.dial.is_some() && !own.exposed).then_some(KEEPALIVE);
             peers.insert(key, Peer { endpoint: gateway.dial, allowed, keepalive, preshared, alive: false });
         }

@@ -335,10 +335,15 @@ fn lan_may_contain_pod_prefixes_but_no_prefix_may_contain_the_lan() {
     let status = inputs.gateways[1].status.as_mut().expect("a status");
     status.nodes[1].subnets = vec!["10.1.1.0/24".into(), "172.16.0.0/12".into()];
     let lans = ["10.0.0.0/8", "172.16.5.0/24"].map(|lan| lan.parse().expect("a prefix"));
-    let plan = plan(&build(&inputs), &Me { subnets: lans.into(), ..me(0, 1) });
-    let routed = |prefix: &str| plan.state.routes.contains_key(&prefix.parse().expect("a prefix"));
-    assert!(routed("10.1.1.0/24") && !routed("172.16.0.0/12"));
-    assert!(plan.problems.iter().any(|p| p.contains("overlaps 172.16.5.0/24")), "{:?}", plan.problems);
+    let wide = plan(&build(&inputs), &Me { subnets: lans.into(), ..me(0, 1) });
+    let routed = |plan: &Plan, prefix: &str| plan.state.routes.contains_key(&prefix.parse().expect("a prefix"));
+    assert!(routed(&wide, "10.1.1.0/24") && !routed(&wide, "172.16.0.0/12"));
+    assert!(wide.problems.iter().any(|p| p.contains("overlaps 172.16.5.0/24")), "{:?}", wide.problems);
+    // A part of the LAN that another pool claims is not a mask that is too wide: the LAN's own hosts are there.
+    let lan = BTreeSet::from(["10.1.0.0/16".parse().expect("a prefix")]);
+    let claimed = plan(&build(&inputs), &Me { subnets: lan, ..me(0, 1) });
+    assert!(!routed(&claimed, "10.1.1.0/24"));
+    assert!(claimed.problems.iter().any(|p| p.contains("overlaps 10.1.0.0/16")), "{:?}", claimed.problems);
 }
 
 #[test]

@@ -71,6 +71,8 @@ pub fn build(inputs: &Inputs) -> Topology {
     if inputs.settings.forward_node_ip {
         // After the prefixes of all Gateways: the kubelet reports the node's address, so a stolen node could take
         // another pool's prefix off the network with an address inside it.
+        // Exposed Gateways first, as for keys.
+        gateways.sort_by_key(|gateway| !gateway.is_exposed());
         builder.add_node_addresses(&gateways);
     }
     builder.topology

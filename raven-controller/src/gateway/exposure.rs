@@ -1,8 +1,9 @@
 //! Which Gateways are exposed: gateway nodes of other pools dial them, and they relay.
 //!
-//! `exposeType` says so. Gateways of OpenYurt's v1alpha1 do not have it: there, every Gateway that is not behind NAT is
-//! dialled and may relay. In a cluster where no person has set `exposeType`, the Gateways of the cloud whose endpoints are
-//! not `underNAT` are exposed. Those of edge nodes are not: `underNAT` may be missing only because nobody needed it.
+//! Those with an `exposeType` are. Gateways of OpenYurt's v1alpha1 have none: there, every Gateway that is not behind NAT is
+//! dialled and may relay. In a cluster where no person has set an `exposeType`, the Gateways whose endpoints are cloud nodes
+//! and not `underNAT` are exposed. Those of edge nodes are not: `underNAT` may have been left out. In a cluster
+//! without a labelled edge node every node looks like a cloud node; there, a `publicIP` is required.
 
 use std::collections::BTreeSet;
 
@@ -27,5 +28,10 @@ fn declared(inputs: &Inputs, wanted: impl Fn(&GatewayFacts) -> bool) -> BTreeSet
 fn is_in_cloud(inputs: &Inputs, gateway: &GatewayFacts) -> bool {
     let endpoints = &gateway.resource.spec.endpoints;
     let mut nodes = endpoints.iter().filter_map(|e| inputs.nodes.get(&NodeName::from(e.node_name.as_str()))).peekable();
-    nodes.peek().is_some() && nodes.all(|node| !node.is_edge()) && endpoints.iter().all(|e| !e.under_nat)
+    let labelled = inputs.nodes.values().any(|node| node.is_edge());
+    let has_address = endpoints.iter().any(|e| e.public_ip.as_deref().is_some_and(|ip| !ip.is_empty()));
+    nodes.peek().is_some()
+        && nodes.all(|node| !node.is_edge())
+        && endpoints.iter().all(|e| !e.under_nat)
+        && (labelled || has_address)
 }

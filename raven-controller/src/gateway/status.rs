@@ -297,11 +297,12 @@ impl Draft<'_> {
         let without = self.without_public_ip();
         let expose_type = self.gateway.resource.spec.expose_type;
         if self.exposed && expose_type.is_edge() {
-            notes.push(
-                "exposeType is not set on any Gateway; this one counts as exposed, because its nodes are in the cloud and not \
-                 underNAT: set exposeType: PublicIP"
-                    .to_owned(),
-            );
+            let names: Vec<&GatewayName> = cluster.exposed.iter().map(|(name, _)| name).collect();
+            notes.push(format!(
+                "no Gateway has an exposeType; those whose endpoints are cloud nodes and not underNAT count as exposed: set \
+                 exposeType: PublicIP on all of them at once ({})",
+                enumerate(&names)
+            ));
         }
         if self.exposed && expose_type != ExposeType::LoadBalancer && !without.is_empty() {
             notes.push(format!("no publicIP is set for {}: other pools dial its InternalIP", enumerate(&without)));

@@ -433,10 +433,13 @@ fn gateways_without_expose_type_are_exposed_if_they_are_in_the_cloud_and_not_und
     let exposed = |cluster: &Cluster| ["cloud", "edge", "careless"].map(|name| cluster.resource(name).is_exposed());
     let cluster = of_v1alpha1().apply(1);
     assert_eq!(exposed(&cluster), [true, false, false], "an edge may have left underNAT out");
-    cluster.assert_condition("cloud", "Ready", "True", "Ready", "counts as exposed");
+    cluster.assert_condition("cloud", "Ready", "True", "Ready", "on all of them at once (cloud)");
     cluster.assert_condition("edge", "Ready", "True", "Ready", "in the pool");
     let declared = of_v1alpha1().gateway(super::build::exposed(gateway("other", 4))).apply(1);
     assert_eq!(exposed(&declared), [false; 3], "a person decides which ones are exposed");
+    let unlabelled =
+        Cluster::new().gateway(listed("cloud", 1, "c1", false)).node(member("cloud", "c1", "10.1.1.0/24")).apply(1);
+    assert!(!unlabelled.resource("cloud").is_exposed(), "it may be a site behind NAT");
     let behind_nat = of_v1alpha1().gateway(listed("cloud", 1, "c1", true)).apply(1);
     assert_eq!(exposed(&behind_nat), [false; 3]);
 }
