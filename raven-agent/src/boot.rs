@@ -59,11 +59,7 @@ impl Boot {
                 install(units, &self.state)?;
             }
             // Without its files the unit does nothing.
-            None => {
-                for file in BATCHES.map(|file| self.state.join(file)) {
-                    Change::unless_missing(fs::remove_file(&file)).map_err(failed(&file))?;
-                }
-            }
+            None => _ = remove(&self.state, None)?,
         }
         self.written = Some(prefixes.clone());
         Ok(())

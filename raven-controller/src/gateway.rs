@@ -27,7 +27,7 @@ pub(crate) mod text;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use raven_api::gateway::EndpointType;
 
@@ -64,8 +64,8 @@ pub(crate) fn decide(inputs: &Inputs) -> Decisions {
     let exposed = exposure::exposed(inputs);
     let links = Links::of(inputs, &exposed);
     let gateways = inputs.by_seniority().into_iter().filter(|gateway| !membership.delete.contains(&gateway.name));
-    let mut drafts: Vec<Draft<'_>> = gateways.map(|gateway| draft(inputs, gateway, &membership, &links)).collect();
-    drafts.iter_mut().for_each(|draft| draft.exposed = exposed.contains(&draft.gateway.name));
+    let mut drafts: Vec<Draft<'_>> =
+        gateways.map(|gateway| draft(inputs, gateway, &membership, &links, &exposed)).collect();
 
     prefixes::assign(inputs, &mut drafts);
 
@@ -85,7 +85,13 @@ pub(crate) fn decide(inputs: &Inputs) -> Decisions {
     }
 }
 
-fn draft<'a>(inputs: &'a Inputs, gateway: &'a GatewayFacts, membership: &Membership, links: &Links<'_>) -> Draft<'a> {
+fn draft<'a>(
+    inputs: &'a Inputs,
+    gateway: &'a GatewayFacts,
+    membership: &Membership,
+    links: &Links<'_>,
+    exposed: &BTreeSet<GatewayName>,
+) -> Draft<'a> {
     let (nodes, mut refusals) = membership.pool_of(inputs, gateway);
     let (addressed, unaddressed): (Vec<_>, Vec<_>) = nodes.iter().copied().partition(|node| node.address.is_some());
     let mut tunnel = elect::elect(inputs, gateway, EndpointType::Tunnel, &addressed, links);
@@ -100,6 +106,6 @@ fn draft<'a>(inputs: &'a Inputs, gateway: &'a GatewayFacts, membership: &Members
         tunnel,
         proxy,
         refusals,
-        exposed: false,
+        exposed: exposed.contains(&gateway.name),
     }
 }

@@ -44,11 +44,12 @@ pub(super) fn paths<'a>(
     problems: &mut Vec<String>,
 ) -> BTreeMap<&'a str, Path<'a>> {
     let ids = gateway_ids(topology);
+    let relays = topology.relays();
     let others = topology.pools.iter().filter(|(name, pool)| *name != own_name && pool.l3);
     others
         .map(|(name, pool)| {
             let prefixes = allowed(name, pool, protected, problems);
-            let kind = path_kind(topology, (own_name, own), (name, pool));
+            let kind = path_kind(&relays, (own_name, own), (name, pool));
             if kind == PathKind::None && !pool.members.is_empty() {
                 problems.push(format!(
                     "Gateway {name} cannot be reached from Gateway {own_name}: neither can be dialled, and no exposed Gateway \
@@ -104,14 +105,14 @@ fn allowed<'a>(
         .collect()
 }
 
-fn path_kind(topology: &Topology, own: (&str, &Pool), other: (&str, &Pool)) -> PathKind {
+fn path_kind(relays: &[(&str, &Pool)], own: (&str, &Pool), other: (&str, &Pool)) -> PathKind {
     if own.1.dialable() || other.1.dialable() {
         return PathKind::Direct;
     }
     // Both ends must choose the same relay, so the pair of names is hashed in a fixed order.
     let (a, b) = if own.0 < other.0 { (own.0, other.0) } else { (other.0, own.0) };
-    let relays = topology.relays().into_iter().flat_map(|(_, pool)| pool.usable());
-    let dialled = relays.filter(|(_, _, peer)| peer.dial.is_some());
+    let gateways = relays.iter().flat_map(|(_, pool)| pool.usable());
+    let dialled = gateways.filter(|(_, _, peer)| peer.dial.is_some());
     dialled.max_by_key(|(node, _, _)| weight(&[a, b, node])).map_or(PathKind::None, |(_, key, _)| PathKind::Relay(key))
 }
 

@@ -62,18 +62,14 @@ pub fn build(inputs: &Inputs) -> Topology {
     let mut builder = Builder { keys, topology, ready_proxies: inputs.ready_proxies.clone(), ..Builder::default() };
     // A key that two nodes claim stays with the first. Exposed Gateways come first: a stolen node of an older site that
     // publishes the cloud's key must not disconnect the cloud.
-    for exposed in [true, false] {
-        gateways.iter().filter(|g| g.is_exposed() == exposed).for_each(|gateway| builder.keep_keys(gateway));
-    }
-    for gateway in &gateways {
-        builder.add(gateway);
-    }
+    let mut exposed_first = gateways.clone();
+    exposed_first.sort_by_key(|gateway| !gateway.is_exposed());
+    exposed_first.iter().for_each(|gateway| builder.keep_keys(gateway));
+    gateways.iter().for_each(|gateway| builder.add(gateway));
     if inputs.settings.forward_node_ip {
         // After the prefixes of all Gateways: the kubelet reports the node's address, so a stolen node could take
         // another pool's prefix off the network with an address inside it.
-        // Exposed Gateways first, as for keys.
-        gateways.sort_by_key(|gateway| !gateway.is_exposed());
-        builder.add_node_addresses(&gateways);
+        builder.add_node_addresses(&exposed_first);
     }
     builder.topology
 }
@@ -151,8 +147,8 @@ impl Builder {
     }
 
     /// Makes each node's own addresses prefixes of it.
-    fn add_node_addresses(&mut self, by_age: &[&Gateway]) {
-        for gateway in by_age.iter().filter_map(|gateway| gateway.metadata.name.as_deref()) {
+    fn add_node_addresses(&mut self, gateways: &[&Gateway]) {
+        for gateway in gateways.iter().filter_map(|gateway| gateway.metadata.name.as_deref()) {
             let Some(mut pool) = self.topology.pools.remove(gateway) else { continue };
             for (node, member) in &mut pool.members {
                 let addresses = member.addresses.iter().map(IpAddr::to_string);

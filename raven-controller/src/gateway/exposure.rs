@@ -6,32 +6,30 @@
 //! without a labelled edge node every node looks like a cloud node; there, a `publicIP` is required.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use super::facts::{GatewayFacts, GatewayName, NodeName};
 use super::inputs::Inputs;
 
 /// Returns the names of the exposed Gateways.
 pub(crate) fn exposed(inputs: &Inputs) -> BTreeSet<GatewayName> {
-    let mut exposed = declared(inputs, |_| true);
-    if declared(inputs, |gateway| !inputs.is_ruled(gateway)).is_empty() {
-        let in_cloud = inputs.gateways.values().filter(|g| !inputs.is_ruled(g) && is_in_cloud(inputs, g));
-        exposed.extend(in_cloud.map(|gateway| gateway.name.clone()));
+    let declared = |gateway: &&GatewayFacts| !gateway.resource.spec.expose_type.is_edge();
+    let all = || inputs.gateways.values().map(Arc::as_ref);
+    let by_hand = || all().filter(|gateway| !inputs.is_ruled(gateway));
+    let mut exposed: Vec<&GatewayFacts> = all().filter(declared).collect();
+    if !by_hand().any(|gateway| declared(&gateway)) {
+        let labelled = inputs.nodes.values().any(|node| node.is_edge());
+        exposed.extend(by_hand().filter(|gateway| is_in_cloud(inputs, gateway) && (labelled || has_address(gateway))));
     }
-    exposed
-}
-
-fn declared(inputs: &Inputs, wanted: impl Fn(&GatewayFacts) -> bool) -> BTreeSet<GatewayName> {
-    let declared = |gateway: &GatewayFacts| !gateway.resource.spec.expose_type.is_edge() && wanted(gateway);
-    inputs.gateways.values().filter(|gateway| declared(gateway)).map(|gateway| gateway.name.clone()).collect()
+    exposed.into_iter().map(|gateway| gateway.name.clone()).collect()
 }
 
 fn is_in_cloud(inputs: &Inputs, gateway: &GatewayFacts) -> bool {
     let endpoints = &gateway.resource.spec.endpoints;
     let mut nodes = endpoints.iter().filter_map(|e| inputs.nodes.get(&NodeName::from(e.node_name.as_str()))).peekable();
-    let labelled = inputs.nodes.values().any(|node| node.is_edge());
-    let has_address = endpoints.iter().any(|e| e.public_ip.as_deref().is_some_and(|ip| !ip.is_empty()));
-    nodes.peek().is_some()
-        && nodes.all(|node| !node.is_edge())
-        && endpoints.iter().all(|e| !e.under_nat)
-        && (labelled || has_address)
+    nodes.peek().is_some() && nodes.all(|node| !node.is_edge()) && endpoints.iter().all(|e| !e.under_nat)
+}
+
+fn has_address(gateway: &GatewayFacts) -> bool {
+    gateway.resource.spec.endpoints.iter().any(|e| e.public_ip.as_deref().is_some_and(|ip| !ip.is_empty()))
 }

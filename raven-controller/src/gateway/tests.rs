@@ -3,5 +3,6 @@
 mod agents;
 mod build;
 mod cases;
+mod exposure;
 mod laws;
 mod links;

@@ -405,9 +405,8 @@ pub async fn rejects_foreign_sources(lab: &Lab, kernel: bool) -> Result<String> 
         count(&victim.v4.to_string()),
         count(&own.to_string())
     ))?;
-    let received = |table: &str| -> Result<u64> {
-        let listed =
-            target.ns.sh(&format!("nft list table ip {table} | sed -n 's/.*packets \\([0-9]*\\) .*/\\1/p'"))?;
+    let packets = |at: &Namespace, table: &str| -> Result<u64> {
+        let listed = at.sh(&format!("nft list table ip {table} | sed -n 's/.*packets \\([0-9]*\\) .*/\\1/p'"))?;
         listed.trim().parse().with_context(|| format!("parse the counter of table {table}: {listed:?}"))
     };
     let rejected = || -> Result<u64> {
@@ -424,10 +423,17 @@ pub async fn rejects_foreign_sources(lab: &Lab, kernel: bool) -> Result<String> 
     };
     // A control: an address of the sender's own pool takes the same path.
     send(own, "")?;
-    ensure!(received("own")? > 0, "packets with the sender's own address do not arrive");
+    ensure!(packets(&target.ns, "own")? > 0, "packets with the sender's own address do not arrive");
+    sender.ns.nft(&format!(
+        "table ip sent {{ chain c {{ type filter hook postrouting priority 300; oifname raven-wg0 ip saddr {} counter; }}\n}}",
+        victim.v4
+    ))?;
     // kube-proxy's mark: without it, the agent's nft table replaces a local address outside the node's prefix.
     send(victim.v4, "-m 16384")?;
-    let (foreign, counted) = (received("foreign")?, rejected()? - before);
+    let sent = packets(&sender.ns, "sent")?;
+    sender.ns.nft("delete table ip sent")?;
+    ensure!(sent >= 5, "{sent} packets left {} with a foreign source", sender.name);
+    let (foreign, counted) = (packets(&target.ns, "foreign")?, rejected()? - before);
     target.ns.nft("delete table ip foreign\ndelete table ip own")?;
     ensure!(foreign == 0, "{foreign} packets from {} arrived by the tunnel of {}", victim.v4, sender.name);
     if !kernel {

@@ -1,0 +1,41 @@
+//! Tests of [`exposure`](crate::gateway::exposure).
+
+use raven_api::gateway::Endpoint;
+use raven_api::names::LABEL_EDGE_WORKER;
+
+use super::build::*;
+use crate::gateway::facts::NodeFacts;
+
+#[test]
+fn gateways_without_expose_type_are_exposed_if_they_are_in_the_cloud_and_not_under_nat() {
+    let listed = |name: &str, at, node: &str, under_nat| {
+        let mut gateway = gateway(name, at);
+        gateway.spec.endpoints = vec![Endpoint { node_name: node.to_owned(), under_nat, ..Endpoint::default() }];
+        gateway
+    };
+    let on_edge = |mut node: NodeFacts| {
+        node.labels.insert(LABEL_EDGE_WORKER.to_owned(), "true".to_owned());
+        node
+    };
+    let of_v1alpha1 = || {
+        Cluster::new()
+            .gateway(listed("cloud", 1, "c1", false))
+            .gateway(listed("edge", 2, "e1", true))
+            .gateway(listed("careless", 3, "f1", false))
+            .node(member("cloud", "c1", "10.1.1.0/24"))
+            .node(on_edge(member("edge", "e1", "10.2.1.0/24")))
+            .node(on_edge(member("careless", "f1", "10.3.1.0/24")))
+    };
+    let exposed = |cluster: &Cluster| ["cloud", "edge", "careless"].map(|name| cluster.resource(name).is_exposed());
+    let cluster = of_v1alpha1().apply(1);
+    assert_eq!(exposed(&cluster), [true, false, false], "an edge may have left underNAT out");
+    cluster.assert_condition("cloud", "Ready", "True", "Ready", "on all of them at once (cloud)");
+    cluster.assert_condition("edge", "Ready", "True", "Ready", "in the pool");
+    let declared = of_v1alpha1().gateway(super::build::exposed(gateway("other", 4))).apply(1);
+    assert_eq!(exposed(&declared), [false; 3], "a person decides which ones are exposed");
+    let unlabelled =
+        Cluster::new().gateway(listed("cloud", 1, "c1", false)).node(member("cloud", "c1", "10.1.1.0/24")).apply(1);
+    assert!(!unlabelled.resource("cloud").is_exposed(), "it may be a site behind NAT");
+    let behind_nat = of_v1alpha1().gateway(listed("cloud", 1, "c1", true)).apply(1);
+    assert_eq!(exposed(&behind_nat), [false; 3]);
+}
