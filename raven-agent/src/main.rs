@@ -19,18 +19,14 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     log(cli.run.log_format);
     let result = match cli.command {
-        Some(Command::Engine { device }) => engine::run(&device).map_err(anyhow::Error::from),
+        Some(Command::Engine { device }) => with_runtime(async move { Ok(engine::run(&device, terminated()).await?) }),
         Some(Command::Wireguard { check }) => {
             silence_stdout();
             with_runtime(async move {
                 if check {
                     return Ok(tunnel::check_engine().await?);
                 }
-                // The first process of a container ignores SIGTERM without a handler.
-                tokio::select! {
-                    result = engine::serve() => Ok(result?),
-                    result = app::terminated() => result,
-                }
+                Ok(engine::serve(terminated()).await?)
             })
         }
         Some(Command::Cleanup { keep_state, stay }) => with_runtime(async {
@@ -56,6 +52,14 @@ fn main() -> ExitCode {
             tracing::error!(error = format!("{e:#}"), "the agent failed");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Completes on SIGTERM, which the first process of a container ignores without a handler.
+async fn terminated() {
+    if let Err(e) = app::terminated().await {
+        tracing::error!(error = format!("{e:#}"), "cannot wait for SIGTERM; only SIGKILL ends this process");
+        std::future::pending::<()>().await;
     }
 }
 
@@ -108,8 +112,8 @@ fn raise_file_limit() {
     }
 }
 
-/// Redirects stdout to /dev/null: `wireguard-control` prints a line for each field that it does not know, and boringtun
-/// sends such a field with every response.
+/// Redirects stdout to /dev/null: `wireguard-control` prints a line for each field that it does not know, and for each
+/// error.
 fn silence_stdout() {
     if let Ok(null) = OpenOptions::new().write(true).open("/dev/null") {
         let _ = nix::unistd::dup2_stdout(null);

@@ -1,14 +1,13 @@
-//! The WireGuard driver: the kernel's module where it exists, else the embedded engine on a TUN device.
+//! The WireGuard driver: the kernel's module where it exists, else Raven's engine on a TUN device.
 //!
-//! Both are configured through `wireguard-control`; comments below mark where they differ. Device, key and peers
-//! outlive the agent: the kernel keeps its own, and the engine runs in a separate process ([`engine`]).
+//! Both are configured through `wireguard-control`, in the same way. Device, key and peers outlive the agent: the kernel
+//! keeps its own, and the engine runs in a separate process ([`engine`]).
 
 pub mod engine;
 mod key;
 
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
-    net::{Ipv4Addr, Ipv6Addr, UdpSocket},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -42,7 +41,7 @@ pub enum Error {
     /// The engine's own Pod does not run.
     #[error(
         "the kernel has no WireGuard, and no engine listens on {}; look at the Pod of DaemonSet raven-wireguard on this node, or start the agent with --wireguard-engine=embedded",
-        engine::socket(names::TUNNEL).display()
+        raven_engine::socket(names::TUNNEL).display()
     )]
     NoEngine,
     /// The engine in its own Pod hangs.
@@ -85,7 +84,7 @@ impl Error {
 pub enum Backend {
     /// The kernel's module.
     Kernel,
-    /// boringtun, on a TUN device.
+    /// The crate `raven-engine`, on a TUN device.
     Userspace,
 }
 
@@ -138,19 +137,14 @@ impl Tunnel {
     /// Sets key and port. If that fails, the device keeps its previous settings.
     pub async fn configure(&self, key: Key, port: u16) -> Result<(), Error> {
         let device = self.device().await?;
-        // The engine does not report its key, and setting the same key has no effect there. The kernel drops all
-        // sessions when a key is set, so its key is compared first.
-        if self.backend == Backend::Userspace || device.private_key.as_ref() != Some(&key) {
+        // Setting a key ends all sessions.
+        if device.private_key.as_ref() != Some(&key) {
             self.update(DeviceUpdate::new().set_private_key(key), format!("set the key of {}", self.name)).await?;
         }
         if device.listen_port == Some(port) {
             return Ok(());
         }
         let action = format!("set UDP port {port} of {} (is another program using the port?)", self.name);
-        // The engine closes its old port before it binds the new one; the kernel closes it afterwards.
-        if self.backend == Backend::Userspace && is_taken(port) {
-            return Err(Error::Request { action, reason: std::io::ErrorKind::AddrInUse.into() });
-        }
         self.update(DeviceUpdate::new().set_listen_port(port), action).await
     }
 
@@ -167,10 +161,10 @@ impl Tunnel {
     /// The peers with the age of their last handshake, read at one moment.
     pub async fn sessions(&self) -> Result<BTreeMap<PublicKey, (Peer, Option<Duration>)>, Error> {
         let peers = join_parts(self.device().await?.peers);
-        Ok(peers.iter().map(|(key, info)| (*key, (self.peer(info), self.age(info)))).collect())
+        Ok(peers.iter().map(|(key, info)| (*key, (Self::peer(info), age(info)))).collect())
     }
 
-    fn peer(&self, info: &PeerInfo) -> Peer {
+    fn peer(info: &PeerInfo) -> Peer {
         let allowed: BTreeSet<IpNet> =
             info.config.allowed_ips.iter().filter_map(|a| IpNet::new(a.address, a.cidr).ok()).collect();
         Peer {
@@ -185,34 +179,13 @@ impl Tunnel {
                 .map(|key| PresharedKey(bytes(key)))
                 .filter(|key| key.0 != [0; 32])
                 .into(),
-            alive: self.age(info).is_some_and(|age| age < SESSION_LIFE),
+            alive: age(info).is_some_and(|age| age < SESSION_LIFE),
         }
     }
 
-    /// Time since the last handshake.
-    fn age(&self, info: &PeerInfo) -> Option<Duration> {
-        let time = info.stats.last_handshake_time?;
-        match self.backend {
-            Backend::Kernel => SystemTime::now().duration_since(time).ok(),
-            // boringtun reports an age where the UAPI has a time; wireguard-control parses it as a time.
-            Backend::Userspace => time.duration_since(UNIX_EPOCH).ok(),
-        }
-    }
-
-    /// Creates a peer or changes an existing one. In the kernel, surplus prefixes stay until [`Tunnel::take_prefixes`].
+    /// Creates a peer or changes an existing one. Surplus prefixes stay until [`Tunnel::take_prefixes`].
     pub async fn put_peer(&self, key: PublicKey, peer: &Peer, have: Option<&Peer>) -> Result<(), Error> {
-        let updates = match self.backend {
-            Backend::Kernel => updates(key, peer, have, PREFIXES),
-            Backend::Userspace => {
-                // boringtun panics when a peer is changed, so the peer is deleted and created in one update. The next
-                // packet starts a new session; `peer` contains the learned endpoint.
-                if have.is_some() {
-                    self.delete_peer(key).await?;
-                }
-                updates(key, peer, None, usize::MAX)
-            }
-        };
-        for config in updates {
+        for config in updates(key, peer, have, PREFIXES) {
             self.update(DeviceUpdate::new().add_peer(config), format!("configure peer {key} of {}", self.name)).await?;
         }
         Ok(())
@@ -224,10 +197,6 @@ impl Tunnel {
     /// another peer leaves the first one by that move, so the prefixes are moved to a temporary peer, which is deleted
     /// in the same update.
     pub async fn take_prefixes(&self, prefixes: &BTreeSet<IpNet>) -> Result<(), Error> {
-        // The engine received the whole peer in `put_peer`.
-        if self.backend == Backend::Userspace {
-            return Ok(());
-        }
         let temporary = Key::generate_private().get_public();
         for part in prefixes.iter().collect::<Vec<_>>().chunks(PREFIXES) {
             let update = DeviceUpdate::new()
@@ -236,18 +205,6 @@ impl Tunnel {
             self.update(update, format!("remove {} prefixes from peers of {}", part.len(), self.name)).await?;
         }
         Ok(())
-    }
-
-    /// Starts a handshake with a peer that this node dials and that has no live session.
-    ///
-    /// The kernel does so when a keepalive is set. boringtun starts one only with the next packet or keepalive, so it
-    /// gets a packet to a discard port.
-    pub fn start_handshake(&self, peer: &Peer) {
-        let target = peer.allowed.first().filter(|_| self.backend == Backend::Userspace && peer.endpoint.is_some());
-        let Some(target) = target.map(IpNet::network) else { return };
-        let any = if target.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-        // Port 9 is `discard` (RFC 863). If sending fails, the next keepalive starts the handshake.
-        let _ = UdpSocket::bind(any).and_then(|socket| socket.send_to(&[], (target, 9)));
     }
 
     /// Deletes a peer.
@@ -277,11 +234,11 @@ impl Tunnel {
     }
 }
 
-fn is_taken(port: u16) -> bool {
-    let in_use =
-        |bound: std::io::Result<_>| bound.is_err_and(|e: std::io::Error| e.kind() == std::io::ErrorKind::AddrInUse);
-    in_use(UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).map(drop))
-        || in_use(UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)).map(drop))
+/// Time since the last handshake.
+fn age(info: &PeerInfo) -> Option<Duration> {
+    // Zero stands for "never".
+    let time = info.stats.last_handshake_time.filter(|time| *time != UNIX_EPOCH)?;
+    SystemTime::now().duration_since(time).ok()
 }
 
 /// Timeout of a request to WireGuard.
@@ -402,7 +359,7 @@ async fn ensure_device(links: &Links, engine: Engine) -> Result<Backend, Error> 
 
 /// Fails if an engine has a socket for the device and does not answer on it.
 pub async fn check_engine() -> Result<(), Error> {
-    match engine::socket(names::TUNNEL).exists() {
+    match raven_engine::socket(names::TUNNEL).exists() {
         true => Tunnel::of(Backend::Userspace)?.device().await.map(drop),
         false => Ok(()),
     }
@@ -484,8 +441,7 @@ mod tests {
             part
         };
         let peers = join_parts(vec![part(Some("192.0.2.1:51820"), 1), part(None, 2), part(None, 3)]);
-        let tunnel = Tunnel { backend: Backend::Kernel, name: "wg0".parse().expect("a name") };
-        let seen = tunnel.peer(&peers[&PublicKey([1; 32])]);
+        let seen = Tunnel::peer(&peers[&PublicKey([1; 32])]);
         assert_eq!(peers.len(), 1);
         assert_eq!(seen, Peer { alive: true, ..peer(prefixes(1..4)) });
     }

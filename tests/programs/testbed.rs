@@ -11,7 +11,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use boringtun::device::tun::TunSocket;
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
@@ -28,6 +27,7 @@ use nix::{
 use raven_agent::bpf::Hook;
 use raven_common::{OVERLAY_MAC, OVERLAY_OVERHEAD, tables::Config};
 use raven_tests::Namespace;
+use tun_rs::{DeviceBuilder, SyncDevice};
 
 use crate::{
     case::{difference, hex_difference},
@@ -43,7 +43,7 @@ pub(crate) struct Testbed {
     /// Object that is attached on the node.
     pub dataplane: Dataplane,
     /// The TUN device `raven-wg0`, on the side of the encryption.
-    tun: TunSocket,
+    tun: SyncDevice,
     /// Link-layer addresses for sending into `raven-wg0`: IPv4, IPv6.
     into_tunnel: [LinkAddr; 2],
     node: Namespace,
@@ -72,8 +72,10 @@ impl Testbed {
         ))
         .expect("create the node's devices");
         lan.ip("link set lan up").expect("set up the LAN's device");
-        let tun =
-            node.within(|| TunSocket::new("raven-wg0")).expect("enter the namespace").expect("create the TUN device");
+        let tun = node
+            .within(|| DeviceBuilder::new().name("raven-wg0").build_sync())
+            .expect("enter the namespace")
+            .expect("create the TUN device");
         node.ip(&format!("link set raven-wg0 mtu {mtu}\nlink set raven-wg0 up")).expect("set up the TUN device");
         let into_tunnel = node
             .within(|| Port::open("raven-wg0"))
@@ -86,7 +88,7 @@ impl Testbed {
 
     /// Injects a decrypted packet into `raven-wg0`.
     pub(crate) fn decrypted(&self, packet: &[u8]) {
-        assert_eq!(self.tun.write4(packet), packet.len(), "write to the TUN device");
+        assert_eq!(self.tun.send(packet).expect("write to the TUN device"), packet.len());
     }
 
     /// Sends a packet from `raven-wg0`, as the node's stack does.
@@ -166,10 +168,10 @@ fn attached(config: Config, hooks: &[Hook]) -> Dataplane {
 
 /// Returns the link-layer addresses of a device without Ethernet, one per family. Without `unsafe`, they can only be
 /// obtained from the kernel, by receiving two packets from the device.
-fn link_addresses(tun: &TunSocket, port: &Port) -> [LinkAddr; 2] {
+fn link_addresses(tun: &SyncDevice, port: &Port) -> [LinkAddr; 2] {
     let packets = [[0x45; 60], [0x60; 60]];
     array::from_fn(|family| {
-        assert_eq!(tun.write4(&packets[family]), 60, "write to the TUN device");
+        assert_eq!(tun.send(&packets[family]).expect("write to the TUN device"), 60);
         port.receive("a packet of the TUN device").1
     })
 }

@@ -84,6 +84,5 @@ impl Handshakes {
 async fn redial(tunnel: &Tunnel, key: PublicKey, peer: &Peer) -> Result<(), Error> {
     tunnel.delete_peer(key).await?;
     tunnel.put_peer(key, peer, None).await?;
-    tunnel.start_handshake(peer);
     Ok(())
 }

@@ -42,16 +42,6 @@ impl Reconciler {
         if steps.iter().any(bpf::is_map_entry) {
             let _ = outcome.keep(self.bpf.next_generation());
         }
-        self.start_handshakes(&steps, &have, plan);
-    }
-
-    /// Starts handshakes with new peers and silent ones, now that their routes exist. The embedded engine gives up a
-    /// peer that has not answered for 90 s until a packet is sent to it, so an idle site would stay cut off.
-    fn start_handshakes(&self, steps: &[Step], have: &State, plan: &Plan) {
-        let Some(tunnel) = &self.tunnel else { return };
-        let new = steps.iter().filter_map(|step| if let Step::PutPeer(key, _) = step { Some(key) } else { None });
-        let silent = have.peers.iter().filter(|(_, peer)| !peer.alive && peer.keepalive.is_some()).map(|(key, _)| key);
-        new.chain(silent).filter_map(|key| plan.state.peers.get(key)).for_each(|peer| tunnel.start_handshake(peer));
     }
 
     async fn read(&mut self, indexes: Indexes) -> Result<State, Error> {

@@ -1,4 +1,4 @@
-//! The userspace WireGuard engine: boringtun's device in a separate process, so that the agent can restart without
+//! The userspace WireGuard engine: a device of `raven-engine` in a separate process, so that the agent can restart without
 //! packet loss. The agent starts it ([`start`]), or it runs in a Pod of its own ([`serve`]), which outlives the agent's.
 //!
 //! It serves the cross-platform WireGuard protocol on `/var/run/wireguard/DEVICE.sock`, so `wg show` works with it. It
@@ -7,13 +7,11 @@
 use std::{
     fs,
     os::unix::{net::UnixStream, process::CommandExt},
-    path::PathBuf,
     process::{Command, Stdio},
     time::Duration,
 };
 
 use backon::{ConstantBuilder, Retryable};
-use boringtun::device::{DeviceConfig, DeviceHandle};
 use nix::{
     sys::{
         signal::{self, Signal},
@@ -21,7 +19,7 @@ use nix::{
     },
     unistd::Pid,
 };
-use tokio::sync::oneshot;
+use raven_engine::{SOCKETS, socket};
 
 use super::Error;
 use crate::{link::Links, names, state::Change};
@@ -29,16 +27,11 @@ use crate::{link::Links, names, state::Change};
 /// The hidden subcommand of `raven-agent` that runs the engine.
 pub const SUBCOMMAND: &str = "wireguard-engine";
 
-/// Folder of the sockets, fixed in boringtun and wireguard-control.
-const SOCKETS: &str = "/var/run/wireguard";
-
 /// The device that shows whether the kernel has WireGuard; deleted at once.
 const PROBE: &str = "raven-wg-probe";
 
-/// The engine's socket for a device.
-pub(super) fn socket(device: &str) -> PathBuf {
-    PathBuf::from(SOCKETS).join(format!("{device}.sock"))
-}
+/// Workers of a device, at most: one handles a link of several Gbit/s.
+const WORKERS: usize = 8;
 
 /// True if an engine listens for the device.
 pub fn is_running(device: &str) -> bool {
@@ -101,41 +94,32 @@ pub(super) fn remove_socket(device: &str) -> Result<Change, Error> {
         .map_err(|e| Error::Engine(format!("cannot remove {}: {e}", socket(device).display())))
 }
 
-/// Runs the engine, as the program of a container, until it ends. Where the kernel has WireGuard, waits forever.
-pub async fn serve() -> Result<(), Error> {
+/// Runs the engine, as the program of a container, until it ends or `terminated` completes. Where the kernel has
+/// WireGuard, only waits.
+pub async fn serve(terminated: impl Future<Output = ()>) -> Result<(), Error> {
     let (links, _) = Links::connect()?;
     if links.has_wireguard(PROBE).await? {
         tracing::info!("the kernel has WireGuard; there is nothing to do on this node");
-        return std::future::pending().await;
+        terminated.await;
+        return Ok(());
     }
     tracing::info!(ifname = names::TUNNEL, "the kernel has no WireGuard; starting the userspace engine");
-    let (ended, end) = oneshot::channel();
-    std::thread::spawn(|| ended.send(run(names::TUNNEL)));
-    end.await.unwrap_or_else(|_| Err(Error::Engine("its thread ended without a result".to_owned())))
+    run(names::TUNNEL, terminated).await
 }
 
-/// Runs the engine until it is stopped. Called by `main` for [`SUBCOMMAND`].
-pub fn run(device: &str) -> Result<(), Error> {
-    exit_on_panic();
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));
-    let config = DeviceConfig {
-        n_threads: threads,
-        // One socket for all peers, so that a peer can change its address.
-        use_connected_socket: false,
-        use_multi_queue: threads > 1,
-        uapi_fd: -1,
+/// Runs an engine until it ends or `terminated` completes; then it still sends what it has accepted.
+pub async fn run(device: &str, terminated: impl Future<Output = ()>) -> Result<(), Error> {
+    let workers = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(WORKERS));
+    let failed = |e: raven_engine::Error| Error::Engine(e.to_string());
+    let engine = raven_engine::Engine::start(device, workers).map_err(failed)?;
+    let stop = engine.stopper();
+    let mut ended = tokio::task::spawn_blocking(|| engine.wait());
+    let result = tokio::select! {
+        result = &mut ended => result,
+        () = terminated => {
+            stop.stop();
+            ended.await
+        }
     };
-    let mut handle =
-        DeviceHandle::new(device, config).map_err(|e| Error::Engine(format!("cannot open device {device}: {e}")))?;
-    handle.wait();
-    Ok(())
-}
-
-/// Ends the process when one of its threads panics: the others would go on without it, and forward nothing.
-fn exit_on_panic() {
-    let report = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
-        report(panic);
-        std::process::exit(101);
-    }));
+    result.map_err(|e| Error::Engine(e.to_string()))?.map_err(failed)
 }

@@ -1,0 +1,300 @@
+//! The loop of one core: packets from its TUN queue to peers, and messages from its sockets to the TUN device.
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::AsFd,
+    sync::{Arc, atomic::Ordering},
+};
+
+use bytes::BytesMut;
+use gotatun::packet::{Packet, WgKind};
+use nix::{
+    errno::Errno,
+    sys::{
+        epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
+        eventfd::EventFd,
+    },
+};
+
+use crate::{
+    coalesce::Coalescer,
+    device::{Config, Device, Lost},
+    guard::Verdict,
+    packet,
+    peer::{Peer, Received},
+    segment, tun,
+    tun::Queue,
+    udp::{self, Outbox, Sockets, UdpSocket},
+};
+
+/// Packets that a worker takes from one source before it looks at the others.
+const BATCH: usize = 128;
+
+/// Events: which file is ready.
+const TUN: u64 = 0;
+const V4: u64 = 1;
+const V6: u64 = 2;
+const WAKE: u64 = 3;
+
+/// What a worker is told from outside.
+#[derive(Clone)]
+pub(crate) enum Order {
+    /// Use other sockets.
+    Sockets(Arc<Sockets>),
+    /// Send what is there, and end.
+    Stop,
+}
+
+/// One worker.
+pub(crate) struct Worker {
+    device: Arc<Device>,
+    queue: Queue,
+    sockets: Option<Arc<Sockets>>,
+    orders: std::sync::mpsc::Receiver<Order>,
+    wake: Arc<EventFd>,
+    epoll: Epoll,
+    pending: Pending,
+    tun_buffer: Box<[u8]>,
+    udp_buffer: Box<[u8]>,
+}
+
+/// What a worker writes when it has read a batch.
+struct Pending {
+    /// For the TUN device.
+    coalescer: Coalescer,
+    /// For peers.
+    outbox: Outbox,
+}
+
+/// The other end of a worker.
+pub(crate) struct Handle {
+    orders: std::sync::mpsc::Sender<Order>,
+    wake: Arc<EventFd>,
+}
+
+impl Handle {
+    /// Gives an order. If the worker has ended, nothing happens.
+    pub(crate) fn order(&self, order: Order) {
+        let _ = self.orders.send(order);
+        let _ = self.wake.write(1);
+    }
+}
+
+impl Worker {
+    pub(crate) fn new(device: Arc<Device>, queue: Queue, udp: bool) -> io::Result<(Self, Handle)> {
+        let (sender, orders) = std::sync::mpsc::channel();
+        let wake = Arc::new(EventFd::new()?);
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(queue.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, TUN))?;
+        epoll.add(wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, WAKE))?;
+        let handle = Handle { orders: sender, wake: wake.clone() };
+        let worker = Self {
+            device,
+            queue,
+            sockets: None,
+            orders,
+            wake,
+            epoll,
+            pending: Pending { coalescer: Coalescer::new(udp), outbox: Outbox::default() },
+            tun_buffer: vec![0; tun::BUFFER].into(),
+            udp_buffer: vec![0; udp::BUFFER].into(),
+        };
+        Ok((worker, handle))
+    }
+
+    /// Works until it is stopped, or until the TUN device is deleted (an error).
+    pub(crate) fn run(mut self) -> io::Result<()> {
+        let mut events = [EpollEvent::empty(); 4];
+        loop {
+            let ready = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+                Err(Errno::EINTR) => continue,
+                ready => ready?,
+            };
+            for event in &events[..ready] {
+                match event.data() {
+                    TUN => drop(self.outbound()?),
+                    V4 | V6 => drop(self.inbound(event.data())?),
+                    _ => {
+                        self.wake.read()?;
+                        if !self.follow_orders()? {
+                            return self.finish();
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Follows the orders that wait. False: to end.
+    fn follow_orders(&mut self) -> io::Result<bool> {
+        while let Ok(order) = self.orders.try_recv() {
+            match order {
+                Order::Stop => return Ok(false),
+                Order::Sockets(new) => self.change_sockets(new)?,
+            }
+        }
+        Ok(true)
+    }
+
+    /// Packets that the node or its peers have already sent are not lost.
+    fn finish(mut self) -> io::Result<()> {
+        while self.outbound()? || self.inbound(V4)? || self.inbound(V6)? {}
+        Ok(())
+    }
+
+    fn change_sockets(&mut self, new: Arc<Sockets>) -> io::Result<()> {
+        while self.inbound(V4)? || self.inbound(V6)? {}
+        if let Some(old) = &self.sockets {
+            for socket in std::iter::once(&old.v4).chain(&old.v6) {
+                self.epoll.delete(socket.as_fd())?;
+            }
+        }
+        self.epoll.add(new.v4.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, V4))?;
+        if let Some(v6) = &new.v6 {
+            self.epoll.add(v6.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, V6))?;
+        }
+        self.sockets = Some(new);
+        Ok(())
+    }
+
+    /// A batch from the TUN device to the peers. False: nothing is left.
+    fn outbound(&mut self) -> io::Result<bool> {
+        let Some(sockets) = self.sockets.clone() else {
+            // Without sockets, packets must not keep the loop busy.
+            while self.queue.read(&mut self.tun_buffer)?.is_some() {}
+            return Ok(false);
+        };
+        let device = self.device.clone();
+        let config = device.config();
+        let mtu = device.mtu.load(Ordering::Relaxed);
+        let mut taken = 0;
+        let mut is_left = true;
+        while taken < BATCH {
+            let Some((header, packet)) = self.queue.read(&mut self.tun_buffer)? else {
+                is_left = false;
+                break;
+            };
+            let destination = packet::addresses(packet).map(|(_, destination)| destination);
+            let Some(peer) = destination.and_then(|address| config.route(address)) else {
+                Lost::count(&device.lost.no_peer, 1);
+                taken += 1;
+                continue;
+            };
+            let outbox = &mut self.pending.outbox;
+            let divided = segment::split(header, packet, mtu, |packet| {
+                taken += 1;
+                send(&device, outbox, peer, packet);
+            });
+            if let Err(e) = divided {
+                tracing::debug!(error = %e, "dropping a packet of the TUN device");
+            }
+        }
+        Lost::count(&device.lost.not_sent, self.pending.outbox.flush(&sockets));
+        Ok(is_left)
+    }
+
+    /// A batch from a socket to the TUN device. False: nothing is left.
+    fn inbound(&mut self, which: u64) -> io::Result<bool> {
+        let Some(sockets) = self.sockets.clone() else { return Ok(false) };
+        let Some(socket) = (if which == V4 { Some(&sockets.v4) } else { sockets.v6.as_ref() }) else {
+            return Ok(false);
+        };
+        let device = self.device.clone();
+        let is_left = self.receive(&device, socket)?;
+        Lost::count(&device.lost.not_sent, self.pending.outbox.flush(&sockets));
+        let (queue, lost) = (&mut self.queue, &device.lost.not_delivered);
+        // A device that is down takes no packets.
+        self.pending.coalescer.drain(|parts| {
+            if queue.write(parts).is_err() {
+                Lost::count(lost, 1);
+            }
+        });
+        Ok(is_left)
+    }
+
+    fn receive(&mut self, device: &Device, socket: &UdpSocket) -> io::Result<bool> {
+        let config = device.config();
+        // Messages of one sender come together, so the last session is remembered.
+        let mut last: Option<(u32, Arc<Peer>)> = None;
+        let mut taken = 0;
+        while taken < BATCH {
+            let Some((source, bytes, length)) = socket.receive(&mut self.udp_buffer)? else { return Ok(false) };
+            for datagram in bytes.chunks(length) {
+                taken += 1;
+                let Some(identity) = &config.identity else { continue };
+                let datagram = Packet::from_bytes(BytesMut::from(datagram));
+                let message = match identity.guard.check(source, datagram) {
+                    Verdict::Accept(message) => message,
+                    Verdict::Reply(reply) => {
+                        self.pending.outbox.push(source, bytes_of(reply));
+                        continue;
+                    }
+                    Verdict::Drop => continue,
+                };
+                let index = match &message {
+                    WgKind::Data(data) => Some(data.header.receiver_idx.get()),
+                    _ => None,
+                };
+                let known = last.as_ref().filter(|(session, _)| Some(*session) == index);
+                let peer = match known {
+                    Some((_, peer)) => peer.clone(),
+                    None => match device.recipient(&config, &message) {
+                        Some(peer) => peer,
+                        None => continue,
+                    },
+                };
+                let received = peer.receive(message, source);
+                self.pending.add(device, &config, &peer, source, received);
+                if let Some(index) = index {
+                    last = Some((index, peer));
+                }
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl Pending {
+    /// Adds what a message of a peer caused.
+    fn add(&mut self, device: &Device, config: &Config, peer: &Arc<Peer>, from: SocketAddr, received: Received) {
+        match received {
+            Received::Done => {}
+            Received::Replies(replies) => {
+                for reply in replies {
+                    device.register(&reply, peer);
+                    self.outbox.push(from, bytes_of(reply));
+                }
+            }
+            Received::Packet(mut packet) => {
+                // A keepalive is empty. Anything else that is not IP is an error of the peer.
+                let Some(length) = packet::stated_length(&packet) else { return };
+                packet.truncate(length);
+                let source = packet::addresses(&packet).map(|(source, _)| source);
+                let owner = source.and_then(|address| config.route(address));
+                if owner.is_some_and(|owner| Arc::ptr_eq(owner, peer)) {
+                    self.coalescer.push(packet);
+                } else {
+                    Lost::count(&device.lost.wrong_source, 1);
+                }
+            }
+        }
+    }
+}
+
+/// Encrypts a packet for a peer.
+fn send(device: &Device, outbox: &mut Outbox, peer: &Arc<Peer>, packet: BytesMut) {
+    match peer.encrypt(packet) {
+        Some((message, endpoint)) => {
+            device.register(&message, peer);
+            outbox.push(endpoint, bytes_of(message));
+        }
+        None => Lost::count(&device.lost.no_session, 1),
+    }
+}
+
+/// The bytes of a message.
+pub(crate) fn bytes_of(message: WgKind) -> BytesMut {
+    let mut packet: Packet = message.into();
+    std::mem::take(packet.buf_mut())
+}
