@@ -6,22 +6,18 @@
 //! core has its own TUN queue and sockets; the kernel keeps each flow on one of them, so its packets keep their order.
 //!
 //! ```text
-//!  TUN queue ─► segment ─► peer (encrypt) ─► outbox ─► UDP socket
-//!  TUN queue ◄─ coalesce ◄─ peer (decrypt) ◄─ guard ◄─ UDP socket
+//!  TUN queue ─► offload ─► peer (encrypt) ─► outbox ─► UDP socket
+//!  TUN queue ◄─ offload ◄─ peer (decrypt) ◄─ guard ◄─ UDP socket
 //! ```
 #![forbid(unsafe_code)]
 
-mod checksum;
-mod coalesce;
 mod device;
 mod guard;
-mod packet;
+pub mod offload;
 mod peer;
-mod segment;
 mod tun;
 mod uapi;
 mod udp;
-mod virtio;
 mod worker;
 
 use std::{

@@ -8,10 +8,10 @@ use std::{
 
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
-use crate::virtio::{self, Header};
+use crate::offload::{self, Header};
 
 /// The longest aggregate in bytes, with its virtio header.
-pub(crate) const BUFFER: usize = virtio::LENGTH + 65_535;
+pub(crate) const BUFFER: usize = offload::LENGTH + 65_535;
 
 /// A TUN device with one queue per worker.
 pub(crate) struct Tun {

@@ -18,13 +18,11 @@ use nix::{
 };
 
 use crate::{
-    coalesce::Coalescer,
     device::{Config, Device, Lost},
     guard::Verdict,
-    packet,
+    offload::{self, Coalescer},
     peer::{Peer, Received},
-    segment, tun,
-    tun::Queue,
+    tun::{self, Queue},
     udp::{self, Outbox, Sockets, UdpSocket},
 };
 
@@ -175,14 +173,14 @@ impl Worker {
                 is_left = false;
                 break;
             };
-            let destination = packet::addresses(packet).map(|(_, destination)| destination);
+            let destination = offload::addresses(packet).map(|(_, destination)| destination);
             let Some(peer) = destination.and_then(|address| config.route(address)) else {
                 Lost::count(&device.lost.no_peer, 1);
                 taken += 1;
                 continue;
             };
             let outbox = &mut self.pending.outbox;
-            let divided = segment::split(header, packet, mtu, |packet| {
+            let divided = offload::split(header, packet, mtu, |packet| {
                 taken += 1;
                 send(&device, outbox, peer, packet);
             });
@@ -268,9 +266,9 @@ impl Pending {
             }
             Received::Packet(mut packet) => {
                 // A keepalive is empty. Anything else that is not IP is an error of the peer.
-                let Some(length) = packet::stated_length(&packet) else { return };
+                let Some(length) = offload::stated_length(&packet) else { return };
                 packet.truncate(length);
-                let source = packet::addresses(&packet).map(|(source, _)| source);
+                let source = offload::addresses(&packet).map(|(source, _)| source);
                 let owner = source.and_then(|address| config.route(address));
                 if owner.is_some_and(|owner| Arc::ptr_eq(owner, peer)) {
                     self.coalescer.push(packet);

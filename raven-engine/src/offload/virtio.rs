@@ -1,7 +1,7 @@
 //! The header before each packet of a TUN device with `IFF_VNET_HDR` (`include/uapi/linux/virtio_net.h`).
 
 /// Length of the header in bytes.
-pub(crate) const LENGTH: usize = 10;
+pub const LENGTH: usize = 10;
 
 /// `VIRTIO_NET_HDR_F_NEEDS_CSUM`: the checksum field contains the sum of the pseudo-header only.
 const NEEDS_CHECKSUM: u8 = 1;
@@ -14,7 +14,7 @@ const GSO_ECN: u8 = 0x80;
 
 /// What the packets of an aggregate are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Kind {
+pub enum Kind {
     /// TCP segments, over either version of IP.
     Tcp,
     /// UDP datagrams of one length.
@@ -23,25 +23,25 @@ pub(crate) enum Kind {
 
 /// A checksum field that is still to be completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Checksum {
+pub struct Checksum {
     /// Where the sum starts, in bytes from the start of the packet.
-    pub(crate) start: usize,
+    pub start: usize,
     /// Where the field is, in bytes from `start`.
-    pub(crate) offset: usize,
+    pub offset: usize,
 }
 
 /// A parsed header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
+pub struct Header {
     /// The incomplete checksum, if any.
-    pub(crate) checksum: Option<Checksum>,
+    pub checksum: Option<Checksum>,
     /// For an aggregate: its kind, and the payload of each packet but the last in bytes.
-    pub(crate) aggregate: Option<(Kind, usize)>,
+    pub aggregate: Option<(Kind, usize)>,
 }
 
 impl Header {
     /// Parses a header. None: the kernel used a type that Raven did not ask for.
-    pub(crate) fn parse(bytes: [u8; LENGTH]) -> Option<Self> {
+    pub fn parse(bytes: [u8; LENGTH]) -> Option<Self> {
         let [flags, kind, _, _, size_0, size_1, start_0, start_1, offset_0, offset_1] = bytes;
         let number = |low, high| usize::from(u16::from_ne_bytes([low, high]));
         let checksum = (flags & NEEDS_CHECKSUM != 0)
@@ -56,16 +56,10 @@ impl Header {
     }
 
     /// The header of a packet that is complete.
-    pub(crate) const COMPLETE: [u8; LENGTH] = [0; LENGTH];
+    pub const COMPLETE: [u8; LENGTH] = [0; LENGTH];
 
     /// The header of an aggregate. `headers`: bytes before the payload.
-    pub(crate) fn of_aggregate(
-        kind: Kind,
-        is_ipv4: bool,
-        headers: usize,
-        size: usize,
-        checksum: Checksum,
-    ) -> [u8; LENGTH] {
+    pub fn of_aggregate(kind: Kind, is_ipv4: bool, headers: usize, size: usize, checksum: Checksum) -> [u8; LENGTH] {
         let gso = match (kind, is_ipv4) {
             (Kind::Tcp, true) => GSO_TCP4,
             (Kind::Tcp, false) => GSO_TCP6,

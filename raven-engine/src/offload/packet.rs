@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::virtio::Kind;
+use super::virtio::Kind;
 
 const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;

@@ -1,6 +1,6 @@
 //! From decrypted packets to aggregates, so that the kernel's stack and Raven's programs run once for many packets.
 //!
-//! Only what [`crate::segment`] would divide into the same packets again is joined: the rules of the kernel's receive
+//! Only what [`super::split`] would divide into the same packets again is joined: the rules of the kernel's receive
 //! offload (`net/core/gro.c`, `net/ipv4/tcp_offload.c`), with one exception that RFC 6864 §4 allows: the identification
 //! of packets that must not be fragmented is not preserved.
 
@@ -8,7 +8,7 @@ use std::{collections::HashMap, io::IoSlice};
 
 use bytes::BytesMut;
 
-use crate::{
+use super::{
     checksum::Sum,
     packet::{self, Layout},
     segment::write_ipv4_checksum,
@@ -28,7 +28,7 @@ const DONT_FRAGMENT: u8 = 0x40;
 type Flow = (Kind, [u8; 36]);
 
 /// Decrypted packets in the order of their arrival, joined where that is possible.
-pub(crate) struct Coalescer {
+pub struct Coalescer {
     udp: bool,
     groups: Vec<Group>,
     /// Per flow, the group to which its next packet may be added.
@@ -56,12 +56,12 @@ struct Joined {
 
 impl Coalescer {
     /// Without packets. `udp`: the kernel accepts aggregates of UDP (Linux 6.2).
-    pub(crate) fn new(udp: bool) -> Self {
+    pub fn new(udp: bool) -> Self {
         Self { udp, groups: Vec::new(), open: HashMap::new() }
     }
 
     /// Adds a packet of exactly its own length.
-    pub(crate) fn push(&mut self, packet: BytesMut) {
+    pub fn push(&mut self, packet: BytesMut) {
         let layout = Layout::of(&packet).filter(|layout| layout.kind == Kind::Tcp || self.udp);
         let Some(layout) = layout else {
             return self.groups.push(Group { packets: vec![packet], joined: None });
@@ -92,7 +92,7 @@ impl Coalescer {
     }
 
     /// Hands each packet or aggregate to `write` as a virtio header and the parts of the packet, and forgets them.
-    pub(crate) fn drain(&mut self, mut write: impl FnMut(&[IoSlice<'_>])) {
+    pub fn drain(&mut self, mut write: impl FnMut(&[IoSlice<'_>])) {
         self.open.clear();
         for group in self.groups.drain(..) {
             match group.joined.filter(|_| group.packets.len() > 1) {

@@ -3,7 +3,7 @@
 
 use bytes::BytesMut;
 
-use crate::{
+use super::{
     checksum::Sum,
     packet::{self, Layout},
     virtio::{Checksum, Header, Kind},
@@ -12,7 +12,7 @@ use crate::{
 /// The packet contradicts the header before it. This is an error of the kernel.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("the packet contradicts its virtio header")]
-pub(crate) struct Malformed;
+pub struct Malformed;
 
 /// FIN and PSH belong to the last segment, CWR to the first (RFC 3168 §6.1.2).
 const FIN: u8 = 0x01;
@@ -20,12 +20,7 @@ const PSH: u8 = 0x08;
 const CWR: u8 = 0x80;
 
 /// Divides what a TUN device returned into packets with complete checksums, each padded for WireGuard.
-pub(crate) fn split(
-    header: Header,
-    packet: &mut [u8],
-    mtu: usize,
-    mut emit: impl FnMut(BytesMut),
-) -> Result<(), Malformed> {
+pub fn split(header: Header, packet: &mut [u8], mtu: usize, mut emit: impl FnMut(BytesMut)) -> Result<(), Malformed> {
     let Some((kind, size)) = header.aggregate else {
         if let Some(checksum) = header.checksum {
             complete(packet, checksum)?;
@@ -115,7 +110,7 @@ impl First {
 }
 
 /// Writes the checksum of an IPv4 header.
-pub(crate) fn write_ipv4_checksum(header: &mut [u8]) {
+pub(super) fn write_ipv4_checksum(header: &mut [u8]) {
     header[10..12].fill(0);
     let checksum = Sum::default().add(header).complement();
     header[10..12].copy_from_slice(&checksum);
