@@ -19,7 +19,9 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     log(cli.run.log_format);
     let result = match cli.command {
-        Some(Command::Engine { device }) => with_runtime(async move { Ok(engine::run(&device, terminated()).await?) }),
+        Some(Command::Engine { device }) => {
+            with_runtime(async move { Ok(engine::run(&device, engine::Device::Temporary, terminated()).await?) })
+        }
         Some(Command::Wireguard { check }) => {
             silence_stdout();
             with_runtime(async move {

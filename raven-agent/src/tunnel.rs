@@ -117,7 +117,7 @@ impl Tunnel {
                 timeout_s = ANSWER.as_secs(),
                 "the embedded WireGuard engine does not respond; restarting it"
             );
-            engine::kill(names::TUNNEL).await?;
+            engine::kill(links, names::TUNNEL).await?;
             engine::start(names::TUNNEL).await?;
         }
         Ok(tunnel)
@@ -372,7 +372,7 @@ pub async fn remove(links: &Links, engine: Engine) -> Result<Change, Error> {
         if engine == Engine::External && Tunnel::of(Backend::Userspace)?.peers().await?.is_empty() {
             return Ok(Change::NONE);
         }
-        engine::stop(names::TUNNEL).await?;
+        engine::stop(links, names::TUNNEL).await?;
         return Ok(Change::ONE);
     }
     let device = links.delete_device(names::TUNNEL).await?;

@@ -29,7 +29,7 @@ const INITIATION: (u8, u16) = (1, 148);
 const RESPONSE: (u8, u16) = (2, 92);
 const COOKIE: (u8, u16) = (3, 64);
 /// Type and minimum length of data messages: header and authentication tag. The guard does not require the padding to a
-/// multiple of 16 (§5.4.6), because boringtun does not pad.
+/// multiple of 16 (§5.4.6), because some implementations (boringtun) do not pad.
 const DATA: (u8, u16) = (4, 32);
 
 /// Returns the reason to drop the message, or `None` to accept it.

@@ -35,13 +35,13 @@ pub(crate) struct Device {
     pub(crate) lost: Lost,
 }
 
-/// Packets that were dropped, by reason.
+/// Packets that were dropped since the last report, by reason.
 #[derive(Default)]
 pub(crate) struct Lost {
     /// No peer has the destination.
     pub(crate) no_peer: AtomicU64,
-    /// The peer has no endpoint, or it has no session and its queue is full.
-    pub(crate) no_session: AtomicU64,
+    /// It is not known where the peer is.
+    pub(crate) no_endpoint: AtomicU64,
     /// The sender's prefixes do not contain the source.
     pub(crate) wrong_source: AtomicU64,
     /// The socket did not take them.
@@ -261,5 +261,15 @@ pub(crate) fn unix_time(time: SystemTime) -> (u64, u32) {
 impl Lost {
     pub(crate) fn count(counter: &AtomicU64, packets: usize) {
         counter.fetch_add(packets as u64, Ordering::Relaxed);
+    }
+
+    /// Logs what was dropped since the last call, if anything was.
+    pub(crate) fn report(&self, device: &str) {
+        let [no_peer, no_endpoint, wrong_source, not_sent, not_delivered] =
+            [&self.no_peer, &self.no_endpoint, &self.wrong_source, &self.not_sent, &self.not_delivered]
+                .map(|counter| counter.swap(0, Ordering::Relaxed));
+        if no_peer + no_endpoint + wrong_source + not_sent + not_delivered > 0 {
+            tracing::info!(device, no_peer, no_endpoint, wrong_source, not_sent, not_delivered, "packets were dropped");
+        }
     }
 }

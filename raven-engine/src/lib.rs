@@ -43,6 +43,9 @@ use crate::{
 /// The time between two looks at the peers' timers, which have a resolution of a second.
 const TICK: Duration = Duration::from_millis(250);
 
+/// The number of ticks between two reports of dropped packets: a minute.
+const REPORT: u32 = 240;
+
 /// The engine cannot start, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -58,6 +61,16 @@ pub enum Error {
     /// A worker ended.
     #[error("TUN device {0}: {1}; was the device deleted?")]
     Device(String, io::Error),
+}
+
+/// How to run a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Number of worker threads; one per core.
+    pub workers: usize,
+    /// Whether the TUN device stays when the engine ends, with its addresses, routes and programs. Without an engine it
+    /// drops all packets. An existing device is used again in either case.
+    pub persistent: bool,
 }
 
 /// A running device. Dropping it does not stop it.
@@ -89,16 +102,20 @@ struct Bound {
 }
 
 impl Engine {
-    /// Creates the TUN device, or opens an existing one, and starts `workers` threads for it. The device is configured
-    /// through its socket, with `wg` for instance, and is stopped when that socket is removed.
-    pub fn start(name: &str, workers: usize) -> Result<Self, Error> {
-        let tun_error = |e| Error::Tun(name.to_owned(), e);
-        let (tun, queues) = Tun::open(name, workers).map_err(tun_error)?;
+    /// Creates the TUN device, or opens an existing one, and starts its workers. The device is configured through its
+    /// socket, with `wg` for instance, and is stopped when that socket is removed.
+    pub fn start(name: &str, Options { workers, persistent }: Options) -> Result<Self, Error> {
+        // Before the device, whose appearance others wait for.
+        let listener = uapi::listen(name).map_err(|e| Error::Socket(name.to_owned(), e))?;
+        let tun_error = |e| {
+            let _ = std::fs::remove_file(socket(name));
+            Error::Tun(name.to_owned(), e)
+        };
+        let (tun, queues) = Tun::open(name, workers, persistent).map_err(tun_error)?;
         let device = Arc::new(Device::new(tun.mtu().map_err(tun_error)?));
         let made = queues.into_iter().map(|queue| Worker::new(device.clone(), queue, tun.udp));
         let (workers, handles): (Vec<_>, Vec<_>) =
             made.collect::<io::Result<Vec<_>>>().map_err(Error::Worker)?.into_iter().unzip();
-        let listener = uapi::listen(name).map_err(|e| Error::Socket(name.to_owned(), e))?;
         let shared =
             Arc::new(Shared { name: name.to_owned(), device, tun, workers: handles, sockets: Mutex::default() });
         let (end, ended) = mpsc::channel();
@@ -190,11 +207,15 @@ impl Shared {
             {
                 identity.guard.next_second();
             }
+            if ticks.is_multiple_of(REPORT) {
+                self.device.lost.report(&self.name);
+            }
             if inode() != own {
                 self.stop();
             }
         }
         self.stop();
+        self.device.lost.report(&self.name);
         let results = threads.into_iter().map(|thread| {
             let failed = |_| Err(io::Error::other("a worker panicked"));
             thread.join().unwrap_or_else(failed)

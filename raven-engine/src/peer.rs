@@ -34,6 +34,16 @@ struct State {
     prefixes: BTreeSet<IpNet>,
 }
 
+/// The result of a packet for a peer.
+pub(crate) enum Encrypted {
+    /// A message for the peer: the packet, or the handshake that it waits for.
+    Send(WgKind, SocketAddr),
+    /// The packet waits for the handshake that is in progress.
+    Waits,
+    /// It is not known where the peer is.
+    NoEndpoint,
+}
+
 /// The result of a received message.
 pub(crate) enum Received {
     /// Nothing to do.
@@ -73,11 +83,12 @@ impl Peer {
         Self { key, state: Mutex::new(state) }
     }
 
-    /// Encrypts a packet, or keeps it and starts a handshake. None: nothing is to be sent now.
-    pub(crate) fn encrypt(&self, packet: BytesMut) -> Option<(WgKind, SocketAddr)> {
+    /// Encrypts a packet. Without a session, keeps it and starts a handshake.
+    pub(crate) fn encrypt(&self, packet: BytesMut) -> Encrypted {
         let mut state = self.state.lock();
-        let endpoint = state.endpoint?;
-        Some((state.tunnel.handle_outgoing_packet(Packet::from_bytes(packet), None)?, endpoint))
+        let Some(endpoint) = state.endpoint else { return Encrypted::NoEndpoint };
+        let message = state.tunnel.handle_outgoing_packet(Packet::from_bytes(packet), None);
+        message.map_or(Encrypted::Waits, |message| Encrypted::Send(message, endpoint))
     }
 
     /// Processes a message. A valid one sets the endpoint: the peer may have moved.

@@ -22,8 +22,8 @@ pub(crate) struct Tun {
 }
 
 impl Tun {
-    /// Opens the device, which is created if it does not exist, and its queues.
-    pub(crate) fn open(name: &str, queues: usize) -> io::Result<(Self, Vec<Queue>)> {
+    /// Opens the device, which is created if it does not exist, and its queues. A persistent device outlives them.
+    pub(crate) fn open(name: &str, queues: usize, persistent: bool) -> io::Result<(Self, Vec<Queue>)> {
         let device = DeviceBuilder::new()
             .name(name)
             .layer(Layer::L3)
@@ -32,6 +32,9 @@ impl Tun {
             // The agent sets it up.
             .inherit_enable_state()
             .build_sync()?;
+        if persistent {
+            device.persist()?;
+        }
         device.set_nonblocking(true)?;
         let mut opened = vec![Queue::of(&device)?];
         for _ in 1..queues {

@@ -21,7 +21,7 @@ use crate::{
     device::{Config, Device, Lost},
     guard::Verdict,
     offload::{self, Coalescer},
-    peer::{Peer, Received},
+    peer::{Encrypted, Peer, Received},
     tun::{self, Queue},
     udp::{self, Outbox, Sockets, UdpSocket},
 };
@@ -283,11 +283,12 @@ impl Pending {
 /// Encrypts a packet for a peer.
 fn send(device: &Device, outbox: &mut Outbox, peer: &Arc<Peer>, packet: BytesMut) {
     match peer.encrypt(packet) {
-        Some((message, endpoint)) => {
+        Encrypted::Send(message, endpoint) => {
             device.register(&message, peer);
             outbox.push(endpoint, bytes_of(message));
         }
-        None => Lost::count(&device.lost.no_session, 1),
+        Encrypted::Waits => {}
+        Encrypted::NoEndpoint => Lost::count(&device.lost.no_endpoint, 1),
     }
 }
 

@@ -1,11 +1,12 @@
 //! The benchmarks behind `cargo xtask bench`: ratios against a baseline that is measured in the same run.
 //!
 //! [`transit`] measures a gateway node's hop in isolation ([`hop`] is its setup), [`tunnel`] two gateway nodes end to
-//! end, [`proxy`] the L7 proxy ([`konnectivity`] for comparison), [`planning`] the cost of `plan()`, [`memory`] the
+//! end, [`engine`] the userspace WireGuard engine, [`proxy`] the L7 proxy ([`konnectivity`] for comparison), [`planning`] the cost of `plan()`, [`memory`] the
 //! resident memory of the programs.
 
 #![forbid(unsafe_code)]
 
+mod engine;
 mod hop;
 mod konnectivity;
 mod memory;
@@ -49,6 +50,12 @@ enum Command {
         #[arg(long, default_value_t = 5)]
         runs: usize,
     },
+    /// Measure the userspace WireGuard engine, against wireguard-go between the same two hosts.
+    Engine {
+        /// Number of measurements of each variant, alternating; the median counts.
+        #[arg(long, default_value_t = 5)]
+        runs: usize,
+    },
     /// Measure proxy streams against a direct TCP connection.
     Proxy {
         /// Number of measurements of each variant, alternating; the median counts.
@@ -67,6 +74,7 @@ fn main() -> Result<()> {
     match arguments.command {
         Command::Transit { object, runs } => transit::run(&object, runs, arguments.json),
         Command::Tunnel { runs } => tunnel::run(runs, arguments.json),
+        Command::Engine { runs } => engine::run(runs, arguments.json),
         Command::Proxy { runs } => proxy::run(runs, arguments.json),
         Command::Plan => planning::run(arguments.json),
         Command::Memory => memory::run(arguments.json),

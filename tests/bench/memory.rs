@@ -46,7 +46,7 @@ async fn measure() -> Result<Vec<(String, f64)>> {
         ("raven-agent, gateway node".to_owned(), resident(agent("cloud-a")?)?),
         ("raven-agent, ordinary node".to_owned(), resident(agent("cloud-b")?)?),
     ];
-    for (name, word) in [("WireGuard engine (boringtun)", "wireguard-engine"), ("kube-apiserver", "kube-apiserver")] {
+    for (name, word) in [("WireGuard engine", "wireguard-engine"), ("kube-apiserver", "kube-apiserver")] {
         rows.push((name.to_owned(), resident(find(word, &lab.id)?)?));
     }
     Ok(rows)

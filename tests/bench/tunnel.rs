@@ -4,24 +4,27 @@
 //! The two variants alternate within a run, each host is pinned to one core, and the median of the runs' ratios counts:
 //! scheduling of four engines on two cores would vary more than the difference between the variants.
 
-use std::{process::Command, time::Duration};
+use std::{net::SocketAddr, process::Command};
 
 use anyhow::{Context, Result, ensure};
 use comfy_table::{Table, presets::ASCII_MARKDOWN};
 use raven_tests::{
-    Lab, Node, PoolSpec, Protocol, agent, eventually, namespace::Namespace, offline, probe, process::Process, proof,
+    Lab, Node, PoolSpec, Protocol,
+    bare::{Bare, Engine},
+    eventually,
+    namespace::Namespace,
+    offline, probe,
+    process::Process,
+    proof,
 };
 
 use crate::median;
 
 /// Duration of one measurement in seconds.
 const SECONDS: &str = "3";
-/// Name of the bare WireGuard device; below its port and the addresses of both ends.
-const BARE: &str = "bare0";
+/// Number of the bare tunnel, and its port.
+const BARE: u8 = 1;
 const BARE_PORT: u16 = 4501;
-const BARE_ENDS: [&str; 2] = ["172.31.255.1", "172.31.255.2"];
-/// MTU of Raven's device in bytes.
-const MTU: &str = "1420";
 
 /// Runs the benchmark.
 pub(crate) fn run(runs: usize, json: bool) -> Result<()> {
@@ -65,24 +68,16 @@ async fn measure(runs: usize) -> Result<Measured> {
     let target = server.bridge_v4();
     let answers = || async { probe::ping(&client.ns, target.into()).await?.context("no answer") };
     eventually(proof::CONVERGENCE, "the two hosts are connected through Raven", answers).await?;
-    let (backend, _engines) = bare(&lab, server, client).await?;
-    for (node, core) in [(client, 0), (server, 1)] {
-        let pinned =
-            node.ns.sh(&format!("for pid in $(ip netns pids {}); do taskset -a -c -p {core} $pid; done", node.ns.name));
-        let pinned = pinned.with_context(|| format!("pin {} to a core", node.name))?;
-        ensure!(
-            pinned.lines().any(|line| line.ends_with(&format!("new affinity list: {core}"))),
-            "{} is not pinned to its core: {pinned}",
-            node.name
-        );
-    }
+    let (backend, without) = bare(&lab, server, client).await?;
+    pin(client, 0)?;
+    pin(server, 1)?;
     let mut listener = server.ns.command("iperf3");
     listener.arg("-s");
     let listener = Process::start("iperf3", &lab.logs(), listener)?;
     let (mut raven, mut bare) = (Vec::new(), Vec::new());
-    let target = target.to_string();
+    let (target, baseline) = (target.to_string(), without.v4[0].to_string());
     for run in 0..runs {
-        let mut variants = [(&mut raven, target.as_str()), (&mut bare, BARE_ENDS[0])];
+        let mut variants = [(&mut raven, target.as_str()), (&mut bare, baseline.as_str())];
         // The order alternates, so that no variant is always first.
         variants.rotate_left(run % 2);
         for (seen, to) in variants {
@@ -94,36 +89,25 @@ async fn measure(runs: usize) -> Result<Measured> {
     Ok(Measured { backend, ratio: median(&ratios), raven: median(&raven), bare: median(&bare) })
 }
 
-/// Creates bare WireGuard between the two hosts: the kernel's or, if it has none, the embedded engine.
-async fn bare(lab: &Lab, server: &Node, client: &Node) -> Result<(&'static str, Vec<Process>)> {
-    let mut engines = Vec::new();
-    let mut backend = "kernel";
-    for node in [server, client] {
-        if node.ns.sh(&format!("ip link add {BARE} type wireguard 2>/dev/null")).is_err() {
-            backend = "userspace";
-            let mut engine = node.ns.command(agent::binary("raven-agent")?);
-            engine.args(["wireguard-engine", BARE]);
-            engines.push(Process::start(format!("bare-{}", node.name), &lab.logs(), engine)?);
-            let up = || async { node.ns.run("wg", &["show", BARE]) };
-            eventually(Duration::from_secs(10), "the bare engine responds", up).await?;
-        }
-        node.ns.sh(&format!(
-            "umask 077; wg genkey > /run/raven/{BARE}.key; wg pubkey < /run/raven/{BARE}.key > /run/raven/{BARE}.pub"
-        ))?;
-    }
-    let public = |node: &Node| node.ns.sh(&format!("cat /run/raven/{BARE}.pub")).map(|key| key.trim().to_owned());
-    let dialled = format!("endpoint {}:{BARE_PORT} persistent-keepalive 15", lab.cloud().public_v4);
-    for (node, own, peer, more) in [(server, 0, public(client)?, String::new()), (client, 1, public(server)?, dialled)]
-    {
-        let (address, other) = (BARE_ENDS[own], BARE_ENDS[1 - own]);
-        node.ns.sh(&format!(
-            "wg set {BARE} private-key /run/raven/{BARE}.key listen-port {BARE_PORT} peer {peer} allowed-ips {other}/32 {more}
-             ip addr add {address}/24 dev {BARE}; ip link set {BARE} mtu {MTU} up"
-        ))?;
-    }
-    let answers = || async { probe::ping(&client.ns, BARE_ENDS[0].parse()?).await?.context("no answer") };
-    eventually(Duration::from_secs(20), "the two hosts are connected through bare WireGuard", answers).await?;
-    Ok((backend, engines))
+/// Creates bare WireGuard between the two hosts: the kernel's or, if it has none, Raven's engine.
+async fn bare(lab: &Lab, server: &Node, client: &Node) -> Result<(&'static str, Bare)> {
+    let has_kernel = server.ns.sh("ip link add probe type wireguard 2>/dev/null && ip link del probe").is_ok();
+    let (backend, engine) = if has_kernel { ("kernel", Engine::Kernel) } else { ("userspace", Engine::Raven) };
+    let endpoint = |port| SocketAddr::from((lab.cloud().public_v4, port));
+    let bare = Bare::start(lab, BARE, [(server, engine.clone()), (client, engine)], endpoint).await?;
+    Ok((backend, bare))
+}
+
+/// Pins all processes of a node to a core.
+pub(crate) fn pin(node: &Node, core: u8) -> Result<()> {
+    let script = format!("for pid in $(ip netns pids {}); do taskset -a -c -p {core} $pid; done", node.ns.name);
+    let pinned = node.ns.sh(&script).with_context(|| format!("pin {} to a core", node.name))?;
+    ensure!(
+        pinned.lines().any(|line| line.ends_with(&format!("new affinity list: {core}"))),
+        "{} is not pinned to its core: {pinned}",
+        node.name
+    );
+    Ok(())
 }
 
 async fn mbit(from: &Namespace, to: &str) -> Result<f64> {

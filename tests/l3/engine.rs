@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use nix::sys::signal::Signal;
 use raven_tests::{
     Lab,
     agent::{self, Agent},
-    eventually,
+    eventually, patience,
     probe::Flow,
     process::Process,
     proof, require_root,
@@ -64,6 +65,25 @@ async fn engine_outlives_the_agents_container() {
         running.check(engine.ensure_running());
         running.check(running.lab.agent_command(&node.name, &["wireguard", "--check"]).map(drop));
     }
+
+    // An upgrade of a gateway node's engine: the device stays, and the agent configures the new engine at once.
+    let lab = &running.lab;
+    let gateway = lab.node("x-a").ns.clone();
+    let before = running.check(gateway.sh("cat /sys/class/net/raven-wg0/ifindex"));
+    let flow = Flow::start(&lab.pod("x-b").ns, &lab.pod("cloud-b").ns, lab.pod("cloud-b").v4.into(), 500);
+    let flow = flow.expect("start the flow");
+    let place = lab.nodes.iter().position(|node| node.name == "x-a").expect("the node");
+    engines[place].signal(Signal::SIGTERM).expect("signal the engine");
+    let ended = engines[place].wait().expect("wait for the engine");
+    assert!(ended.success(), "{ended}");
+    let without = running.check(gateway.sh("cat /sys/class/net/raven-wg0/ifindex"));
+    engines[place] = start_engine(lab, "x-a").expect("start the next engine");
+    running.check(proof::converged(lab).await.map(drop));
+    let after = running.check(gateway.sh("cat /sys/class/net/raven-wg0/ifindex"));
+    assert_eq!([&without, &after], [&before, &before], "the device was recreated");
+    let report = running.check(flow.stop().await);
+    println!("the engine is replaced: {report:?}");
+    assert!(report.longest_gap < Duration::from_secs(5).mul_f64(patience()), "{report:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,7 +8,7 @@ use kube::{Api, api::ListParams};
 use raven_api::{Gateway, gateway::EndpointType};
 use raven_tests::{Lab, eventually, probe, probe::Flow, proof, require_root};
 
-use crate::{Running, live_changes::loss_limit};
+use crate::Running;
 
 /// Rate of the flows in datagrams per second.
 const RATE: u32 = 500;
@@ -47,10 +47,7 @@ async fn member_takes_over_when_gateway_node_fails() {
         "convergence: the pool's flow was interrupted for {} ms; another pool's: {other_flow:?}",
         own_flow.longest_gap.as_millis()
     );
-    // Packets may be lost only because of the embedded engine (see `live_changes`): the cloud's engine stops while a
-    // peer is replaced, and the other pool's engine recreates its session with the cloud when the pool's prefixes are
-    // removed and when they are added again.
-    assert!(other_flow.lost <= loss_limit(4, RATE), "another pool's flow: {other_flow:?}");
+    assert_eq!(other_flow.lost, 0, "another pool's flow: {other_flow:?}");
     // From a pod of the new gateway node, and from one of the previous gateway node.
     for from in ["x-b", "x-a"] {
         for to in ["cloud-b", "y-b"] {

@@ -58,7 +58,7 @@ fn messages() -> (Named, Named) {
         ("a cookie", to_tunnel(&message(3, 64))),
         ("a keepalive", to_tunnel(&message(4, 32))),
         ("data", to_tunnel(&message(4, 32 + 1280))),
-        ("data without padding, as boringtun sends it", to_tunnel(&message(4, 92 + 5))),
+        ("data without padding, as some implementations send it", to_tunnel(&message(4, 92 + 5))),
         ("an invalid message to another port", datagram(OUTSIDER, ME, TUNNEL_PORT + 1, b"garbage")),
         ("an invalid message to another node", datagram(OUTSIDER, GATEWAY, TUNNEL_PORT, b"garbage")),
     ];

@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod init;
+mod interop;
 mod scenario;
 
 use std::process::ExitCode;

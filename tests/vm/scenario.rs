@@ -11,6 +11,8 @@ use raven_tests::probe::{self, Echo};
 use raven_tests::proof::{self, Check, FAMILIES};
 use raven_tests::{Lab, Node, eventually, kernel_log, offline as topology};
 
+use crate::interop::Interop;
+
 /// Size of transfers in bytes; emulation is slow.
 const BULK: u64 = 2_000_000;
 /// Rate of flows in packets per second.
@@ -18,7 +20,8 @@ const RATE: u32 = 100;
 const ANSWER: Duration = Duration::from_secs(20);
 
 /// Checks that a short run does not contain.
-const SKIPPED: [&str; 6] = [
+const SKIPPED: [&str; 7] = [
+    "Raven's engine with the kernel's WireGuard",
     "bulk over IPv6",
     "host processes, traceroute, fragments, foreign sources, MTU",
     "restart under IPv6 traffic",
@@ -72,6 +75,7 @@ fn short() -> bool {
 async fn all(results: &mut Results) -> Result<()> {
     let lab = Lab::builder().without_kubernetes().up().await?;
     results.note("the pools are isolated without Raven", proof::isolated(&lab).await);
+    let interop = if short() { None } else { Some(Interop::start(&lab).await) };
     let gateways = topology::write(&lab)?;
     let mut agents = Vec::new();
     for node in &lab.nodes {
@@ -79,10 +83,24 @@ async fn all(results: &mut Results) -> Result<()> {
     }
     let before = results.failed;
     let result = with_agents(results, &lab, &gateways, &mut agents).await;
+    if let Some(interop) = interop {
+        engine(results, &lab, interop).await;
+    }
     if result.is_err() || results.failed > before {
         show_logs(&lab);
     }
     result
+}
+
+/// Raven's userspace engine with the kernel's WireGuard.
+async fn engine(results: &mut Results, lab: &Lab, interop: Result<Interop>) {
+    let mut interop = match interop {
+        Ok(interop) => interop,
+        Err(e) => return results.note("Raven's engine and the kernel's WireGuard connect", Err(e)),
+    };
+    results.note("engine: sessions are renewed without loss", interop.renewed(lab).await);
+    results.note("engine: a peer that was away is dialled again", interop.dials_again(lab).await);
+    results.note("engine: transfers in both roles, and roaming", interop.transfers(lab).await);
 }
 
 async fn with_agents(results: &mut Results, lab: &Lab, gateways: &[String], agents: &mut [Agent]) -> Result<()> {

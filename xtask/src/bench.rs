@@ -18,7 +18,7 @@ pub(crate) struct Bench {
     /// Print only JSON on standard output.
     #[arg(long)]
     json: bool,
-    /// Measure each variant of `transit`, `tunnel` and `proxy` this number of times.
+    /// Measure each variant of `transit`, `tunnel`, `engine` and `proxy` this number of times.
     #[arg(long, default_value_t = 5)]
     runs: usize,
 }
@@ -30,6 +30,8 @@ enum What {
     Transit,
     /// Throughput between two gateway nodes, against bare WireGuard between the same two. Requires root.
     Tunnel,
+    /// The userspace WireGuard engine, against wireguard-go. Requires root.
+    Engine,
     /// Proxy streams, against a direct TCP connection. Requires root.
     Proxy,
     /// Time and memory of `plan()` at 100, 1,000 and 10,000 nodes.
@@ -42,6 +44,9 @@ impl Bench {
     /// Builds in release mode and runs the benchmark.
     pub(crate) fn run(self) -> Result<()> {
         setup::ensure(&[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes])?;
+        if self.what == What::Engine {
+            setup::ensure(&[Need::WireguardGo])?;
+        }
         build(self.what)?;
         let mut bench = raven_tests::cargo::command();
         bench.current_dir(workspace()).args(["bench", "--quiet", "-p", "raven-tests", "--bench", "raven-bench"]);
@@ -57,6 +62,7 @@ impl Bench {
                 bench.args(["transit", "--runs", &self.runs.to_string(), "--object"]).arg(object);
             }
             What::Tunnel => drop(bench.args(["tunnel", "--runs", &self.runs.to_string()])),
+            What::Engine => drop(bench.args(["engine", "--runs", &self.runs.to_string()])),
             What::Proxy => drop(bench.args(["proxy", "--runs", &self.runs.to_string()])),
             What::Plan => drop(bench.arg("plan")),
             What::Memory => drop(bench.arg("memory")),

@@ -18,7 +18,8 @@ use syn::{
 
 use crate::workspace;
 
-const CRATES: [&str; 6] = ["raven-common", "raven-ebpf", "raven-api", "raven-agent", "raven-controller", "xtask"];
+const CRATES: [&str; 7] =
+    ["raven-common", "raven-ebpf", "raven-api", "raven-engine", "raven-agent", "raven-controller", "xtask"];
 
 /// Find import cycles among modules.
 #[derive(Args)]

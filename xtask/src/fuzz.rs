@@ -24,7 +24,7 @@ pub(crate) struct Fuzz {
 /// Flags of cargo-fuzz without a sanitizer, which requires nightly; the fuzzed code is safe Rust.
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
-    -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1";
+    -Cllvm-args=-sanitizer-coverage-trace-compares";
 
 const HOST: &str = "x86_64-unknown-linux-gnu";
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use raven_tests::kubernetes::binaries::{Binaries, HELM, METRICS, Module, NODE, WORKLOADS};
+use raven_tests::kubernetes::binaries::{Binaries, HELM, METRICS, Module, NODE, WIREGUARD, WORKLOADS};
 
 use crate::debian_kernel::{self, Series};
 use crate::progress::{self, Task};
@@ -29,8 +29,17 @@ pub(crate) struct Setup {
 impl Setup {
     /// Installs everything that the commands of the README need.
     pub(crate) fn run(self) -> Result<()> {
-        let all =
-            [Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet, Need::Metrics, Need::Vm, Need::Image];
+        let all = [
+            Need::Build,
+            Need::Ebpf,
+            Need::Lab,
+            Need::Kubernetes,
+            Need::Kubelet,
+            Need::Metrics,
+            Need::WireguardGo,
+            Need::Vm,
+            Need::Image,
+        ];
         if self.check {
             let missing: Vec<String> = all.iter().flat_map(|need| need.missing()).collect();
             ensure!(missing.is_empty(), "missing: {}", missing.join(", "));
@@ -75,6 +84,8 @@ pub(crate) enum Need {
     Helm,
     /// metrics-server, which only tests use.
     Metrics,
+    /// wireguard-go, which only tests and benchmarks of the engine use.
+    WireguardGo,
     /// Programs that boot other kernels. The kernels themselves are downloaded when they are tested.
     Vm,
     /// Programs that images contain, and that read their libraries, packages and commit.
@@ -130,6 +141,7 @@ impl Need {
             Self::Workloads => &WORKLOADS,
             Self::Helm => &HELM,
             Self::Metrics => &METRICS,
+            Self::WireguardGo => &WIREGUARD,
             _ => return None,
         };
         (!matches!(module.find(), Ok(Some(_)))).then_some(module)
@@ -156,7 +168,7 @@ impl Need {
                 tool("nsenter", "util-linux"),
                 tool("sysctl", "procps"),
             ],
-            Self::Kubernetes | Self::Helm | Self::Metrics => Vec::new(),
+            Self::Kubernetes | Self::Helm | Self::Metrics | Self::WireguardGo => Vec::new(),
             // The plugins are not on the path.
             Self::Workloads => vec![Tool { program: "/usr/lib/cni/bridge", package: "containernetworking-plugins" }],
             Self::Kubelet => vec![tool("runc", "runc"), tool("busybox", "busybox-static"), tool("curl", "curl")],

@@ -46,7 +46,9 @@ impl Level {
             Self::Unit | Self::Bpf => &[Need::Build, Need::Ebpf],
             // Level `kernel` checks its needs itself and is skipped if they cannot be installed.
             Self::Kernel => &[],
-            Self::Lab => &[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet, Need::Metrics],
+            Self::Lab => {
+                &[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes, Need::Kubelet, Need::Metrics, Need::WireguardGo]
+            }
             Self::Installed => &[
                 Need::Build,
                 Need::Ebpf,
@@ -73,6 +75,8 @@ impl Level {
                 "raven-tests",
                 "--test",
                 "lab",
+                "--test",
+                "engine",
                 "--test",
                 "control",
                 "--test",

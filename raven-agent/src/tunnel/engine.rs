@@ -12,6 +12,7 @@ use std::{
 };
 
 use backon::{ConstantBuilder, Retryable};
+use netlink_packet_route::link::InfoKind;
 use nix::{
     sys::{
         signal::{self, Signal},
@@ -19,7 +20,7 @@ use nix::{
     },
     unistd::Pid,
 };
-use raven_engine::{SOCKETS, socket};
+use raven_engine::{Options, SOCKETS, socket};
 
 use super::Error;
 use crate::{link::Links, names, state::Change};
@@ -65,7 +66,7 @@ pub async fn start(device: &str) -> Result<(), Error> {
 }
 
 /// Kills an engine that does not respond.
-pub async fn kill(device: &str) -> Result<(), Error> {
+pub async fn kill(links: &Links, device: &str) -> Result<(), Error> {
     let failed = |e: &dyn std::fmt::Display| Error::Engine(format!("cannot kill the unresponsive process: {e}"));
     let stream = UnixStream::connect(socket(device)).map_err(|e| failed(&e))?;
     let peer = getsockopt(&stream, PeerCredentials).map_err(|e| failed(&e))?;
@@ -74,18 +75,14 @@ pub async fn kill(device: &str) -> Result<(), Error> {
         return Err(failed(&"it runs in another container"));
     }
     signal::kill(Pid::from_raw(peer.pid()), Signal::SIGKILL).map_err(|e| failed(&e))?;
-    stop(device).await
+    stop(links, device).await
 }
 
-/// Stops the engine and waits until its device is deleted.
-pub async fn stop(device: &str) -> Result<(), Error> {
+/// Stops the engine by deleting its device.
+pub async fn stop(links: &Links, device: &str) -> Result<(), Error> {
     remove_socket(device)?;
-    let deleted = || async {
-        let exists = nix::net::if_::if_nametoindex(device).is_ok();
-        if exists { Err("cannot stop: its device still exists after 5 s") } else { Ok(()) }
-    };
-    let backoff = ConstantBuilder::default().with_delay(Duration::from_millis(50)).with_max_times(100);
-    deleted.retry(backoff).await.map_err(|e| Error::Engine(e.to_owned()))
+    links.delete_device(device).await?;
+    Ok(())
 }
 
 /// Removes the socket that an engine leaves when it is killed.
@@ -104,14 +101,28 @@ pub async fn serve(terminated: impl Future<Output = ()>) -> Result<(), Error> {
         return Ok(());
     }
     tracing::info!(ifname = names::TUNNEL, "the kernel has no WireGuard; starting the userspace engine");
-    run(names::TUNNEL, terminated).await
+    if links.find(names::TUNNEL).await?.is_some_and(|found| found.kind != Some(InfoKind::Tun)) {
+        tracing::warn!(ifname = names::TUNNEL, "a device of another kind has the tunnel's name; deleting it");
+        links.delete_device(names::TUNNEL).await?;
+    }
+    run(names::TUNNEL, Device::Persistent, terminated).await
+}
+
+/// What becomes of the TUN device when the engine ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// It stays, so that the next engine continues with its addresses, routes and programs.
+    Persistent,
+    /// It is deleted.
+    Temporary,
 }
 
 /// Runs an engine until it ends or `terminated` completes; then it still sends what it has accepted.
-pub async fn run(device: &str, terminated: impl Future<Output = ()>) -> Result<(), Error> {
+pub async fn run(name: &str, device: Device, terminated: impl Future<Output = ()>) -> Result<(), Error> {
     let workers = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(WORKERS));
     let failed = |e: raven_engine::Error| Error::Engine(e.to_string());
-    let engine = raven_engine::Engine::start(device, workers).map_err(failed)?;
+    let options = Options { workers, persistent: device == Device::Persistent };
+    let engine = raven_engine::Engine::start(name, options).map_err(failed)?;
     let stop = engine.stopper();
     let mut ended = tokio::task::spawn_blocking(|| engine.wait());
     let result = tokio::select! {

@@ -197,8 +197,11 @@ fn normal(packet: &[u8]) -> Vec<u8> {
     packet
 }
 
-/// Packets by flow, each flow in its order. What is not TCP or UDP is one flow.
-fn by_flow(packets: &[Vec<u8>]) -> BTreeMap<Option<(bool, u8, Vec<u8>, Vec<u8>)>, Vec<Vec<u8>>> {
+/// Version of IP, protocol, addresses and ports. None: neither TCP nor UDP.
+type Flow = Option<(bool, u8, Vec<u8>, Vec<u8>)>;
+
+/// Packets by flow, each flow in its order.
+fn by_flow(packets: &[Vec<u8>]) -> BTreeMap<Flow, Vec<Vec<u8>>> {
     let mut flows: BTreeMap<_, Vec<Vec<u8>>> = BTreeMap::new();
     for packet in packets {
         let flow = Layout::of(packet).map(|layout| {

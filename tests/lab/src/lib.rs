@@ -22,11 +22,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 
 pub mod agent;
+pub mod bare;
 pub mod capture;
 pub mod cargo;
 pub mod cli;
 pub mod eventually;
 pub mod evidence;
+pub mod forge;
 pub mod impair;
 pub mod kernel_log;
 pub mod kubectl;

@@ -2,7 +2,7 @@
 //!
 //! etcd, kube-apiserver and kubectl come from `KUBEBUILDER_ASSETS` (the envtest convention), else from the cache, else
 //! they are built from Go modules (tests/kubernetes/go.mod). All other programs come from the cache or are built
-//! (tests/kubernetes/{node,workloads,helm,metrics}/go.mod). Official release archives are not used,
+//! (tests/kubernetes/{node,workloads,helm,metrics,wireguard}/go.mod). Official release archives are not used,
 //! because the development environment reaches package registries only, so a download could not be tested.
 
 use std::fs::{self, File};
@@ -142,6 +142,14 @@ pub const METRICS: Module = Module {
     suffix: "-metrics-server",
     names: "metrics-server",
     programs: &["metrics-server"],
+};
+/// wireguard-go, against which Raven's engine is measured and tested.
+pub const WIREGUARD: Module = Module {
+    folder: "kubernetes/wireguard",
+    versioned: "golang.zx2c4.com/wireguard",
+    suffix: "-wireguard",
+    names: "wireguard-go",
+    programs: &["wireguard"],
 };
 const KUBERNETES: &str = "k8s.io/kubernetes";
 

@@ -1,0 +1,256 @@
+//! Tests of the userspace WireGuard engine on bare devices between two nodes of a lab: the protocol with another
+//! implementation, changes under traffic, hostile input, and what it costs. The virtual machines test it with the kernel's
+//! implementation (`tests/vm`); its offloads have tests of their own (`raven-engine/src/offload/`).
+
+#![forbid(unsafe_code)]
+
+use std::{
+    net::{IpAddr, SocketAddr, UdpSocket},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use nix::sys::{
+    signal::Signal,
+    socket::{setsockopt, sockopt::RcvBufForce},
+};
+use raven_tests::{
+    Lab, PoolSpec,
+    bare::{Bare, Engine},
+    eventually, forge,
+    kubernetes::binaries::WIREGUARD,
+    patience,
+    probe::{self, Flow},
+    process::memory_mb,
+    require_root,
+};
+
+/// Bytes of a transfer in each direction.
+const BULK: u64 = 20_000_000;
+const SOON: Duration = Duration::from_secs(20);
+
+/// Two nodes on one LAN.
+async fn lab() -> Lab {
+    let mut pools = PoolSpec::three();
+    pools.truncate(1);
+    Lab::builder().pools(pools).without_kubernetes().up().await.expect("build the lab")
+}
+
+/// A tunnel of Raven's engine between the two nodes.
+async fn tunnel(lab: &Lab) -> Bare {
+    let (a, b) = (lab.node("cloud-a"), lab.node("cloud-b"));
+    let started = Bare::start(lab, 1, [(a, Engine::Raven), (b, Engine::Raven)], |port| (a.lan_v4, port).into());
+    started.await.expect("start the tunnel")
+}
+
+/// Transfers bytes in both directions and over both families; the receiver verifies their hash.
+async fn transfer(lab: &Lab, tunnel: &Bare) -> Result<()> {
+    let (a, b) = (&lab.node("cloud-a").ns, &lab.node("cloud-b").ns);
+    for (to_a, to_b) in tunnel.addresses(0).into_iter().zip(tunnel.addresses(1)) {
+        probe::bulk(b, a, to_a, BULK, SOON).await.context("to the first end")?;
+        probe::bulk(a, b, to_b, BULK, SOON).await.context("to the second end")?;
+    }
+    Ok(())
+}
+
+/// A line of `wg show DEVICE all dump` for the only peer: its fields.
+fn peer(lab: &Lab, node: &str, device: &str) -> Result<Vec<String>> {
+    let dump = lab.node(node).ns.run("wg", &["show", device, "dump"])?;
+    let line = dump.lines().nth(1).with_context(|| format!("{device} of {node} has no peer"))?;
+    Ok(line.split('\t').map(str::to_owned).collect())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_roles_work_with_wireguard_go() {
+    require_root!();
+    let go = match WIREGUARD.find_or_build().await {
+        Ok(found) => Engine::Go(found.program("wireguard")),
+        Err(e) => return println!("SKIPPED both_roles_work_with_wireguard_go: {e:#}"),
+    };
+    let lab = lab().await;
+    let (a, b) = (lab.node("cloud-a"), lab.node("cloud-b"));
+    let v4 = Bare::start(&lab, 1, [(a, Engine::Raven), (b, go.clone())], |port| (a.lan_v4, port).into());
+    let responder = v4.await.expect("wireguard-go dials Raven's engine");
+    let v6 = Bare::start(&lab, 2, [(a, go), (b, Engine::Raven)], |port| (a.lan_v6, port).into());
+    let initiator = v6.await.expect("Raven's engine dials wireguard-go at an IPv6 address");
+    transfer(&lab, &responder).await.expect("transfer with Raven's engine as the responder");
+    transfer(&lab, &initiator).await.expect("transfer with Raven's engine as the initiator");
+
+    // Roaming: each end changes its port, and the other one follows the next packet.
+    for (tunnel, mover, other) in [(&responder, "cloud-a", "cloud-b"), (&initiator, "cloud-b", "cloud-a")] {
+        let device = &tunnel.device;
+        lab.node(mover).ns.run("wg", &["set", device, "listen-port", "4999"]).expect("change the port");
+        let far = tunnel.v4[usize::from(mover == "cloud-a")];
+        let answers = || async { probe::ping(&lab.node(mover).ns, far.into()).await?.context("no answer") };
+        eventually(SOON, "the moved end is heard", answers).await.expect("an answer");
+        let fields = peer(&lab, other, device).expect("the peer of the other end");
+        assert!(fields[2].ends_with(":4999"), "the endpoint that {other} has learned: {}", fields[2]);
+        lab.node(mover).ns.run("wg", &["set", device, "listen-port", "0"]).expect("free the port");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_of_peers_under_traffic_lose_nothing() {
+    require_root!();
+    let lab = lab().await;
+    let tunnel = tunnel(&lab).await;
+    let (a, b) = (lab.node("cloud-a"), lab.node("cloud-b"));
+    let handshake = peer(&lab, "cloud-b", "bare1").expect("the peer")[4].clone();
+    let flows = [
+        Flow::start(&b.ns, &a.ns, tunnel.v4[0].into(), 1000).expect("start a flow"),
+        Flow::start(&a.ns, &b.ns, tunnel.v6[1].into(), 1000).expect("start a flow"),
+    ];
+    let (mut changes, begin) = (0_u32, Instant::now());
+    let other = "+Dn7kd3xX0bVkeQH9cAxjRKfTbiIUKwsp22gnVoPTWk=";
+    // 24 changes a second, of every kind, on both ends.
+    while begin.elapsed() < Duration::from_secs(10) {
+        for (node, end) in [(a, 0), (b, 1)] {
+            let (key, device) = (&tunnel.keys[1 - end], &tunnel.device);
+            let own = format!("{}/32,{}/128", tunnel.v4[1 - end], tunnel.v6[1 - end]);
+            let script = match changes / 2 % 6 {
+                // A prefix is added, and then removed by stating the others.
+                0 => format!("wg set {device} peer {key} allowed-ips {own},10.99.0.0/16"),
+                1 => format!("wg set {device} peer {key} allowed-ips {own}"),
+                2 => format!("wg set {device} peer {key} persistent-keepalive {}", 10 + changes % 20),
+                // A new peer takes a prefix that contains the other's addresses; then it goes.
+                3 => format!("wg set {device} peer {other} allowed-ips 172.16.0.0/12,10.99.0.0/16"),
+                4 => format!("wg set {device} peer {other} remove"),
+                // The same key, port and preshared key again.
+                _ => format!("wg set {device} private-key /run/raven/{device}.key listen-port {}", tunnel.port),
+            };
+            node.ns.sh(&script).expect("change the device");
+            changes += 1;
+        }
+        let due = begin + Duration::from_secs(1) * changes / 24;
+        tokio::time::sleep(due.saturating_duration_since(Instant::now())).await;
+    }
+    for flow in flows {
+        let report = flow.stop().await.expect("stop the flow");
+        assert_eq!((report.lost, report.reordered, report.duplicated), (0, 0, 0), "{report:?}");
+        assert!(report.received > 5000, "{report:?}");
+    }
+    assert!(f64::from(changes) > 150.0 / patience(), "{changes} changes");
+    assert_eq!(peer(&lab, "cloud-b", "bare1").expect("the peer")[4], handshake, "a change renewed the session");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_sends_what_was_accepted() {
+    require_root!();
+    let lab = lab().await;
+    let mut tunnel = tunnel(&lab).await;
+    let (a, b) = (lab.node("cloud-a"), lab.node("cloud-b"));
+    let to: SocketAddr = (tunnel.v4[0], 7777).into();
+    let receiver = a.ns.within(move || UdpSocket::bind(to)).expect("enter").expect("bind");
+    // 200 packets are more than the default buffer holds.
+    setsockopt(&receiver, RcvBufForce, &(4 << 20)).expect("enlarge the buffer");
+    receiver.set_read_timeout(Some(Duration::from_secs(2))).expect("set a timeout");
+    let engine = tunnel.engines[1].as_mut().expect("an engine");
+    // Stopped, so that the packets and the signal wait together.
+    engine.signal(Signal::SIGSTOP).expect("stop the engine");
+    let sent = 200;
+    let sender = b.ns.within(|| UdpSocket::bind("0.0.0.0:0")).expect("enter").expect("bind");
+    for number in 0..sent {
+        sender.send_to(&[number as u8; 1000], to).expect("send");
+    }
+    engine.signal(Signal::SIGTERM).expect("signal the engine");
+    engine.signal(Signal::SIGCONT).expect("continue the engine");
+    let mut buffer = [0; 2000];
+    let received = (0..sent).take_while(|number| {
+        receiver.recv(&mut buffer).is_ok_and(|length| length == 1000 && buffer[0] == *number as u8)
+    });
+    assert_eq!(received.count(), sent, "packets after SIGTERM");
+    let status = engine.wait().expect("wait for the engine");
+    assert!(status.success(), "{status}");
+    assert!(b.ns.sh("ip link show bare1").is_err(), "the device still exists");
+    let left = b.ns.sh("ls /var/run/wireguard").expect("list the sockets");
+    assert_eq!(left.trim(), "", "sockets that are left");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_forged_handshakes_a_second_stop_nobody() {
+    require_root!();
+    let lab = lab().await;
+    let tunnel = tunnel(&lab).await;
+    let (a, b) = (lab.node("cloud-a"), lab.node("cloud-b"));
+    // Forged sources: the attacker owns a whole prefix.
+    b.ns.sh("ip route add local 10.77.0.0/16 dev lo").expect("own the addresses");
+    a.ns.sh(&format!("ip route add 10.77.0.0/16 via {}", b.lan_v4)).expect("route the replies");
+    let public = forge::public_key(&tunnel.keys[0]).expect("a key");
+    let messages = forge::initiations(public, 256);
+    let target: SocketAddr = (a.lan_v4, tunnel.port).into();
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = stop.clone();
+    let flood = b.ns.clone();
+    let flood = flood.within_async(move || -> Result<f64> {
+        let (begin, mut sent) = (Instant::now(), 0_u32);
+        while !stopped.load(Ordering::Relaxed) {
+            let source = IpAddr::from([10, 77, (sent >> 8) as u8, sent as u8]);
+            UdpSocket::bind((source, 0))?.send_to(&messages[sent as usize % messages.len()], target)?;
+            sent += 1;
+            if sent.is_multiple_of(100) {
+                let due = begin + Duration::from_micros(100) * sent;
+                std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            }
+        }
+        Ok(f64::from(sent) / begin.elapsed().as_secs_f64())
+    });
+    let flow = Flow::start(&b.ns, &a.ns, tunnel.v4[0].into(), 1000).expect("start a flow");
+    let honest = async {
+        // Under the flood, a peer without a session needs a cookie.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let report = flow.stop().await.expect("stop the flow");
+        let again = format!(
+            "wg set bare1 peer {key} remove; wg set bare1 peer {key} preshared-key /run/raven/bare1.psk \
+             allowed-ips {}/32 endpoint {target} persistent-keepalive 1",
+            tunnel.v4[0],
+            key = tunnel.keys[0]
+        );
+        b.ns.sh(&again).expect("configure the peer again");
+        let answers = || async { probe::ping(&b.ns, tunnel.v4[0].into()).await?.context("no answer") };
+        let new = eventually(SOON, "a new session during the flood", answers).await;
+        stop.store(true, Ordering::Relaxed);
+        (report, new)
+    };
+    let (rate, (report, new)) = tokio::join!(flood, honest);
+    let rate = rate.expect("enter the namespace").expect("send the flood");
+    println!("{rate:.0} forged handshakes/s");
+    assert_eq!(report.lost, 0, "the established session: {report:?}");
+    new.expect("a new session");
+    assert!(rate > 8000.0 / patience(), "{rate:.0} messages/s");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thousand_peers_and_full_load_stay_within_memory() {
+    require_root!();
+    let lab = lab().await;
+    let tunnel = tunnel(&lab).await;
+    let a = lab.node("cloud-a");
+    let engine = tunnel.engines[0].as_ref().expect("an engine").pid();
+    let peers: String = (0..1000_u32)
+        .map(|n| {
+            let key = forge::any_key(n);
+            format!(
+                "[Peer]\nPublicKey = {key}\nAllowedIPs = 10.{}.{}.0/24\nEndpoint = 192.0.2.1:4500\n",
+                100 + n / 250,
+                n % 250
+            )
+        })
+        .collect();
+    let file = Path::new("/run/raven/peers.conf");
+    std::fs::write(a.dir.join("run/peers.conf"), peers).expect("write the peers");
+    a.ns.sh(&format!("wg addconf bare1 {}", file.display())).expect("add the peers");
+    let shown = a.ns.sh("wg show bare1 allowed-ips | wc -l").expect("list the peers");
+    assert_eq!(shown.trim(), "1001");
+    // Without the pages of the program's file, which all of Raven's processes on a node share.
+    let idle = memory_mb(engine, "RssAnon").expect("read the memory");
+    transfer(&lab, &tunnel).await.expect("transfer");
+    let peak = memory_mb(engine, "VmHWM").expect("read the memory");
+    println!("{idle:.1} MB idle with 1,000 peers, at most {peak:.1} MB under load");
+    assert!(idle < 30.0, "{idle} MB");
+    assert!(peak < 100.0, "{peak} MB");
+}
