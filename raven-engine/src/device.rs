@@ -44,6 +44,8 @@ pub(crate) struct Lost {
     pub(crate) no_endpoint: AtomicU64,
     /// The sender's prefixes do not contain the source.
     pub(crate) wrong_source: AtomicU64,
+    /// They contradict their virtio header.
+    pub(crate) malformed: AtomicU64,
     /// The socket did not take them.
     pub(crate) not_sent: AtomicU64,
     /// The TUN device did not take them.
@@ -157,7 +159,8 @@ impl Device {
             if !exists && change.only_existing {
                 continue;
             }
-            let dials = change.settings.keepalive.is_some_and(|seconds| seconds > 0);
+            // A new peer is dialled, too: it may continue a session with a previous engine.
+            let dials = change.settings.keepalive.is_some_and(|seconds| seconds > 0) || !exists;
             let Some(peer) = self.ensure(&mut config, change.key) else { continue };
             peer.change(change.settings);
             config.set_prefixes(&peer, &change.prefixes, change.replace_prefixes || (replace && exists));
@@ -265,11 +268,27 @@ impl Lost {
 
     /// Logs what was dropped since the last call, if anything was.
     pub(crate) fn report(&self, device: &str) {
-        let [no_peer, no_endpoint, wrong_source, not_sent, not_delivered] =
-            [&self.no_peer, &self.no_endpoint, &self.wrong_source, &self.not_sent, &self.not_delivered]
-                .map(|counter| counter.swap(0, Ordering::Relaxed));
-        if no_peer + no_endpoint + wrong_source + not_sent + not_delivered > 0 {
-            tracing::info!(device, no_peer, no_endpoint, wrong_source, not_sent, not_delivered, "packets were dropped");
+        let dropped = [
+            &self.no_peer,
+            &self.no_endpoint,
+            &self.wrong_source,
+            &self.malformed,
+            &self.not_sent,
+            &self.not_delivered,
+        ];
+        let dropped = dropped.map(|counter| counter.swap(0, Ordering::Relaxed));
+        let [no_peer, no_endpoint, wrong_source, malformed, not_sent, not_delivered] = dropped;
+        if dropped.iter().any(|packets| *packets > 0) {
+            tracing::info!(
+                device,
+                no_peer,
+                no_endpoint,
+                wrong_source,
+                malformed,
+                not_sent,
+                not_delivered,
+                "packets were dropped"
+            );
         }
     }
 }

@@ -124,9 +124,17 @@ impl Engine {
             let thread = thread::Builder::new().name("worker".to_owned());
             threads.push(thread.spawn(move || worker.run()).map_err(Error::Worker)?);
         }
-        let (for_clients, for_timer) = (shared.clone(), shared.clone());
-        thread::spawn(move || uapi::serve(&listener, &for_clients));
-        thread::spawn(move || end.send(for_timer.watch(threads)));
+        let listener = Arc::new(listener);
+        let (for_clients, for_timer, to_shut_down) = (shared.clone(), shared.clone(), listener.clone());
+        let clients = thread::spawn(move || uapi::serve(&listener, &for_clients));
+        thread::spawn(move || {
+            let result = for_timer.watch(threads);
+            uapi::shut_down(&to_shut_down);
+            let _ = clients.join();
+            // Before others are told: with the last reference, the device is closed.
+            drop(for_timer);
+            end.send(result)
+        });
         Ok(Self { shared, ended })
     }
 
@@ -135,7 +143,7 @@ impl Engine {
         Stop(self.shared.clone())
     }
 
-    /// Waits until the device is stopped, or fails.
+    /// Waits until the device is stopped, or fails. Then it is closed, if no [`Stop`] is left.
     pub fn wait(self) -> Result<(), Error> {
         self.ended.recv().unwrap_or(Ok(()))
     }

@@ -60,16 +60,18 @@ impl Queue {
         Ok(Self(File::from(device.as_fd().try_clone_to_owned()?)))
     }
 
-    /// Reads a packet or an aggregate. None: nothing is waiting.
-    pub(crate) fn read<'a>(&mut self, buffer: &'a mut [u8]) -> io::Result<Option<(Header, &'a mut [u8])>> {
+    /// Reads a packet or an aggregate. None: nothing is waiting. The header is None if the kernel used a type that was not
+    /// asked for.
+    pub(crate) fn read<'a>(&mut self, buffer: &'a mut [u8]) -> io::Result<Option<(Option<Header>, &'a mut [u8])>> {
         let length = match self.0.read(buffer) {
             Ok(length) => length,
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
             Err(e) => return Err(e),
         };
-        let invalid = || io::Error::new(io::ErrorKind::InvalidData, "the TUN device returned an invalid virtio header");
-        let (header, packet) = buffer[..length].split_first_chunk_mut().ok_or_else(invalid)?;
-        Ok(Some((Header::parse(*header).ok_or_else(invalid)?, packet)))
+        match buffer[..length].split_first_chunk_mut() {
+            Some((header, packet)) => Ok(Some((Header::parse(*header), packet))),
+            None => Ok(Some((None, &mut []))),
+        }
     }
 
     /// Writes a virtio header and the parts of a packet.

@@ -5,9 +5,12 @@ use std::{
     fs,
     io::{self, BufRead, BufReader, Write},
     net::Shutdown,
-    os::unix::{
-        fs::PermissionsExt,
-        net::{UnixListener, UnixStream},
+    os::{
+        fd::AsRawFd,
+        unix::{
+            fs::PermissionsExt,
+            net::{UnixListener, UnixStream},
+        },
     },
     path::{Path, PathBuf},
     sync::Arc,
@@ -53,18 +56,29 @@ pub(crate) fn listen(device: &str) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves clients, each in a thread of its own, until the listener fails.
+/// Ends [`serve`].
+pub(crate) fn shut_down(listener: &UnixListener) {
+    let _ = nix::sys::socket::shutdown(listener.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+}
+
+/// Serves clients, each in a thread of its own, until the listener is shut down.
 pub(crate) fn serve(listener: &UnixListener, shared: &Arc<Shared>) {
     for client in listener.incoming() {
         let shared = shared.clone();
         match client {
+            // EINVAL: the listener is shut down.
+            Err(e) if e.kind() == io::ErrorKind::InvalidInput => return,
             Ok(client) => drop(std::thread::spawn(move || {
                 if let Err(e) = converse(&client, &shared) {
                     tracing::debug!(error = %e, "a client of the configuration socket");
                 }
                 let _ = client.shutdown(Shutdown::Both);
             })),
-            Err(e) => tracing::warn!(error = %e, "cannot accept a client of the configuration socket"),
+            Err(e) => {
+                tracing::warn!(error = %e, "cannot accept a client of the configuration socket");
+                // Without free file descriptors, the next attempt would fail at once.
+                std::thread::sleep(Duration::from_millis(100));
+            }
         }
     }
 }

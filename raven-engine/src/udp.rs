@@ -120,26 +120,20 @@ impl UdpSocket {
     }
 
     /// Receives a datagram or a run of them, which have the returned length; only the last may be shorter. None: nothing
-    /// is waiting.
-    pub(crate) fn receive<'a>(&self, buffer: &'a mut [u8]) -> io::Result<Option<(SocketAddr, &'a mut [u8], usize)>> {
+    /// is waiting. Errors that a socket reports (of datagrams sent before, a lack of memory) concern a single call.
+    pub(crate) fn receive<'a>(&self, buffer: &'a mut [u8]) -> Option<(SocketAddr, &'a mut [u8], usize)> {
         let mut control = nix::cmsg_space!(i32);
         let mut parts = [IoSliceMut::new(buffer)];
         let received =
             recvmsg::<SockaddrStorage>(self.socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_DONTWAIT);
-        let received = match received {
-            Ok(received) => received,
-            // A datagram sent before was refused: of no interest here, and the next call continues.
-            Err(Errno::EAGAIN | Errno::ECONNREFUSED | Errno::EHOSTUNREACH | Errno::ENETUNREACH) => return Ok(None),
-            Err(e) => return Err(e.into()),
-        };
+        let received = received.ok()?;
         let length = received.bytes;
-        let size = received.cmsgs()?.find_map(|message| match message {
+        let size = received.cmsgs().ok()?.find_map(|message| match message {
             ControlMessageOwned::UdpGroSegments(size) => usize::try_from(size).ok(),
             _ => None,
         });
-        let source = received.address.as_ref().and_then(address);
-        let Some(source) = source else { return Ok(None) };
-        Ok(Some((source, &mut buffer[..length], size.filter(|size| *size > 0).unwrap_or(length).max(1))))
+        let source = received.address.as_ref().and_then(address)?;
+        Some((source, &mut buffer[..length], size.filter(|size| *size > 0).unwrap_or(length).max(1)))
     }
 
     /// Sends a run of datagrams of a length, of which only the last may be shorter.

@@ -4,7 +4,8 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::AsFd,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, atomic::Ordering, mpsc},
+    time::{Duration, Instant},
 };
 
 use bytes::BytesMut;
@@ -29,6 +30,9 @@ use crate::{
 /// Packets that a worker takes from one source before it looks at the others.
 const BATCH: usize = 128;
 
+/// How long a worker goes on with what keeps arriving after it was told to change or to end.
+const FINISH: Duration = Duration::from_millis(500);
+
 /// Events: which file is ready.
 const TUN: u64 = 0;
 const V4: u64 = 1;
@@ -49,7 +53,7 @@ pub(crate) struct Worker {
     device: Arc<Device>,
     queue: Queue,
     sockets: Option<Arc<Sockets>>,
-    orders: std::sync::mpsc::Receiver<Order>,
+    orders: mpsc::Receiver<Order>,
     wake: Arc<EventFd>,
     epoll: Epoll,
     pending: Pending,
@@ -67,7 +71,7 @@ struct Pending {
 
 /// The other end of a worker.
 pub(crate) struct Handle {
-    orders: std::sync::mpsc::Sender<Order>,
+    orders: mpsc::Sender<Order>,
     wake: Arc<EventFd>,
 }
 
@@ -81,7 +85,7 @@ impl Handle {
 
 impl Worker {
     pub(crate) fn new(device: Arc<Device>, queue: Queue, udp: bool) -> io::Result<(Self, Handle)> {
-        let (sender, orders) = std::sync::mpsc::channel();
+        let (sender, orders) = mpsc::channel();
         let wake = Arc::new(EventFd::new()?);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(queue.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, TUN))?;
@@ -111,8 +115,8 @@ impl Worker {
             };
             for event in &events[..ready] {
                 match event.data() {
-                    TUN => drop(self.outbound()?),
-                    V4 | V6 => drop(self.inbound(event.data())?),
+                    TUN => _ = self.outbound()?,
+                    V4 | V6 => _ = self.inbound(event.data()),
                     _ => {
                         self.wake.read()?;
                         if !self.follow_orders()? {
@@ -137,12 +141,14 @@ impl Worker {
 
     /// Packets that the node or its peers have already sent are not lost.
     fn finish(mut self) -> io::Result<()> {
-        while self.outbound()? || self.inbound(V4)? || self.inbound(V6)? {}
+        let end = Instant::now() + FINISH;
+        while (self.outbound()? || self.inbound(V4) || self.inbound(V6)) && Instant::now() < end {}
         Ok(())
     }
 
     fn change_sockets(&mut self, new: Arc<Sockets>) -> io::Result<()> {
-        while self.inbound(V4)? || self.inbound(V6)? {}
+        let end = Instant::now() + FINISH;
+        while (self.inbound(V4) || self.inbound(V6)) && Instant::now() < end {}
         if let Some(old) = &self.sockets {
             for socket in std::iter::once(&old.v4).chain(&old.v6) {
                 self.epoll.delete(socket.as_fd())?;
@@ -180,12 +186,15 @@ impl Worker {
                 continue;
             };
             let outbox = &mut self.pending.outbox;
-            let divided = offload::split(header, packet, mtu, |packet| {
-                taken += 1;
-                send(&device, outbox, peer, packet);
+            let divided = header.ok_or(offload::Malformed).and_then(|header| {
+                offload::split(header, packet, mtu, |packet| {
+                    taken += 1;
+                    send(&device, outbox, peer, packet);
+                })
             });
-            if let Err(e) = divided {
-                tracing::debug!(error = %e, "dropping a packet of the TUN device");
+            if divided.is_err() {
+                Lost::count(&device.lost.malformed, 1);
+                taken += 1;
             }
         }
         Lost::count(&device.lost.not_sent, self.pending.outbox.flush(&sockets));
@@ -193,13 +202,11 @@ impl Worker {
     }
 
     /// A batch from a socket to the TUN device. False: nothing is left.
-    fn inbound(&mut self, which: u64) -> io::Result<bool> {
-        let Some(sockets) = self.sockets.clone() else { return Ok(false) };
-        let Some(socket) = (if which == V4 { Some(&sockets.v4) } else { sockets.v6.as_ref() }) else {
-            return Ok(false);
-        };
+    fn inbound(&mut self, which: u64) -> bool {
+        let Some(sockets) = self.sockets.clone() else { return false };
+        let Some(socket) = (if which == V4 { Some(&sockets.v4) } else { sockets.v6.as_ref() }) else { return false };
         let device = self.device.clone();
-        let is_left = self.receive(&device, socket)?;
+        let is_left = self.receive(&device, socket);
         Lost::count(&device.lost.not_sent, self.pending.outbox.flush(&sockets));
         let (queue, lost) = (&mut self.queue, &device.lost.not_delivered);
         // A device that is down takes no packets.
@@ -208,16 +215,17 @@ impl Worker {
                 Lost::count(lost, 1);
             }
         });
-        Ok(is_left)
+        is_left
     }
 
-    fn receive(&mut self, device: &Device, socket: &UdpSocket) -> io::Result<bool> {
+    /// Decrypts a batch. False: nothing is left.
+    fn receive(&mut self, device: &Device, socket: &UdpSocket) -> bool {
         let config = device.config();
         // Messages of one sender come together, so the last session is remembered.
         let mut last: Option<(u32, Arc<Peer>)> = None;
         let mut taken = 0;
         while taken < BATCH {
-            let Some((source, bytes, length)) = socket.receive(&mut self.udp_buffer)? else { return Ok(false) };
+            let Some((source, bytes, length)) = socket.receive(&mut self.udp_buffer) else { return false };
             for datagram in bytes.chunks(length) {
                 taken += 1;
                 let Some(identity) = &config.identity else { continue };
@@ -249,7 +257,7 @@ impl Worker {
                 }
             }
         }
-        Ok(true)
+        true
     }
 }
 

@@ -14,13 +14,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sys::{
     signal::Signal,
     socket::{setsockopt, sockopt::RcvBufForce},
 };
+use raven_engine::Options;
 use raven_tests::{
-    Lab, PoolSpec,
+    Lab, Namespace, PoolSpec,
     bare::{Bare, Engine},
     eventually, forge,
     kubernetes::binaries::WIREGUARD,
@@ -136,6 +137,87 @@ async fn changes_of_peers_under_traffic_lose_nothing() {
     }
     assert!(f64::from(changes) > 150.0 / patience(), "{changes} changes");
     assert_eq!(peer(&lab, "cloud-b", "bare1").expect("the peer")[4], handshake, "a change renewed the session");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mark_of_outgoing_packets_is_set_and_removed() {
+    require_root!();
+    let lab = lab().await;
+    let tunnel = tunnel(&lab).await;
+    let b = lab.node("cloud-b");
+    b.ns.nft(
+        "table inet marks {
+            counter marked {}
+            counter plain {}
+            chain out {
+                type filter hook output priority 0
+                udp dport 4501 meta mark 0x77 counter name marked
+                udp dport 4501 meta mark != 0x77 counter name plain
+            }
+        }",
+    )
+    .expect("count packets by their mark");
+    let counted = |name: &str| -> u64 {
+        let shown = b.ns.sh(&format!("nft list counter inet marks {name}")).expect("read the counter");
+        let mut words = shown.split_whitespace().skip_while(|word| *word != "packets").skip(1);
+        words.next().and_then(|word| word.parse().ok()).expect("a number")
+    };
+    for (mark, other) in [("0x77", "plain"), ("0", "marked")] {
+        b.ns.run("wg", &["set", "bare1", "fwmark", mark]).expect("set the mark");
+        let before = counted(other);
+        let answered = probe::ping(&b.ns, tunnel.v4[0].into()).await.expect("ping");
+        assert!(answered.is_some(), "no answer with mark {mark}");
+        assert_eq!(counted(other), before, "packets counted as {other} with mark {mark}");
+    }
+    assert!(counted("marked") > 0);
+    assert!(counted("plain") > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_devices_run_in_one_process() {
+    require_root!();
+    let lab = lab().await;
+    // In the node's network, with the configuration sockets of this process.
+    let inside = Namespace { mount: None, ..lab.node("cloud-a").ns.clone() };
+    let names = [1, 2].map(|number| format!("rt{}-{number}", std::process::id()));
+    let started = names.clone();
+    let engines = inside.within(move || {
+        let options = Options { workers: 1, persistent: false };
+        started.map(|name| raven_engine::Engine::start(&name, options).expect("start an engine"))
+    });
+    let engines = engines.expect("enter the namespace");
+    let folder = tempfile::tempdir().expect("a folder");
+    let key = |number: usize| folder.path().join(number.to_string()).display().to_string();
+    let public =
+        [0, 1].map(|at| inside.sh(&format!("umask 077; wg genkey > {0}; wg pubkey < {0}", key(at))).expect("a key"));
+    for at in [0, 1] {
+        let (name, other) = (&names[at], 1 - at);
+        inside
+            .sh(&format!(
+                "wg set {name} private-key {} listen-port {} peer {} allowed-ips 10.98.{other}.0/24 \
+                 endpoint 127.0.0.1:{} persistent-keepalive 1",
+                key(at),
+                4600 + at,
+                public[other].trim(),
+                4600 + other,
+            ))
+            .expect("configure the device");
+    }
+    let connected = || async {
+        for name in &names {
+            let shown = inside.run("wg", &["show", name, "latest-handshakes"])?;
+            ensure!(shown.split_whitespace().nth(1).is_some_and(|time| time != "0"), "{name} has no session");
+        }
+        Ok(())
+    };
+    eventually(SOON, "the two devices have a session", connected).await.expect("a session");
+    engines.iter().for_each(|engine| engine.stopper().stop());
+    for engine in engines {
+        engine.wait().expect("the engine ends");
+    }
+    assert!(names.iter().all(|name| !raven_engine::socket(name).exists()), "a socket is left");
+    let devices = inside.run("ip", &["-br", "link"]).expect("list the devices");
+    assert!(names.iter().all(|name| !devices.contains(name)), "a device is left: {devices}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! Tests of the basic function: pods of three pools reach each other, by the redirect programs and encrypted, and
 //! also while agents restart.
 
-use raven_tests::{proof, require_root};
+use raven_tests::{probe, proof, require_root};
 
 use crate::Running;
 
@@ -18,6 +18,8 @@ async fn pods_of_three_pools_reach_each_other_by_redirect() {
     for family in 0..2 {
         running.check(proof::bulk(lab, "cloud-b", "x-b", family, BULK / 4).await);
         running.check(proof::bulk(lab, "x-b", "y-b", family, BULK / 4).await);
+        let (from, to) = (lab.pod("x-b"), lab.pod("y-b"));
+        running.check(probe::udp_runs(&from.ns, &to.ns, to.addresses()[family], 1200, 100).await);
     }
     // Every gateway node forwarded members' packets in both directions, only by the redirect programs.
     running.check(proof::redirected(lab, &before, 1000));

@@ -33,6 +33,10 @@ pub(crate) fn run() -> ! {
             println!("raven-vm: create /dev/{link}: {error}");
         }
     }
+    // As in a distribution: WireGuard's tools look for engines in /var/run/wireguard, which each node has for itself.
+    if let Err(error) = symlink("/run", "/var/run") {
+        println!("raven-vm: create /var/run: {error}");
+    }
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     println!("raven-vm: {} is up", release.trim());
     let started =

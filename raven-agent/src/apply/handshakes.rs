@@ -31,8 +31,8 @@ struct Pending {
 pub(super) struct Handshakes {
     /// Peers without a session so far.
     pending: BTreeMap<PublicKey, Pending>,
-    /// Last endpoints of deleted peers. A peer that is added again is dialled there for a new session: by itself it may
-    /// continue the previous one, which this node no longer has, for two minutes.
+    /// Last endpoints of peers. A peer that is added again, or to a new engine, is dialled there for a new session: by itself
+    /// it would continue the previous one, which this node no longer has, for up to two minutes.
     last_endpoints: BTreeMap<PublicKey, SocketAddr>,
 }
 
@@ -50,16 +50,17 @@ impl Handshakes {
     /// The peer to configure, with its last endpoint if it has no other. Starts retries for a new peer that this node
     /// keeps a session with.
     pub(super) fn added(&mut self, key: PublicKey, peer: &Peer, have: &State) -> Peer {
-        let peer = Peer { endpoint: peer.endpoint.or_else(|| self.last_endpoints.remove(&key)), ..peer.clone() };
+        let peer = Peer { endpoint: peer.endpoint.or_else(|| self.last_endpoints.get(&key).copied()), ..peer.clone() };
         if peer.keepalive.is_some() && peer.endpoint.is_some() && !have.peers.contains_key(&key) {
             self.pending.insert(key, Pending { last: Instant::now(), delay: FIRST_RETRY });
         }
         peer
     }
 
-    /// Stores the endpoint of a peer that is being deleted.
-    pub(super) fn deleted(&mut self, key: PublicKey, have: &State) {
-        self.last_endpoints.extend(have.peers.get(&key).and_then(|peer| peer.endpoint).map(|endpoint| (key, endpoint)));
+    /// Remembers where peers are.
+    pub(super) fn seen(&mut self, have: &State) {
+        let endpoints = have.peers.iter().filter_map(|(key, peer)| Some((*key, peer.endpoint?)));
+        self.last_endpoints.extend(endpoints);
     }
 
     /// Repeats the handshake with each peer whose delay has passed: a peer that is deleted and added again is

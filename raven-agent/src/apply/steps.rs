@@ -28,6 +28,7 @@ impl Reconciler {
     pub(super) async fn change_state(&mut self, plan: &Plan, indexes: Indexes, outcome: &mut Outcome) {
         let have = self.read(indexes).await;
         let Some(have) = outcome.keep(have) else { return };
+        self.handshakes.seen(&have);
         let steps = diff(&have, &plan.state);
         for group in steps.chunk_by(|a, b| is_route(a) && is_route(b)) {
             if is_route(&group[0]) {
@@ -67,7 +68,6 @@ impl Reconciler {
             }
             Step::DeletePeer(key) => {
                 if let Some(tunnel) = &self.tunnel {
-                    self.handshakes.deleted(*key, have);
                     tunnel.delete_peer(*key).await?;
                 }
             }

@@ -4,15 +4,16 @@
 //! Servers return to each client the source address that they observed, so that tests can check that it is unchanged.
 
 use std::collections::HashSet;
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, IoSlice, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
+use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrStorage, sendmsg, setsockopt, sockopt::RcvBufForce};
 use sha2::{Digest, Sha256};
 
 use crate::namespace::Namespace;
@@ -277,6 +278,41 @@ impl Random {
             piece.copy_from_slice(&bytes[..piece.len()]);
         }
     }
+}
+
+/// Sends runs of datagrams, each run in one system call with segmentation offload (`UDP_SEGMENT`), as QUIC does, so that
+/// aggregates of UDP cross the path. Fails unless all arrive unchanged and in their order.
+pub async fn udp_runs(from: &Namespace, to: &Namespace, address: IpAddr, length: u16, runs: u32) -> Result<String> {
+    // The last datagram of each run is shorter.
+    const PER_RUN: usize = 20;
+    let receiver = to.within(move || UdpSocket::bind((address, 0)))??;
+    setsockopt(&receiver, RcvBufForce, &RECEIVE_BUFFER).context("enlarge the receive buffer")?;
+    receiver.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let target = receiver.local_addr()?;
+    let sender = from.within(move || UdpSocket::bind(any(target)))??;
+    sender.connect(target)?;
+    let bytes = usize::from(length) * PER_RUN - usize::from(length) / 2;
+    tokio::task::spawn_blocking(move || {
+        let (mut random, mut run, mut buffer) = (Random(0x5eed), vec![0; bytes], [0; 2048]);
+        for number in 0..runs {
+            random.fill(&mut run);
+            let sent = sendmsg::<SockaddrStorage>(
+                sender.as_raw_fd(),
+                &[IoSlice::new(&run)],
+                &[ControlMessage::UdpGsoSegments(&length)],
+                MsgFlags::empty(),
+                None,
+            );
+            ensure!(sent.context("send a run")? == bytes, "a run was sent in part");
+            for (place, expected) in run.chunks(usize::from(length)).enumerate() {
+                let received = receiver.recv(&mut buffer);
+                let received = received.with_context(|| format!("datagram {place} of run {number} did not arrive"))?;
+                ensure!(&buffer[..received] == expected, "datagram {place} of run {number} has other bytes");
+            }
+        }
+        Ok(format!("{runs} runs of {PER_RUN} datagrams"))
+    })
+    .await?
 }
 
 /// A running flow of numbered datagrams at a constant rate.
