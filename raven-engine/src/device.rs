@@ -68,6 +68,17 @@ pub(crate) struct Identity {
     pub(crate) guard: Guard,
 }
 
+/// Stands for a key that is not set; nothing is sent with it.
+const UNSET: [u8; 32] = [1; 32];
+
+impl Identity {
+    fn new(key: [u8; 32]) -> Self {
+        let private = StaticSecret::from(key);
+        let public = PublicKey::from(&private);
+        Self { private, public, guard: Guard::new(&public) }
+    }
+}
+
 impl Device {
     pub(crate) fn new(mtu: usize) -> Self {
         Self {
@@ -84,14 +95,16 @@ impl Device {
         self.config.read()
     }
 
-    /// Makes a session known before its index is sent to the peer.
-    pub(crate) fn register(&self, message: &WgKind, peer: &Arc<Peer>) {
+    /// Makes a session known before its index is sent to the peer, unless the peer was removed meanwhile.
+    pub(crate) fn register(&self, config: &Config, message: &WgKind, peer: &Arc<Peer>) {
         let index = match message {
             WgKind::HandshakeInit(init) => init.sender_idx.get(),
             WgKind::HandshakeResp(response) => response.sender_idx.get(),
             WgKind::CookieReply(_) | WgKind::Data(_) => return,
         };
-        self.sessions.write().insert(index, peer.clone());
+        if config.peers.get(peer.key.as_bytes()).is_some_and(|current| Arc::ptr_eq(current, peer)) {
+            self.sessions.write().insert(index, peer.clone());
+        }
     }
 
     /// The peer for which a message is meant.
@@ -114,28 +127,31 @@ impl Device {
         self.sessions.write().retain(|index, _| self.indices.in_use(*index));
         let peers: Vec<Arc<Peer>> = self.config().peers.values().cloned().collect();
         for peer in peers {
-            if let Some((message, endpoint)) = peer.tick() {
-                self.register(&message, &peer);
+            let config = self.config();
+            let message = peer.tick().filter(|_| config.identity.is_some());
+            if let Some((message, _)) = &message {
+                self.register(&config, message, &peer);
+            }
+            drop(config);
+            if let Some((message, endpoint)) = message {
                 send(message, endpoint);
             }
         }
     }
 
-    /// Sets the private key. The same key again changes nothing; another one ends all sessions.
+    /// Sets or removes the private key. The same key again changes nothing; another one, or none, ends all sessions.
     pub(crate) fn set_key(&self, key: Option<[u8; 32]>) {
         let mut config = self.config.write();
-        let identity = key.map(|key| {
-            let private = StaticSecret::from(key);
-            let public = PublicKey::from(&private);
-            Identity { private, public, guard: Guard::new(&public) }
-        });
+        let identity = key.map(Identity::new);
         if identity.as_ref().map(|new| new.public) == config.identity.as_ref().map(|old| old.public) {
             return;
         }
-        if let Some(Identity { private, public, guard }) = &identity {
-            for peer in config.peers.values() {
-                peer.with_tunnel(|tunnel| tunnel.set_static_private(private.clone(), *public, guard.calm.clone()));
-            }
+        let unset = Identity::new(UNSET);
+        let Identity { private, public, guard } = identity.as_ref().unwrap_or(&unset);
+        // The device is not its own peer.
+        self.remove(&mut config, public.as_bytes());
+        for peer in config.peers.values() {
+            peer.set_private(private, *public, guard.calm.clone());
         }
         config.identity = identity;
     }
@@ -143,14 +159,16 @@ impl Device {
     /// Applies a change of peers in one step: no packet sees a part of it. Returns what has to be sent.
     pub(crate) fn change_peers(&self, replace: bool, changes: Vec<PeerChange>) -> Vec<(WgKind, SocketAddr)> {
         let mut config = self.config.write();
+        // Peers that stay keep their sessions and endpoints, and nothing else.
+        let mut to_reset = HashSet::new();
         if replace {
-            let kept: HashSet<[u8; 32]> =
-                changes.iter().filter(|change| !change.remove).map(|change| change.key).collect();
-            let gone: Vec<[u8; 32]> = config.peers.keys().filter(|key| !kept.contains(*key)).copied().collect();
+            let stays = |change: &&PeerChange| !change.remove && !change.only_existing;
+            to_reset.extend(changes.iter().filter(stays).map(|change| change.key));
+            let gone: Vec<[u8; 32]> = config.peers.keys().filter(|key| !to_reset.contains(*key)).copied().collect();
             gone.iter().for_each(|key| self.remove(&mut config, key));
         }
         let mut to_dial = Vec::new();
-        for change in changes {
+        for mut change in changes {
             if change.remove {
                 self.remove(&mut config, &change.key);
                 continue;
@@ -159,41 +177,46 @@ impl Device {
             if !exists && change.only_existing {
                 continue;
             }
+            if to_reset.remove(&change.key) && exists {
+                change.replace_prefixes = true;
+                change.settings.preshared.get_or_insert(None);
+                change.settings.keepalive.get_or_insert(0);
+            }
             // A new peer is dialled, too: it may continue a session with a previous engine.
             let dials = change.settings.keepalive.is_some_and(|seconds| seconds > 0) || !exists;
             let Some(peer) = self.ensure(&mut config, change.key) else { continue };
             peer.change(change.settings);
-            config.set_prefixes(&peer, &change.prefixes, change.replace_prefixes || (replace && exists));
-            if dials {
+            config.set_prefixes(&peer, &change.prefixes, change.replace_prefixes);
+            if dials && config.identity.is_some() {
                 to_dial.push(peer);
             }
         }
-        drop(config);
         let initiations = to_dial.iter().filter_map(|peer| {
             let (message, endpoint) = peer.dial()?;
-            self.register(&message, peer);
+            self.register(&config, &message, peer);
             Some((message, endpoint))
         });
         initiations.collect()
     }
 
-    /// The peer with a key, which is created if it does not exist. None: it is the device's own key, or the device has none.
+    /// The peer with a key, which is created if it does not exist. None: it is the device's own key.
     fn ensure(&self, config: &mut Config, key: [u8; 32]) -> Option<Arc<Peer>> {
         if let Some(peer) = config.peers.get(&key) {
             return Some(peer.clone());
         }
-        // Without a key, the peer gets a temporary one, which `set_key` replaces.
-        let (private, limiter) = match &config.identity {
+        // Without a key, nothing is sent; `set_key` sets the peer's.
+        let unset;
+        let own = match &config.identity {
             Some(own) if own.public.as_bytes() == &key => return None,
-            Some(own) => (own.private.clone(), own.guard.calm.clone()),
+            Some(own) => own,
             None => {
-                let private = StaticSecret::from([1; 32]);
-                let guard = Guard::new(&PublicKey::from(&private));
-                (private, guard.calm)
+                unset = Identity::new(UNSET);
+                &unset
             }
         };
         let public = PublicKey::from(key);
-        let tunnel = Tunn::new(private, public, None, None, self.indices.clone(), limiter);
+        let limiter = own.guard.calm.clone();
+        let tunnel = Tunn::new(own.private.clone(), public, None, None, self.indices.clone(), limiter);
         let peer = Arc::new(Peer::new(public, tunnel));
         config.peers.insert(key, peer.clone());
         Some(peer)

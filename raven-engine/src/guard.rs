@@ -55,7 +55,7 @@ impl Guard {
         let is_loaded = self.seen.load(Ordering::Relaxed) >= IN_ALL;
         let limiter = if is_loaded { &self.loaded } else { &*self.calm };
         let checked = limiter.verify_packet(source, datagram);
-        // Counted after the first MAC is verified, so that only who knows the public key can cause load.
+        // Counted after the first MAC is verified, so that only a sender who knows the public key can cause load.
         let is_handshake = match &checked {
             Ok(packet) => matches!(packet, WgKind::HandshakeInit(_) | WgKind::HandshakeResp(_)),
             Err(refused) => matches!(refused, TunnResult::WriteToNetwork(_)),

@@ -3,7 +3,8 @@
 //! The protocol (handshakes, sessions, cookies) is gotatun's. This crate moves the packets: the kernel hands over
 //! aggregates of up to 64 KiB on a TUN device with a virtio header, they are divided, encrypted and sent in runs that the
 //! kernel or the network card divides again, and what arrives is joined before the kernel's stack sees it. One worker per
-//! core has its own TUN queue and sockets; the kernel keeps each flow on one of them, so its packets keep their order.
+//! core has its own TUN queue and sockets; the kernel keeps a flow on one of them, so its packets keep their order (a flow may
+//! change its queue when its other direction arrives at another worker).
 //!
 //! ```text
 //!  TUN queue ─► offload ─► peer (encrypt) ─► outbox ─► UDP socket
@@ -23,7 +24,7 @@ mod worker;
 use std::{
     io,
     net::SocketAddr,
-    os::unix::fs::MetadataExt,
+    os::unix::{fs::MetadataExt, net::UnixListener},
     sync::{Arc, atomic::Ordering, mpsc},
     thread::{self, JoinHandle},
     time::Duration,
@@ -107,10 +108,15 @@ impl Engine {
     pub fn start(name: &str, Options { workers, persistent }: Options) -> Result<Self, Error> {
         // Before the device, whose appearance others wait for.
         let listener = uapi::listen(name).map_err(|e| Error::Socket(name.to_owned(), e))?;
-        let tun_error = |e| {
+        let started = Self::start_on(listener, name, workers, persistent);
+        if started.is_err() {
             let _ = std::fs::remove_file(socket(name));
-            Error::Tun(name.to_owned(), e)
-        };
+        }
+        started
+    }
+
+    fn start_on(listener: UnixListener, name: &str, workers: usize, persistent: bool) -> Result<Self, Error> {
+        let tun_error = |e| Error::Tun(name.to_owned(), e);
         let (tun, queues) = Tun::open(name, workers, persistent).map_err(tun_error)?;
         let device = Arc::new(Device::new(tun.mtu().map_err(tun_error)?));
         let made = queues.into_iter().map(|queue| Worker::new(device.clone(), queue, tun.udp));
@@ -125,7 +131,7 @@ impl Engine {
             threads.push(thread.spawn(move || worker.run()).map_err(Error::Worker)?);
         }
         let listener = Arc::new(listener);
-        let (for_clients, for_timer, to_shut_down) = (shared.clone(), shared.clone(), listener.clone());
+        let (for_clients, for_timer, to_shut_down) = (Arc::downgrade(&shared), shared.clone(), listener.clone());
         let clients = thread::spawn(move || uapi::serve(&listener, &for_clients));
         thread::spawn(move || {
             let result = for_timer.watch(threads);

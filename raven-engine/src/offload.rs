@@ -1,7 +1,7 @@
 //! Aggregates of packets, as Linux exchanges them with a TUN device that has a virtio header.
 //!
 //! [`split`] makes packets of an aggregate, [`Coalescer`] aggregates of packets. What one joins, the other divides into
-//! the same packets.
+//! the same packets; only the identification of IPv4 packets that must not be fragmented is not preserved.
 
 mod checksum;
 mod coalesce;

@@ -1,17 +1,18 @@
 //! A peer: its sessions, endpoint and prefixes.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, VecDeque},
     net::SocketAddr,
-    time::{Duration, SystemTime},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::BytesMut;
 use gotatun::{
-    noise::{Tunn, TunnResult, errors::WireGuardError},
+    noise::{Tunn, TunnResult, errors::WireGuardError, rate_limiter::RateLimiter},
     packet::{Packet, WgKind},
     tun::MtuWatcher,
-    x25519::PublicKey,
+    x25519::{PublicKey, StaticSecret},
 };
 use ipnet::IpNet;
 use parking_lot::Mutex;
@@ -27,10 +28,12 @@ struct State {
     endpoint: Option<SocketAddr>,
     /// When the last handshake was completed.
     handshake: Option<SystemTime>,
-    /// This end has responded to a handshake, which the first packet of the new session completes.
-    is_responding: bool,
-    /// When this end last began to dial a peer that had given up.
-    redialled: Option<SystemTime>,
+    /// The index of the session that this end has created by responding, until its first packet arrives.
+    responded: Option<u32>,
+    /// Packets that wait until the peer uses that session: there is no other one (whitepaper §5.4.6). None: no need to wait.
+    held: Option<VecDeque<BytesMut>>,
+    /// When this end last dialled a peer that had not answered.
+    redialled: Option<Instant>,
     prefixes: BTreeSet<IpNet>,
 }
 
@@ -45,13 +48,12 @@ pub(crate) enum Encrypted {
 }
 
 /// The result of a received message.
-pub(crate) enum Received {
-    /// Nothing to do.
-    Done,
-    /// An IP packet, padded, or nothing (a keepalive).
-    Packet(BytesMut),
+#[derive(Default)]
+pub(crate) struct Received {
+    /// An IP packet, padded; an empty one is a keepalive.
+    pub(crate) packet: Option<BytesMut>,
     /// Messages for the sender.
-    Replies(Vec<WgKind>),
+    pub(crate) replies: Vec<WgKind>,
 }
 
 /// What `wg show` prints of a peer.
@@ -67,8 +69,10 @@ pub(crate) struct Summary {
     pub(crate) prefixes: Vec<IpNet>,
 }
 
-/// Whether keepalives dial a peer again that did not answer for 90 s; Linux does so as well.
+/// The least time between two attempts to dial a peer that has keepalives and did not answer for 90 s.
 const REDIAL: Duration = Duration::from_secs(5);
+/// Packets that wait for a session, as in gotatun.
+const HELD: usize = 256;
 
 impl Peer {
     pub(crate) fn new(key: PublicKey, tunnel: Tunn) -> Self {
@@ -76,7 +80,8 @@ impl Peer {
             tunnel,
             endpoint: None,
             handshake: None,
-            is_responding: false,
+            responded: None,
+            held: None,
             redialled: None,
             prefixes: BTreeSet::new(),
         };
@@ -87,48 +92,62 @@ impl Peer {
     pub(crate) fn encrypt(&self, packet: BytesMut) -> Encrypted {
         let mut state = self.state.lock();
         let Some(endpoint) = state.endpoint else { return Encrypted::NoEndpoint };
-        let message = state.tunnel.handle_outgoing_packet(Packet::from_bytes(packet), None);
+        let message = match &mut state.held {
+            Some(held) => {
+                if held.len() < HELD {
+                    held.push_back(packet);
+                }
+                state.tunnel.format_handshake_initiation(false).map(Into::into)
+            }
+            None => state.tunnel.handle_outgoing_packet(Packet::from_bytes(packet), None),
+        };
         message.map_or(Encrypted::Waits, |message| Encrypted::Send(message, endpoint))
     }
 
     /// Processes a message. A valid one sets the endpoint: the peer may have moved.
     pub(crate) fn receive(&self, message: WgKind, source: SocketAddr) -> Received {
         let mut state = self.state.lock();
-        let is_initiation = matches!(message, WgKind::HandshakeInit(_));
+        let session = match &message {
+            WgKind::Data(data) => Some(data.header.receiver_idx.get()),
+            _ => None,
+        };
+        let had_session = state.tunnel.time_since_last_handshake().is_some();
         match state.tunnel.handle_incoming_packet(message) {
-            TunnResult::Done | TunnResult::Err(_) => Received::Done,
+            TunnResult::Done | TunnResult::Err(_) => Received::default(),
             TunnResult::WriteToTunnel(mut packet) => {
                 state.endpoint = Some(source);
-                if std::mem::take(&mut state.is_responding) {
-                    state.handshake = Some(SystemTime::now());
-                }
-                Received::Packet(std::mem::take(packet.buf_mut()))
+                let is_first = state.responded.is_some() && state.responded == session;
+                let replies = if is_first { state.connected() } else { Vec::new() };
+                Received { packet: Some(std::mem::take(packet.buf_mut())), replies }
             }
             TunnResult::WriteToNetwork(reply) => {
                 state.endpoint = Some(source);
-                state.is_responding = is_initiation;
-                if !is_initiation {
-                    state.handshake = Some(SystemTime::now());
+                let mut replies = vec![reply];
+                match &replies[0] {
+                    WgKind::HandshakeResp(response) => {
+                        state.responded = Some(response.sender_idx.get());
+                        if !had_session {
+                            state.held.get_or_insert_default();
+                        }
+                    }
+                    _ => replies.extend(state.connected()),
                 }
-                // Packets that waited for the session are padded already.
-                let mut no_padding = MtuWatcher::new(0);
-                let waiting = state.tunnel.get_queued_packets(&mut no_padding);
-                Received::Replies(std::iter::once(reply).chain(waiting).collect())
+                Received { packet: None, replies }
             }
         }
     }
 
-    /// What has to be sent because time has passed: a keepalive, a handshake.
+    /// What has to be sent because time has passed: a keepalive, a handshake. To be called for every peer: gotatun's clock
+    /// is that of the last call.
     pub(crate) fn tick(&self) -> Option<(WgKind, SocketAddr)> {
         let mut state = self.state.lock();
-        let endpoint = state.endpoint?;
         let message = match state.tunnel.update_timers() {
             Ok(message) => message,
             // gotatun gives up after 90 s. A peer with keepalives must come back by itself when the link does.
-            Err(WireGuardError::ConnectionExpired) => state.redial(),
+            Err(WireGuardError::ConnectionExpired) if state.endpoint.is_some() => state.redial(),
             Err(_) => None,
         };
-        Some((message?, endpoint))
+        Some((message?, state.endpoint?))
     }
 
     /// Starts a handshake if there is no session.
@@ -136,6 +155,13 @@ impl Peer {
         let mut state = self.state.lock();
         let endpoint = state.endpoint.filter(|_| !state.tunnel.has_active_session())?;
         Some((state.tunnel.format_handshake_initiation(false)?.into(), endpoint))
+    }
+
+    /// The device has another key: all sessions end.
+    pub(crate) fn set_private(&self, private: &StaticSecret, public: PublicKey, limiter: Arc<RateLimiter>) {
+        let mut state = self.state.lock();
+        state.tunnel.set_static_private(private.clone(), public, limiter);
+        (state.responded, state.held) = (None, None);
     }
 
     /// Applies the given settings; the others stay.
@@ -152,11 +178,6 @@ impl Peer {
         {
             state.tunnel.set_persistent_keepalive(Some(keepalive));
         }
-    }
-
-    /// The peer's sessions and their key. To be called only by the device.
-    pub(crate) fn with_tunnel(&self, work: impl FnOnce(&mut Tunn)) {
-        work(&mut self.state.lock().tunnel);
     }
 
     /// The peer's prefixes. To be changed only by the device, together with its table.
@@ -189,14 +210,93 @@ pub(crate) struct Settings {
 }
 
 impl State {
+    /// A handshake is complete. Returns the packets that waited for it.
+    fn connected(&mut self) -> Vec<WgKind> {
+        self.handshake = Some(SystemTime::now());
+        self.responded = None;
+        // They are padded already.
+        let mut no_padding = MtuWatcher::new(0);
+        let mut waiting: Vec<WgKind> = self.tunnel.get_queued_packets(&mut no_padding).collect();
+        for packet in self.held.take().unwrap_or_default() {
+            waiting.extend(self.tunnel.handle_outgoing_packet(Packet::from_bytes(packet), None));
+        }
+        waiting
+    }
+
     fn redial(&mut self) -> Option<WgKind> {
         self.tunnel.persistent_keepalive()?;
-        let now = SystemTime::now();
-        let is_due = self.redialled.is_none_or(|last| now.duration_since(last).is_ok_and(|passed| passed >= REDIAL));
-        if !is_due {
+        if self.redialled.is_some_and(|last| last.elapsed() < REDIAL) {
             return None;
         }
-        self.redialled = Some(now);
+        self.redialled = Some(Instant::now());
         self.tunnel.format_handshake_initiation(false).map(Into::into)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use gotatun::noise::index_table::IndexTable;
+
+    use super::*;
+
+    fn source() -> SocketAddr {
+        ([192, 0, 2, 1], 4500).into()
+    }
+
+    /// A peer of a device, and the other end of its sessions.
+    fn ends() -> (Peer, Tunn) {
+        let secrets = [1, 2].map(|byte| StaticSecret::from([byte; 32]));
+        let public = secrets.each_ref().map(PublicKey::from);
+        let tunnel = |own: usize| {
+            let limiter = Arc::new(RateLimiter::new(&public[own], 100));
+            Tunn::new(secrets[own].clone(), public[1 - own], None, None, IndexTable::from_os_rng(), limiter)
+        };
+        (Peer::new(public[1], tunnel(0)), tunnel(1))
+    }
+
+    /// The other end dials. Returns its first packet of the new session.
+    fn dialled(peer: &Peer, other: &mut Tunn) -> WgKind {
+        let initiation = other.format_handshake_initiation(true).expect("an initiation");
+        let mut received = peer.receive(initiation.into(), source());
+        assert_eq!(received.replies.len(), 1, "the response alone");
+        match other.handle_incoming_packet(received.replies.remove(0)) {
+            TunnResult::WriteToNetwork(keepalive) => keepalive,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn session_of_a_peer_whose_endpoint_was_unknown_starts_with_its_handshake() {
+        let (peer, mut other) = ends();
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(peer.tick().is_none());
+        let first = dialled(&peer, &mut other);
+        peer.receive(first, source());
+        let age = peer.state.lock().tunnel.time_since_last_handshake().expect("a session");
+        assert!(age < Duration::from_millis(300), "the session is {age:?} old");
+    }
+
+    #[test]
+    fn packets_wait_in_order_until_the_peer_uses_the_session_that_it_started() {
+        let (peer, mut other) = ends();
+        let first = dialled(&peer, &mut other);
+        assert!(peer.summary().handshake.is_none(), "the handshake is not complete");
+        let packet = |number: u8| BytesMut::from(&[number; 32][..]);
+        // The peer may be an attacker who repeats an old initiation, so this end dials as well.
+        assert!(matches!(peer.encrypt(packet(0)), Encrypted::Send(WgKind::HandshakeInit(_), _)));
+        assert!(matches!(peer.encrypt(packet(1)), Encrypted::Waits));
+        let received = peer.receive(first, source());
+        assert!(received.packet.is_some_and(|packet| packet.is_empty()), "a keepalive");
+        assert!(peer.summary().handshake.is_some());
+        assert!(matches!(peer.encrypt(packet(2)), Encrypted::Send(WgKind::Data(_), _)));
+        let arrived: Vec<u8> = received
+            .replies
+            .into_iter()
+            .map(|reply| match other.handle_incoming_packet(reply) {
+                TunnResult::WriteToTunnel(packet) => packet[0],
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(arrived, [0, 1]);
     }
 }

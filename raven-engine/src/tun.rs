@@ -6,6 +6,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
 };
 
+use nix::errno::Errno;
 use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 
 use crate::offload::{self, Header};
@@ -52,7 +53,13 @@ impl Tun {
     }
 }
 
-/// One queue. The kernel keeps each flow on one queue.
+/// True if a queue can no longer be read.
+pub(crate) fn is_deleted(e: &io::Error) -> bool {
+    let errno = e.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EBADFD | Errno::EBADF | Errno::ENODEV | Errno::EIO))
+}
+
+/// One queue. The kernel keeps a flow on one queue, except when its other direction arrives by another one.
 pub(crate) struct Queue(File);
 
 impl Queue {

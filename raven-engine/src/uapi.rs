@@ -13,7 +13,7 @@ use std::{
         },
     },
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::Weak,
     time::Duration,
 };
 
@@ -30,7 +30,7 @@ use crate::{
 /// Folder of the sockets, fixed in `wg`.
 pub const SOCKETS: &str = "/var/run/wireguard";
 
-/// How long a client may take for a request.
+/// How long a client may pause within a request or a response.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// The longest request in bytes: 100,000 peers.
 const REQUEST: usize = 64 << 20;
@@ -62,7 +62,7 @@ pub(crate) fn shut_down(listener: &UnixListener) {
 }
 
 /// Serves clients, each in a thread of its own, until the listener is shut down.
-pub(crate) fn serve(listener: &UnixListener, shared: &Arc<Shared>) {
+pub(crate) fn serve(listener: &UnixListener, shared: &Weak<Shared>) {
     for client in listener.incoming() {
         let shared = shared.clone();
         match client {
@@ -83,7 +83,8 @@ pub(crate) fn serve(listener: &UnixListener, shared: &Arc<Shared>) {
     }
 }
 
-fn converse(client: &UnixStream, shared: &Shared) -> io::Result<()> {
+/// Answers the requests of a client. It keeps the device only while a request is processed.
+fn converse(client: &UnixStream, shared: &Weak<Shared>) -> io::Result<()> {
     client.set_read_timeout(Some(PATIENCE))?;
     client.set_write_timeout(Some(PATIENCE))?;
     let mut lines = BufReader::new(client).lines();
@@ -93,9 +94,9 @@ fn converse(client: &UnixStream, shared: &Shared) -> io::Result<()> {
         loop {
             match lines.next().transpose()? {
                 None if request.is_empty() => return Ok(()),
-                // An empty line ends a request.
+                // An empty line ends a request. One without it is incomplete: its sender was killed.
                 Some(line) if line.is_empty() => break,
-                None => break,
+                None => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Some(line) => {
                     request.push_str(&line);
                     request.push('\n');
@@ -106,7 +107,10 @@ fn converse(client: &UnixStream, shared: &Shared) -> io::Result<()> {
             }
         }
         if !request.is_empty() {
-            out.write_all(answer(&request, shared).as_bytes())?;
+            let Some(shared) = shared.upgrade() else { return Ok(()) };
+            let answer = answer(&request, &shared);
+            drop(shared);
+            out.write_all(answer.as_bytes())?;
         }
     }
 }

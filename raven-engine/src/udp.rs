@@ -43,7 +43,8 @@ pub(crate) struct Sockets {
 impl Sockets {
     /// Opens the sockets of several workers. Port 0: a free one. `mark`: of the packets that leave (`SO_MARK`), 0 for none.
     pub(crate) fn open(workers: usize, port: u16, mark: u32) -> io::Result<(u16, Vec<Self>)> {
-        // The sockets share their port; another program's must not. Only a socket that does not share finds that out.
+        // The workers' sockets share the port, but no other program may hold it. Only binding without SO_REUSEPORT detects
+        // that.
         let probe = bind(Domain::IPV4, port, false)?;
         let port = probe.local_addr()?.as_socket().map_or(port, |address| address.port());
         let has_v6 = match bind(Domain::IPV6, port, false) {
@@ -67,7 +68,7 @@ impl Sockets {
     /// Sends one datagram.
     pub(crate) fn send_one(&self, datagram: &[u8], to: SocketAddr) {
         if let Some(socket) = self.to(to) {
-            let _ = socket.send(&[IoSlice::new(datagram)], datagram.len(), to);
+            socket.send(&[IoSlice::new(datagram)], datagram.len(), to, &mut 0);
         }
     }
 
@@ -136,10 +137,11 @@ impl UdpSocket {
         Some((source, &mut buffer[..length], size.filter(|size| *size > 0).unwrap_or(length).max(1)))
     }
 
-    /// Sends a run of datagrams of a length, of which only the last may be shorter.
-    fn send(&self, datagrams: &[IoSlice<'_>], length: usize, to: SocketAddr) -> Result<(), Errno> {
+    /// Sends a run of datagrams of a length, of which only the last may be shorter. Returns how many were not sent.
+    /// `patience`: how long to wait for space in the socket's buffer, in ms; zero afterwards if that did not suffice.
+    fn send(&self, datagrams: &[IoSlice<'_>], length: usize, to: SocketAddr, patience: &mut u16) -> usize {
         if datagrams.len() > 1 && !self.sends_runs.load(Ordering::Relaxed) {
-            return datagrams.iter().try_for_each(|one| self.send(&[*one], one.len(), to));
+            return self.send_each(datagrams, to, patience);
         }
         let size = length as u16;
         let run = [ControlMessage::UdpGsoSegments(&size)];
@@ -154,25 +156,30 @@ impl UdpSocket {
                 Some(&destination),
             );
             match sent {
-                Ok(_) => return Ok(()),
+                Ok(_) => return 0,
                 Err(Errno::EAGAIN) => {
                     let mut wait = [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)];
-                    if poll(&mut wait, PollTimeout::from(PATIENCE))? == 0 {
-                        return Err(Errno::EAGAIN);
+                    if poll(&mut wait, PollTimeout::from(*patience)) != Ok(1) {
+                        *patience = 0;
+                        return datagrams.len();
                     }
                 }
-                // EIO: a device on the way has no checksum offload (`udp_send_skb`). EMSGSIZE and EINVAL: a datagram
-                // exceeds the path's MTU, and a run cannot be fragmented.
+                // EIO: a device on the way has no checksum offload (`udp_send_skb`).
                 Err(Errno::EIO) if datagrams.len() > 1 => {
                     self.sends_runs.store(false, Ordering::Relaxed);
-                    return datagrams.iter().try_for_each(|one| self.send(&[*one], one.len(), to));
+                    return self.send_each(datagrams, to, patience);
                 }
+                // A datagram exceeds the path's MTU, and a run cannot be fragmented.
                 Err(Errno::EMSGSIZE | Errno::EINVAL) if datagrams.len() > 1 => {
-                    return datagrams.iter().try_for_each(|one| self.send(&[*one], one.len(), to));
+                    return self.send_each(datagrams, to, patience);
                 }
-                Err(e) => return Err(e),
+                Err(_) => return datagrams.len(),
             }
         }
+    }
+
+    fn send_each(&self, datagrams: &[IoSlice<'_>], to: SocketAddr, patience: &mut u16) -> usize {
+        datagrams.iter().map(|one| self.send(&[*one], one.len(), to, patience)).sum()
     }
 }
 
@@ -208,6 +215,7 @@ impl Outbox {
     /// Sends everything, and returns the number of datagrams that could not be sent. The order is kept per destination.
     pub(crate) fn flush(&mut self, sockets: &Sockets) -> usize {
         let mut lost = 0;
+        let mut patience = PATIENCE;
         for to in self.order.drain(..) {
             let Some(waiting) = self.waiting.get_mut(&to) else { continue };
             let mut rest = waiting.as_slice();
@@ -215,10 +223,10 @@ impl Outbox {
                 let (run, more) = rest.split_at(run_of(rest));
                 rest = more;
                 let parts: Vec<IoSlice<'_>> = run.iter().map(|datagram| IoSlice::new(datagram)).collect();
-                let sent = sockets.to(to).map(|socket| socket.send(&parts, run[0].len(), to));
-                if sent != Some(Ok(())) {
-                    lost += run.len();
-                }
+                lost += match sockets.to(to) {
+                    Some(socket) => socket.send(&parts, run[0].len(), to, &mut patience),
+                    None => run.len(),
+                };
             }
             waiting.clear();
         }

@@ -142,13 +142,18 @@ impl Worker {
     /// Packets that the node or its peers have already sent are not lost.
     fn finish(mut self) -> io::Result<()> {
         let end = Instant::now() + FINISH;
-        while (self.outbound()? || self.inbound(V4) || self.inbound(V6)) && Instant::now() < end {}
-        Ok(())
+        loop {
+            // Not "or", which would look at the sockets only when the TUN queue is empty.
+            let is_left = [self.outbound()?, self.inbound(V4), self.inbound(V6)];
+            if !is_left.contains(&true) || Instant::now() >= end {
+                return Ok(());
+            }
+        }
     }
 
     fn change_sockets(&mut self, new: Arc<Sockets>) -> io::Result<()> {
         let end = Instant::now() + FINISH;
-        while (self.inbound(V4) || self.inbound(V6)) && Instant::now() < end {}
+        while [self.inbound(V4), self.inbound(V6)].contains(&true) && Instant::now() < end {}
         if let Some(old) = &self.sockets {
             for socket in std::iter::once(&old.v4).chain(&old.v6) {
                 self.epoll.delete(socket.as_fd())?;
@@ -164,23 +169,25 @@ impl Worker {
 
     /// A batch from the TUN device to the peers. False: nothing is left.
     fn outbound(&mut self) -> io::Result<bool> {
-        let Some(sockets) = self.sockets.clone() else {
-            // Without sockets, packets must not keep the loop busy.
-            while self.queue.read(&mut self.tun_buffer)?.is_some() {}
-            return Ok(false);
-        };
         let device = self.device.clone();
         let config = device.config();
         let mtu = device.mtu.load(Ordering::Relaxed);
         let mut taken = 0;
         let mut is_left = true;
         while taken < BATCH {
-            let Some((header, packet)) = self.queue.read(&mut self.tun_buffer)? else {
-                is_left = false;
-                break;
+            let (header, packet) = match self.queue.read(&mut self.tun_buffer) {
+                Ok(Some(read)) => read,
+                Ok(None) => {
+                    is_left = false;
+                    break;
+                }
+                Err(e) if tun::is_deleted(&e) => return Err(e),
+                // The kernel could not describe a packet, and dropped it.
+                Err(_) => (None, &mut [][..]),
             };
             let destination = offload::addresses(packet).map(|(_, destination)| destination);
-            let Some(peer) = destination.and_then(|address| config.route(address)) else {
+            let is_ready = config.identity.is_some() && self.sockets.is_some();
+            let Some(peer) = destination.filter(|_| is_ready).and_then(|address| config.route(address)) else {
                 Lost::count(&device.lost.no_peer, 1);
                 taken += 1;
                 continue;
@@ -189,7 +196,7 @@ impl Worker {
             let divided = header.ok_or(offload::Malformed).and_then(|header| {
                 offload::split(header, packet, mtu, |packet| {
                     taken += 1;
-                    send(&device, outbox, peer, packet);
+                    send(&device, &config, outbox, peer, packet);
                 })
             });
             if divided.is_err() {
@@ -197,7 +204,11 @@ impl Worker {
                 taken += 1;
             }
         }
-        Lost::count(&device.lost.not_sent, self.pending.outbox.flush(&sockets));
+        // Sending may wait; others must not wait for it.
+        drop(config);
+        if let Some(sockets) = &self.sockets {
+            Lost::count(&device.lost.not_sent, self.pending.outbox.flush(sockets));
+        }
         Ok(is_left)
     }
 
@@ -226,8 +237,9 @@ impl Worker {
         let mut taken = 0;
         while taken < BATCH {
             let Some((source, bytes, length)) = socket.receive(&mut self.udp_buffer) else { return false };
+            // An empty datagram counts, too.
+            taken += bytes.len().div_ceil(length).max(1);
             for datagram in bytes.chunks(length) {
-                taken += 1;
                 let Some(identity) = &config.identity else { continue };
                 let datagram = Packet::from_bytes(BytesMut::from(datagram));
                 let message = match identity.guard.check(source, datagram) {
@@ -264,35 +276,29 @@ impl Worker {
 impl Pending {
     /// Adds what a message of a peer caused.
     fn add(&mut self, device: &Device, config: &Config, peer: &Arc<Peer>, from: SocketAddr, received: Received) {
-        match received {
-            Received::Done => {}
-            Received::Replies(replies) => {
-                for reply in replies {
-                    device.register(&reply, peer);
-                    self.outbox.push(from, bytes_of(reply));
-                }
-            }
-            Received::Packet(mut packet) => {
-                // A keepalive is empty. Anything else that is not IP is an error of the peer.
-                let Some(length) = offload::stated_length(&packet) else { return };
-                packet.truncate(length);
-                let source = offload::addresses(&packet).map(|(source, _)| source);
-                let owner = source.and_then(|address| config.route(address));
-                if owner.is_some_and(|owner| Arc::ptr_eq(owner, peer)) {
-                    self.coalescer.push(packet);
-                } else {
-                    Lost::count(&device.lost.wrong_source, 1);
-                }
-            }
+        for reply in received.replies {
+            device.register(config, &reply, peer);
+            self.outbox.push(from, bytes_of(reply));
+        }
+        // A keepalive is empty. Anything else that is not IP is an error of the peer.
+        let Some(mut packet) = received.packet else { return };
+        let Some(length) = offload::stated_length(&packet) else { return };
+        packet.truncate(length);
+        let source = offload::addresses(&packet).map(|(source, _)| source);
+        let owner = source.and_then(|address| config.route(address));
+        if owner.is_some_and(|owner| Arc::ptr_eq(owner, peer)) {
+            self.coalescer.push(packet);
+        } else {
+            Lost::count(&device.lost.wrong_source, 1);
         }
     }
 }
 
 /// Encrypts a packet for a peer.
-fn send(device: &Device, outbox: &mut Outbox, peer: &Arc<Peer>, packet: BytesMut) {
+fn send(device: &Device, config: &Config, outbox: &mut Outbox, peer: &Arc<Peer>, packet: BytesMut) {
     match peer.encrypt(packet) {
         Encrypted::Send(message, endpoint) => {
-            device.register(&message, peer);
+            device.register(config, &message, peer);
             outbox.push(endpoint, bytes_of(message));
         }
         Encrypted::Waits => {}

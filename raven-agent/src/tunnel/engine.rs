@@ -2,7 +2,7 @@
 //! packet loss. The agent starts it ([`start`]), or it runs in a Pod of its own ([`serve`]), which outlives the agent's.
 //!
 //! It serves the cross-platform WireGuard protocol on `/var/run/wireguard/DEVICE.sock`, so `wg show` works with it. It
-//! exits on SIGTERM or when that socket is removed, and its TUN device is deleted with it.
+//! exits on SIGTERM, when that socket is removed or its TUN device is deleted. In a Pod of its own, its TUN device stays.
 
 use std::{
     fs,
@@ -113,7 +113,7 @@ pub async fn serve(terminated: impl Future<Output = ()>) -> Result<(), Error> {
 pub enum Device {
     /// It stays, so that the next engine continues with its addresses, routes and programs.
     Persistent,
-    /// It is deleted.
+    /// It is deleted, unless a previous engine made it persistent.
     Temporary,
 }
 
