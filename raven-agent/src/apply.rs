@@ -307,8 +307,7 @@ impl Reconciler {
         };
         self.tunnel = Some(tunnel.clone());
         let configured = outcome.keep(tunnel.configure(self.key.clone(), want.port).await);
-        // With its port taken by another program, the device keeps its previous one. The embedded engine exits at its
-        // first packet if it has none.
+        // With its port taken by another program, the device keeps its previous one. Without any, it carries nothing.
         if configured.is_none() && !tunnel.has_port().await {
             self.tunnel = None;
             return None;

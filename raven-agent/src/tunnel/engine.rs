@@ -95,13 +95,18 @@ pub(super) fn remove_socket(device: &str) -> Result<Change, Error> {
 /// WireGuard, only waits.
 pub async fn serve(terminated: impl Future<Output = ()>) -> Result<(), Error> {
     let (links, _) = Links::connect()?;
+    let left = links.find(names::TUNNEL).await?.and_then(|found| found.kind);
     if links.has_wireguard(PROBE).await? {
         tracing::info!("the kernel has WireGuard; there is nothing to do on this node");
+        if left == Some(InfoKind::Tun) && !is_running(names::TUNNEL) {
+            tracing::info!(ifname = names::TUNNEL, "deleting the device of an engine from before the kernel had it");
+            links.delete_device(names::TUNNEL).await?;
+        }
         terminated.await;
         return Ok(());
     }
     tracing::info!(ifname = names::TUNNEL, "the kernel has no WireGuard; starting the userspace engine");
-    if links.find(names::TUNNEL).await?.is_some_and(|found| found.kind != Some(InfoKind::Tun)) {
+    if left.is_some_and(|kind| kind != InfoKind::Tun) {
         tracing::warn!(ifname = names::TUNNEL, "a device of another kind has the tunnel's name; deleting it");
         links.delete_device(names::TUNNEL).await?;
     }
