@@ -368,15 +368,11 @@ pub async fn check_engine() -> Result<(), Error> {
 /// Deletes the device, with either backend, if it exists. An external engine without peers is left alone: its Pod would
 /// start the next one.
 pub async fn remove(links: &Links, engine: Engine) -> Result<Change, Error> {
-    if engine::is_running(names::TUNNEL) {
-        if engine == Engine::External && Tunnel::of(Backend::Userspace)?.peers().await?.is_empty() {
-            return Ok(Change::NONE);
-        }
-        engine::stop(links, names::TUNNEL).await?;
-        return Ok(Change::ONE);
+    let is_external = engine == Engine::External && engine::is_running(names::TUNNEL);
+    if is_external && Tunnel::of(Backend::Userspace)?.peers().await?.is_empty() {
+        return Ok(Change::NONE);
     }
-    let device = links.delete_device(names::TUNNEL).await?;
-    Ok(if engine::remove_socket(names::TUNNEL)?.any() { Change::ONE } else { device })
+    engine::stop(links, names::TUNNEL).await
 }
 
 #[cfg(test)]

@@ -7,7 +7,6 @@ use std::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
-    time::SystemTime,
 };
 
 use gotatun::{
@@ -276,12 +275,6 @@ impl Config {
             IpNet::V6(v6) => self.v6.remove(v6),
         }
     }
-}
-
-/// Seconds and nanoseconds since 1970.
-pub(crate) fn unix_time(time: SystemTime) -> (u64, u32) {
-    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    (since.as_secs(), since.subsec_nanos())
 }
 
 impl Lost {

@@ -137,7 +137,7 @@ impl Engine {
             let result = for_timer.watch(threads);
             uapi::shut_down(&to_shut_down);
             let _ = clients.join();
-            // Before others are told: with the last reference, the device is closed.
+            // Before `wait` returns: with the last reference, the device is closed.
             drop(for_timer);
             end.send(result)
         });
@@ -179,28 +179,20 @@ impl Shared {
     /// is not available, the current sockets stay.
     fn change_sockets(&self, port: Option<u16>, mark: Option<u32>) -> io::Result<()> {
         let mut bound = self.sockets.lock();
-        let (new_port, new_mark) = (port.unwrap_or(bound.port), mark.unwrap_or(bound.mark));
-        let is_bound = !bound.sockets.is_empty();
-        if port.is_none() && !is_bound {
-            bound.mark = new_mark;
-            return Ok(());
-        }
-        if is_bound && (new_port, new_mark) == (bound.port, bound.mark) {
-            return Ok(());
-        }
-        if is_bound && new_port == bound.port {
-            for sockets in &bound.sockets {
-                sockets.set_mark(new_mark)?;
+        let mark = mark.unwrap_or(bound.mark);
+        let Some(port) = port.filter(|port| bound.sockets.is_empty() || *port != bound.port) else {
+            if mark != bound.mark {
+                bound.sockets.iter().try_for_each(|sockets| sockets.set_mark(mark))?;
+                bound.mark = mark;
             }
-            bound.mark = new_mark;
             return Ok(());
-        }
-        let (port, sockets) = Sockets::open(self.workers.len(), new_port, new_mark)?;
+        };
+        let (port, sockets) = Sockets::open(self.workers.len(), port, mark)?;
         let sockets: Vec<Arc<Sockets>> = sockets.into_iter().map(Arc::new).collect();
         for (worker, sockets) in self.workers.iter().zip(&sockets) {
             worker.order(Order::Sockets(sockets.clone()));
         }
-        *bound = Bound { port, mark: new_mark, sockets };
+        *bound = Bound { port, mark, sockets };
         Ok(())
     }
 

@@ -14,7 +14,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::Weak,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use gotatun::device::uapi::command::{GetPeer, GetResponse, Peer, Request, Response, Set, SetPeer, SetUnset};
@@ -23,7 +23,7 @@ use nix::errno::Errno;
 
 use crate::{
     Shared,
-    device::{PeerChange, unix_time},
+    device::PeerChange,
     peer::{Settings, Summary},
 };
 
@@ -154,6 +154,12 @@ fn describe(key: [u8; 32], summary: Summary) -> GetPeer {
     peer.rx_bytes = Some(summary.received);
     peer.tx_bytes = Some(summary.sent);
     peer
+}
+
+/// Seconds and nanoseconds since 1970.
+fn unix_time(time: SystemTime) -> (u64, u32) {
+    let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    (since.as_secs(), since.subsec_nanos())
 }
 
 /// Applies a request. Sockets come first: they are what can fail.

@@ -62,7 +62,12 @@ impl Sockets {
 
     /// Sets the mark of the packets that leave.
     pub(crate) fn set_mark(&self, mark: u32) -> io::Result<()> {
-        std::iter::once(&self.v4).chain(&self.v6).try_for_each(|socket| socket.socket.set_mark(mark))
+        self.all().try_for_each(|socket| socket.socket.set_mark(mark))
+    }
+
+    /// The socket of each version of IP.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &UdpSocket> {
+        std::iter::once(&self.v4).chain(&self.v6)
     }
 
     /// Sends one datagram.

@@ -30,7 +30,7 @@ use crate::{
 /// Packets that a worker takes from one source before it looks at the others.
 const BATCH: usize = 128;
 
-/// How long a worker goes on with what keeps arriving after it was told to change or to end.
+/// How long a worker goes on with packets that keep arriving after an order to change its sockets or to end.
 const FINISH: Duration = Duration::from_millis(500);
 
 /// Events: which file is ready.
@@ -39,7 +39,7 @@ const V4: u64 = 1;
 const V6: u64 = 2;
 const WAKE: u64 = 3;
 
-/// What a worker is told from outside.
+/// An order to a worker.
 #[derive(Clone)]
 pub(crate) enum Order {
     /// Use other sockets.
@@ -155,7 +155,7 @@ impl Worker {
         let end = Instant::now() + FINISH;
         while [self.inbound(V4), self.inbound(V6)].contains(&true) && Instant::now() < end {}
         if let Some(old) = &self.sockets {
-            for socket in std::iter::once(&old.v4).chain(&old.v6) {
+            for socket in old.all() {
                 self.epoll.delete(socket.as_fd())?;
             }
         }

@@ -2,8 +2,6 @@
 //!
 //! Each host is pinned to a core. The engines alternate within a run, and the median of the runs' ratios counts.
 
-use std::process::Command;
-
 use anyhow::{Context, Result};
 use comfy_table::{Table, presets::ASCII_MARKDOWN};
 use raven_tests::{
@@ -11,14 +9,13 @@ use raven_tests::{
     bare::{Bare, Engine},
     kubernetes::binaries::WIREGUARD,
     namespace::Namespace,
-    process::Process,
 };
 use serde_json::Value;
 
-use crate::{median, tunnel::pin};
+use crate::{iperf, median, median_ratio};
 
 /// Duration of one measurement in seconds.
-const SECONDS: f64 = 3.0;
+const SECONDS: &str = "3";
 /// Rate in Mbit/s at which the CPU time is measured: both engines are far from their limit.
 const MODERATE: &str = "400M";
 
@@ -79,8 +76,7 @@ pub(crate) fn run(runs: usize, json: bool) -> Result<()> {
     let measured = runtime.block_on(measure(runs))?;
     if json {
         let ratios = measured.iter().map(|(what, ours, theirs)| {
-            let ratios: Vec<f64> = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();
-            (what.key.to_owned(), Value::from((median(&ratios) * 1000.0).round() / 1000.0))
+            (what.key.to_owned(), Value::from((median_ratio(ours, theirs) * 1000.0).round() / 1000.0))
         });
         println!("{}", Value::Object(ratios.collect()));
         return Ok(());
@@ -88,13 +84,12 @@ pub(crate) fn run(runs: usize, json: bool) -> Result<()> {
     let mut table = Table::new();
     table.load_style(ASCII_MARKDOWN).set_header(["traffic", "unit", "Raven's engine", "wireguard-go", "ratio"]);
     for (what, ours, theirs) in &measured {
-        let ratios: Vec<f64> = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();
         table.add_row([
             what.what.to_owned(),
             what.unit.as_str().to_owned(),
             format!("{:.0}", median(ours)),
             format!("{:.0}", median(theirs)),
-            format!("{:.2}", median(&ratios)),
+            format!("{:.2}", median_ratio(ours, theirs)),
         ]);
     }
     println!("{table}");
@@ -114,11 +109,9 @@ async fn measure(runs: usize) -> Result<Vec<Measured>> {
     let go = Engine::Go(wireguard_go);
     let ours = Bare::start(&lab, 1, [(server, Engine::Raven), (client, Engine::Raven)], endpoint).await?;
     let theirs = Bare::start(&lab, 2, [(server, go.clone()), (client, go)], endpoint).await?;
-    let mut listener = server.ns.command("iperf3");
-    listener.arg("-s");
-    let _listener = Process::start("iperf3", &lab.logs(), listener)?;
-    pin(server, 1)?;
-    pin(client, 0)?;
+    let _listener = iperf::listen(&lab, server)?;
+    iperf::pin(server, 1)?;
+    iperf::pin(client, 0)?;
     let mut all = Vec::new();
     for measurement in &MEASUREMENTS {
         let mut seen = (Vec::new(), Vec::new());
@@ -137,21 +130,16 @@ async fn measure(runs: usize) -> Result<Vec<Measured>> {
 
 /// One measurement.
 async fn one(from: &Namespace, to: &str, what: &Measurement) -> Result<f64> {
-    let mut command: Command = from.command("iperf3");
-    command.args(["-J", "-A", "0,1", "-t", &SECONDS.to_string(), "-c", to]).args(what.arguments);
     let before = busy()?;
-    let done = tokio::process::Command::from(command).output().await.context("start iperf3")?;
+    let end = iperf::run(from, to, SECONDS, what.arguments).await?;
     let cpu = busy()? - before;
-    let report: Value = serde_json::from_slice(&done.stdout).context("parse iperf3's output as JSON")?;
-    let end = &report["end"];
-    let number = |value: &Value| value.as_f64().with_context(|| format!("iperf3 to {to}: {}", report["error"]));
     match what.unit {
-        Unit::Mbit => Ok(number(&end["sum_received"]["bits_per_second"])? / 1e6),
+        Unit::Mbit => iperf::mbit(&end),
         Unit::Packets => {
-            let sum = &end["sum"];
-            Ok((number(&sum["packets"])? - number(&sum["lost_packets"])?) / number(&sum["seconds"])?)
+            let sum = |name: &str| iperf::number(&end["sum"][name]);
+            Ok((sum("packets")? - sum("lost_packets")?) / sum("seconds")?)
         }
-        Unit::BytesPerCpu => Ok(number(&end["sum_received"]["bytes"])? / 1e6 / cpu),
+        Unit::BytesPerCpu => Ok(iperf::number(&end["sum_received"]["bytes"])? / 1e6 / cpu),
     }
 }
 

@@ -1,13 +1,14 @@
 //! The benchmarks behind `cargo xtask bench`: ratios against a baseline that is measured in the same run.
 //!
 //! [`transit`] measures a gateway node's hop in isolation ([`hop`] is its setup), [`tunnel`] two gateway nodes end to
-//! end, [`engine`] the userspace WireGuard engine, [`proxy`] the L7 proxy ([`konnectivity`] for comparison), [`planning`] the cost of `plan()`, [`memory`] the
+//! end, [`engine`] the userspace WireGuard engine ([`iperf`] measures both), [`proxy`] the L7 proxy ([`konnectivity`] for comparison), [`planning`] the cost of `plan()`, [`memory`] the
 //! resident memory of the programs.
 
 #![forbid(unsafe_code)]
 
 mod engine;
 mod hop;
+mod iperf;
 mod konnectivity;
 mod memory;
 mod planning;
@@ -79,6 +80,11 @@ fn main() -> Result<()> {
         Command::Plan => planning::run(arguments.json),
         Command::Memory => memory::run(arguments.json),
     }
+}
+
+/// Returns the median of the ratios of values to those of the baseline, run by run.
+fn median_ratio(values: &[f64], baseline: &[f64]) -> f64 {
+    median(&values.iter().zip(baseline).map(|(value, baseline)| value / baseline).collect::<Vec<_>>())
 }
 
 /// Returns the median; for an even number of values, the mean of the two in the middle.

@@ -4,21 +4,17 @@
 //! The two variants alternate within a run, each host is pinned to one core, and the median of the runs' ratios counts:
 //! scheduling of four engines on two cores would vary more than the difference between the variants.
 
-use std::{net::SocketAddr, process::Command};
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 use comfy_table::{Table, presets::ASCII_MARKDOWN};
 use raven_tests::{
     Lab, Node, PoolSpec, Protocol,
     bare::{Bare, Engine},
-    eventually,
-    namespace::Namespace,
-    offline, probe,
-    process::Process,
-    proof,
+    eventually, offline, probe, proof,
 };
 
-use crate::median;
+use crate::{iperf, median, median_ratio};
 
 /// Duration of one measurement in seconds.
 const SECONDS: &str = "3";
@@ -69,11 +65,9 @@ async fn measure(runs: usize) -> Result<Measured> {
     let answers = || async { probe::ping(&client.ns, target.into()).await?.context("no answer") };
     eventually(proof::CONVERGENCE, "the two hosts are connected through Raven", answers).await?;
     let (backend, without) = bare(&lab, server, client).await?;
-    pin(client, 0)?;
-    pin(server, 1)?;
-    let mut listener = server.ns.command("iperf3");
-    listener.arg("-s");
-    let listener = Process::start("iperf3", &lab.logs(), listener)?;
+    iperf::pin(client, 0)?;
+    iperf::pin(server, 1)?;
+    let _listener = iperf::listen(&lab, server)?;
     let (mut raven, mut bare) = (Vec::new(), Vec::new());
     let (target, baseline) = (target.to_string(), without.v4[0].to_string());
     for run in 0..runs {
@@ -81,12 +75,10 @@ async fn measure(runs: usize) -> Result<Measured> {
         // The order alternates, so that no variant is always first.
         variants.rotate_left(run % 2);
         for (seen, to) in variants {
-            seen.push(mbit(&client.ns, to).await?);
+            seen.push(iperf::mbit(&iperf::run(&client.ns, to, SECONDS, &[]).await?)?);
         }
     }
-    drop(listener);
-    let ratios: Vec<f64> = raven.iter().zip(&bare).map(|(raven, bare)| raven / bare).collect();
-    Ok(Measured { backend, ratio: median(&ratios), raven: median(&raven), bare: median(&bare) })
+    Ok(Measured { backend, ratio: median_ratio(&raven, &bare), raven: median(&raven), bare: median(&bare) })
 }
 
 /// Creates bare WireGuard between the two hosts: the kernel's or, if it has none, Raven's engine.
@@ -96,25 +88,4 @@ async fn bare(lab: &Lab, server: &Node, client: &Node) -> Result<(&'static str, 
     let endpoint = |port| SocketAddr::from((lab.cloud().public_v4, port));
     let bare = Bare::start(lab, BARE, [(server, engine.clone()), (client, engine)], endpoint).await?;
     Ok((backend, bare))
-}
-
-/// Pins all processes of a node to a core.
-pub(crate) fn pin(node: &Node, core: u8) -> Result<()> {
-    let script = format!("for pid in $(ip netns pids {}); do taskset -a -c -p {core} $pid; done", node.ns.name);
-    let pinned = node.ns.sh(&script).with_context(|| format!("pin {} to a core", node.name))?;
-    ensure!(
-        pinned.lines().any(|line| line.ends_with(&format!("new affinity list: {core}"))),
-        "{} is not pinned to its core: {pinned}",
-        node.name
-    );
-    Ok(())
-}
-
-async fn mbit(from: &Namespace, to: &str) -> Result<f64> {
-    let mut command: Command = from.command("iperf3");
-    command.args(["-J", "-A", "0,1", "-t", SECONDS, "-c", to]);
-    let done = tokio::process::Command::from(command).output().await.context("start iperf3")?;
-    let report: serde_json::Value = serde_json::from_slice(&done.stdout).context("parse iperf3's output as JSON")?;
-    let bits = report["end"]["sum_received"]["bits_per_second"].as_f64();
-    Ok(bits.with_context(|| format!("iperf3 to {to}: {}", report["error"]))? / 1e6)
 }

@@ -49,14 +49,7 @@ impl Interop {
             "table inet cut {{ chain input {{ type filter hook input priority 0; udp dport {} drop; }}; }}",
             interrupted.port
         ))?;
-        // The peer is new to the dialling end: no session is left.
-        b.ns.sh(&format!(
-            "wg set bare13 peer {key} remove; wg set bare13 peer {key} preshared-key /run/raven/bare13.psk \
-             allowed-ips {}/32 endpoint {} persistent-keepalive 1",
-            interrupted.v4[0],
-            v4(interrupted.port),
-            key = interrupted.keys[0],
-        ))?;
+        interrupted.dial_anew(b, v4(interrupted.port))?;
         let ping = |tunnel: &Bare| {
             let mut ping = b.ns.command("ping");
             ping.args(["-n", "-i", "1", &tunnel.v4[0].to_string()]);

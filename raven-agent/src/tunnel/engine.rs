@@ -75,18 +75,18 @@ pub async fn kill(links: &Links, device: &str) -> Result<(), Error> {
         return Err(failed(&"it runs in another container"));
     }
     signal::kill(Pid::from_raw(peer.pid()), Signal::SIGKILL).map_err(|e| failed(&e))?;
-    stop(links, device).await
+    stop(links, device).await.map(drop)
 }
 
-/// Stops the engine by deleting its device.
-pub async fn stop(links: &Links, device: &str) -> Result<(), Error> {
-    remove_socket(device)?;
-    links.delete_device(device).await?;
-    Ok(())
+/// Deletes the device and the engine's socket. An engine ends with its device.
+pub async fn stop(links: &Links, device: &str) -> Result<Change, Error> {
+    let socket = remove_socket(device)?;
+    let device = links.delete_device(device).await?;
+    Ok(if socket.any() { Change::ONE } else { device })
 }
 
 /// Removes the socket that an engine leaves when it is killed.
-pub(super) fn remove_socket(device: &str) -> Result<Change, Error> {
+fn remove_socket(device: &str) -> Result<Change, Error> {
     Change::unless_missing(fs::remove_file(socket(device)))
         .map_err(|e| Error::Engine(format!("cannot remove {}: {e}", socket(device).display())))
 }

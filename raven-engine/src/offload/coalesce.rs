@@ -10,7 +10,7 @@ use bytes::BytesMut;
 
 use super::{
     checksum::Sum,
-    packet::{self, Layout},
+    packet::{self, ACK, ECE, Layout, PSH},
     segment::write_ipv4_checksum,
     virtio::{self, Checksum, Header, Kind},
 };
@@ -19,9 +19,6 @@ use super::{
 const PACKETS: usize = 64;
 /// Length of an aggregate in bytes, by the length fields of IP.
 const BYTES: usize = 65_535;
-const ACK: u8 = 0x10;
-const PSH: u8 = 0x08;
-const ECE: u8 = 0x40;
 const DONT_FRAGMENT: u8 = 0x40;
 
 /// What is equal in all packets of a flow: addresses and ports.
@@ -135,7 +132,7 @@ impl Group {
         }
         joined.length += payload;
         joined.next = joined.next.wrapping_add(payload as u32);
-        let is_pushed = layout.kind == Kind::Tcp && flags(&packet, layout) & PSH != 0;
+        let is_pushed = layout.kind == Kind::Tcp && layout.flags(&packet) & PSH != 0;
         self.packets.push(packet);
         Ok(Open(payload == joined.size && !is_pushed && self.packets.len() < PACKETS))
     }
@@ -147,12 +144,12 @@ impl Joined {
         let size = packet.len() - layout.headers;
         let may_grow = match layout.kind {
             // A segment with PSH, FIN, SYN, RST, URG or CWR is the last of an aggregate, or alone.
-            Kind::Tcp => flags(packet, layout) & !ECE == ACK,
+            Kind::Tcp => layout.flags(packet) & !ECE == ACK,
             // Without a checksum, the kernel's segments would have one.
             Kind::Udp => packet[layout.ip + 6..layout.ip + 8] != [0, 0],
         };
         let next = match layout.kind {
-            Kind::Tcp => sequence(packet, layout).wrapping_add(size as u32),
+            Kind::Tcp => layout.sequence(packet).wrapping_add(size as u32),
             Kind::Udp => 0,
         };
         (may_grow && size > 0).then_some(Self { layout, size, length: packet.len(), next, is_verified: false })
@@ -176,10 +173,10 @@ impl Joined {
         let transport_continues = match kind {
             Kind::Udp => packet[ip + 6..ip + 8] != [0, 0],
             Kind::Tcp => {
-                sequence(packet, self.layout) == self.next
+                self.layout.sequence(packet) == self.next
                     // Acknowledgement; window and urgent pointer; options.
                     && first[ip + 8..ip + 13] == packet[ip + 8..ip + 13]
-                    && flags(first, self.layout) == flags(packet, self.layout) & !PSH
+                    && self.layout.flags(first) == self.layout.flags(packet) & !PSH
                     && first[ip + 14..ip + 16] == packet[ip + 14..ip + 16]
                     && first[ip + 18..headers] == packet[ip + 18..headers]
             }
@@ -199,7 +196,7 @@ impl Joined {
             bytes[4..6].copy_from_slice(&((self.length - ip) as u16).to_be_bytes());
         }
         match kind {
-            Kind::Tcp => bytes[ip + 13] |= flags(last, self.layout) & PSH,
+            Kind::Tcp => bytes[ip + 13] |= self.layout.flags(last) & PSH,
             Kind::Udp => bytes[ip + 4..ip + 6].copy_from_slice(&((self.length - ip) as u16).to_be_bytes()),
         }
         let checksum = Checksum { start: ip, offset: self.layout.checksum_offset() };
@@ -216,14 +213,6 @@ fn flow(packet: &[u8], layout: Layout) -> Flow {
     key[..4].copy_from_slice(&packet[layout.ip..layout.ip + 4]);
     key[4..4 + addresses.len()].copy_from_slice(addresses);
     (layout.kind, key)
-}
-
-fn flags(packet: &[u8], layout: Layout) -> u8 {
-    packet[layout.ip + 13]
-}
-
-fn sequence(packet: &[u8], Layout { ip, .. }: Layout) -> u32 {
-    u32::from_be_bytes([packet[ip + 4], packet[ip + 5], packet[ip + 6], packet[ip + 7]])
 }
 
 fn pseudo_header(packet: &[u8], layout: Layout, length: usize) -> Sum {

@@ -6,8 +6,17 @@ use super::virtio::Kind;
 
 const IPV4_HEADER: usize = 20;
 const IPV6_HEADER: usize = 40;
+const TCP_HEADER: usize = 20;
+const UDP_HEADER: usize = 8;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+
+/// Flags of TCP (RFC 9293 §3.1, RFC 3168 §6.1).
+pub(super) const FIN: u8 = 0x01;
+pub(super) const PSH: u8 = 0x08;
+pub(super) const ACK: u8 = 0x10;
+pub(super) const ECE: u8 = 0x40;
+pub(super) const CWR: u8 = 0x80;
 
 /// Source and destination of a packet. None if it is neither IPv4 nor IPv6, or truncated.
 pub(crate) fn addresses(packet: &[u8]) -> Option<(IpAddr, IpAddr)> {
@@ -65,16 +74,36 @@ impl Layout {
         if stated_length(packet)? != packet.len() {
             return None;
         }
-        let (kind, transport) = match protocol {
-            TCP => (Kind::Tcp, usize::from(packet.get(ip + 12)? >> 4) * 4),
-            UDP => (Kind::Udp, 8),
+        let kind = match protocol {
+            TCP => Kind::Tcp,
+            UDP => Kind::Udp,
             _ => return None,
         };
-        let headers = ip + transport;
-        let is_possible = packet.len() >= headers && (kind == Kind::Udp || transport >= 20);
-        let layout = is_possible.then_some(Self { kind, is_ipv4, ip, headers })?;
+        let layout = Self::after(packet, kind, is_ipv4, ip)?;
         let udp_length = || usize::from(u16::from_be_bytes([packet[ip + 4], packet[ip + 5]]));
         (kind == Kind::Tcp || udp_length() == packet.len() - ip).then_some(layout)
+    }
+
+    /// The layout of a packet whose transport header follows `ip` bytes. None: that header is impossible, or truncated.
+    pub(super) fn after(packet: &[u8], kind: Kind, is_ipv4: bool, ip: usize) -> Option<Self> {
+        let transport = match kind {
+            Kind::Tcp => usize::from(packet.get(ip + 12)? >> 4) * 4,
+            Kind::Udp => UDP_HEADER,
+        };
+        let headers = ip + transport;
+        let is_possible = packet.len() >= headers && (kind == Kind::Udp || transport >= TCP_HEADER);
+        is_possible.then_some(Self { kind, is_ipv4, ip, headers })
+    }
+
+    /// TCP's sequence number. For TCP only.
+    pub(super) fn sequence(self, packet: &[u8]) -> u32 {
+        let at = self.ip + 4;
+        u32::from_be_bytes([packet[at], packet[at + 1], packet[at + 2], packet[at + 3]])
+    }
+
+    /// TCP's flags. For TCP only.
+    pub(super) fn flags(self, packet: &[u8]) -> u8 {
+        packet[self.ip + 13]
     }
 
     /// Number of the transport protocol.

@@ -5,7 +5,7 @@ use bytes::BytesMut;
 
 use super::{
     checksum::Sum,
-    packet::{self, Layout},
+    packet::{self, CWR, FIN, Layout, PSH},
     virtio::{Checksum, Header, Kind},
 };
 
@@ -13,11 +13,6 @@ use super::{
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("the packet contradicts its virtio header")]
 pub struct Malformed;
-
-/// FIN and PSH belong to the last segment, CWR to the first (RFC 3168 §6.1.2).
-const FIN: u8 = 0x01;
-const PSH: u8 = 0x08;
-const CWR: u8 = 0x80;
 
 /// Divides what a TUN device returned into packets with complete checksums, each padded for WireGuard.
 pub fn split(header: Header, packet: &mut [u8], mtu: usize, mut emit: impl FnMut(BytesMut)) -> Result<(), Malformed> {
@@ -56,13 +51,8 @@ fn layout(packet: &[u8], kind: Kind, checksum: Checksum) -> Option<Layout> {
     let is_ipv4 = packet.first()? >> 4 == 4;
     let ip = checksum.start;
     let least = if is_ipv4 { 20 } else { 40 };
-    let transport = match kind {
-        Kind::Tcp => usize::from(packet.get(ip + 12)? >> 4) * 4,
-        Kind::Udp => 8,
-    };
-    let layout = Layout { kind, is_ipv4, ip, headers: ip + transport };
+    let layout = Layout::after(packet, kind, is_ipv4, ip)?;
     let is_possible = ip >= least
-        && (kind == Kind::Udp || transport >= 20)
         && checksum.offset == layout.checksum_offset()
         && (!is_ipv4 || usize::from(packet[0] & 0x0f) * 4 == ip);
     is_possible.then_some(layout)
@@ -77,12 +67,11 @@ struct First {
 
 impl First {
     fn of(headers: &[u8], layout: Layout) -> Self {
-        let tcp = |at: usize| if layout.kind == Kind::Tcp { headers[layout.ip + at] } else { 0 };
-        Self {
-            identification: u16::from_be_bytes([headers[4], headers[5]]),
-            sequence: u32::from_be_bytes([tcp(4), tcp(5), tcp(6), tcp(7)]),
-            flags: tcp(13),
-        }
+        let (sequence, flags) = match layout.kind {
+            Kind::Tcp => (layout.sequence(headers), layout.flags(headers)),
+            Kind::Udp => (0, 0),
+        };
+        Self { identification: u16::from_be_bytes([headers[4], headers[5]]), sequence, flags }
     }
 
     /// Writes lengths, identification, sequence number, flags and IPv4 checksum of a segment.
@@ -101,6 +90,7 @@ impl First {
             Kind::Tcp => {
                 let sequence = self.sequence.wrapping_add((number * size) as u32);
                 transport[4..8].copy_from_slice(&sequence.to_be_bytes());
+                // FIN and PSH belong to the last segment, CWR to the first (RFC 3168 §6.1.2).
                 let not_here = if is_last { 0 } else { FIN | PSH } | if number == 0 { 0 } else { CWR };
                 transport[13] = self.flags & !not_here;
             }

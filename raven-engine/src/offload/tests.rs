@@ -6,15 +6,15 @@ use bytes::BytesMut;
 use etherparse::{IpNumber, Ipv4Options, NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
 use proptest::{collection::vec, prelude::*, sample::select};
 
-use super::{Checksum, Coalescer, Header, Kind, Malformed, packet::Layout, segment::write_ipv4_checksum, split};
+use super::{
+    Checksum, Coalescer, Header, Kind, Malformed,
+    packet::{ACK, CWR, ECE, FIN, Layout, PSH},
+    segment::write_ipv4_checksum,
+    split,
+};
 
-const FIN: u8 = 0x01;
 const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
-const PSH: u8 = 0x08;
-const ACK: u8 = 0x10;
-const ECE: u8 = 0x40;
-const CWR: u8 = 0x80;
 
 /// A packet to build.
 #[derive(Clone, Debug)]
@@ -245,7 +245,7 @@ proptest! {
         let mut aggregate = spec.build();
         let layout = Layout::of(&aggregate).expect("a plain packet");
         let checksum = Checksum { start: layout.ip, offset: layout.checksum_offset() };
-        // The kernel fills the field with the sum of the pseudo-header, which nobody reads.
+        // The kernel fills the field with the sum of the pseudo-header, which `split` ignores.
         aggregate[layout.ip + checksum.offset] ^= 0x55;
         let header = Header { checksum: Some(checksum), aggregate: Some((spec.kind, size)) };
         let segments = divided(header, &aggregate).expect("a well-formed aggregate");

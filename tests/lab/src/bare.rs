@@ -90,6 +90,18 @@ impl Bare {
         Ok(())
     }
 
+    /// Makes the second end, which is `node`, forget its session and dial the first end again at `endpoint`, every second.
+    pub fn dial_anew(&self, node: &Node, endpoint: SocketAddr) -> Result<()> {
+        let Self { device, v4, keys, .. } = self;
+        let (key, secret) = (&keys[0], preshared(device));
+        node.ns.sh(&format!(
+            "wg set {device} peer {key} remove
+             wg set {device} peer {key} preshared-key {secret} allowed-ips {}/32 endpoint {endpoint} persistent-keepalive 1",
+            v4[0]
+        ))?;
+        Ok(())
+    }
+
     /// Both addresses of an end.
     pub fn addresses(&self, end: usize) -> [IpAddr; 2] {
         [self.v4[end].into(), self.v6[end].into()]
