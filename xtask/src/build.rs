@@ -36,7 +36,8 @@ pub(crate) fn vm_tests() -> Result<()> {
     )
 }
 
-fn cargo_build(arguments: &[&str]) -> Command {
+/// Returns `cargo build` with these arguments, in the profile in which xtask itself was built.
+pub(crate) fn cargo_build(arguments: &[&str]) -> Command {
     let mut cargo = raven_tests::cargo::command();
     cargo.current_dir(workspace()).arg("build").args(arguments);
     if !cfg!(debug_assertions) {

@@ -1,12 +1,13 @@
 //! `cargo xtask fuzz`: runs libFuzzer on code that parses untrusted input. Works on stable Rust, because the coverage
 //! instrumentation of libFuzzer is an ordinary LLVM pass.
 
-use std::{fs, path::Path, process::Command};
+use std::{env, fs, path::Path, process::Command, thread};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::{
-    progress,
+    build,
+    progress::{self, Task},
     setup::{self, Need},
     workspace,
 };
@@ -21,45 +22,42 @@ pub(crate) struct Fuzz {
     seconds: u32,
 }
 
-/// Flags of cargo-fuzz without a sanitizer, which requires nightly; the fuzzed code is safe Rust.
-const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
-    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
-    -Cllvm-args=-sanitizer-coverage-trace-compares";
-
-const HOST: &str = "x86_64-unknown-linux-gnu";
-
 impl Fuzz {
-    /// Builds and runs the targets. Fails if a target finds a defect, whose input is then in `target/fuzz/artifacts/`.
+    /// Builds and runs the targets, as many at a time as there are processors. Fails if a target finds a defect, whose
+    /// input is then in `target/fuzz/artifacts/`.
     pub(crate) fn run(self) -> Result<()> {
         setup::ensure(&[Need::Build, Need::Ebpf])?;
         let folder = workspace().join("tests/fuzz");
-        let target = workspace().join("target/fuzz");
-        // With an explicit target, build scripts and macros are built with their usual flags.
-        let mut cargo = raven_tests::cargo::command();
-        cargo.args(["build", "--release", "--target", HOST, "--manifest-path"]).arg(folder.join("Cargo.toml"));
-        cargo.env("CARGO_TARGET_DIR", &target).env("RUSTFLAGS", FLAGS);
+        // Only the workspace's own crates are instrumented: other crates are those of every other build.
+        let mut cargo = build::cargo_build(&["-p", "raven-fuzz"]);
+        cargo.env("RUSTC_WORKSPACE_WRAPPER", folder.join("instrument"));
         progress::run("building the fuzz targets", &mut cargo)?;
         let names = match self.target {
             Some(name) => vec![name],
             None => names(&folder)?,
         };
-        for name in names {
-            let (corpus, artifacts) = (target.join("corpus").join(&name), target.join("artifacts").join(&name));
-            fs::create_dir_all(&corpus)?;
-            fs::create_dir_all(&artifacts)?;
-            println!("\n=== fuzz {name}, {} s ===", self.seconds);
-            let mut fuzzer = Command::new(target.join(HOST).join("release").join(&name));
-            fuzzer.arg(&corpus).args([folder.join("corpus").join(&name)].iter().filter(|seeds| seeds.is_dir()));
-            fuzzer.args([
-                format!("-max_total_time={}", self.seconds),
-                format!("-artifact_prefix={}/", artifacts.display()),
-            ]);
-            fuzzer.args(["-print_final_stats=1", "-verbosity=0", "-rss_limit_mb=2048", "-timeout=10"]);
-            let status = fuzzer.status().with_context(|| format!("start fuzz target {name}"))?;
-            ensure!(status.success(), "fuzz target {name} found a defect: see {}", artifacts.display());
+        let lanes = thread::available_parallelism().map_or(1, usize::from);
+        let mut tasks: Vec<Vec<Task>> = (0..lanes).map(|_| Vec::new()).collect();
+        for (name, lane) in names.into_iter().zip((0..lanes).cycle()) {
+            let seconds = self.seconds;
+            tasks[lane].push(Task::new(format!("fuzzing {name} for {seconds} s"), move |_| fuzz(&name, seconds)));
         }
-        Ok(())
+        progress::parallel(tasks)
     }
+}
+
+fn fuzz(name: &str, seconds: u32) -> Result<()> {
+    let target = workspace().join("target/fuzz");
+    let (corpus, artifacts) = (target.join("corpus").join(name), target.join("artifacts").join(name));
+    fs::create_dir_all(&corpus)?;
+    fs::create_dir_all(&artifacts)?;
+    let executable = env::current_exe()?.with_file_name(name);
+    let mut fuzzer = Command::new(executable);
+    fuzzer.arg(&corpus).args([workspace().join("tests/fuzz/corpus").join(name)].iter().filter(|seeds| seeds.is_dir()));
+    fuzzer.args([format!("-max_total_time={seconds}"), format!("-artifact_prefix={}/", artifacts.display())]);
+    fuzzer.args(["-print_final_stats=1", "-verbosity=0", "-rss_limit_mb=2048", "-timeout=10"]);
+    progress::logged(&mut fuzzer)
+        .with_context(|| format!("fuzz target {name} found a defect: see {}", artifacts.display()))
 }
 
 fn names(folder: &Path) -> Result<Vec<String>> {

@@ -62,17 +62,14 @@ impl Level {
         }
     }
 
-    /// Returns the arguments of `cargo test`.
+    /// Returns the arguments of `cargo test` after [`PACKAGES`].
     fn arguments(self) -> &'static [&'static str] {
         match self {
-            // The code of raven-ebpf is tested in the kernel, and its parsing in raven-common.
-            Self::Unit => &["--workspace", "--lib", "--bins", "--exclude", "raven-ebpf"],
-            Self::Bpf => &["-p", "raven-tests", "--test", "programs"],
+            Self::Unit => &["--lib", "--bins"],
+            Self::Bpf => &["--test", "programs"],
             // One test at a time, because others would affect its timing.
             Self::Lab => &[
                 "--no-fail-fast",
-                "-p",
-                "raven-tests",
                 "--test",
                 "lab",
                 "--test",
@@ -87,7 +84,7 @@ impl Level {
                 "--test-threads=1",
             ],
             Self::Kernel => &[],
-            Self::Installed => &["-p", "raven-tests", "--test", "installed", "--", "--nocapture"],
+            Self::Installed => &["--test", "installed", "--", "--nocapture"],
         }
     }
 
@@ -111,6 +108,11 @@ impl Level {
         }
     }
 }
+
+/// The packages of all levels. They are the same, so that their dependencies have the same features and are compiled
+/// once. The code of raven-ebpf is tested in the kernel, and its parsing in raven-common; `cargo xtask fuzz` runs the
+/// fuzz targets.
+const PACKAGES: [&str; 5] = ["--workspace", "--exclude", "raven-ebpf", "--exclude", "raven-fuzz"];
 
 /// What is tested without `--kernel`. The L3 tests of level `lab` cover the other checks on this machine's kernel.
 const KERNELS: [(Series, Scope); 4] = [
@@ -192,6 +194,7 @@ fn run(level: Level) -> Result<Outcome> {
     let status = raven_tests::cargo::command()
         .current_dir(workspace())
         .arg("test")
+        .args(PACKAGES)
         .args(level.arguments())
         .env("RAVEN_IMAGES", image::folder())
         .status()

@@ -14,6 +14,9 @@ fuzz_target!(|text: &str| {
     if let Ok(key) = text.parse::<PublicKey>() {
         assert_eq!(key.to_string().parse(), Ok(key));
     }
-    let data = BTreeMap::from([("enable-l3-tunnel".to_owned(), text.to_owned()), ("forward-node-ip".to_owned(), text.to_owned())]);
+    let data = BTreeMap::from([
+        ("enable-l3-tunnel".to_owned(), text.to_owned()),
+        ("forward-node-ip".to_owned(), text.to_owned()),
+    ]);
     let _ = ClusterSettings::parse(&data, &data);
 });
