@@ -494,8 +494,7 @@ pub(crate) async fn run(
     }
 }
 
-fn parse_gateway(mut gateway: Gateway) -> (GatewayName, Option<GatewayFacts>) {
-    gateway.metadata.managed_fields = None;
+fn parse_gateway(gateway: Gateway) -> (GatewayName, Option<GatewayFacts>) {
     (gateway.name_any().as_str().into(), GatewayFacts::parse(gateway))
 }
 

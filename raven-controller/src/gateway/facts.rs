@@ -10,7 +10,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ManagedFieldsEntry, ObjectMeta};
 use kube::core::{DynamicObject, Selector};
 use raven_api::LABEL_GATEWAY;
 use raven_api::condition::ConditionType;
@@ -171,7 +171,7 @@ impl AgentFacts {
 pub(crate) struct GatewayFacts {
     /// Name of the Gateway.
     pub(crate) name: GatewayName,
-    /// True if a pool rule created the Gateway.
+    /// True if a pool rule created the Gateway, and its nodeSelector is still the rule's.
     pub(crate) generated: bool,
     /// Time of creation: the older of two Gateways keeps what both claim.
     pub(crate) created: Option<Timestamp>,
@@ -184,15 +184,17 @@ pub(crate) struct GatewayFacts {
 impl GatewayFacts {
     /// Extracts the facts of a Gateway. Returns `None` for a Gateway that is being deleted: its nodes and prefixes are
     /// free from then on.
-    pub(crate) fn parse(gateway: Gateway) -> Option<Self> {
+    pub(crate) fn parse(mut gateway: Gateway) -> Option<Self> {
+        let managers = gateway.metadata.managed_fields.take().unwrap_or_default();
         let meta: &ObjectMeta = &gateway.metadata;
         if meta.deletion_timestamp.is_some() {
             return None;
         }
         let managed_by = meta.labels.as_ref().and_then(|labels| labels.get(LABEL_MANAGED_BY));
+        let by_rule = managed_by.is_some_and(|manager| manager == MANAGER_CONTROLLER);
         Some(Self {
             name: meta.name.as_deref()?.into(),
-            generated: managed_by.is_some_and(|manager| manager == MANAGER_CONTROLLER),
+            generated: by_rule && !managers.iter().any(owns_selector),
             created: meta.creation_timestamp.as_ref().map(|t| t.0),
             selector: parse_selector(&gateway),
             resource: Arc::new(gateway),
@@ -204,6 +206,15 @@ impl GatewayFacts {
     pub(crate) fn seniority(&self) -> (bool, Timestamp, &GatewayName) {
         (self.generated, self.created.unwrap_or(Timestamp::MAX), &self.name)
     }
+}
+
+// A person who applies a Gateway with a nodeSelector over the rule's takes it over: `kubectl apply` keeps the label, but
+// the API server records who set each field.
+fn owns_selector(entry: &ManagedFieldsEntry) -> bool {
+    let selector = entry.fields_v1.as_ref().and_then(|fields| fields.0.pointer("/f:spec/f:nodeSelector"));
+    // The second one is what the API server calls whoever wrote an object before its first server-side apply.
+    let ours = [Some(MANAGER_CONTROLLER), Some("before-first-apply")];
+    !ours.contains(&entry.manager.as_deref()) && selector.is_some()
 }
 
 // In Kubernetes an empty selector matches everything; here it matches nothing. `nodeSelector: {}` remains when a user

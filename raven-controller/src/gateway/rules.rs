@@ -7,7 +7,7 @@
 //! A rule creates a Gateway and never updates its spec, so endpoints and addresses that a user adds are preserved.
 //! The controller deletes the Gateway when no node is left for it. While the Gateway has the label
 //! [`LABEL_MANAGED_BY`], the rule determines its nodes. Its nodeSelector matches the same nodes and takes effect when
-//! a user removes the label.
+//! a user removes the label or sets another nodeSelector.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

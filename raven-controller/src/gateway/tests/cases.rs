@@ -1,5 +1,6 @@
 //! Example-based tests of [`decide`](crate::gateway::decide).
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{FieldsV1, ManagedFieldsEntry};
 use raven_api::gateway::{EndpointType, ExposeType, TunnelConfig};
 
 use super::build::*;
@@ -607,6 +608,30 @@ fn rule_uses_a_second_name_beside_a_user_written_gateway() {
         Cluster::with_rules().gateway(selecting(gateway("cloud", 1), "zone", "a")).node(node("c1", "10.1.1.0/24"));
     let created = cluster.decide().create;
     assert_eq!(created[0].metadata.name.as_deref(), Some("cloud-auto"));
+}
+
+#[test]
+fn rule_gateway_whose_selector_a_person_sets_is_the_persons() {
+    let cluster = Cluster::with_rules().node(labelled(edge(node("e1", "10.2.1.0/24")), "zone", "a")).apply(1).apply(2);
+    let managed = |fields: &str| ManagedFieldsEntry {
+        manager: Some("kubectl-client-side-apply".to_owned()),
+        fields_v1: Some(FieldsV1(serde_json::from_str(fields).expect("fields"))),
+        ..Default::default()
+    };
+    let edited = |fields: &str, zone: &str| {
+        let mut gateway = selecting(by_rule(gateway("node-e1", 1)), "zone", zone);
+        gateway.metadata.managed_fields = Some(vec![managed(fields)]);
+        cluster.clone().gateway(gateway)
+    };
+    let mine = edited(r#"{"f:spec":{"f:nodeSelector":{"f:matchLabels":{"f:zone":{}}}}}"#, "a").apply(3);
+    assert_eq!(mine.nodes("node-e1"), ["e1"], "by its selector");
+    let empty = edited(r#"{"f:spec":{"f:nodeSelector":{}}}"#, "b").decide();
+    assert!(empty.delete.is_empty(), "it has no nodes, but it is the person's");
+    assert_eq!(empty.create[0].metadata.name.as_deref(), Some("node-e1-auto"), "the rule makes its own one");
+    // Endpoints that a person adds leave it the rule's.
+    let extended = edited(r#"{"f:spec":{"f:endpoints":{}}}"#, "b");
+    assert!(extended.decide().create.is_empty());
+    assert_eq!(extended.apply(3).nodes("node-e1"), ["e1"]);
 }
 
 #[test]
