@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -21,6 +21,7 @@ use prefix_trie::PrefixMap;
 use crate::{
     guard::Guard,
     peer::{Peer, Settings},
+    udp::Endpoint,
 };
 
 /// A WireGuard device.
@@ -122,7 +123,7 @@ impl Device {
     }
 
     /// Messages that have to be sent because time has passed. To be called several times a second.
-    pub(crate) fn tick(&self, mut send: impl FnMut(WgKind, SocketAddr)) {
+    pub(crate) fn tick(&self, mut send: impl FnMut(WgKind, Endpoint)) {
         self.sessions.write().retain(|index, _| self.indices.in_use(*index));
         let peers: Vec<Arc<Peer>> = self.config().peers.values().cloned().collect();
         for peer in peers {
@@ -156,7 +157,7 @@ impl Device {
     }
 
     /// Applies a change of peers in one step: no packet sees a part of it. Returns what has to be sent.
-    pub(crate) fn change_peers(&self, replace: bool, changes: Vec<PeerChange>) -> Vec<(WgKind, SocketAddr)> {
+    pub(crate) fn change_peers(&self, replace: bool, changes: Vec<PeerChange>) -> Vec<(WgKind, Endpoint)> {
         let mut config = self.config.write();
         // Peers that stay keep their sessions and endpoints, and nothing else.
         let mut to_reset = HashSet::new();

@@ -23,7 +23,6 @@ mod worker;
 
 use std::{
     io,
-    net::SocketAddr,
     os::unix::{fs::MetadataExt, net::UnixListener},
     sync::{Arc, atomic::Ordering, mpsc},
     thread::{self, JoinHandle},
@@ -37,7 +36,7 @@ pub use crate::uapi::{SOCKETS, socket};
 use crate::{
     device::Device,
     tun::Tun,
-    udp::Sockets,
+    udp::{Endpoint, Sockets},
     worker::{Handle, Order, Worker, bytes_of},
 };
 
@@ -168,7 +167,7 @@ impl Shared {
     }
 
     /// Sends a message that no received packet caused.
-    fn send(&self, message: WgKind, to: SocketAddr) {
+    fn send(&self, message: WgKind, to: Endpoint) {
         let sockets = self.sockets.lock().sockets.first().cloned();
         if let Some(sockets) = sockets {
             sockets.send_one(&bytes_of(message), to);

@@ -17,6 +17,8 @@ use gotatun::{
 use ipnet::IpNet;
 use parking_lot::Mutex;
 
+use crate::udp::Endpoint;
+
 /// A peer of a device. It is changed in place, so its sessions survive every change.
 pub(crate) struct Peer {
     pub(crate) key: PublicKey,
@@ -25,7 +27,11 @@ pub(crate) struct Peer {
 
 struct State {
     tunnel: Tunn,
-    endpoint: Option<SocketAddr>,
+    endpoint: Option<Endpoint>,
+    /// The peer has dialled this end, which does not dial it: the peer knows this end by one address.
+    has_dialled: bool,
+    /// Initiations since the last valid message of the peer.
+    unanswered: u32,
     /// When the last handshake was completed.
     handshake: Option<SystemTime>,
     /// The index of the session that this end has created by responding, until its first packet arrives.
@@ -40,7 +46,7 @@ struct State {
 /// The result of a packet for a peer.
 pub(crate) enum Encrypted {
     /// A message for the peer: the packet, or the handshake that it waits for.
-    Send(WgKind, SocketAddr),
+    Send(WgKind, Endpoint),
     /// The packet waits for the handshake that is in progress.
     Waits,
     /// It is not known where the peer is.
@@ -79,6 +85,8 @@ impl Peer {
         let state = State {
             tunnel,
             endpoint: None,
+            has_dialled: false,
+            unanswered: 0,
             handshake: None,
             responded: None,
             held: None,
@@ -91,7 +99,9 @@ impl Peer {
     /// Encrypts a packet. Without a session, keeps it and starts a handshake.
     pub(crate) fn encrypt(&self, packet: BytesMut) -> Encrypted {
         let mut state = self.state.lock();
-        let Some(endpoint) = state.endpoint else { return Encrypted::NoEndpoint };
+        if state.endpoint.is_none() {
+            return Encrypted::NoEndpoint;
+        }
         let message = match &mut state.held {
             Some(held) => {
                 if held.len() < HELD {
@@ -101,27 +111,33 @@ impl Peer {
             }
             None => state.tunnel.handle_outgoing_packet(Packet::from_bytes(packet), None),
         };
-        message.map_or(Encrypted::Waits, |message| Encrypted::Send(message, endpoint))
+        let Some(message) = message else { return Encrypted::Waits };
+        match state.endpoint_for(&message) {
+            Some(endpoint) => Encrypted::Send(message, endpoint),
+            None => Encrypted::NoEndpoint,
+        }
     }
 
     /// Processes a message. A valid one sets the endpoint: the peer may have moved.
-    pub(crate) fn receive(&self, message: WgKind, source: SocketAddr) -> Received {
+    pub(crate) fn receive(&self, message: WgKind, from: Endpoint) -> Received {
         let mut state = self.state.lock();
         let session = match &message {
             WgKind::Data(data) => Some(data.header.receiver_idx.get()),
             _ => None,
         };
+        let is_initiation = matches!(message, WgKind::HandshakeInit(_));
         let had_session = state.tunnel.time_since_last_handshake().is_some();
         match state.tunnel.handle_incoming_packet(message) {
             TunnResult::Done | TunnResult::Err(_) => Received::default(),
             TunnResult::WriteToTunnel(mut packet) => {
-                state.endpoint = Some(source);
+                state.heard(from);
                 let is_first = state.responded.is_some() && state.responded == session;
                 let replies = if is_first { state.connected() } else { Vec::new() };
                 Received { packet: Some(std::mem::take(packet.buf_mut())), replies }
             }
             TunnResult::WriteToNetwork(reply) => {
-                state.endpoint = Some(source);
+                state.has_dialled |= is_initiation && state.tunnel.persistent_keepalive().unwrap_or(0) == 0;
+                state.heard(from);
                 let mut replies = vec![reply];
                 match &replies[0] {
                     WgKind::HandshakeResp(response) => {
@@ -139,7 +155,7 @@ impl Peer {
 
     /// What has to be sent because time has passed: a keepalive, a handshake. To be called for every peer: gotatun's clock
     /// is that of the last call.
-    pub(crate) fn tick(&self) -> Option<(WgKind, SocketAddr)> {
+    pub(crate) fn tick(&self) -> Option<(WgKind, Endpoint)> {
         let mut state = self.state.lock();
         let message = match state.tunnel.update_timers() {
             Ok(message) => message,
@@ -147,14 +163,18 @@ impl Peer {
             Err(WireGuardError::ConnectionExpired) if state.endpoint.is_some() => state.redial(),
             Err(_) => None,
         };
-        Some((message?, state.endpoint?))
+        let message = message?;
+        let endpoint = state.endpoint_for(&message)?;
+        Some((message, endpoint))
     }
 
     /// Starts a handshake if there is no session.
-    pub(crate) fn dial(&self) -> Option<(WgKind, SocketAddr)> {
+    pub(crate) fn dial(&self) -> Option<(WgKind, Endpoint)> {
         let mut state = self.state.lock();
-        let endpoint = state.endpoint.filter(|_| !state.tunnel.has_active_session())?;
-        Some((state.tunnel.format_handshake_initiation(false)?.into(), endpoint))
+        state.endpoint.filter(|_| !state.tunnel.has_active_session())?;
+        let message = state.tunnel.format_handshake_initiation(false)?.into();
+        let endpoint = state.endpoint_for(&message)?;
+        Some((message, endpoint))
     }
 
     /// The device has another key: all sessions end.
@@ -168,7 +188,10 @@ impl Peer {
     pub(crate) fn change(&self, settings: Settings) {
         let mut state = self.state.lock();
         if let Some(endpoint) = settings.endpoint {
-            state.endpoint = Some(endpoint);
+            let is_same = state.endpoint.is_some_and(|present| present.remote == endpoint);
+            if !is_same {
+                state.endpoint = Some(endpoint.into());
+            }
         }
         if let Some(preshared) = settings.preshared {
             state.tunnel.set_preshared_key(preshared);
@@ -189,7 +212,7 @@ impl Peer {
         let state = self.state.lock();
         let (_, sent, received, ..) = state.tunnel.stats();
         Summary {
-            endpoint: state.endpoint,
+            endpoint: state.endpoint.map(|endpoint| endpoint.remote),
             preshared: state.tunnel.preshared_key(),
             keepalive: state.tunnel.persistent_keepalive(),
             handshake: state.handshake,
@@ -210,6 +233,26 @@ pub(crate) struct Settings {
 }
 
 impl State {
+    /// A valid message came from there. A peer that dials gets its answers from the address that it has dialled, because a
+    /// NAT on its way drops others. To a peer that this end dials (it has keepalives), the routes choose the source.
+    fn heard(&mut self, from: Endpoint) {
+        let local = from.local.filter(|_| self.has_dialled);
+        (self.endpoint, self.unanswered) = (Some(Endpoint { local, ..from }), 0);
+    }
+
+    /// The endpoint for a message. After an unanswered initiation, the routes choose the source: the address may still be
+    /// this host's, and lead nowhere.
+    fn endpoint_for(&mut self, message: &WgKind) -> Option<Endpoint> {
+        if matches!(message, WgKind::HandshakeInit(_)) {
+            if self.unanswered > 0 {
+                self.has_dialled = false;
+                self.endpoint = self.endpoint.map(|endpoint| endpoint.remote.into());
+            }
+            self.unanswered += 1;
+        }
+        self.endpoint
+    }
+
     /// A handshake is complete. Returns the packets that waited for it.
     fn connected(&mut self) -> Vec<WgKind> {
         self.handshake = Some(SystemTime::now());
@@ -239,8 +282,8 @@ mod tests {
 
     use super::*;
 
-    fn source() -> SocketAddr {
-        ([192, 0, 2, 1], 4500).into()
+    fn source() -> Endpoint {
+        SocketAddr::from(([192, 0, 2, 1], 4500)).into()
     }
 
     /// A peer of a device, and the other end of its sessions.
@@ -274,6 +317,36 @@ mod tests {
         peer.receive(first, source());
         let age = peer.state.lock().tunnel.time_since_last_handshake().expect("a session");
         assert!(age < Duration::from_millis(300), "the session is {age:?} old");
+    }
+
+    #[test]
+    fn peer_that_dials_is_answered_from_the_address_that_it_dialled() {
+        let (peer, mut other) = ends();
+        let local = Some([192, 0, 2, 77].into());
+        let from = Endpoint { local, ..source() };
+        let initiation = other.format_handshake_initiation(true).expect("an initiation");
+        peer.receive(initiation.into(), from);
+        assert_eq!(peer.state.lock().endpoint, Some(from));
+        // Its last endpoint is configured again, as after a restart of the agent.
+        peer.change(Settings { endpoint: Some(from.remote), ..Settings::default() });
+        assert_eq!(peer.state.lock().endpoint, Some(from));
+        // An initiation of this end has no answer: the next one leaves as the routes choose.
+        let initiation = |peer: &Peer| {
+            let mut state = peer.state.lock();
+            let message = state.tunnel.format_handshake_initiation(true).expect("an initiation").into();
+            state.endpoint_for(&message)
+        };
+        assert_eq!(initiation(&peer), Some(from));
+        assert_eq!(initiation(&peer), Some(source()));
+    }
+
+    #[test]
+    fn answers_to_a_peer_with_keepalives_leave_as_the_routes_choose() {
+        let (peer, mut other) = ends();
+        peer.change(Settings { keepalive: Some(15), ..Settings::default() });
+        let initiation = other.format_handshake_initiation(true).expect("an initiation");
+        peer.receive(initiation.into(), Endpoint { local: Some([192, 0, 2, 77].into()), ..source() });
+        assert_eq!(peer.state.lock().endpoint, Some(source()));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::{
     collections::HashMap,
     io::{self, IoSlice, IoSliceMut},
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -12,10 +12,11 @@ use std::{
 use bytes::BytesMut;
 use nix::{
     errno::Errno,
+    libc,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{
         ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
-        sockopt::{RcvBufForce, SndBufForce, UdpGroSegment},
+        sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo, RcvBufForce, SndBufForce, UdpGroSegment},
     },
 };
 use socket2::{Domain, Protocol, Socket, Type};
@@ -32,6 +33,21 @@ const RUN_BYTES: usize = 65_000;
 
 /// How long a worker waits for space in a socket's buffer, in ms, before it drops datagrams.
 const PATIENCE: u16 = 100;
+
+/// The two ends of a datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Endpoint {
+    /// The other end.
+    pub(crate) remote: SocketAddr,
+    /// This host's address. None: as the routes choose it.
+    pub(crate) local: Option<IpAddr>,
+}
+
+impl From<SocketAddr> for Endpoint {
+    fn from(remote: SocketAddr) -> Self {
+        Self { remote, local: None }
+    }
+}
 
 /// The sockets of one worker, all on one port.
 pub(crate) struct Sockets {
@@ -71,14 +87,14 @@ impl Sockets {
     }
 
     /// Sends one datagram.
-    pub(crate) fn send_one(&self, datagram: &[u8], to: SocketAddr) {
+    pub(crate) fn send_one(&self, datagram: &[u8], to: Endpoint) {
         if let Some(socket) = self.to(to) {
             socket.send(&[IoSlice::new(datagram)], datagram.len(), to, &mut 0);
         }
     }
 
-    fn to(&self, to: SocketAddr) -> Option<&UdpSocket> {
-        if to.is_ipv4() { Some(&self.v4) } else { self.v6.as_ref() }
+    fn to(&self, to: Endpoint) -> Option<&UdpSocket> {
+        if to.remote.is_ipv4() { Some(&self.v4) } else { self.v6.as_ref() }
     }
 }
 
@@ -119,6 +135,10 @@ impl UdpSocket {
             socket.set_send_buffer_size(SOCKET_BUFFER)?;
         }
         setsockopt(&socket, UdpGroSegment, &true)?;
+        match domain {
+            Domain::IPV6 => setsockopt(&socket, Ipv6RecvPacketInfo, &true)?,
+            _ => setsockopt(&socket, Ipv4PacketInfo, &true)?,
+        }
         if mark != 0 {
             socket.set_mark(mark)?;
         }
@@ -127,36 +147,50 @@ impl UdpSocket {
 
     /// Receives a datagram or a run of them, which have the returned length; only the last may be shorter. None: nothing
     /// is waiting. Errors that a socket reports (of datagrams sent before, a lack of memory) concern a single call.
-    pub(crate) fn receive<'a>(&self, buffer: &'a mut [u8]) -> Option<(SocketAddr, &'a mut [u8], usize)> {
-        let mut control = nix::cmsg_space!(i32);
+    pub(crate) fn receive<'a>(&self, buffer: &'a mut [u8]) -> Option<(Endpoint, &'a mut [u8], usize)> {
+        let mut control = nix::cmsg_space!(i32, libc::in6_pktinfo);
         let mut parts = [IoSliceMut::new(buffer)];
         let received =
             recvmsg::<SockaddrStorage>(self.socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_DONTWAIT);
         let received = received.ok()?;
         let length = received.bytes;
-        let size = received.cmsgs().ok()?.find_map(|message| match message {
-            ControlMessageOwned::UdpGroSegments(size) => usize::try_from(size).ok(),
-            _ => None,
-        });
-        let source = received.address.as_ref().and_then(address)?;
-        Some((source, &mut buffer[..length], size.filter(|size| *size > 0).unwrap_or(length).max(1)))
+        let (mut size, mut local) = (None, None);
+        for message in received.cmsgs().ok()? {
+            match message {
+                ControlMessageOwned::UdpGroSegments(given) => size = usize::try_from(given).ok(),
+                ControlMessageOwned::Ipv4PacketInfo(info) => {
+                    local = Some(IpAddr::from(info.ipi_spec_dst.s_addr.to_ne_bytes()));
+                }
+                ControlMessageOwned::Ipv6PacketInfo(info) => local = Some(IpAddr::from(info.ipi6_addr.s6_addr)),
+                _ => {}
+            }
+        }
+        let remote = received.address.as_ref().and_then(address)?;
+        Some((
+            Endpoint { remote, local },
+            &mut buffer[..length],
+            size.filter(|size| *size > 0).unwrap_or(length).max(1),
+        ))
     }
 
     /// Sends a run of datagrams of a length, of which only the last may be shorter. Returns how many were not sent.
     /// `patience`: how long to wait for space in the socket's buffer, in ms; zero afterwards if that did not suffice.
-    fn send(&self, datagrams: &[IoSlice<'_>], length: usize, to: SocketAddr, patience: &mut u16) -> usize {
+    fn send(&self, datagrams: &[IoSlice<'_>], length: usize, to: Endpoint, patience: &mut u16) -> usize {
         if datagrams.len() > 1 && !self.sends_runs.load(Ordering::Relaxed) {
             return self.send_each(datagrams, to, patience);
         }
         let size = length as u16;
-        let run = [ControlMessage::UdpGsoSegments(&size)];
-        let control: &[_] = if datagrams.len() > 1 { &run } else { &[] };
-        let destination = SockaddrStorage::from(to);
+        let (v4, v6) = source(to.local);
+        let run = (datagrams.len() > 1).then_some(ControlMessage::UdpGsoSegments(&size));
+        let source =
+            v4.as_ref().map(ControlMessage::Ipv4PacketInfo).or(v6.as_ref().map(ControlMessage::Ipv6PacketInfo));
+        let control: Vec<ControlMessage<'_>> = run.into_iter().chain(source).collect();
+        let destination = SockaddrStorage::from(to.remote);
         loop {
             let sent = sendmsg(
                 self.socket.as_raw_fd(),
                 datagrams,
-                control,
+                &control,
                 MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
                 Some(&destination),
             );
@@ -178,12 +212,16 @@ impl UdpSocket {
                 Err(Errno::EMSGSIZE | Errno::EINVAL) if datagrams.len() > 1 => {
                     return self.send_each(datagrams, to, patience);
                 }
+                // The address is no longer this host's, or no route has it.
+                Err(Errno::EINVAL | Errno::ENETUNREACH | Errno::EADDRNOTAVAIL) if to.local.is_some() => {
+                    return self.send(datagrams, length, to.remote.into(), patience);
+                }
                 Err(_) => return datagrams.len(),
             }
         }
     }
 
-    fn send_each(&self, datagrams: &[IoSlice<'_>], to: SocketAddr, patience: &mut u16) -> usize {
+    fn send_each(&self, datagrams: &[IoSlice<'_>], to: Endpoint, patience: &mut u16) -> usize {
         datagrams.iter().map(|one| self.send(&[*one], one.len(), to, patience)).sum()
     }
 }
@@ -191,6 +229,22 @@ impl UdpSocket {
 impl AsFd for UdpSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+}
+
+/// The control message's content for a source address (`IP_PKTINFO` and `IPV6_PKTINFO`).
+fn source(local: Option<IpAddr>) -> (Option<libc::in_pktinfo>, Option<libc::in6_pktinfo>) {
+    match local {
+        Some(IpAddr::V4(ip)) => {
+            let address = |bytes: [u8; 4]| libc::in_addr { s_addr: u32::from_ne_bytes(bytes) };
+            let (ipi_spec_dst, ipi_addr) = (address(ip.octets()), address([0; 4]));
+            (Some(libc::in_pktinfo { ipi_ifindex: 0, ipi_spec_dst, ipi_addr }), None)
+        }
+        Some(IpAddr::V6(ip)) => {
+            let ipi6_addr = libc::in6_addr { s6_addr: ip.octets() };
+            (None, Some(libc::in6_pktinfo { ipi6_addr, ipi6_ifindex: 0 }))
+        }
+        None => (None, None),
     }
 }
 
@@ -203,13 +257,13 @@ fn address(storage: &SockaddrStorage) -> Option<SocketAddr> {
 #[derive(Default)]
 pub(crate) struct Outbox {
     /// Destinations in the order of their first datagram.
-    order: Vec<SocketAddr>,
-    waiting: HashMap<SocketAddr, Vec<BytesMut>>,
+    order: Vec<Endpoint>,
+    waiting: HashMap<Endpoint, Vec<BytesMut>>,
 }
 
 impl Outbox {
     /// Adds a datagram.
-    pub(crate) fn push(&mut self, to: SocketAddr, datagram: BytesMut) {
+    pub(crate) fn push(&mut self, to: Endpoint, datagram: BytesMut) {
         let waiting = self.waiting.entry(to).or_default();
         if waiting.is_empty() {
             self.order.push(to);

@@ -2,7 +2,6 @@
 
 use std::{
     io,
-    net::SocketAddr,
     os::fd::AsFd,
     sync::{Arc, atomic::Ordering, mpsc},
     time::{Duration, Instant},
@@ -24,7 +23,7 @@ use crate::{
     offload::{self, Coalescer},
     peer::{Encrypted, Peer, Received},
     tun::{self, Queue},
-    udp::{self, Outbox, Sockets, UdpSocket},
+    udp::{self, Endpoint, Outbox, Sockets, UdpSocket},
 };
 
 /// Packets that a worker takes from one source before it looks at the others.
@@ -236,16 +235,16 @@ impl Worker {
         let mut last: Option<(u32, Arc<Peer>)> = None;
         let mut taken = 0;
         while taken < BATCH {
-            let Some((source, bytes, length)) = socket.receive(&mut self.udp_buffer) else { return false };
+            let Some((from, bytes, length)) = socket.receive(&mut self.udp_buffer) else { return false };
             // An empty datagram counts, too.
             taken += bytes.len().div_ceil(length).max(1);
             for datagram in bytes.chunks(length) {
                 let Some(identity) = &config.identity else { continue };
                 let datagram = Packet::from_bytes(BytesMut::from(datagram));
-                let message = match identity.guard.check(source, datagram) {
+                let message = match identity.guard.check(from.remote, datagram) {
                     Verdict::Accept(message) => message,
                     Verdict::Reply(reply) => {
-                        self.pending.outbox.push(source, bytes_of(reply));
+                        self.pending.outbox.push(from, bytes_of(reply));
                         continue;
                     }
                     Verdict::Drop => continue,
@@ -262,8 +261,8 @@ impl Worker {
                         None => continue,
                     },
                 };
-                let received = peer.receive(message, source);
-                self.pending.add(device, &config, &peer, source, received);
+                let received = peer.receive(message, from);
+                self.pending.add(device, &config, &peer, from, received);
                 if let Some(index) = index {
                     last = Some((index, peer));
                 }
@@ -275,7 +274,7 @@ impl Worker {
 
 impl Pending {
     /// Adds what a message of a peer caused.
-    fn add(&mut self, device: &Device, config: &Config, peer: &Arc<Peer>, from: SocketAddr, received: Received) {
+    fn add(&mut self, device: &Device, config: &Config, peer: &Arc<Peer>, from: Endpoint, received: Received) {
         for reply in received.replies {
             device.register(config, &reply, peer);
             self.outbox.push(from, bytes_of(reply));

@@ -7,10 +7,6 @@
 use std::{
     net::{IpAddr, SocketAddr, UdpSocket},
     path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
     time::{Duration, Instant},
 };
 
@@ -23,7 +19,9 @@ use raven_engine::Options;
 use raven_tests::{
     Lab, Namespace, PoolSpec,
     bare::{Bare, Engine},
-    eventually, forge,
+    eventually,
+    flood::{self, Flood},
+    forge,
     kubernetes::binaries::WIREGUARD,
     patience,
     probe::{self, Flow},
@@ -113,8 +111,8 @@ async fn changes_of_peers_under_traffic_lose_nothing() {
     ];
     let (mut changes, begin) = (0_u32, Instant::now());
     let other = "+Dn7kd3xX0bVkeQH9cAxjRKfTbiIUKwsp22gnVoPTWk=";
-    // 24 changes a second, of every kind, on both ends.
-    while begin.elapsed() < Duration::from_secs(10) {
+    // 24 changes a second for a minute, of every kind, on both ends.
+    while begin.elapsed() < Duration::from_secs(60) {
         for (node, end) in [(a, 0), (b, 1)] {
             let (key, device) = (&tunnel.keys[1 - end], &tunnel.device);
             let own = format!("{}/32,{}/128", tunnel.v4[1 - end], tunnel.v6[1 - end]);
@@ -138,9 +136,9 @@ async fn changes_of_peers_under_traffic_lose_nothing() {
     for flow in flows {
         let report = flow.stop().await.expect("stop the flow");
         assert_eq!((report.lost, report.reordered, report.duplicated), (0, 0, 0), "{report:?}");
-        assert!(report.received > 5000, "{report:?}");
+        assert!(report.received as f64 > 50_000.0 / patience(), "{report:?}");
     }
-    assert!(f64::from(changes) > 150.0 / patience(), "{changes} changes");
+    assert!(f64::from(changes) > 1300.0 / patience(), "{changes} changes");
     assert_eq!(peer(&lab, "cloud-b", "bare1").expect("the peer")[4], handshake, "a change renewed the session");
 }
 
@@ -176,6 +174,40 @@ async fn mark_of_outgoing_packets_is_set_and_removed() {
     }
     assert!(counted("marked") > 0);
     assert!(counted("plain") > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_come_from_the_address_that_was_dialled() {
+    require_root!();
+    let lab = lab().await;
+    let (a, b) = (lab.node("cloud-a"), lab.node("cloud-b"));
+    let second: [(IpAddr, u8); 2] =
+        [("10.0.0.77".parse().expect("an address"), 24), ("fd10::77".parse().expect("an address"), 64)];
+    for (number, (address, length)) in (1..).zip(second) {
+        // The second address of a node with two uplinks. As a NAT on the way, b drops answers from the first one.
+        // An IPv6 address that is preferred would be chosen in any case.
+        let options = if address.is_ipv6() { "nodad preferred_lft 0" } else { "" };
+        a.ns.ip(&format!("addr add {address}/{length} dev eth0 {options}")).expect("add the address");
+        let match_first = match address {
+            IpAddr::V4(_) => format!("ip saddr {}", a.lan_v4),
+            IpAddr::V6(_) => format!("ip6 saddr {}", a.lan_v6),
+        };
+        let drop_first = format!("udp dport {} {match_first} drop", 4500 + u16::from(number));
+        b.ns.nft(&format!("table inet nat {{ chain in {{ type filter hook input priority 0; {drop_first}; }}; }}"))
+            .expect("drop answers");
+        let ends = [(a, Engine::Raven), (b, Engine::Raven)];
+        let tunnel = Bare::start(&lab, number, ends, |port| (address, port).into()).await.expect("a session");
+        transfer(&lab, &tunnel).await.expect("transfer");
+        // Datagrams that exceed the path's MTU are not sent as runs.
+        let peer = if address.is_ipv6() { IpAddr::from(b.lan_v6) } else { b.lan_v4.into() };
+        a.ns.ip(&format!("route add {peer} dev eth0 mtu 1400")).expect("lower the MTU of the path");
+        transfer(&lab, &tunnel).await.expect("transfer on a path with a small MTU");
+        // The dialled address is gone, so the routes choose another one.
+        b.ns.sh("nft delete table inet nat").expect("accept all");
+        a.ns.ip(&format!("addr del {address}/{length} dev eth0")).expect("delete the address");
+        let answers = || async { probe::ping(&a.ns, tunnel.v4[1].into()).await?.context("no answer") };
+        eventually(SOON, "the peer is reached from the other address", answers).await.expect("an answer");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -263,9 +295,6 @@ async fn ten_thousand_forged_handshakes_a_second_stop_no_session() {
     require_root!();
     let lab = lab().await;
     let (a, b) = (lab.node("cloud-a"), lab.node("cloud-b"));
-    // Forged sources: the attacker owns a whole prefix.
-    b.ns.sh("ip route add local 10.77.0.0/16 dev lo").expect("own the addresses");
-    a.ns.sh(&format!("ip route add 10.77.0.0/16 via {}", b.lan_v4)).expect("route the replies");
     let mut pairs = vec![[Engine::Raven, Engine::Raven]];
     match go().await {
         // Both have to understand the other's cookies.
@@ -275,48 +304,24 @@ async fn ten_thousand_forged_handshakes_a_second_stop_no_session() {
     for (number, [attacked, honest]) in (1..).zip(pairs) {
         let ends = [(a, attacked.clone()), (b, honest)];
         let tunnel = Bare::start(&lab, number, ends, |port| (a.lan_v4, port).into()).await.expect("start the tunnel");
-        // wireguard-go's own losses are not the subject.
-        flood(&lab, &tunnel, attacked == Engine::Raven).await;
+        flooded(&lab, &tunnel, attacked == Engine::Raven).await;
     }
 }
 
 /// Floods the first end with handshakes, while a session exists, and while the second end starts a new one.
-async fn flood(lab: &Lab, tunnel: &Bare, is_lossless: bool) {
+async fn flooded(lab: &Lab, tunnel: &Bare, attacks_raven: bool) {
     let (a, b) = (lab.node("cloud-a"), lab.node("cloud-b"));
-    let messages = forge::initiations(forge::public_key(&tunnel.keys[0]).expect("a key"), 256);
     let target: SocketAddr = (a.lan_v4, tunnel.port).into();
-    let stop = Arc::new(AtomicBool::new(false));
-    let stopped = stop.clone();
-    let attacker = b.ns.clone();
-    let attack = attacker.within_async(move || -> Result<f64> {
-        let (begin, mut sent) = (Instant::now(), 0_u32);
-        while !stopped.load(Ordering::Relaxed) {
-            let source = IpAddr::from([10, 77, (sent >> 8) as u8, sent as u8]);
-            UdpSocket::bind((source, 0))?.send_to(&messages[sent as usize % messages.len()], target)?;
-            sent += 1;
-            if sent.is_multiple_of(100) {
-                let due = begin + Duration::from_micros(100) * sent;
-                std::thread::sleep(due.saturating_duration_since(Instant::now()));
-            }
-        }
-        Ok(f64::from(sent) / begin.elapsed().as_secs_f64())
-    });
+    let flood = Flood::start(tunnel, b, a, target, 10_000).expect("start the flood");
     let flow = Flow::start(&b.ns, &a.ns, tunnel.v4[0].into(), 1000).expect("start a flow");
-    let honest = async {
-        tokio::time::sleep(Duration::from_secs(2)).await;
-        let report = flow.stop().await.expect("stop the flow");
-        // Under the flood, a peer without a session needs a cookie.
-        tunnel.dial_anew(b, target).expect("configure the peer again");
-        let answers = || async { probe::ping(&b.ns, tunnel.v4[0].into()).await?.context("no answer") };
-        let new = eventually(SOON, "a new session during the flood", answers).await;
-        stop.store(true, Ordering::Relaxed);
-        (report, new)
-    };
-    let (rate, (report, new)) = tokio::join!(attack, honest);
-    let rate = rate.expect("enter the namespace").expect("send the flood");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let report = flow.stop().await.expect("stop the flow");
+    // wireguard-go's own losses, and the load at which it demands cookies, are not the subject.
+    let new = flood::new_session(tunnel, b, target, attacks_raven).await;
+    let rate = flood.stop().await.expect("send the flood");
     println!("{}: {rate:.0} forged handshakes/s; the session: {report:?}", tunnel.device);
     new.expect("a new session");
-    if is_lossless {
+    if attacks_raven {
         assert_eq!(report.lost, 0, "the established session: {report:?}");
         assert!(rate > 8000.0 / patience(), "{rate:.0} messages/s");
     }

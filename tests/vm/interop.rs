@@ -11,7 +11,9 @@ use nix::sys::signal::Signal;
 use raven_tests::{
     Lab, Node,
     bare::{Bare, Engine},
-    eventually, probe,
+    eventually,
+    flood::{self, Flood},
+    probe,
     process::Process,
 };
 
@@ -21,6 +23,8 @@ const REKEY: Duration = Duration::from_secs(120);
 const GIVES_UP: Duration = Duration::from_secs(90);
 const SOON: Duration = Duration::from_secs(30);
 const BULK: u64 = 1_000_000;
+/// Forged handshakes per second: more than a processor can compute.
+const FLOOD: u32 = 50_000;
 
 /// Three tunnels between two nodes of the cloud.
 pub(crate) struct Interop {
@@ -74,6 +78,21 @@ impl Interop {
             }
         }
         Ok(format!("{} transfers of {BULK} bytes; both ends moved", 4 * self.tunnels.len()))
+    }
+
+    /// Each is flooded with forged handshakes, demands a cookie from the other one, and gets it.
+    pub(crate) async fn cookies(lab: &Lab) -> Result<String> {
+        let (a, b) = ends(lab);
+        let endpoint = |port| SocketAddr::from((a.lan_v4, port));
+        let mut seen = Vec::new();
+        for (number, attacked, honest) in [(14, Engine::Raven, Engine::Kernel), (15, Engine::Kernel, Engine::Raven)] {
+            let tunnel = Bare::start(lab, number, [(a, attacked.clone()), (b, honest)], endpoint).await?;
+            let flood = Flood::start(&tunnel, b, a, endpoint(tunnel.port), FLOOD)?;
+            let new = flood::new_session(&tunnel, b, endpoint(tunnel.port), true).await;
+            seen.push(format!("{:.0}/s against {attacked:?}", flood.stop().await?));
+            new.with_context(|| seen.join(", "))?;
+        }
+        Ok(seen.join(", "))
     }
 
     /// Both tunnels have renewed their sessions, and no packet was lost over it.
