@@ -34,7 +34,7 @@ use crate::{
     names, observe,
     plan::{ProxyPlan, plan},
     proxy::{self, Proxy, ProxySettings, stats::Stats},
-    snapshot,
+    resolve, snapshot,
     state::Role,
     topology::{Inputs, PresharedKey, Topology, build},
     tunnel, watch as api_watch,
@@ -120,6 +120,7 @@ pub async fn run(config: Run) -> Result<()> {
             inputs_seen.clone(),
         ));
     }
+    tokio::spawn(resolve::run(inputs, config.node_name.clone()));
     let drops = observe::Drops::default();
     tokio::spawn(drops.clone().read());
     let sources = observe::admin::Sources { latest, proxy: proxied.subscribe(), drops, stats, outages };
@@ -267,7 +268,7 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
             tokio::select! {
                 () = self.feed.changed() => {}
                 Some(()) = self.kernel_events.next() => {}
-                () = sleep(rerun_after.unwrap_or(RESYNC)) => {}
+                () = sleep(rerun_after.map_or(RESYNC, |after| after.min(RESYNC))) => {}
             }
             // Bursts of events, and the events of this run's own steps, cause one run.
             sleep(SETTLE).await;

@@ -30,11 +30,11 @@ use crate::{
     config::{Engine, TcAttach, Tier},
     conntrack,
     diff::diff,
-    link::{self, Links, Uplink},
+    link::{self, Links, Uplink, Uplinks},
     names,
-    netfilter::{self, Sources},
+    netfilter::{self, Ensured, Sources, Without},
     plan::{Me, Plan},
-    state::{Change, Indexes, Role, State},
+    state::{Abilities, Change, Indexes, Role, State},
     surroundings,
     topology::{PresharedKey, Topology},
     tunnel::{self, Backend, PrivateKey, Tunnel},
@@ -47,6 +47,9 @@ const SURROUNDINGS_SHARE: u32 = 100;
 
 /// Time limit of the check of connections.
 const CONNTRACK_LIMIT: Duration = Duration::from_secs(10);
+
+/// Time until a run after one that found no uplink: a link that comes back may get its routes later.
+const UPLINK_RETRY: Duration = Duration::from_secs(2);
 
 /// Time until a run after one that found no working WireGuard, such as an engine that is about to start.
 const ENGINE_RETRY: Duration = Duration::from_secs(2);
@@ -93,6 +96,7 @@ impl Settings {
 pub struct Reconciler {
     settings: Settings,
     links: Links,
+    uplinks: Uplinks,
     bpf: Bpf,
     key: PrivateKey,
     preshared: PresharedSource,
@@ -103,8 +107,8 @@ pub struct Reconciler {
     listener: Option<TcpListener>,
     /// The last check of the surroundings. netfilter can have many rules, so they are not read in every run.
     surroundings: Option<Checked>,
-    /// This kernel cannot have the nft chain for processes of the node.
-    without_hosts_chain: bool,
+    /// Parts of the nft table that this kernel cannot have.
+    without: Without,
     /// Connections may have a wrong source: what determines it has changed, by this agent or before its start.
     unchecked_connections: bool,
 }
@@ -144,6 +148,7 @@ impl Reconciler {
             preshared: PresharedSource::new(settings.preshared_key),
             settings,
             links,
+            uplinks: Uplinks::default(),
             bpf,
             key,
             tunnel: None,
@@ -151,7 +156,7 @@ impl Reconciler {
             restored: 0,
             listener,
             surroundings: None,
-            without_hosts_chain: false,
+            without: Without::default(),
             unchecked_connections: true,
         })
     }
@@ -170,13 +175,20 @@ impl Reconciler {
     pub async fn observe(&mut self, topology: &Topology) -> Observed {
         let mut outcome = Outcome::default();
         let preshared_changed = outcome.keep(self.preshared.read(&self.settings.preshared_key_file)).unwrap_or(false);
-        let member = topology.pool_of(&self.settings.node).and_then(|(_, pool)| pool.members.get(&self.settings.node));
+        let pool = topology.pool_of(&self.settings.node).map(|(_, pool)| pool);
+        let member = pool.and_then(|pool| pool.members.get(&self.settings.node));
         let address = self.settings.node_ip.or(member.map(|m| IpAddr::V4(m.outer)));
-        let uplink = match address {
-            Some(address) => outcome.keep(self.links.uplink(address).await),
-            None => None,
+        let others = pool.map(|pool| pool.neighbours(&self.settings.node)).unwrap_or_default();
+        let found = match address {
+            Some(address) => self.uplinks.find(&self.links, address, &others).await.map(Some),
+            None => Ok(None),
         };
-        let me = self.me(uplink.as_ref());
+        let moved_to = match &found {
+            Err(link::Error::NoUplink(_)) => self.links.own_address().await,
+            _ => None,
+        };
+        let uplink = outcome.keep(found).flatten();
+        let me = Me { moved_to, ..self.me(uplink.as_ref()) };
         Observed { me, uplink, in_pool: member.is_some(), preshared_changed, outcome }
     }
 
@@ -188,6 +200,7 @@ impl Reconciler {
             protected: self.settings.protected.iter().copied().collect(),
             subnets: uplink.map(|u| u.subnets.clone()).unwrap_or_default(),
             addresses: uplink.map(|u| u.node_addresses.clone()).unwrap_or_default(),
+            moved_to: None,
             intercepting_gateway: self.bpf.intercepting_gateway(),
             preshared: self.preshared.current(),
             ipv6: link::has_ipv6(),
@@ -201,7 +214,7 @@ impl Reconciler {
             (_, Role::None) => self.take_down(&mut outcome).await,
             (Some(uplink), _) => self.bring_up(&plan, uplink, &mut outcome).await,
             // Without an uplink nothing can be decided: the present state stays.
-            (None, _) => {}
+            (None, _) => outcome.rerun_within(UPLINK_RETRY),
         }
         if uplink.is_some() || !in_pool {
             self.apply_interception(plan.interception.as_ref(), &mut outcome).await;
@@ -245,7 +258,7 @@ impl Reconciler {
         outcome.take(self.links.ensure_addresses(names::OVERLAY, overlay, &want.addresses).await);
         let tunnel = self.ensure_tunnel(plan, outcome).await;
         let indexes = Indexes { uplink: uplink.index, overlay, tunnel };
-        outcome.take(self.configure(plan, indexes));
+        outcome.take(self.configure(plan, uplink, indexes));
         match &self.tunnel {
             Some(tunnel) => self.handshakes.retry(tunnel, &plan.state, outcome).await,
             None => self.handshakes.clear(),
@@ -256,23 +269,27 @@ impl Reconciler {
         }
         self.attach_programs(plan, uplink, indexes, outcome).await;
         // Again, because only now it is known which program guards the uplink.
-        outcome.take(self.configure(plan, indexes));
+        outcome.take(self.configure(plan, uplink, indexes));
         if plan.role == Role::Member {
             self.remove_tunnel(outcome).await;
         }
+        let abilities = self.abilities(plan, uplink);
+        outcome.surroundings.extend(surroundings::wrong_source(plan.role, plan.config.node, uplink, abilities));
         self.check_surroundings(plan, indexes, uplink, outcome).await;
     }
 
     async fn ensure_sources(&mut self, plan: &Plan, outcome: &mut Outcome) {
-        let sources = Sources::new(&plan.own_prefixes(), self.settings.masquerade_mark);
-        let (pods, hosts) = sources.ensure(!self.without_hosts_chain).await;
+        let sources = Sources::new(&plan.own_prefixes(), self.settings.masquerade_mark, plan.config.node);
+        let Ensured { pods, hosts, guard } = sources.ensure(self.without).await;
         outcome.take(pods);
-        match hosts {
-            Ok(change) => outcome.change += change,
-            // Not a failed step: this kernel has not got the modules, and forwards pods all the same.
-            Err(e) => {
-                tracing::warn!(error = %e, "processes of this node reach other pools only from the node's pod prefix");
-                self.without_hosts_chain = true;
+        // Not failed steps: this kernel has not got the modules, and forwards pods all the same.
+        for (result, without) in [(hosts, &mut self.without.hosts), (guard, &mut self.without.guard)] {
+            match result {
+                Ok(change) => outcome.change += change,
+                Err(e) => {
+                    tracing::warn!(error = %e, "a part of Raven's nft table is left out until the agent's next start");
+                    *without = true;
+                }
             }
         }
     }
@@ -292,10 +309,20 @@ impl Reconciler {
         self.surroundings = Some(checked);
     }
 
-    fn configure(&mut self, plan: &Plan, indexes: Indexes) -> Result<Change, bpf::Error> {
-        let xdp = self.bpf.is_attached(Hook::UplinkXdp, indexes.uplink);
+    fn configure(&mut self, plan: &Plan, uplink: &Uplink, indexes: Indexes) -> Result<Change, bpf::Error> {
         let generation = self.bpf.generation()?;
-        self.bpf.set_config(plan.config.to_table(indexes, self.may_redirect(), xdp, generation))
+        self.bpf.set_config(plan.config.to_table(indexes, self.abilities(plan, uplink), generation))
+    }
+
+    fn abilities(&self, plan: &Plan, uplink: &Uplink) -> Abilities {
+        Abilities {
+            redirects_into_tunnel: self.may_redirect(),
+            xdp: self.bpf.is_attached(Hook::UplinkXdp, uplink.index),
+            // The kernel sends only from its own addresses.
+            sets_source: self.settings.release.has_tunnel_source()
+                && uplink.node_addresses.contains(&plan.config.node.into()),
+            one_uplink: !uplink.scattered,
+        }
     }
 
     /// Ensures that the tunnel device exists on a gateway node; returns its index.

@@ -29,6 +29,7 @@ mod nft;
 pub mod observe;
 pub mod plan;
 pub mod proxy;
+pub mod resolve;
 pub mod snapshot;
 pub mod state;
 pub mod surroundings;

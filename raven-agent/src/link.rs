@@ -5,12 +5,15 @@ mod device;
 mod filters;
 mod interception;
 mod route;
+mod uplink;
 mod upstream;
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use futures::{Stream, StreamExt, TryStreamExt};
-use ipnet::IpNet;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::AddressAttribute,
@@ -20,7 +23,11 @@ use rtnetlink::{Handle, MulticastGroup, new_connection, new_multicast_connection
 
 use crate::names;
 
-pub use self::{device::Found, route::Hop};
+pub use self::{
+    device::Found,
+    route::Hop,
+    uplink::{Uplink, Uplinks},
+};
 
 /// A netlink request failed.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +48,16 @@ pub enum Error {
         "no device of this node has the address {0}, the InternalIP of its Node object; check --node-name, or set --node-ip to an address of this machine"
     )]
     NoUplink(IpAddr),
+    /// The node's address is on a device without other hosts, and no route leads to the nodes of its pool.
+    #[error(
+        "the address {address} is on {device}, which has no other hosts, and no route leads to the other nodes of this node's pool: check `ip route`"
+    )]
+    NoRoute {
+        /// The node's address.
+        address: IpAddr,
+        /// Name of the device.
+        device: String,
+    },
     /// IPv6 is off on one of Raven's devices, and could not be switched on.
     #[error(
         "IPv6 is disabled on new devices of this node, and {path} cannot be written ({reason}): IPv6 packets of other pools are \
@@ -84,29 +101,29 @@ fn failed(action: impl Into<String>) -> impl FnOnce(rtnetlink::Error) -> Error {
 #[derive(Clone)]
 pub struct Links {
     handle: Handle,
+    watched: Watched,
 }
 
-/// The device that faces the pool's LAN.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Uplink {
-    /// Device name.
-    pub name: String,
-    /// Interface index.
-    pub index: u32,
-    /// MTU in bytes.
-    pub mtu: u32,
-    /// The subnets of its addresses.
-    pub subnets: BTreeSet<IpNet>,
-    /// The addresses of all devices.
-    pub node_addresses: BTreeSet<IpAddr>,
+type Watched = Arc<Mutex<Watch>>;
+
+/// What is known of the uplink.
+#[derive(Clone, Copy, Debug, Default)]
+struct Watch {
+    address: Option<IpAddr>,
+    /// None: any device may become the uplink.
+    index: Option<u32>,
+    /// One of them has changed since the routes were looked up.
+    changed: bool,
 }
 
 impl Links {
-    /// Opens the netlink sockets. The stream yields whenever one of Raven's devices, a route of its tables or any rule
-    /// changes, by Raven or by another program. Devices and routes of pods are ignored.
+    /// Opens the netlink sockets. The stream yields whenever one of Raven's devices, the uplink or its address, a route of
+    /// Raven's tables or any rule changes, by Raven or by another program. Devices and routes of pods are ignored.
     pub fn connect() -> Result<(Self, impl Stream<Item = ()> + Unpin + Send), Error> {
         let groups = [
             MulticastGroup::Link,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv6Route,
             MulticastGroup::Ipv4Rule,
@@ -118,41 +135,22 @@ impl Links {
         let (connection, handle, _) = new_connection().map_err(Error::Connect)?;
         tokio::spawn(notified);
         tokio::spawn(connection);
-        let ours = messages.filter_map(|(message, _)| std::future::ready(concerns_us(&message.payload).then_some(())));
-        Ok((Self { handle }, ours))
+        let watched = Watched::default();
+        let links = Self { handle, watched: watched.clone() };
+        let ours = messages.filter_map(move |(message, _)| {
+            let mut watch = watched.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_uplink = concerns_uplink(&message.payload, *watch);
+            watch.changed |= is_uplink;
+            std::future::ready((is_uplink || concerns_us(&message.payload)).then_some(()))
+        });
+        Ok((links, ours))
     }
 
-    /// The device that has `address`.
-    pub async fn uplink(&self, address: IpAddr) -> Result<Uplink, Error> {
-        let mut index = None;
-        let mut addresses = Vec::new();
-        let mut stream = self.handle.address().get().execute();
-        while let Some(message) = stream.try_next().await.map_err(failed("list addresses"))? {
-            let local = message.attributes.iter().find_map(|a| match a {
-                AddressAttribute::Local(ip) => Some(*ip),
-                _ => None,
-            });
-            let any = message.attributes.iter().find_map(|a| match a {
-                AddressAttribute::Address(ip) => Some(*ip),
-                _ => None,
-            });
-            let Some(ip) = local.or(any) else { continue };
-            if ip == address {
-                index = Some(message.header.index);
-            }
-            addresses.push((message.header.index, ip, message.header.prefix_len));
-        }
-        let index = index.ok_or(Error::NoUplink(address))?;
-        let link = self.by_index(index).await?.ok_or(Error::NoUplink(address))?;
-        let node_addresses = addresses.iter().map(|(_, ip, _)| *ip).collect();
-        let subnets = addresses.into_iter().filter(|(i, _, _)| *i == index);
-        Ok(Uplink {
-            name: link.name,
-            index,
-            mtu: link.mtu,
-            subnets: subnets.filter_map(|(_, ip, len)| Some(IpNet::new(ip, len).ok()?.trunc())).collect(),
-            node_addresses,
-        })
+    /// Makes the stream of [`Links::connect`] yield when the uplink or its address changes. Returns true if that has
+    /// happened since the last call.
+    fn watch_uplink(&self, address: IpAddr, index: Option<u32>) -> bool {
+        let mut watch = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *watch, Watch { address: Some(address), index, changed: false }).changed
     }
 
     /// A device's name by its index.
@@ -162,8 +160,12 @@ impl Links {
 
     async fn by_index(&self, index: u32) -> Result<Option<device::Found>, Error> {
         let mut stream = self.handle.link().get().match_index(index).execute();
-        let message = stream.try_next().await.map_err(failed(format!("read device {index}")))?;
-        Ok(message.as_ref().map(device::Found::from))
+        match stream.try_next().await {
+            Ok(message) => Ok(message.as_ref().map(device::Found::from)),
+            // ENODEV
+            Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -19 => Ok(None),
+            Err(e) => Err(failed(format!("read device {index}"))(e)),
+        }
     }
 }
 
@@ -183,6 +185,22 @@ fn concerns_us(payload: &NetlinkPayload<RouteNetlinkMessage>) -> bool {
             matches!(route::table_of(route), names::TABLE | names::INTERCEPTION_TABLE)
         }
         NetlinkPayload::InnerMessage(NewRule(_) | DelRule(_)) | NetlinkPayload::Overrun(_) => true,
+        _ => false,
+    }
+}
+
+/// True if a notification is about the uplink or its address, or if notifications were lost.
+fn concerns_uplink(payload: &NetlinkPayload<RouteNetlinkMessage>, watch: Watch) -> bool {
+    use RouteNetlinkMessage::{DelAddress, DelLink, NewAddress, NewLink};
+    // Before the first run, nothing is known, and nothing has to be noticed.
+    let is_uplink = |found: u32| watch.address.is_some() && watch.index.is_none_or(|index| index == found);
+    match payload {
+        NetlinkPayload::InnerMessage(NewLink(link) | DelLink(link)) => is_uplink(link.header.index),
+        NetlinkPayload::InnerMessage(NewAddress(message) | DelAddress(message)) => {
+            let is_ours = |a: &AddressAttribute| matches!(a, AddressAttribute::Local(ip) | AddressAttribute::Address(ip) if Some(*ip) == watch.address);
+            is_uplink(message.header.index) || message.attributes.iter().any(is_ours)
+        }
+        NetlinkPayload::Overrun(_) => true,
         _ => false,
     }
 }

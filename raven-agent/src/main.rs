@@ -86,12 +86,12 @@ async fn clean_repeatedly(settings: &Run, keep_state: bool) -> anyhow::Result<()
 
 /// The control runtime: watches, reconciler, status and metrics. The proxy has its own ([`app`]).
 fn with_runtime(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("control")
-        .enable_all()
-        .build()?
-        .block_on(work)
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).thread_name("control").enable_all().build()?;
+    let result = runtime.block_on(work);
+    // Without waiting for lookups of names, which block a thread.
+    runtime.shutdown_background();
+    result
 }
 
 /// Logs to stderr; stdout is for the output of commands.

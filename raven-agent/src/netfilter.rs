@@ -1,4 +1,7 @@
-//! Source addresses of packets that leave by Raven's devices, as one nft table with two NAT chains before those of CNIs
+//! Raven's nft table: the source addresses of packets that leave by Raven's devices, and what keeps pods out of the overlay
+//! ([`guard`]).
+//!
+//! Two NAT chains stand before those of CNIs
 //! and kube-proxy (priorities 98 and 99; theirs have 100). The kernel consults NAT chains in the order of their priority
 //! until one sets the source. Packets that kube-proxy marked for masquerade are left to kube-proxy.
 //!
@@ -8,11 +11,14 @@
 //!   the kernel chose for a ClusterIP before kube-proxy replaced the destination. No answer could be routed to
 //!   it, so chain `hosts` masquerades it with the device's address, which is inside the node's prefix.
 
-use std::collections::BTreeSet;
+mod guard;
+
+use std::{collections::BTreeSet, net::Ipv4Addr};
 
 use ipnet::IpNet;
 use serde_json::{Value, json};
 
+use self::guard::Guard;
 use crate::{names, nft, state::Change};
 
 /// nft failed, or is not installed.
@@ -29,6 +35,27 @@ pub struct Error {
 pub struct Sources {
     own: BTreeSet<IpNet>,
     mark: u32,
+    guard: Guard,
+}
+
+/// What was ensured of the table. Each part has a transaction of its own, because the last two need kernel modules that
+/// some kernels lack.
+pub struct Ensured {
+    /// Pods keep their addresses.
+    pub pods: Result<Change, Error>,
+    /// Processes of the node get an address of its prefix.
+    pub hosts: Result<Change, Error>,
+    /// Pods cannot send overlay packets.
+    pub guard: Result<Change, Error>,
+}
+
+/// Parts of the table that this kernel cannot have.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Without {
+    /// The chain for processes of the node.
+    pub hosts: bool,
+    /// The chains that keep pods out of the overlay.
+    pub guard: bool,
 }
 
 /// A chain of the table.
@@ -43,20 +70,28 @@ enum Chain {
 // === impl Sources ===
 
 impl Sources {
-    /// `own`: the prefixes of this node, whose addresses are kept. `mark`: the bits of kube-proxy's mark.
-    pub fn new(own: &[IpNet], mark: u32) -> Self {
+    /// `own`: the prefixes of this node, whose addresses are kept. `mark`: the bits of kube-proxy's mark. `outer`: this
+    /// node's source of overlay packets.
+    pub fn new(own: &[IpNet], mark: u32, outer: Ipv4Addr) -> Self {
         // nft refuses sets with overlapping prefixes.
-        Self { own: IpNet::aggregate(&own.to_vec()).into_iter().collect(), mark }
+        let own = IpNet::aggregate(&own.to_vec()).into_iter().collect();
+        Self { own, mark, guard: Guard { own: outer } }
     }
 
-    /// Ensures that the table exists with its rules. Returns the results for pods, and for processes of the node
-    /// (`hosts`). The second chain has a transaction of its own, because it needs kernel modules that some kernels lack.
-    pub async fn ensure(&self, hosts: bool) -> (Result<Change, Error>, Result<Change, Error>) {
+    /// Ensures that the table exists with its rules.
+    pub async fn ensure(&self, without: Without) -> Ensured {
         // Another program may have changed any part of the table. One that does not exist cannot be listed.
         let have = nft::list(&["list", "table", "inet", names::NFT_TABLE]).await.unwrap_or_default();
         let pods = self.ensure_chain(Chain::Postrouting, &have).await;
-        let hosts = if hosts { self.ensure_chain(Chain::Hosts, &have).await } else { Ok(Change::NONE) };
-        (pods, hosts)
+        let hosts = if without.hosts { Ok(Change::NONE) } else { self.ensure_chain(Chain::Hosts, &have).await };
+        let guard = if without.guard { Ok(Change::NONE) } else { self.guard.ensure(&have).await };
+        let failed = |reason| Error {
+            action: "create",
+            reason,
+            consequence: "without chains spoofed and masqueraded, a pod can send overlay packets with forged sources; they need \
+                          the kernel modules nft_fib_ipv4, nft_fib_inet and nft_ct",
+        };
+        Ensured { pods, hosts, guard: guard.map_err(failed) }
     }
 
     async fn ensure_chain(&self, chain: Chain, have: &Value) -> Result<Change, Error> {
@@ -217,7 +252,7 @@ mod tests {
 
     fn sources(own: &[&str]) -> Sources {
         let own: Vec<IpNet> = own.iter().map(|p| p.parse().expect("a prefix")).collect();
-        Sources::new(&own, 0x4000)
+        Sources::new(&own, 0x4000, [10, 1, 0, 1].into())
     }
 
     /// The table as nft lists it after the ruleset of both chains.

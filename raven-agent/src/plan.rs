@@ -29,7 +29,7 @@ use self::path::Protected;
 pub use self::{me::Me, path::gateway_ids, proxy::ProxyPlan};
 use crate::{
     state::{Config, Interception, Overlay, PeerName, Role, State, TunnelDevice},
-    topology::{Member, Pool, PublicKey, Topology},
+    topology::{Dial, GatewayPeer, Member, Pool, PublicKey, Topology},
 };
 
 /// The desired state of this node.
@@ -74,7 +74,7 @@ impl Plan {
 /// Each half works without the other. With L3 off no other pool is reached, and the overlay of an exposed pool carries
 /// intercepted connections to its gateway nodes.
 pub fn plan(topology: &Topology, me: &Me) -> Plan {
-    let proxy = Arc::new(proxy::proxy(topology, &me.node));
+    let proxy = Arc::new(proxy::proxy(topology, me));
     let Some((name, pool)) = topology.pool_of(&me.node) else { return empty(me, proxy, without_pool(topology, me)) };
     let l3 = topology.settings.l3 && pool.l3;
     let member = &pool.members[&me.node];
@@ -95,6 +95,9 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     if pool.usable().next().is_none() && role == Role::Member && !paths.is_empty() {
         problems
             .push(format!("Gateway {name} has no gateway node that has published a key: traffic to other pools is dropped on this node"));
+    }
+    if role == Role::Gateway {
+        problems.extend(paths.iter().flat_map(|(name, path)| unresolved(name, path.pool)));
     }
     let mtu = tunnel_mtu(me.uplink_mtu);
     let mut state = State {
@@ -153,8 +156,12 @@ fn pod_prefixes(member: &Member) -> Vec<IpNet> {
 /// What must stay outside the tunnel on this node: what `me` protects, the pool's own nodes, and every endpoint that
 /// nodes dial.
 fn protected<'a>(topology: &Topology, pool: &Pool, me: &'a Me, own: &'a [IpNet]) -> Protected<'a> {
-    let endpoints =
-        topology.pools.values().flat_map(|p| p.gateways.values()).filter_map(|g| g.dial).map(|d| IpNet::from(d.ip()));
+    // Not the addresses of names: whoever can forge an answer of DNS could take a prefix out of the tunnel.
+    let fixed = |gateway: &GatewayPeer| match gateway.dial {
+        Some(Dial::Address(address)) => Some(IpNet::from(address.ip())),
+        _ => None,
+    };
+    let endpoints = topology.pools.values().flat_map(|p| p.gateways.values()).filter_map(fixed);
     let proxies = topology.pools.values().flat_map(|p| p.proxies.values()).filter_map(|p| p.dial.as_ref());
     let proxies = proxies.filter_map(|(host, _)| host.parse().ok()).map(|ip: IpAddr| IpNet::from(ip));
     // Further addresses only on this LAN: a node may report any number of them.
@@ -167,6 +174,17 @@ fn protected<'a>(topology: &Topology, pool: &Pool, me: &'a Me, own: &'a [IpNet])
     let prefixes =
         me.protected.iter().copied().chain(api_servers).chain(endpoints).chain(proxies).chain(nodes).collect();
     Protected { prefixes, subnets: &me.subnets, own }
+}
+
+/// Names of another pool's gateway nodes whose addresses are not known.
+fn unresolved<'a>(gateway: &'a str, pool: &'a Pool) -> impl Iterator<Item = String> + 'a {
+    pool.gateways.iter().filter_map(move |(node, peer)| match &peer.dial {
+        Some(Dial::Name { host, address: None, .. }) => Some(format!(
+            "Gateway {gateway}: node {node} is dialled by the name {host:?}, which has no usable address: check that this \
+             node's resolver (/etc/resolv.conf) knows it, and that no pod prefix contains its address"
+        )),
+        _ => None,
+    })
 }
 
 fn without_pool(topology: &Topology, me: &Me) -> Vec<String> {

@@ -189,15 +189,15 @@ impl Indexes {
 }
 
 impl Config {
-    /// The entry of map `CONFIG`.
-    ///
-    /// `redirect`: this kernel accepts a redirect from `raven0` into the tunnel. `xdp`: Raven's XDP program is on the
-    /// uplink. `generation`: the table's present generation, which the bpf driver advances when another table changes.
-    pub fn to_table(self, indexes: Indexes, redirect: bool, xdp: bool, generation: u32) -> tables::Config {
+    /// The entry of map `CONFIG`. `generation` is the table's present one, which the bpf driver advances when another
+    /// table changes.
+    pub fn to_table(self, indexes: Indexes, abilities: Abilities, generation: u32) -> tables::Config {
         let flag = |set: bool, flag: u32| if set { flag } else { 0 };
-        let flags = flag(redirect, tables::CONFIG_TUNNEL_REDIRECT)
+        let flags = flag(abilities.redirects_into_tunnel, tables::CONFIG_TUNNEL_REDIRECT)
             | flag(self.relay, tables::CONFIG_RELAY)
-            | flag(!xdp, tables::CONFIG_TC_GUARD);
+            | flag(!abilities.xdp, tables::CONFIG_TC_GUARD)
+            | flag(!abilities.one_uplink, tables::CONFIG_NO_WRAP)
+            | flag(abilities.sets_source, tables::CONFIG_TUNNEL_SOURCE);
         tables::Config {
             node: self.node.octets(),
             uplink_ifindex: indexes.uplink,
@@ -209,6 +209,19 @@ impl Config {
             generation,
         }
     }
+}
+
+/// What this kernel and this node's network allow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Abilities {
+    /// The kernel accepts a redirect from `raven0` into the tunnel.
+    pub redirects_into_tunnel: bool,
+    /// Raven's XDP program is on the uplink.
+    pub xdp: bool,
+    /// `raven0` can be given the source of the outer header. Otherwise the kernel chooses it by its routes.
+    pub sets_source: bool,
+    /// All other nodes of the pool are reached by the uplink. Otherwise the kernel chooses the device by its routes.
+    pub one_uplink: bool,
 }
 
 /// What a driver did: the number of kernel objects that it created, replaced or deleted. Zero when all

@@ -3,17 +3,21 @@
 //!
 //! This module only reads. Raven's own objects are restored by the drivers.
 
-use std::{collections::BTreeSet, fs, net::IpAddr};
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use ipnet::IpNet;
 use serde_json::Value;
 
 use crate::{
-    link::Links,
+    link::{Links, Uplink},
     names,
     nft::{self, objects, text},
     plan::Plan,
-    state::{Device, Indexes},
+    state::{Abilities, Device, Indexes, Role},
 };
 
 /// What stops packets, one sentence each.
@@ -30,6 +34,23 @@ pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &str) -
         Err(e) => tracing::warn!(error = %e, "cannot read this node's firewall rules; they are not checked"),
     }
     complaints
+}
+
+/// A node of the pool that gets this node's overlay packets with another source than it expects, and drops them.
+pub fn wrong_source(role: Role, own: Ipv4Addr, uplink: &Uplink, abilities: Abilities) -> Option<String> {
+    // A gateway node writes the outer header itself, unless it has several devices.
+    if abilities.sets_source || (role == Role::Gateway && abilities.one_uplink) {
+        return None;
+    }
+    // An address of no device is one that a NAT gives it.
+    if !uplink.node_addresses.contains(&own.into()) {
+        return None;
+    }
+    let (other, source) = uplink.sources.iter().find(|(_, source)| *source != IpAddr::V4(own))?;
+    Some(format!(
+        "this kernel sends packets for node {other} from {source}, and that node accepts only {own}, the InternalIP of this node: add \
+         `src {own}` to the route that `ip route get {other}` shows, or use Linux 5.19 or later, where Raven sets the source"
+    ))
 }
 
 /// Pods are reached by forwarding, so a node that does not forward has no reachable pods. `own`: this node's prefixes.
@@ -212,6 +233,32 @@ mod tests {
 
     fn from(addr: &str, len: u8) -> Value {
         json!([{ "match": { "op": "==", "left": {}, "right": { "prefix": { "addr": addr, "len": len } } } }, { "accept": null }])
+    }
+
+    #[test]
+    fn wrong_source_is_reported_where_the_kernel_chooses_it() {
+        let own = Ipv4Addr::new(10, 0, 0, 2);
+        let right = ([10, 0, 0, 3].into(), own.into());
+        let wrong = ([10, 0, 0, 1].into(), [10, 0, 0, 77].into());
+        let uplink = Uplink {
+            name: "eth0".into(),
+            index: 2,
+            mtu: 1500,
+            subnets: BTreeSet::new(),
+            node_addresses: BTreeSet::from([own.into()]),
+            scattered: false,
+            sources: vec![right, wrong],
+        };
+        let reported = |role, sets_source, one_uplink| {
+            let abilities = Abilities { redirects_into_tunnel: true, xdp: true, sets_source, one_uplink };
+            wrong_source(role, own, &uplink, abilities)
+        };
+        let complaint = reported(Role::Member, false, true).expect("a complaint");
+        assert!(["10.0.0.1 ", "10.0.0.77", "src 10.0.0.2"].iter().all(|part| complaint.contains(part)), "{complaint}");
+        assert!(reported(Role::Gateway, false, false).is_some(), "several devices");
+        for (role, sets_source) in [(Role::Member, true), (Role::Gateway, false)] {
+            assert_eq!(reported(role, sets_source, true), None, "{role:?}");
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use raven_api::proxy::Ports;
 
 pub use self::{
-    build::{Inputs, build},
+    build::{Inputs, build, host_names},
     key::{PresharedKey, PublicKey},
     settings::ClusterSettings,
 };
@@ -72,9 +72,36 @@ pub struct GatewayPeer {
     /// Its WireGuard public key, once it has published one.
     pub key: Option<PublicKey>,
     /// Its endpoint; `None` if it cannot be dialled and dials itself.
-    pub dial: Option<SocketAddr>,
+    pub dial: Option<Dial>,
     /// UDP port that its tunnel listens on.
     pub port: u16,
+}
+
+/// Where a gateway node of the tunnel is dialled. Whether it is dialled is the same on all nodes, because both ends of a
+/// path must choose the same relay; the address of a name may differ or be missing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Dial {
+    /// At an address.
+    Address(SocketAddr),
+    /// At the address of a name.
+    Name {
+        /// The name.
+        host: String,
+        /// UDP port.
+        port: u16,
+        /// Its address, as this node's resolver has answered.
+        address: Option<IpAddr>,
+    },
+}
+
+impl Dial {
+    /// The address, if it is known.
+    pub fn address(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Address(address) => Some(*address),
+            Self::Name { port, address, .. } => address.map(|address| SocketAddr::new(address, *port)),
+        }
+    }
 }
 
 /// An elected gateway node of the L7 proxy.
@@ -129,6 +156,15 @@ impl Pool {
     /// Gateway nodes that have published a key.
     pub fn usable(&self) -> impl Iterator<Item = (&str, PublicKey, &GatewayPeer)> {
         self.gateways.iter().filter_map(|(name, peer)| Some((name.as_str(), peer.key?, peer)))
+    }
+
+    /// Outer addresses of the nodes with which a node exchanges overlay packets: a gateway node with all others, a member
+    /// with the gateway nodes.
+    pub fn neighbours(&self, node: &str) -> Vec<IpAddr> {
+        let is_gateway = self.gateways.contains_key(node);
+        let others = self.members.iter().filter(|(name, _)| *name != node);
+        let wanted = others.filter(|(name, _)| is_gateway || self.gateways.contains_key(*name));
+        wanted.map(|(_, member)| member.outer.into()).collect()
     }
 
     /// True if other pools can dial one of its gateway nodes.

@@ -6,6 +6,7 @@
 mod outages;
 
 use std::{
+    collections::BTreeMap,
     fmt::Debug,
     net::IpAddr,
     time::{Duration, Instant as StdInstant},
@@ -88,8 +89,11 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
             gateway_nodes: nodes,
             settings: ClusterSettings::parse(&data(&switches), &data(&agent)),
             proxy_ca: data(&ca).remove(CA_KEY).unwrap_or_default(),
+            resolved: BTreeMap::new(),
         });
         latest.send_if_modified(|have| {
+            let resolved = have.as_ref().map(|have| have.resolved.clone()).unwrap_or_default();
+            let inputs = Inputs { resolved, ..inputs };
             let changed = have.as_ref() != Some(&inputs);
             if changed {
                 *have = Some(inputs);

@@ -62,7 +62,8 @@ pub struct Config {
     pub tunnel_ifindex: u32,
     /// Size of the largest inner packet that fits into the tunnel in bytes, from the IP header on.
     pub tunnel_mtu: u32,
-    /// Bit set: [`CONFIG_TUNNEL_REDIRECT`], [`CONFIG_RELAY`], [`CONFIG_TC_GUARD`], [`CONFIG_NO_WRAP`].
+    /// Bit set: [`CONFIG_TUNNEL_REDIRECT`], [`CONFIG_RELAY`], [`CONFIG_TC_GUARD`], [`CONFIG_NO_WRAP`],
+    /// [`CONFIG_TUNNEL_SOURCE`].
     pub flags: u32,
     /// UDP port of the tunnel; 0 on members.
     pub tunnel_port: u32,
@@ -102,9 +103,11 @@ pub const PATHS: usize = 4096;
 pub const CONFIG_TUNNEL_REDIRECT: u32 = 1;
 /// Flag in [`Config::flags`]: this node is a relay; it forwards packets between other pools.
 pub const CONFIG_RELAY: u32 = 2;
-/// Flag in [`Config::flags`]: use a tunnel key on `raven0` instead of wrapping in place, for kernels without support
-/// and for comparison in benchmarks.
+/// Flag in [`Config::flags`]: use a tunnel key on `raven0` instead of wrapping in place, where nodes of the pool are
+/// reached by several devices, and for comparison in benchmarks.
 pub const CONFIG_NO_WRAP: u32 = 8;
+/// Flag in [`Config::flags`]: this kernel's tunnel keys have a source, which is [`Config::node`].
+pub const CONFIG_TUNNEL_SOURCE: u32 = 16;
 /// Flag in [`Config::flags`]: the guard runs at TC ingress of the uplink, because no XDP program of Raven
 /// is attached to it.
 pub const CONFIG_TC_GUARD: u32 = 4;

@@ -4,13 +4,19 @@ use aya_ebpf::{
     bindings::{BPF_F_DONT_FRAGMENT, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key},
     helpers::{bpf_redirect, bpf_redirect_neigh, bpf_skb_get_tunnel_key, bpf_skb_set_tunnel_key},
 };
-use raven_common::OVERLAY_VNI;
+use raven_common::{
+    OVERLAY_VNI,
+    tables::{CONFIG_TUNNEL_SOURCE, Config},
+};
 
 use crate::parse::Skb;
 
 /// Size of `bpf_tunnel_key` up to its IPv4 part. Kernels before 5.19 return EINVAL for a larger size.
 const TUNNEL_KEY_LEN: u32 = core::mem::offset_of!(bpf_tunnel_key, __bindgen_anon_3) as u32;
 const _: () = assert!(TUNNEL_KEY_LEN == 28);
+/// Size with the source address, since Linux 5.19.
+const TUNNEL_KEY_WITH_SOURCE_LEN: u32 = size_of::<bpf_tunnel_key>() as u32;
+const _: () = assert!(TUNNEL_KEY_WITH_SOURCE_LEN == 44);
 
 /// Redirects the packet to the egress of `ifindex`. The kernel removes the Ethernet header for an L3 device.
 #[inline(always)]
@@ -27,9 +33,10 @@ pub fn redirect_neigh(ifindex: u32) {
     unsafe { bpf_redirect_neigh(ifindex, core::ptr::null_mut(), 0, 0) };
 }
 
-/// Sets the tunnel key, from which `raven0` builds the outer header: the packet is sent to `to`.
+/// Sets the tunnel key, from which `raven0` builds the outer header: the packet is sent to `to`, from this node's address.
+/// Without [`CONFIG_TUNNEL_SOURCE`], the kernel's routes choose the source.
 #[inline(always)]
-pub fn set_tunnel_key(skb: &Skb, to: [u8; 4], traffic_class: u8) -> Result<(), ()> {
+pub fn set_tunnel_key(skb: &Skb, config: &Config, to: [u8; 4], traffic_class: u8) -> Result<(), ()> {
     // SAFETY: all zero is a valid value of this struct of integers and unions of integers.
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     key.tunnel_id = OVERLAY_VNI;
@@ -37,8 +44,14 @@ pub fn set_tunnel_key(skb: &Skb, to: [u8; 4], traffic_class: u8) -> Result<(), (
     key.tunnel_tos = traffic_class;
     key.tunnel_ttl = 64;
     let flags = (BPF_F_ZERO_CSUM_TX | BPF_F_DONT_FRAGMENT) as u64;
-    // SAFETY: `key` outlives the call and is at least TUNNEL_KEY_LEN bytes, all of them initialised.
-    match unsafe { bpf_skb_set_tunnel_key(skb.raw(), &raw mut key, TUNNEL_KEY_LEN, flags) } {
+    let len = if config.flags & CONFIG_TUNNEL_SOURCE != 0 {
+        key.__bindgen_anon_3.local_ipv4 = u32::from_be_bytes(config.node);
+        TUNNEL_KEY_WITH_SOURCE_LEN
+    } else {
+        TUNNEL_KEY_LEN
+    };
+    // SAFETY: `key` outlives the call and has at least `len` bytes, all of them initialised.
+    match unsafe { bpf_skb_set_tunnel_key(skb.raw(), &raw mut key, len, flags) } {
         0 => Ok(()),
         _ => Err(()),
     }

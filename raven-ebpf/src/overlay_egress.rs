@@ -67,6 +67,7 @@ fn encapsulate<I: Tables>(skb: &Skb, config: &Config, header: &I, remote: Remote
     }
     rewrite::clamp_mss(skb, ETH_LEN, header, config.tunnel_mtu);
     rewrite::set_overlay_source(skb).map_err(|()| decision(Verdict::DropMalformed))?;
-    forward::set_tunnel_key(skb, remote.via, header.traffic_class()).map_err(|()| decision(Verdict::DropNoGateway))?;
+    forward::set_tunnel_key(skb, config, remote.via, header.traffic_class())
+        .map_err(|()| decision(Verdict::DropNoGateway))?;
     Ok(decision(Verdict::Encapsulated))
 }

@@ -107,7 +107,7 @@ fn to_overlay<I: Tables>(
         Err(()) => {
             // This packet cannot be wrapped in place; `raven0` encapsulates it.
             rewrite::set_ethernet(skb, I::ETHERTYPE).map_err(|()| decision(Verdict::DropMalformed))?;
-            forward::set_tunnel_key(skb, node, header.traffic_class())
+            forward::set_tunnel_key(skb, config, node, header.traffic_class())
                 .map_err(|()| decision(Verdict::DropNoGateway))?;
             forward::redirect(config.overlay_ifindex);
             Ok(decision(Verdict::ToOverlayKey))

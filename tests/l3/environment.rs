@@ -5,10 +5,12 @@ use std::time::Duration;
 use anyhow::{Context, ensure};
 use kube::Api;
 use raven_api::GatewayNode;
-use raven_tests::{Lab, agent::binary, eventually, probe::Echo, proof, require_root};
+use raven_tests::{Lab, agent::binary, eventually, memory_limit::MemoryLimit, probe::Echo, proof, require_root};
 
 use crate::Running;
 
+/// What the agent needs at most in bytes, on a node with few processors.
+const MEMORY: u64 = 64 << 20;
 /// Time limit for a report. Without events, the agent checks its environment every 25 s and then writes its status.
 const SOON: Duration = Duration::from_secs(90);
 
@@ -171,6 +173,13 @@ fn service_rules() -> String {
 async fn firewall_of_five_thousand_services_is_checked_cheaply() {
     require_root!();
     let mut running = Running::start().await.expect("start the lab");
+    match MemoryLimit::new("x-a", MEMORY) {
+        Ok(limit) => running.agent("x-a").limit_memory(limit),
+        Err(e) => println!("SKIPPED the limit of memory: {e:#}"),
+    }
+    running.agent("x-a").restart().expect("restart the agent");
+    let ready = proof::ready(running.agent("x-a")).await;
+    running.check(ready);
     let file = running.lab.logs().join("services.nft");
     std::fs::write(&file, service_rules()).expect("write the rules");
     running.run_on("x-a", &format!("nft -f {}", file.display()));
@@ -182,6 +191,11 @@ async fn firewall_of_five_thousand_services_is_checked_cheaply() {
     let checks = running.check(children_cpu(pid)) - before;
     let all = running.run_on("x-a", "nft -j list ruleset >/dev/null; times");
     let all = running.check(cpu_of_times(&all));
+    if let Some(limit) = running.agent("x-a").memory_limit() {
+        println!("the agent with 5,000 Services: {:.1} MB", limit.used_mb().expect("read the memory"));
+        assert_eq!(limit.killed().expect("read the events"), 0, "processes killed by the limit of memory");
+    }
+    running.agent("x-a").process.ensure_running().expect("the agent runs");
     assert!(checks < all, "the agent's nft used {checks:.2} s, one listing of everything uses {all:.2} s");
 }
 

@@ -1,5 +1,6 @@
 //! Tests of forged packets: they are dropped, counted under the right reason, and listed.
 
+use anyhow::{Result, ensure};
 use raven_tests::{proof, require_root};
 
 use crate::Running;
@@ -10,6 +11,35 @@ async fn forged_packets_are_dropped_counted_and_listed() {
     let running = Running::start().await.expect("start the lab");
     let seen = proof::forged(&running.lab, false).await;
     println!("forged: {}", running.check(seen));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pods_cannot_send_overlay_packets() {
+    require_root!();
+    let running = Running::start().await.expect("start the lab");
+    let lab = &running.lab;
+    let (gateway, member) = (lab.node("x-a"), lab.node("x-b"));
+    let (attacker, victim, cloud) = (lab.pod("x-a"), lab.pod("x-b"), lab.pod("cloud-b"));
+    let dropped = |chain: &str| -> Result<bool> {
+        let listed = gateway.ns.run("nft", &["list", "chain", "inet", "raven", chain])?;
+        ensure!(listed.contains("counter"), "no rule: {listed}");
+        Ok(!listed.contains("packets 0 "))
+    };
+    // The CNI gives the pod's packet the gateway node's address, from which the member takes packets of other pools.
+    let before = running.check(proof::counters(member));
+    running.check(proof::forged_overlay(&attacker.ns, member, cloud.v4, victim.v4));
+    assert!(running.check(dropped("masqueraded")));
+    // The pod writes a member's address, from which its gateway node takes packets of that member's pods.
+    running.check(attacker.ns.sh(&format!("ip addr add {}/32 dev lo", member.lan_v4)));
+    let gateway_before = running.check(proof::counters(gateway));
+    let forged = proof::forged_overlay_from(&attacker.ns, member.lan_v4, gateway, victim.v4, cloud.v4);
+    running.check(forged);
+    assert!(running.check(dropped("spoofed")));
+    // Neither has reached a program of Raven, not even to be dropped.
+    for (node, before) in [(member, before), (gateway, gateway_before)] {
+        let after = running.check(proof::counters(node));
+        assert_eq!(before, after, "{}", node.name);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,6 +10,7 @@ mod environment;
 mod fail_closed;
 mod forged;
 mod gateway_failover;
+mod host_names;
 mod live_changes;
 mod node_addresses;
 mod node_state;
@@ -21,6 +22,7 @@ mod scale;
 mod services;
 mod three_pools;
 mod upgrade;
+mod uplinks;
 mod upstream_gateways;
 
 use anyhow::{Context, Result};

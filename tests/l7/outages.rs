@@ -184,6 +184,14 @@ async fn requests_recover_after_link_and_agent_outages() {
     // Streams that were open when an agent was killed may be missing.
     assert!(edge.intersection(&cloud).count() > 3, "at the edge {edge:?}, in the cloud {cloud:?}");
 
+    // The gateway node gets another address, and its Node object still has the old one.
+    running.check(running.serve("x-a").await);
+    running.check(running.answered("x-a").await);
+    let moved =
+        "ip addr del 10.1.0.11/24 dev eth0; ip addr add 10.1.0.77/24 dev eth0; ip route replace default via 10.1.0.1";
+    running.check(running.lab.node("x-a").ns.sh(moved));
+    running.check(running.answered("x-a").await);
+
     // L7 is disabled: no listener, no rule and no stream is left.
     let client = &mut running.lab.node("cloud-b").ns.command("busybox");
     let mut open = KillOnDrop(

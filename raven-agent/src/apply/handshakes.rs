@@ -34,6 +34,8 @@ pub(super) struct Handshakes {
     /// Last endpoints of peers. A peer that is added again, or to a new engine, is dialled there for a new session: by itself
     /// it would continue the previous one, which this node no longer has, for up to two minutes.
     last_endpoints: BTreeMap<PublicKey, SocketAddr>,
+    /// The planned endpoints of the last run.
+    planned: BTreeMap<PublicKey, SocketAddr>,
 }
 
 impl Handshakes {
@@ -61,6 +63,22 @@ impl Handshakes {
     pub(super) fn seen(&mut self, have: &State) {
         let endpoints = have.peers.iter().filter_map(|(key, peer)| Some((*key, peer.endpoint?)));
         self.last_endpoints.extend(endpoints);
+    }
+
+    /// Marks peers whose planned endpoint has changed as silent, so that the new one is applied although a session lives.
+    pub(super) fn moved(&mut self, have: &mut State, want: &State) {
+        // The address of a name may be unknown for a while.
+        let endpoint = |key: &PublicKey, peer: &Peer| peer.endpoint.or_else(|| self.planned.get(key).copied());
+        let planned: BTreeMap<_, _> =
+            want.peers.iter().filter_map(|(key, peer)| Some((*key, endpoint(key, peer)?))).collect();
+        let is_new =
+            |(key, endpoint): &(&PublicKey, &SocketAddr)| self.planned.get(key).is_some_and(|last| last != *endpoint);
+        for (key, _) in planned.iter().filter(is_new) {
+            if let Some(peer) = have.peers.get_mut(key) {
+                peer.alive = false;
+            }
+        }
+        self.planned = planned;
     }
 
     /// Repeats the handshake with each peer whose delay has passed: a peer that is deleted and added again is

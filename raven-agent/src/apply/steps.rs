@@ -27,8 +27,9 @@ impl Reconciler {
     /// Brings routes, peers and maps to the planned state.
     pub(super) async fn change_state(&mut self, plan: &Plan, indexes: Indexes, outcome: &mut Outcome) {
         let have = self.read(indexes).await;
-        let Some(have) = outcome.keep(have) else { return };
+        let Some(mut have) = outcome.keep(have) else { return };
         self.handshakes.seen(&have);
+        self.handshakes.moved(&mut have, &plan.state);
         let steps = diff(&have, &plan.state);
         for group in steps.chunk_by(|a, b| is_route(a) && is_route(b)) {
             if is_route(&group[0]) {

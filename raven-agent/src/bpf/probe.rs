@@ -53,6 +53,11 @@ impl Release {
         releases.filter(|r| (r.major, r.minor) == (self.major, self.minor)).fold(self, Self::max)
     }
 
+    /// A tunnel key has a source (`local_ipv4` of `bpf_tunnel_key`; Linux 5.19, commit 26101f5ab6bd).
+    pub fn has_tunnel_source(self) -> bool {
+        self >= Release { major: 5, minor: 19, patch: 0 }
+    }
+
     /// TCX, multi-program attachment with links (Linux 6.6, commit e420bed02507).
     pub fn has_tcx(self) -> bool {
         self >= Release { major: 6, minor: 6, patch: 0 }

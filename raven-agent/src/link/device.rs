@@ -22,6 +22,9 @@ use crate::{
     state::{Change, Overlay},
 };
 
+/// Index of the loopback device in every network namespace (`LOOPBACK_IFINDEX`).
+pub(super) const LOOPBACK: u32 = 1;
+
 /// A device in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
@@ -71,6 +74,11 @@ impl Found {
     /// Kind of a virtual device as `ip -d link` shows it; `physical` for any other.
     pub fn kind_name(&self) -> String {
         self.kind.as_ref().map_or_else(|| "physical".to_owned(), ToString::to_string)
+    }
+
+    /// False for a loopback or dummy device, whose packets reach no other host.
+    pub(super) fn has_wire(&self) -> bool {
+        self.index != LOOPBACK && self.kind != Some(InfoKind::Dummy)
     }
 
     /// True for a VXLAN device with the overlay's settings, which the kernel cannot change later.

@@ -98,7 +98,12 @@ impl Links {
                 .iter()
                 .find_map(|a| if let RouteAttribute::Oif(oif) = a { Some(*oif) } else { None })?;
             let table = Some(table_of(&message)).filter(|t| *t != 0);
-            Some(Hop { index, table })
+            let source = message.attributes.iter().find_map(|a| match a {
+                RouteAttribute::PrefSource(RouteAddress::Inet(ip)) => Some(IpAddr::V4(*ip)),
+                RouteAttribute::PrefSource(RouteAddress::Inet6(ip)) => Some(IpAddr::V6(*ip)),
+                _ => None,
+            });
+            Some(Hop { index, table, source })
         }))
     }
 
@@ -240,6 +245,8 @@ pub struct Hop {
     pub index: u32,
     /// The table that matched, if the kernel reports it.
     pub table: Option<u32>,
+    /// The source that the kernel would choose, if it reports one.
+    pub source: Option<IpAddr>,
 }
 
 fn to_message(prefix: IpNet, route: &Route, index: u32) -> RouteMessage {

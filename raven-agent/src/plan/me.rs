@@ -22,6 +22,8 @@ pub struct Me {
     pub subnets: BTreeSet<IpNet>,
     /// Addresses of the node's devices.
     pub addresses: BTreeSet<IpAddr>,
+    /// The node's address, if no device has the one of its Node object.
+    pub moved_to: Option<IpAddr>,
     /// The gateway node that intercepted connections go to at present.
     pub intercepting_gateway: Option<Ipv4Addr>,
     /// Preshared key of all tunnels.
@@ -38,6 +40,7 @@ impl Default for Me {
             protected: BTreeSet::new(),
             subnets: BTreeSet::new(),
             addresses: BTreeSet::new(),
+            moved_to: None,
             intercepting_gateway: None,
             preshared: Preshared::None,
             ipv6: true,

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::path::{Path, PathKind, owner};
 use crate::{
     state::{Peer, PeerName, Preshared},
-    topology::{Pool, PublicKey, Topology},
+    topology::{Dial, Pool, PublicKey, Topology},
 };
 
 /// Persistent keepalive in seconds towards a peer that this node dials: shorter than the 30 s after which the strictest
@@ -27,7 +27,16 @@ pub(super) fn peers(paths: &BTreeMap<&str, Path>, own: &Pool, preshared: Preshar
             // Only an exposed pool is surely not behind NAT: elsewhere, `underNAT` may have been left out, and `publicIP` may be
             // that of the NAT.
             let keepalive = (gateway.dial.is_some() && !own.exposed).then_some(KEEPALIVE);
-            peers.insert(key, Peer { endpoint: gateway.dial, allowed, keepalive, preshared, alive: false });
+            peers.insert(
+                key,
+                Peer {
+                    endpoint: gateway.dial.as_ref().and_then(Dial::address),
+                    allowed,
+                    keepalive,
+                    preshared,
+                    alive: false,
+                },
+            );
         }
     }
     for path in paths.values() {

@@ -8,6 +8,7 @@ use std::{
 
 use raven_api::proxy::Ports;
 
+use super::Me;
 use crate::topology::Topology;
 
 /// Everything that the proxy of this node does follows from this.
@@ -49,6 +50,9 @@ pub struct Directory {
     pub ports: Ports,
     nodes: BTreeMap<String, Target>,
     addresses: BTreeMap<IpAddr, BTreeSet<String>>,
+    /// This node and where it is, if not at the address of its Node object: after a change (DHCP, LTE), the object has the
+    /// old one for a while.
+    moved: Option<(String, IpAddr)>,
     /// Edge nodes that may open a proxy connection: their UID where it is known, and the pool that they serve.
     proxies: BTreeMap<String, (Option<String>, String)>,
 }
@@ -95,13 +99,13 @@ pub enum NotFound {
     Port(u16),
 }
 
-/// The L7 part of the plan for node `me`.
-pub(super) fn proxy(topology: &Topology, me: &str) -> ProxyPlan {
+/// The L7 part of the plan.
+pub(super) fn proxy(topology: &Topology, me: &Me) -> ProxyPlan {
     let ca = topology.proxy_ca.clone();
-    let Some((own_pool, pool)) = topology.pool_of(me).filter(|_| topology.settings.l7) else {
+    let Some((own_pool, pool)) = topology.pool_of(&me.node).filter(|_| topology.settings.l7) else {
         return ProxyPlan { ca, ..ProxyPlan::default() };
     };
-    let own = pool.proxies.get(me);
+    let own = pool.proxies.get(&me.node);
     let role = match own {
         Some(own) if pool.exposed => {
             ProxyRole::Cloud { port: own.port, names: own.dial.iter().map(|(host, _)| host.clone()).collect() }
@@ -109,7 +113,7 @@ pub(super) fn proxy(topology: &Topology, me: &str) -> ProxyPlan {
         Some(_) => ProxyRole::Edge(cloud_proxies(topology)),
         None => ProxyRole::None,
     };
-    ProxyPlan { role, uid: own.and_then(|own| own.uid.clone()), directory: directory(topology, own_pool), ca }
+    ProxyPlan { role, uid: own.and_then(|own| own.uid.clone()), directory: directory(topology, own_pool, me), ca }
 }
 
 fn cloud_proxies(topology: &Topology) -> BTreeMap<String, (String, u16)> {
@@ -120,14 +124,16 @@ fn cloud_proxies(topology: &Topology) -> BTreeMap<String, (String, u16)> {
         .collect()
 }
 
-fn directory(topology: &Topology, own_pool: &str) -> Directory {
+fn directory(topology: &Topology, own_pool: &str, me: &Me) -> Directory {
     let mut directory =
         Directory { own_pool: own_pool.to_owned(), ports: topology.ports.clone(), ..Directory::default() };
+    directory.moved = me.moved_to.map(|address| (me.node.clone(), address));
     for (name, pool) in &topology.pools {
         for (node, member) in &pool.members {
             let address = IpAddr::V4(member.outer);
-            directory.nodes.insert(node.clone(), Target { node: node.clone(), pool: name.clone(), address });
             directory.addresses.entry(address).or_default().insert(node.clone());
+            let target = Target { node: node.clone(), pool: name.clone(), address };
+            directory.nodes.insert(node.clone(), target);
         }
         if !pool.exposed {
             directory
@@ -160,7 +166,15 @@ impl Directory {
         if self.ports.contains(port) { Ok(target) } else { Err(NotFound::Port(port)) }
     }
 
-    /// The address of a node inside its pool.
+    /// Where to connect to a node of this node's pool.
+    pub fn reached_at(&self, target: &Target) -> IpAddr {
+        match &self.moved {
+            Some((node, address)) if *node == target.node => *address,
+            _ => target.address,
+        }
+    }
+
+    /// The address of a node inside its pool, as its Node object has it.
     pub fn address_of(&self, node: &str) -> Option<IpAddr> {
         self.nodes.get(node).map(|target| target.address)
     }
@@ -183,28 +197,45 @@ mod tests {
     use super::*;
     use crate::plan::fixture::three_sites;
 
+    /// The plan of a node.
+    fn plan_of(topology: &Topology, node: &str) -> ProxyPlan {
+        proxy(topology, &Me { node: node.to_owned(), ..Me::default() })
+    }
+
     #[test]
     fn only_elected_nodes_have_a_role() {
         let topology = three_sites();
         assert_eq!(
-            proxy(&topology, "c1").role,
+            plan_of(&topology, "c1").role,
             ProxyRole::Cloud { port: 10262, names: BTreeSet::from(["198.51.100.10".to_owned()]) }
         );
         assert_eq!(
-            proxy(&topology, "x1").role,
+            plan_of(&topology, "x1").role,
             ProxyRole::Edge(BTreeMap::from([("c1".to_owned(), ("198.51.100.10".to_owned(), 10262))]))
         );
         for node in ["c2", "x2", "stranger"] {
-            assert_eq!(proxy(&topology, node).role, ProxyRole::None, "{node}");
+            assert_eq!(plan_of(&topology, node).role, ProxyRole::None, "{node}");
         }
         let mut off = topology;
         off.settings.l7 = false;
-        assert_eq!(proxy(&off, "c1"), ProxyPlan::default());
+        assert_eq!(plan_of(&off, "c1"), ProxyPlan::default());
+    }
+
+    #[test]
+    fn own_node_is_dialled_where_it_is_now() {
+        let moved = Me { node: "x1".to_owned(), moved_to: Some([10, 1, 0, 77].into()), ..Me::default() };
+        let directory = proxy(&three_sites(), &moved).directory;
+        let reached_at = |name: &str| directory.reached_at(directory.by_name(name, 10250).expect("a node"));
+        assert_eq!(reached_at("x1"), IpAddr::from([10, 1, 0, 77]));
+        assert_eq!(reached_at("x2"), IpAddr::from([192, 168, 0, 2]));
+        assert_eq!(directory.address_of("x1"), Some([10, 1, 0, 1].into()), "listeners do not move");
+        let by_address = directory.by_address([10, 1, 0, 1].into(), 10250);
+        assert_eq!(by_address.map(|t| t.node.as_str()), Ok("x1"), "clients know the old address");
     }
 
     #[test]
     fn address_of_two_nodes_is_ambiguous() {
-        let directory = proxy(&three_sites(), "c1").directory;
+        let directory = plan_of(&three_sites(), "c1").directory;
         assert_eq!(directory.by_address([10, 1, 0, 1].into(), 10250).map(|t| t.node.as_str()), Ok("x1"));
         assert_eq!(directory.by_name("y2", 10255).map(|t| t.pool.as_str()), Ok("edge-y"));
         let both = directory.by_address([192, 168, 0, 2].into(), 10250);
@@ -216,7 +247,7 @@ mod tests {
 
     #[test]
     fn unlisted_ports_and_unknown_names_are_refused() {
-        let directory = proxy(&three_sites(), "c1").directory;
+        let directory = plan_of(&three_sites(), "c1").directory;
         assert_eq!(directory.by_name("x1", 22), Err(NotFound::Port(22)));
         assert_eq!(directory.by_name("169.254.169.254", 10250), Err(NotFound::Name("169.254.169.254".into())));
         assert_eq!(directory.by_address([127, 0, 0, 1].into(), 10250), Err(NotFound::Address([127, 0, 0, 1].into())));
@@ -226,7 +257,7 @@ mod tests {
     fn only_the_elected_node_itself_may_open_a_proxy_connection() {
         let edge = |node: &str, uid: Option<&str>| EdgeIdentity { node: node.to_owned(), uid: uid.map(str::to_owned) };
         let mut topology = three_sites();
-        let directory = proxy(&topology, "c1").directory;
+        let directory = plan_of(&topology, "c1").directory;
         assert_eq!(
             directory.pool_of_proxy(&edge("x1", Some("1"))),
             Some("edge-x"),
@@ -236,10 +267,10 @@ mod tests {
         assert_eq!(directory.pool_of_proxy(&edge("c1", None)), None, "the cloud is dialled");
         topology.pools.get_mut("edge-x").expect("it is there").proxies.get_mut("x1").expect("elected").uid =
             Some("2".to_owned());
-        let directory = proxy(&topology, "c1").directory;
+        let directory = plan_of(&topology, "c1").directory;
         assert_eq!(directory.pool_of_proxy(&edge("x1", Some("2"))), Some("edge-x"));
         assert_eq!(directory.pool_of_proxy(&edge("x1", Some("1"))), None, "an earlier node of this name");
         assert_eq!(directory.pool_of_proxy(&edge("x1", None)), None);
-        assert_eq!(proxy(&topology, "x1").uid.as_deref(), Some("2"));
+        assert_eq!(plan_of(&topology, "x1").uid.as_deref(), Some("2"));
     }
 }

@@ -33,9 +33,12 @@ pub(crate) enum NodeStream {
 impl Router {
     /// Opens a path to a node. Fails with the reason of the refusal and a message for the client.
     pub(crate) async fn open(&self, target: &Target, stream: &Stream) -> Result<NodeStream, (Refusal, String)> {
-        let own = self.plan.borrow().directory.own_pool == target.pool;
-        if own {
-            let address = SocketAddr::new(target.address, stream.port);
+        let own = {
+            let directory = &self.plan.borrow().directory;
+            (directory.own_pool == target.pool).then(|| directory.reached_at(target))
+        };
+        if let Some(address) = own {
+            let address = SocketAddr::new(address, stream.port);
             return dial(&target.node, address).await.map(NodeStream::Direct).map_err(|e| (Refusal::Unreachable, e));
         }
         self.connections.open(target, stream).await.map(NodeStream::Proxied).map_err(|e| (e.refusal(), e.to_string()))

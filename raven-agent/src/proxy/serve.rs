@@ -115,7 +115,7 @@ async fn connect(request: &Request<Incoming>, edge: &EdgeServer) -> Result<(Stre
                 format!("node {node} belongs to Gateway {}, not to Gateway {}", target.pool, plan.directory.own_pool);
             return Err((StatusCode::FORBIDDEN, Refusal::Unknown, reason));
         }
-        target.address
+        plan.directory.reached_at(target)
     };
     let id = request.headers().get(STREAM_HEADER).and_then(|id| id.to_str().ok());
     let id = id.map_or_else(|| edge.stats.next_id(), |id| id.chars().take(64).collect());

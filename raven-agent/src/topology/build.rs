@@ -17,7 +17,7 @@ use raven_api::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{GatewayPeer, Member, Pool, ProxyPeer, PublicKey, Topology, settings::ClusterSettings};
+use super::{Dial, GatewayPeer, Member, Pool, ProxyPeer, PublicKey, Topology, settings::ClusterSettings};
 
 /// The API objects that the agent watches. This is also the format of the snapshot on disk.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -41,6 +41,29 @@ pub struct Inputs {
     /// Nodes of exposed Gateways whose proxy works, as edges and the controller observe it.
     #[serde(default)]
     pub ready_proxies: BTreeSet<String>,
+    /// Addresses of the [`host_names`], as far as this node has resolved them.
+    #[serde(default)]
+    pub resolved: BTreeMap<String, IpAddr>,
+}
+
+/// Names of other pools' gateway nodes that the gateway node `me` dials. Empty on other nodes.
+pub fn host_names(inputs: &Inputs, me: &str) -> BTreeSet<String> {
+    let tunnels = |gateway: &Gateway| -> Vec<Endpoint> {
+        let active = gateway.status.iter().flat_map(|status| &status.active_endpoints);
+        active.filter(|endpoint| endpoint.type_ == EndpointType::Tunnel).cloned().collect()
+    };
+    let is_mine = |gateway: &Gateway| tunnels(gateway).iter().any(|endpoint| endpoint.node_name == me);
+    if !inputs.gateways.iter().any(is_mine) {
+        return BTreeSet::new();
+    }
+    let others = inputs.gateways.iter().filter(|gateway| gateway.is_exposed() && !is_mine(gateway));
+    others.flat_map(tunnels).filter_map(|endpoint| host_name(&endpoint).map(str::to_owned)).collect()
+}
+
+/// The name of an endpoint without a public address.
+fn host_name(endpoint: &Endpoint) -> Option<&str> {
+    let name = endpoint.config.get(CONFIG_HOSTNAME).filter(|name| !name.is_empty())?;
+    endpoint.public_ip.as_deref().is_none_or(str::is_empty).then_some(name)
 }
 
 /// The topology of these objects, in any order.
@@ -59,7 +82,8 @@ pub fn build(inputs: &Inputs) -> Topology {
         proxy_ca: inputs.proxy_ca.clone(),
         ..Topology::default()
     };
-    let mut builder = Builder { keys, topology, ready_proxies: inputs.ready_proxies.clone(), ..Builder::default() };
+    let (ready_proxies, resolved) = (inputs.ready_proxies.clone(), inputs.resolved.clone());
+    let mut builder = Builder { topology, keys, ready_proxies, resolved, ..Builder::default() };
     // A key that two nodes claim stays with the first. Exposed Gateways come first: a stolen node of an older site that
     // publishes the cloud's key must not disconnect the cloud.
     let mut exposed_first = gateways.clone();
@@ -71,6 +95,7 @@ pub fn build(inputs: &Inputs) -> Topology {
         // another pool's prefix off the network with an address inside it.
         builder.add_node_addresses(&exposed_first);
     }
+    builder.drop_names_inside_pools();
     builder.topology
 }
 
@@ -86,6 +111,7 @@ struct Builder {
     nodes: BTreeMap<String, String>,
     key_owners: BTreeMap<PublicKey, String>,
     ready_proxies: BTreeSet<String>,
+    resolved: BTreeMap<String, IpAddr>,
 }
 
 impl Builder {
@@ -199,16 +225,26 @@ impl Builder {
     fn peer(&mut self, gateway: &str, endpoint: &Endpoint, outer: Ipv4Addr, exposed: bool) -> GatewayPeer {
         let key = self.key(gateway, endpoint);
         let public = endpoint.public_ip.as_deref().filter(|ip| !ip.is_empty()).and_then(|ip| ip.parse::<IpAddr>().ok());
-        let address = match public {
-            Some(public) if exposed || !endpoint.under_nat => Some(public),
+        let port = endpoint.dialled_port();
+        let at = |ip| Some(Dial::Address(SocketAddr::new(ip, port)));
+        let dial = match (public, host_name(endpoint)) {
+            (Some(public), _) if exposed || !endpoint.under_nat => at(public),
+            (None, Some(host)) if exposed => {
+                Some(Dial::Name { host: host.to_owned(), port, address: self.resolved.get(host).copied() })
+            }
             // In an installation on one LAN, the node's own address is the one that other pools dial.
-            None if exposed => Some(IpAddr::V4(outer)),
+            (None, None) if exposed => at(IpAddr::V4(outer)),
             _ => None,
         };
-        GatewayPeer {
-            key,
-            dial: address.map(|ip| SocketAddr::new(ip, endpoint.dialled_port())),
-            port: endpoint.port_or_default(),
+        GatewayPeer { key, dial, port: endpoint.port_or_default() }
+    }
+
+    /// An endpoint inside a pool's prefix would be sent into the tunnel that it carries, or is a forged answer of DNS.
+    fn drop_names_inside_pools(&mut self) {
+        for gateway in self.topology.pools.values_mut().flat_map(|pool| pool.gateways.values_mut()) {
+            if let Some(Dial::Name { address, .. }) = &mut gateway.dial {
+                *address = address.filter(|ip| self.taken.cover(&IpNet::from(*ip)).next().is_none());
+            }
         }
     }
 
@@ -296,6 +332,43 @@ mod tests {
         assert!(!overlaps("10.0.3.0/24"));
         assert!(overlaps("fd00::/48"));
         assert!(!overlaps("fd01::/48"));
+    }
+
+    #[test]
+    fn gateway_node_with_a_name_is_dialled_where_the_name_leads() {
+        let mut gateway = Gateway::new("cloud", Default::default());
+        gateway.spec.expose_type = raven_api::gateway::ExposeType::LoadBalancer;
+        let endpoint = Endpoint {
+            node_name: "c1".to_owned(),
+            type_: EndpointType::Tunnel,
+            config: BTreeMap::from([(CONFIG_HOSTNAME.to_owned(), "lb.example".to_owned())]),
+            ..Endpoint::default()
+        };
+        let node = NodeInfo { node_name: "c1".into(), private_ip: "10.0.0.1".into(), ..NodeInfo::default() };
+        gateway.status = Some(raven_api::gateway::GatewayStatus {
+            nodes: vec![node],
+            active_endpoints: vec![endpoint],
+            ..Default::default()
+        });
+        let mut inputs = Inputs { gateways: vec![gateway], ..Inputs::default() };
+        let dial = |inputs: &Inputs| build(inputs).pools["cloud"].gateways["c1"].dial.clone().expect("it is dialled");
+        assert_eq!(dial(&inputs).address(), None, "not the InternalIP, which edges cannot reach");
+        let address = IpAddr::from([203, 0, 113, 9]);
+        inputs.resolved.insert("lb.example".to_owned(), address);
+        assert_eq!(dial(&inputs).address(), Some((address, 4500).into()));
+        if let Some(status) = &mut inputs.gateways[0].status {
+            status.nodes[0].subnets = vec!["203.0.113.0/24".to_owned()];
+        }
+        assert_eq!(dial(&inputs).address(), None, "inside a pod prefix");
+
+        assert_eq!(host_names(&inputs, "c1"), BTreeSet::new(), "not of the own pool");
+        let mut edge = Gateway::new("edge", Default::default());
+        let endpoint = Endpoint { node_name: "e1".to_owned(), type_: EndpointType::Tunnel, ..Endpoint::default() };
+        edge.status =
+            Some(raven_api::gateway::GatewayStatus { active_endpoints: vec![endpoint], ..Default::default() });
+        inputs.gateways.push(edge);
+        assert_eq!(host_names(&inputs, "e1"), BTreeSet::from(["lb.example".to_owned()]));
+        assert_eq!(host_names(&inputs, "e2"), BTreeSet::new(), "not a gateway node");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::Lab;
+use crate::memory_limit::MemoryLimit;
 use crate::process::Process;
 use crate::site::Node;
 
@@ -30,10 +31,17 @@ pub struct Agent {
     pub arguments: Vec<String>,
     logs: PathBuf,
     contained: bool,
+    limit: Option<MemoryLimit>,
 }
 
 impl Agent {
-    fn spawn(node: &Node, arguments: &[String], logs: &Path, contained: bool) -> Result<Process> {
+    fn spawn(
+        node: &Node,
+        arguments: &[String],
+        logs: &Path,
+        contained: bool,
+        limit: Option<&MemoryLimit>,
+    ) -> Result<Process> {
         let program = binary("raven-agent")?;
         // On an emulated processor each further program takes a second, and agents are started many times.
         let emulated = std::env::var_os("RAVEN_TEST_PATIENCE").is_some();
@@ -41,6 +49,9 @@ impl Agent {
         command.args(["--mount", "--propagation", "slave"]);
         if contained {
             command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
+        }
+        if let Some(limit) = limit {
+            command.args(["sh", "-ec", r#"echo $$ > "$0"; exec "$@""#]).arg(limit.entrance());
         }
         if !emulated {
             command.args(["sh", "-ec", AS_IN_THE_POD, "sh"]);
@@ -56,6 +67,16 @@ impl Agent {
         self.contained = true;
     }
 
+    /// From the next start on, the agent and its child processes have this limit.
+    pub fn limit_memory(&mut self, limit: MemoryLimit) {
+        self.limit = Some(limit);
+    }
+
+    /// The limit of memory, if there is one.
+    pub fn memory_limit(&self) -> Option<&MemoryLimit> {
+        self.limit.as_ref()
+    }
+
     /// Kills the agent with SIGKILL.
     pub fn kill(&mut self) -> Result<()> {
         self.process.kill()
@@ -66,7 +87,7 @@ impl Agent {
         if self.process.ended()?.is_none() {
             self.process.kill()?;
         }
-        self.process = Self::spawn(&self.node, &self.arguments, &self.logs, self.contained)?;
+        self.process = Self::spawn(&self.node, &self.arguments, &self.logs, self.contained, self.limit.as_ref())?;
         Ok(())
     }
 }
@@ -81,8 +102,8 @@ impl Lab {
     /// Starts the agent of a node with the given arguments (such as `--offline`), which a restart reuses.
     pub fn start_agent_with(&self, node: &str, arguments: Vec<String>) -> Result<Agent> {
         let (node, logs) = (self.node(node).clone(), self.logs());
-        let process = Agent::spawn(&node, &arguments, &logs, false)?;
-        Ok(Agent { node, process, arguments, logs, contained: false })
+        let process = Agent::spawn(&node, &arguments, &logs, false, None)?;
+        Ok(Agent { node, process, arguments, logs, contained: false, limit: None })
     }
 
     /// Starts the agents of all nodes.

@@ -343,13 +343,24 @@ pub async fn unfragmented(lab: &Lab, bytes: u64) -> Result<String> {
 
 /// Sends a VXLAN packet (network 200) from a namespace to `node`, with an inner IPv4/UDP packet of the given addresses.
 /// The kernel builds the outer headers; the payload is forged.
-fn forged_overlay(from: &Namespace, node: &Node, source: Ipv4Addr, destination: Ipv4Addr) -> Result<()> {
+pub fn forged_overlay(from: &Namespace, node: &Node, source: Ipv4Addr, destination: Ipv4Addr) -> Result<()> {
+    forged_overlay_from(from, Ipv4Addr::UNSPECIFIED, node, source, destination)
+}
+
+/// The same with a chosen outer source, an address of the namespace.
+pub fn forged_overlay_from(
+    from: &Namespace,
+    outer: Ipv4Addr,
+    node: &Node,
+    source: Ipv4Addr,
+    destination: Ipv4Addr,
+) -> Result<()> {
     let builder = PacketBuilder::ethernet2([2, b'r', b'a', b'v', b'e', b's'], [2, b'r', b'a', b'v', b'e', b'n']);
     let builder = builder.ipv4(source.octets(), destination.octets(), 64).udp(1, 9);
     let mut payload = vec![0x08, 0, 0, 0, 0, 0, 200, 0];
     builder.write(&mut payload, b"forged")?;
     let target = SocketAddr::from((node.lan_v4, 4472));
-    from.within(move || UdpSocket::bind("0.0.0.0:0").and_then(|socket| socket.send_to(&payload, target)))??;
+    from.within(move || UdpSocket::bind((outer, 0)).and_then(|socket| socket.send_to(&payload, target)))??;
     Ok(())
 }
 
