@@ -268,7 +268,7 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
             tokio::select! {
                 () = self.feed.changed() => {}
                 Some(()) = self.kernel_events.next() => {}
-                () = sleep(rerun_after.map_or(RESYNC, |after| after.min(RESYNC))) => {}
+                () = sleep(rerun_after.unwrap_or(RESYNC)) => {}
             }
             // Bursts of events, and the events of this run's own steps, cause one run.
             sleep(SETTLE).await;

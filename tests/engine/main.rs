@@ -312,7 +312,7 @@ async fn ten_thousand_forged_handshakes_a_second_stop_no_session() {
 async fn flooded(lab: &Lab, tunnel: &Bare, attacks_raven: bool) {
     let (a, b) = (lab.node("cloud-a"), lab.node("cloud-b"));
     let target: SocketAddr = (a.lan_v4, tunnel.port).into();
-    let flood = Flood::start(tunnel, b, a, target, 10_000).expect("start the flood");
+    let flood = Flood::start(tunnel, b, a, target, 10_000, 100).expect("start the flood");
     let flow = Flow::start(&b.ns, &a.ns, tunnel.v4[0].into(), 1000).expect("start a flow");
     tokio::time::sleep(Duration::from_secs(2)).await;
     let report = flow.stop().await.expect("stop the flow");
