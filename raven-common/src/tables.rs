@@ -106,7 +106,8 @@ pub const CONFIG_RELAY: u32 = 2;
 /// Flag in [`Config::flags`]: use a tunnel key on `raven0` instead of wrapping in place, where nodes of the pool are
 /// reached by several devices, and for comparison in benchmarks.
 pub const CONFIG_NO_WRAP: u32 = 8;
-/// Flag in [`Config::flags`]: this kernel's tunnel keys have a source, which is [`Config::node`].
+/// Flag in [`Config::flags`]: this kernel's tunnel keys have a source, which is [`Config::node`]. Its value is the number
+/// of bytes by which such a key is longer.
 pub const CONFIG_TUNNEL_SOURCE: u32 = 16;
 /// Flag in [`Config::flags`]: the guard runs at TC ingress of the uplink, because no XDP program of Raven
 /// is attached to it.

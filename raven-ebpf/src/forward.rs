@@ -14,9 +14,8 @@ use crate::parse::Skb;
 /// Size of `bpf_tunnel_key` up to its IPv4 part. Kernels before 5.19 return EINVAL for a larger size.
 const TUNNEL_KEY_LEN: u32 = core::mem::offset_of!(bpf_tunnel_key, __bindgen_anon_3) as u32;
 const _: () = assert!(TUNNEL_KEY_LEN == 28);
-/// Size with the source address, since Linux 5.19.
-const TUNNEL_KEY_WITH_SOURCE_LEN: u32 = size_of::<bpf_tunnel_key>() as u32;
-const _: () = assert!(TUNNEL_KEY_WITH_SOURCE_LEN == 44);
+// The size with the source address, since Linux 5.19. The flag is the difference, so that no branch is verified twice.
+const _: () = assert!(TUNNEL_KEY_LEN + CONFIG_TUNNEL_SOURCE == size_of::<bpf_tunnel_key>() as u32);
 
 /// Redirects the packet to the egress of `ifindex`. The kernel removes the Ethernet header for an L3 device.
 #[inline(always)]
@@ -44,12 +43,9 @@ pub fn set_tunnel_key(skb: &Skb, config: &Config, to: [u8; 4], traffic_class: u8
     key.tunnel_tos = traffic_class;
     key.tunnel_ttl = 64;
     let flags = (BPF_F_ZERO_CSUM_TX | BPF_F_DONT_FRAGMENT) as u64;
-    let len = if config.flags & CONFIG_TUNNEL_SOURCE != 0 {
-        key.__bindgen_anon_3.local_ipv4 = u32::from_be_bytes(config.node);
-        TUNNEL_KEY_WITH_SOURCE_LEN
-    } else {
-        TUNNEL_KEY_LEN
-    };
+    // Outside the shorter size, so that it is ignored there.
+    key.__bindgen_anon_3.local_ipv4 = u32::from_be_bytes(config.node);
+    let len = TUNNEL_KEY_LEN + (config.flags & CONFIG_TUNNEL_SOURCE);
     // SAFETY: `key` outlives the call and has at least `len` bytes, all of them initialised.
     match unsafe { bpf_skb_set_tunnel_key(skb.raw(), &raw mut key, len, flags) } {
         0 => Ok(()),
