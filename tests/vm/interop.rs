@@ -11,12 +11,9 @@ use nix::sys::signal::Signal;
 use raven_tests::{
     Lab, Node,
     bare::{Bare, Engine},
-    eventually,
-    flood::{self, Flood},
-    probe,
+    eventually, probe,
     process::Process,
 };
-use tokio::time::timeout;
 
 /// WireGuard renews a session that is in use after this time (whitepaper §6.1, Rekey-After-Time).
 const REKEY: Duration = Duration::from_secs(120);
@@ -24,11 +21,6 @@ const REKEY: Duration = Duration::from_secs(120);
 const GIVES_UP: Duration = Duration::from_secs(90);
 const SOON: Duration = Duration::from_secs(30);
 const BULK: u64 = 1_000_000;
-/// Forged handshakes per second, in one burst: faster than any processor computes them, and soon refused by an emulated
-/// one. The kernel demands cookies for a second after 512 have waited.
-const FLOOD: u32 = 1000;
-/// Time limit for a session during the flood, on any machine: WireGuard retries every 5 s.
-const FLOODED: Duration = Duration::from_secs(90);
 
 /// Three tunnels between two nodes of the cloud.
 pub(crate) struct Interop {
@@ -82,25 +74,6 @@ impl Interop {
             }
         }
         Ok(format!("{} transfers of {BULK} bytes; both ends moved", 4 * self.tunnels.len()))
-    }
-
-    /// Each is flooded with forged handshakes. Raven's engine demands a cookie from the kernel and gets it; the other way round,
-    /// it is reported whether the kernel did.
-    pub(crate) async fn cookies(lab: &Lab) -> Result<String> {
-        let (a, b) = ends(lab);
-        let endpoint = |port| SocketAddr::from((a.lan_v4, port));
-        let mut seen = Vec::new();
-        for (number, attacked, honest) in [(14, Engine::Raven, Engine::Kernel), (15, Engine::Kernel, Engine::Raven)] {
-            let tunnel = Bare::start(lab, number, [(a, attacked.clone()), (b, honest)], endpoint).await?;
-            let flood = Flood::start(&tunnel, b, a, endpoint(tunnel.port), FLOOD, FLOOD)?;
-            // Whether the kernel is under load depends on how fast the sender and its worker take turns.
-            let must = attacked == Engine::Raven;
-            let new = timeout(FLOODED, flood::new_session(&tunnel, b, endpoint(tunnel.port), must)).await;
-            seen.push(format!("{:.0}/s against {attacked:?}", flood.stop().await?));
-            let had_cookie = new.context("no session in time").and_then(|new| new).with_context(|| seen.join(", "))?;
-            seen.push(format!("{} cookie", if had_cookie { "with a" } else { "without a" }));
-        }
-        Ok(seen.join(", "))
     }
 
     /// Both tunnels have renewed their sessions, and no packet was lost over it.

@@ -102,7 +102,6 @@ async fn engine(results: &mut Results, lab: &Lab, interop: Result<Interop>) {
     results.note("engine: sessions are renewed without loss", interop.renewed(lab).await);
     results.note("engine: a peer that was away is dialled again", interop.dials_again(lab).await);
     results.note("engine: transfers in both roles, and roaming", interop.transfers(lab).await);
-    results.note("engine: cookies in both roles during a flood of handshakes", Interop::cookies(lab).await);
 }
 
 async fn with_agents(results: &mut Results, lab: &Lab, gateways: &[String], agents: &mut [Agent]) -> Result<()> {
