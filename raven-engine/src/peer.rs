@@ -30,8 +30,8 @@ struct State {
     endpoint: Option<Endpoint>,
     /// The peer has dialled this end, which does not dial it: the peer knows this end by one address.
     has_dialled: bool,
-    /// Initiations since the last valid message of the peer.
-    unanswered: u32,
+    /// This end has sent an initiation since the last valid message of the peer.
+    is_unanswered: bool,
     /// When the last handshake was completed.
     handshake: Option<SystemTime>,
     /// The index of the session that this end has created by responding, until its first packet arrives.
@@ -86,7 +86,7 @@ impl Peer {
             tunnel,
             endpoint: None,
             has_dialled: false,
-            unanswered: 0,
+            is_unanswered: false,
             handshake: None,
             responded: None,
             held: None,
@@ -99,9 +99,7 @@ impl Peer {
     /// Encrypts a packet. Without a session, keeps it and starts a handshake.
     pub(crate) fn encrypt(&self, packet: BytesMut) -> Encrypted {
         let mut state = self.state.lock();
-        if state.endpoint.is_none() {
-            return Encrypted::NoEndpoint;
-        }
+        let Some(endpoint) = state.endpoint else { return Encrypted::NoEndpoint };
         let message = match &mut state.held {
             Some(held) => {
                 if held.len() < HELD {
@@ -112,10 +110,8 @@ impl Peer {
             None => state.tunnel.handle_outgoing_packet(Packet::from_bytes(packet), None),
         };
         let Some(message) = message else { return Encrypted::Waits };
-        match state.endpoint_for(&message) {
-            Some(endpoint) => Encrypted::Send(message, endpoint),
-            None => Encrypted::NoEndpoint,
-        }
+        let endpoint = state.endpoint_for(&message, endpoint);
+        Encrypted::Send(message, endpoint)
     }
 
     /// Processes a message. A valid one sets the endpoint: the peer may have moved.
@@ -163,17 +159,17 @@ impl Peer {
             Err(WireGuardError::ConnectionExpired) if state.endpoint.is_some() => state.redial(),
             Err(_) => None,
         };
-        let message = message?;
-        let endpoint = state.endpoint_for(&message)?;
+        let (message, endpoint) = (message?, state.endpoint?);
+        let endpoint = state.endpoint_for(&message, endpoint);
         Some((message, endpoint))
     }
 
     /// Starts a handshake if there is no session.
     pub(crate) fn dial(&self) -> Option<(WgKind, Endpoint)> {
         let mut state = self.state.lock();
-        state.endpoint.filter(|_| !state.tunnel.has_active_session())?;
+        let endpoint = state.endpoint.filter(|_| !state.tunnel.has_active_session())?;
         let message = state.tunnel.format_handshake_initiation(false)?.into();
-        let endpoint = state.endpoint_for(&message)?;
+        let endpoint = state.endpoint_for(&message, endpoint);
         Some((message, endpoint))
     }
 
@@ -237,20 +233,19 @@ impl State {
     /// NAT on its way drops others. To a peer that this end dials (it has keepalives), the routes choose the source.
     fn heard(&mut self, from: Endpoint) {
         let local = from.local.filter(|_| self.has_dialled);
-        (self.endpoint, self.unanswered) = (Some(Endpoint { local, ..from }), 0);
+        (self.endpoint, self.is_unanswered) = (Some(Endpoint { local, ..from }), false);
     }
 
     /// The endpoint for a message. After an unanswered initiation, the routes choose the source: the address may still be
     /// this host's, and lead nowhere.
-    fn endpoint_for(&mut self, message: &WgKind) -> Option<Endpoint> {
-        if matches!(message, WgKind::HandshakeInit(_)) {
-            if self.unanswered > 0 {
-                self.has_dialled = false;
-                self.endpoint = self.endpoint.map(|endpoint| endpoint.remote.into());
-            }
-            self.unanswered += 1;
+    fn endpoint_for(&mut self, message: &WgKind, present: Endpoint) -> Endpoint {
+        let is_initiation = matches!(message, WgKind::HandshakeInit(_));
+        if !is_initiation || !std::mem::replace(&mut self.is_unanswered, true) {
+            return present;
         }
-        self.endpoint
+        let chosen_by_routes = present.remote.into();
+        (self.has_dialled, self.endpoint) = (false, Some(chosen_by_routes));
+        chosen_by_routes
     }
 
     /// A handshake is complete. Returns the packets that waited for it.
@@ -334,10 +329,11 @@ mod tests {
         let initiation = |peer: &Peer| {
             let mut state = peer.state.lock();
             let message = state.tunnel.format_handshake_initiation(true).expect("an initiation").into();
-            state.endpoint_for(&message)
+            let present = state.endpoint.expect("an endpoint");
+            state.endpoint_for(&message, present)
         };
-        assert_eq!(initiation(&peer), Some(from));
-        assert_eq!(initiation(&peer), Some(source()));
+        assert_eq!(initiation(&peer), from);
+        assert_eq!(initiation(&peer), source());
     }
 
     #[test]
