@@ -188,11 +188,11 @@ impl Reconciler {
             _ => None,
         };
         let uplink = outcome.keep(found).flatten();
-        let me = Me { moved_to, ..self.me(uplink.as_ref()) };
+        let me = self.me(uplink.as_ref(), moved_to);
         Observed { me, uplink, in_pool: member.is_some(), preshared_changed, outcome }
     }
 
-    fn me(&mut self, uplink: Option<&Uplink>) -> Me {
+    fn me(&mut self, uplink: Option<&Uplink>, moved_to: Option<IpAddr>) -> Me {
         let default = Me::default();
         Me {
             node: self.settings.node.clone(),
@@ -200,7 +200,7 @@ impl Reconciler {
             protected: self.settings.protected.iter().copied().collect(),
             subnets: uplink.map(|u| u.subnets.clone()).unwrap_or_default(),
             addresses: uplink.map(|u| u.node_addresses.clone()).unwrap_or_default(),
-            moved_to: None,
+            moved_to,
             intercepting_gateway: self.bpf.intercepting_gateway(),
             preshared: self.preshared.current(),
             ipv6: link::has_ipv6(),
@@ -258,7 +258,7 @@ impl Reconciler {
         outcome.take(self.links.ensure_addresses(names::OVERLAY, overlay, &want.addresses).await);
         let tunnel = self.ensure_tunnel(plan, outcome).await;
         let indexes = Indexes { uplink: uplink.index, overlay, tunnel };
-        outcome.take(self.configure(plan, uplink, indexes));
+        outcome.take(self.configure(plan, indexes, self.abilities(plan, uplink)));
         match &self.tunnel {
             Some(tunnel) => self.handshakes.retry(tunnel, &plan.state, outcome).await,
             None => self.handshakes.clear(),
@@ -269,11 +269,11 @@ impl Reconciler {
         }
         self.attach_programs(plan, uplink, indexes, outcome).await;
         // Again, because only now it is known which program guards the uplink.
-        outcome.take(self.configure(plan, uplink, indexes));
+        let abilities = self.abilities(plan, uplink);
+        outcome.take(self.configure(plan, indexes, abilities));
         if plan.role == Role::Member {
             self.remove_tunnel(outcome).await;
         }
-        let abilities = self.abilities(plan, uplink);
         outcome.surroundings.extend(surroundings::wrong_source(plan.role, plan.config.node, uplink, abilities));
         self.check_surroundings(plan, indexes, uplink, outcome).await;
     }
@@ -309,9 +309,9 @@ impl Reconciler {
         self.surroundings = Some(checked);
     }
 
-    fn configure(&mut self, plan: &Plan, uplink: &Uplink, indexes: Indexes) -> Result<Change, bpf::Error> {
+    fn configure(&mut self, plan: &Plan, indexes: Indexes, abilities: Abilities) -> Result<Change, bpf::Error> {
         let generation = self.bpf.generation()?;
-        self.bpf.set_config(plan.config.to_table(indexes, self.abilities(plan, uplink), generation))
+        self.bpf.set_config(plan.config.to_table(indexes, abilities, generation))
     }
 
     fn abilities(&self, plan: &Plan, uplink: &Uplink) -> Abilities {

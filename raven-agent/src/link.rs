@@ -13,7 +13,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use futures::{Stream, StreamExt, TryStreamExt};
+use futures::{Stream, StreamExt};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::AddressAttribute,
@@ -159,13 +159,7 @@ impl Links {
     }
 
     async fn by_index(&self, index: u32) -> Result<Option<device::Found>, Error> {
-        let mut stream = self.handle.link().get().match_index(index).execute();
-        match stream.try_next().await {
-            Ok(message) => Ok(message.as_ref().map(device::Found::from)),
-            // ENODEV
-            Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -19 => Ok(None),
-            Err(e) => Err(failed(format!("read device {index}"))(e)),
-        }
+        device::read(self.handle.link().get().match_index(index), format!("read device {index}")).await
     }
 }
 

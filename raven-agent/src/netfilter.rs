@@ -1,9 +1,9 @@
 //! Raven's nft table: the source addresses of packets that leave by Raven's devices, and what keeps pods out of the overlay
 //! ([`guard`]).
 //!
-//! Two NAT chains stand before those of CNIs
-//! and kube-proxy (priorities 98 and 99; theirs have 100). The kernel consults NAT chains in the order of their priority
-//! until one sets the source. Packets that kube-proxy marked for masquerade are left to kube-proxy.
+//! Two NAT chains stand before those of CNIs and kube-proxy (priorities 98 and 99; theirs have 100). The kernel consults
+//! NAT chains in the order of their priority until one sets the source. Packets that kube-proxy marked for masquerade are
+//! left to kube-proxy.
 //!
 //! - A pod's address is its identity. CNIs masquerade packets that leave their prefix, so chain `postrouting` maps the
 //!   source to itself, which exempts the flow from every later chain: of nft and of iptables with either backend.
@@ -125,12 +125,7 @@ impl Sources {
     /// One transaction that creates the chain, or replaces its rules.
     fn ruleset(&self, chain: Chain) -> Value {
         let object = |name: &str| json!({ "family": "inet", "table": names::NFT_TABLE, "name": name });
-        let mut commands = vec![
-            json!({ "add": { "table": { "family": "inet", "name": names::NFT_TABLE } } }),
-            json!({ "add": { "chain": { "family": "inet", "table": names::NFT_TABLE, "name": chain.name(),
-                    "type": "nat", "hook": "postrouting", "prio": chain.priority(), "policy": "accept" } } }),
-            json!({ "flush": { "chain": object(chain.name()) } }),
-        ];
+        let mut commands = empty_chain(chain.name(), "nat", "postrouting", chain.priority()).to_vec();
         for family in FAMILIES.into_iter().filter(|_| chain == Chain::Hosts) {
             let elements: Vec<Value> = self.of(family).map(from_prefix).collect();
             commands.push(json!({ "add": { "set": { "family": "inet", "table": names::NFT_TABLE, "name": family.set,
@@ -141,11 +136,7 @@ impl Sources {
                                       "name": family.set, "elem": elements } } }));
             }
         }
-        let rule = |expr| {
-            json!({ "add": { "rule": { "family": "inet", "table": names::NFT_TABLE, "chain": chain.name(),
-                    "expr": expr } } })
-        };
-        commands.extend(self.rules(chain).into_iter().map(rule));
+        commands.extend(self.rules(chain).iter().map(|statements| add_rule(chain.name(), statements)));
         json!({ "nftables": commands })
     }
 
@@ -232,6 +223,21 @@ fn as_prefix(element: &Value) -> Option<IpNet> {
         Some(address) => Some(IpNet::from(address.parse::<std::net::IpAddr>().ok()?)),
         None => nft::prefix(element),
     }
+}
+
+/// Commands after which the table has a chain without rules.
+fn empty_chain(name: &str, kind: &str, hook: &str, priority: i32) -> [Value; 3] {
+    [
+        json!({ "add": { "table": { "family": "inet", "name": names::NFT_TABLE } } }),
+        json!({ "add": { "chain": { "family": "inet", "table": names::NFT_TABLE, "name": name,
+                                    "type": kind, "hook": hook, "prio": priority, "policy": "accept" } } }),
+        json!({ "flush": { "chain": { "family": "inet", "table": names::NFT_TABLE, "name": name } } }),
+    ]
+}
+
+/// The command that adds a rule to a chain of the table.
+fn add_rule(chain: &str, statements: &Value) -> Value {
+    json!({ "add": { "rule": { "family": "inet", "table": names::NFT_TABLE, "chain": chain, "expr": statements } } })
 }
 
 /// Deletes the table, if it exists.

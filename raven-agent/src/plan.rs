@@ -156,7 +156,7 @@ fn pod_prefixes(member: &Member) -> Vec<IpNet> {
 /// What must stay outside the tunnel on this node: what `me` protects, the pool's own nodes, and every endpoint that
 /// nodes dial.
 fn protected<'a>(topology: &Topology, pool: &Pool, me: &'a Me, own: &'a [IpNet]) -> Protected<'a> {
-    // Not the addresses of names: whoever can forge an answer of DNS could take a prefix out of the tunnel.
+    // Not the addresses of names: a forged answer of DNS would take a prefix out of the tunnel.
     let fixed = |gateway: &GatewayPeer| match gateway.dial {
         Some(Dial::Address(address)) => Some(IpNet::from(address.ip())),
         _ => None,

@@ -14,7 +14,7 @@ use netlink_packet_route::{
     },
 };
 use raven_common::{OVERLAY_MAC, OVERLAY_PORT};
-use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVxlan, LinkWireguard};
+use rtnetlink::{LinkGetRequest, LinkMessageBuilder, LinkUnspec, LinkVxlan, LinkWireguard};
 
 use super::{Error, Links, attribute, failed, family};
 use crate::{
@@ -92,13 +92,7 @@ impl Found {
 impl Links {
     /// The device with this name, if it exists.
     pub async fn find(&self, name: &str) -> Result<Option<Found>, Error> {
-        let mut stream = self.handle.link().get().match_name(name.to_owned()).execute();
-        match stream.try_next().await {
-            Ok(message) => Ok(message.as_ref().map(Found::from)),
-            // ENODEV
-            Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -19 => Ok(None),
-            Err(e) => Err(failed(format!("look up device {name}"))(e)),
-        }
+        read(self.handle.link().get().match_name(name.to_owned()), format!("look up device {name}")).await
     }
 
     /// Ensures that `raven0` exists with the desired settings, except its addresses; returns its index.
@@ -247,6 +241,16 @@ impl Links {
             change += Change::ONE;
         }
         Ok(change)
+    }
+}
+
+/// The requested device, if it exists.
+pub(super) async fn read(request: LinkGetRequest, action: String) -> Result<Option<Found>, Error> {
+    match request.execute().try_next().await {
+        Ok(message) => Ok(message.as_ref().map(Found::from)),
+        // ENODEV
+        Err(rtnetlink::Error::NetlinkError(e)) if e.raw_code() == -19 => Ok(None),
+        Err(e) => Err(failed(action)(e)),
     }
 }
 

@@ -10,7 +10,8 @@ use std::net::Ipv4Addr;
 use raven_common::OVERLAY_PORT;
 use serde_json::{Value, json};
 
-use crate::{names, nft, state::Change};
+use super::{add_rule, empty_chain};
+use crate::{nft, state::Change};
 
 /// What the rules depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,20 +84,8 @@ impl Chain {
     }
 
     fn commands(&self) -> Vec<Value> {
-        let with = |more: Value| {
-            let mut object = json!({ "family": "inet", "table": names::NFT_TABLE });
-            if let (Some(object), Value::Object(more)) = (object.as_object_mut(), more) {
-                object.extend(more);
-            }
-            object
-        };
-        vec![
-            json!({ "add": { "table": { "family": "inet", "name": names::NFT_TABLE } } }),
-            json!({ "add": { "chain": with(json!({ "name": self.name, "type": "filter", "hook": self.hook,
-                                                   "prio": self.priority, "policy": "accept" })) } }),
-            json!({ "flush": { "chain": with(json!({ "name": self.name })) } }),
-            json!({ "add": { "rule": with(json!({ "chain": self.name, "expr": self.rule })) } }),
-        ]
+        let chain = empty_chain(self.name, "filter", self.hook, self.priority);
+        chain.into_iter().chain([add_rule(self.name, &self.rule)]).collect()
     }
 }
 

@@ -48,16 +48,18 @@ pub struct Inputs {
 
 /// Names of other pools' gateway nodes that the gateway node `me` dials. Empty on other nodes.
 pub fn host_names(inputs: &Inputs, me: &str) -> BTreeSet<String> {
-    let tunnels = |gateway: &Gateway| -> Vec<Endpoint> {
-        let active = gateway.status.iter().flat_map(|status| &status.active_endpoints);
-        active.filter(|endpoint| endpoint.type_ == EndpointType::Tunnel).cloned().collect()
-    };
-    let is_mine = |gateway: &Gateway| tunnels(gateway).iter().any(|endpoint| endpoint.node_name == me);
+    let is_mine = |gateway: &Gateway| tunnels(gateway).any(|endpoint| endpoint.node_name == me);
     if !inputs.gateways.iter().any(is_mine) {
         return BTreeSet::new();
     }
     let others = inputs.gateways.iter().filter(|gateway| gateway.is_exposed() && !is_mine(gateway));
-    others.flat_map(tunnels).filter_map(|endpoint| host_name(&endpoint).map(str::to_owned)).collect()
+    others.flat_map(tunnels).filter_map(host_name).map(str::to_owned).collect()
+}
+
+/// The elected endpoints of a Gateway's tunnel.
+fn tunnels(gateway: &Gateway) -> impl Iterator<Item = &Endpoint> {
+    let active = gateway.status.iter().flat_map(|status| &status.active_endpoints);
+    active.filter(|endpoint| endpoint.type_ == EndpointType::Tunnel)
 }
 
 /// The name of an endpoint without a public address.
@@ -133,7 +135,7 @@ impl Builder {
                 pool.members.insert(node.node_name.clone(), member);
             }
         }
-        for endpoint in status.active_endpoints.iter().filter(|e| e.type_ == EndpointType::Tunnel) {
+        for endpoint in tunnels(gateway) {
             if endpoint.config.get(SWITCH_L3).is_some_and(|v| v == "false") {
                 continue;
             }
@@ -210,8 +212,7 @@ impl Builder {
     }
 
     fn keep_keys(&mut self, gateway: &Gateway) {
-        let status = gateway.status.iter().flat_map(|s| &s.active_endpoints);
-        for endpoint in status.filter(|e| e.type_ == EndpointType::Tunnel) {
+        for endpoint in tunnels(gateway) {
             if let Some(Ok(key)) = self.claimed_key(endpoint).map(|text| text.parse::<PublicKey>()) {
                 self.key_owners.entry(key).or_insert_with(|| endpoint.node_name.clone());
             }
@@ -281,7 +282,7 @@ fn proxies(pool: &Pool, active: &[Endpoint], ready: &BTreeSet<String>) -> BTreeM
         let text = |value: Option<&String>| value.filter(|v| !v.is_empty()).cloned();
         let host = text(endpoint.public_ip.as_ref())
             .map(|ip| canonical_host(&ip))
-            .or_else(|| text(endpoint.config.get(CONFIG_HOSTNAME)));
+            .or_else(|| host_name(endpoint).map(str::to_owned));
         // In an installation on one LAN, the node's own address is the one that edges dial.
         let host = pool.exposed.then(|| host.unwrap_or_else(|| outer.to_string()));
         let dial = host.map(|host| (host, endpoint.dialled_port()));

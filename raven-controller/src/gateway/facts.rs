@@ -212,7 +212,7 @@ impl GatewayFacts {
 // the API server records who set each field.
 fn owns_selector(entry: &ManagedFieldsEntry) -> bool {
     let selector = entry.fields_v1.as_ref().and_then(|fields| fields.0.pointer("/f:spec/f:nodeSelector"));
-    // The second one is what the API server calls whoever wrote an object before its first server-side apply.
+    // The API server gives the second name to the writers of an object before its first server-side apply.
     let ours = [Some(MANAGER_CONTROLLER), Some("before-first-apply")];
     !ours.contains(&entry.manager.as_deref()) && selector.is_some()
 }
