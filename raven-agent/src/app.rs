@@ -25,6 +25,7 @@ use tokio::{
 use tracing::Instrument;
 
 use crate::{
+    api_client,
     apply::{Reconciler, Report, Settings},
     boot::Boot,
     bpf::probe,
@@ -33,7 +34,7 @@ use crate::{
     link::Links,
     names, observe,
     plan::{ProxyPlan, plan},
-    proxy::{self, Proxy, ProxySettings, stats::Stats},
+    proxy::{self, Proxy, ProxySettings, liveness::Liveness, stats::Stats},
     resolve, snapshot,
     state::Role,
     topology::{Inputs, PresharedKey, Topology, build},
@@ -101,6 +102,10 @@ pub async fn run(config: Run) -> Result<()> {
         state: config.state_dir.clone(),
         secure: config.proxy_internal_secure_addr,
         insecure: config.proxy_internal_insecure_addr,
+        liveness: Liveness {
+            keepalive: Duration::from_secs(config.proxy_keepalive.into()),
+            patience: Duration::from_secs(config.proxy_patience.into()),
+        },
     };
     let proxy = Proxy::new(proxy, client.clone(), plans.subscribe(), proxied.clone(), stats.clone(), intercepted);
     let proxy_runtime = ProxyRuntime::new()?;
@@ -109,16 +114,11 @@ pub async fn run(config: Run) -> Result<()> {
     if let Some(client) = client {
         let watch_outages = outages.clone();
         let (watched, namespace, inputs) = (client.clone(), config.namespace.clone(), inputs.clone());
-        tokio::spawn(async move { api_watch::run(watched, &namespace, inputs, watch_outages).await });
+        let (node, (own, own_seen)) = (config.node_name.clone(), watch::channel(None));
+        tokio::spawn(async move { api_watch::run(watched, &namespace, &node, inputs, own, watch_outages).await });
         let node = config.node_name.clone();
         tokio::spawn(observe::publish_events(client.clone(), node, latest.clone(), inputs_seen.clone()));
-        tokio::spawn(observe::publish(
-            client,
-            config.node_name.clone(),
-            latest.clone(),
-            proxied.subscribe(),
-            inputs_seen.clone(),
-        ));
+        tokio::spawn(observe::publish(client, config.node_name.clone(), latest.clone(), proxied.subscribe(), own_seen));
     }
     tokio::spawn(resolve::run(inputs, config.node_name.clone()));
     let drops = observe::Drops::default();
@@ -185,7 +185,7 @@ async fn connect(config: &Run) -> Result<(Option<Client>, Option<IpNet>)> {
     if config.offline {
         return Ok((None, None));
     }
-    let mut cluster = match &config.kubeconfig {
+    let cluster = match &config.kubeconfig {
         Some(path) => {
             let file =
                 Kubeconfig::read_from(path).with_context(|| format!("cannot read kubeconfig {}", path.display()))?;
@@ -193,13 +193,12 @@ async fn connect(config: &Run) -> Result<(Option<Client>, Option<IpNet>)> {
         }
         None => kube::Config::incluster().context("no service account found; set --kubeconfig outside of a Pod")?,
     };
-    (cluster.read_timeout, cluster.reset_reader_on_write) = (Some(raven_api::API_SERVER_SILENCE), true);
     let server = cluster
         .cluster_url
         .host()
         .and_then(|h| h.trim_matches(['[', ']']).parse().ok())
         .map(|ip: std::net::IpAddr| ip.into());
-    Ok((Some(Client::try_from(cluster)?), server))
+    Ok((Some(api_client::client(cluster)?), server))
 }
 
 /// The address of the API server's Service, in a Pod.

@@ -5,12 +5,13 @@
 //! - Drivers, each of which reads and changes one part of the kernel: [`bpf`], [`link`], [`tunnel`], [`netfilter`],
 //!   [`conntrack`]. [`apply`] runs them; [`cleanup`] uses them to remove everything.
 //! - The L7 half: [`proxy`], which follows the L7 part of the plan.
-//! - Around them: [`snapshot`] (the last topology on disk, written by [`atomic_file`]), [`surroundings`] (what other
+//! - Around them: [`api_client`], [`snapshot`] (the last topology on disk, written by [`atomic_file`]), [`surroundings`] (what other
 //!   programs do to Raven's packets), [`leftovers`] (of OpenYurt's Raven), [`boot`] (a unit on
 //!   the host), [`observe`] (status, metrics, health), [`config`], [`names`].
 
 #![forbid(unsafe_code)]
 
+pub mod api_client;
 pub mod app;
 pub mod apply;
 pub mod atomic_file;

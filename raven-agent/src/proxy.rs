@@ -5,7 +5,7 @@
 //! name, [`http`] a Host header); [`Directory`](crate::plan::proxy::Directory) finds the target node; [`router`]
 //! and [`connections`] open a stream to its site; there [`serve`] connects to the node; [`stream`] carries the
 //! bytes. TLS is not terminated. Proxy connections: [`dial`] opens them at the edge, [`accept`] admits them in the
-//! cloud, [`identity`] and [`enrol`] provide certificates. [`limits`] has all windows, limits and timeouts;
+//! cloud, [`liveness`] notices dead ones, [`identity`] and [`enrol`] provide certificates. [`limits`] has all windows, limits and timeouts;
 //! [`stats`] has the counters.
 //!
 //! The L7 half does not depend on L3.
@@ -20,6 +20,7 @@ mod http;
 mod identity;
 mod ingress;
 mod limits;
+pub mod liveness;
 mod pending;
 mod router;
 mod serve;
@@ -47,6 +48,7 @@ use self::{
     enrol::{Enrolment, Purpose, Wanted},
     identity::Identity,
     ingress::{Ingress, Kind},
+    liveness::Liveness,
     router::Router,
     serve::EdgeServer,
     stats::Stats,
@@ -67,6 +69,8 @@ pub struct ProxySettings {
     pub secure: SocketAddr,
     /// Address for plain HTTP requests.
     pub insecure: SocketAddr,
+    /// How dead connections are noticed.
+    pub liveness: Liveness,
 }
 
 /// The state of the L7 half, for the GatewayNode.
@@ -136,7 +140,7 @@ impl Proxy {
 
     /// Runs until the task is dropped.
     pub async fn run(mut self) {
-        let shared = Shared::new(self.stats.clone());
+        let shared = Shared::new(self.stats.clone(), self.settings.liveness);
         let enrolment = Enrolment {
             node: self.settings.node.clone(),
             client: self.client.clone(),
@@ -216,7 +220,8 @@ impl Proxy {
             }
             Part::Dialler => {
                 let (clouds, identity) = (shared.clouds.subscribe(), shared.identity.subscribe());
-                tokio::spawn(dial::run(clouds, identity, EdgeServer { plan, stats }, shared.established.clone()))
+                let server = EdgeServer { plan, stats, liveness: self.settings.liveness };
+                tokio::spawn(dial::run(clouds, identity, server, shared.established.clone()))
             }
         })
     }
@@ -286,7 +291,7 @@ struct Shared {
 }
 
 impl Shared {
-    fn new(stats: Stats) -> Self {
+    fn new(stats: Stats, liveness: Liveness) -> Self {
         Self {
             plan: watch::Sender::default(),
             wanted: watch::Sender::default(),
@@ -294,7 +299,7 @@ impl Shared {
             problem: watch::Sender::default(),
             clouds: watch::Sender::default(),
             established: watch::Sender::default(),
-            connections: Connections::new(stats),
+            connections: Connections::new(stats, liveness),
         }
     }
 

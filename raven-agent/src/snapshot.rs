@@ -2,6 +2,8 @@
 
 use std::{fs, io, path::Path};
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
 use crate::{atomic_file, topology::Inputs};
 
 /// Writes the snapshot.
@@ -19,17 +21,30 @@ pub fn load(path: &Path) -> io::Result<Option<Inputs>> {
     }
 }
 
-/// The inputs in a fixed order and without the fields that no plan uses. Two snapshots are compared in this form.
+/// The inputs in a fixed order and without the fields that no plan uses. Two snapshots are compared in this form, so that
+/// a change of these fields neither starts a run nor writes the file.
 pub fn lean(inputs: &Inputs) -> Inputs {
     let mut inputs = inputs.clone();
     for gateway in &mut inputs.gateways {
-        gateway.metadata.managed_fields = None;
-        gateway.metadata.resource_version = None;
+        let metadata = &mut gateway.metadata;
+        gateway.metadata = ObjectMeta {
+            name: metadata.name.take(),
+            // For Events about it.
+            uid: metadata.uid.take(),
+            // The older Gateway wins a conflict.
+            creation_timestamp: metadata.creation_timestamp.take(),
+            ..ObjectMeta::default()
+        };
+        if let Some(status) = &mut gateway.status {
+            status.conditions = Vec::new();
+            (status.node_count, status.observed_generation) = (0, None);
+        }
+        // Candidates; the status has the elected ones.
+        gateway.spec.endpoints = Vec::new();
+        gateway.spec.node_selector = None;
     }
     for node in &mut inputs.gateway_nodes {
-        node.metadata.managed_fields = None;
-        node.metadata.resource_version = None;
-        // Observations are not an input: without them, a handshake of another node is no change.
+        node.metadata = ObjectMeta { name: node.metadata.name.take(), ..ObjectMeta::default() };
         node.status = None;
     }
     inputs.gateways.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));

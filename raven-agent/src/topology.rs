@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use raven_api::proxy::Ports;
 
 pub use self::{
-    build::{Inputs, build, host_names},
+    build::{Inputs, build, forget_published, host_names},
     key::{PresharedKey, PublicKey},
     settings::ClusterSettings,
 };

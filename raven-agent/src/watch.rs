@@ -1,7 +1,8 @@
-//! Watches Gateways, GatewayNodes, three ConfigMaps and the API server's EndpointSlice, and publishes the latest
-//! [`Inputs`] once all lists are complete. Bursts of events are coalesced.
+//! Watches Gateways, three ConfigMaps, the API server's EndpointSlice and the node's own GatewayNode, and publishes the
+//! latest [`Inputs`] once all lists are complete. Bursts of events are coalesced.
 //!
-//! Nodes and Pods are never watched, so that ten thousand agents cost the API server little.
+//! Nodes, Pods and other nodes' GatewayNodes, which change often, are never watched: ten thousand agents must cost the API
+//! server little, and a site on a metered link must not pay for the activity of other sites.
 
 mod outages;
 
@@ -20,14 +21,13 @@ use futures::{
 };
 use k8s_openapi::api::{core::v1::ConfigMap, discovery::v1::EndpointSlice};
 use kube::{
-    Api, Client, Resource, ResourceExt,
+    Api, Client, Resource,
     runtime::{WatchStreamExt, reflector, watcher},
 };
 use raven_api::{
     Gateway, GatewayNode, Guarded,
-    guarded::UnreadableLog,
     names::{AGENT_CONFIG_MAP, API_SERVER_NAMESPACE, API_SERVER_SLICE, SWITCHES_CONFIG_MAP},
-    proxy::{CA_KEY, CA_NAME, ready},
+    proxy::{CA_KEY, CA_NAME},
 };
 use serde::de::DeserializeOwned;
 use tokio::{
@@ -37,12 +37,14 @@ use tokio::{
 
 use crate::{
     snapshot,
-    topology::{ClusterSettings, Inputs},
+    topology::{ClusterSettings, Inputs, forget_published},
 };
 
 /// The API server's own EndpointSlice. The agent does not wait for this list: if RBAC does not allow it, only the
 /// client's own address of the API server is known.
 const API_SERVERS: &str = "EndpointSlice kubernetes";
+/// The node's own GatewayNode.
+const OWN_NODE: &str = "own GatewayNode";
 /// Events within this time of each other are one change.
 const SETTLE: Duration = Duration::from_millis(50);
 /// Maximum length of one change.
@@ -52,23 +54,35 @@ const BURST: Duration = Duration::from_secs(1);
 type Progress = Option<&'static str>;
 
 /// Runs until the process ends. The last inputs stay valid while the API server is unavailable; `outages` records how
-/// long that has been.
-pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<Inputs>>, outages: Outages) {
-    let all = watcher::Config::default;
-    let named = |name: &str| watcher::Config::default().fields(&format!("metadata.name={name}"));
+/// long that has been. `own`: whether the GatewayNode of `node` exists, once that is known.
+pub async fn run(
+    client: Client,
+    namespace: &str,
+    node: &str,
+    latest: watch::Sender<Option<Inputs>>,
+    own: watch::Sender<Option<bool>>,
+    outages: Outages,
+) {
+    // Bookmarks would be most of what a quiet cluster sends. All Gateways are watched, so the last one's version is recent
+    // enough to continue a watch; a list of one object costs as little as a bookmark.
+    let all = || watcher::Config::default().disable_bookmarks();
+    let named = |name: &str| all().fields(&format!("metadata.name={name}"));
     let configs: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), API_SERVER_NAMESPACE);
     let (gateways, a) = reflected("Gateways", Api::<Gateway>::all(client.clone()), all(), &outages);
-    let (nodes, b) = reflected("GatewayNodes", Api::<Guarded<GatewayNode>>::all(client), all(), &outages);
+    // Its outages do not count either: if it is deleted, it is created again a little later.
+    let (own_node, b) = reflected(OWN_NODE, Api::<Guarded<GatewayNode>>::all(client), named(node), &Outages::default());
     let (switches, c) = reflected(SWITCHES_CONFIG_MAP, configs.clone(), named(SWITCHES_CONFIG_MAP), &outages);
     let (agent, d) = reflected(AGENT_CONFIG_MAP, configs.clone(), named(AGENT_CONFIG_MAP), &outages);
     let (ca, e) = reflected(CA_NAME, configs, named(CA_NAME), &outages);
     // Its outages do not count, because the agent works without it.
     let (api_servers, f) = reflected(API_SERVERS, slices, named(API_SERVER_SLICE), &Outages::default());
-    let mut reported = UnreadableLog::new("GatewayNode");
-    let mut incomplete = vec!["Gateways", "GatewayNodes", SWITCHES_CONFIG_MAP, AGENT_CONFIG_MAP, CA_NAME];
+    let mut incomplete = vec!["Gateways", SWITCHES_CONFIG_MAP, AGENT_CONFIG_MAP, CA_NAME];
     let mut events = stream::select_all([a, b, c, d, e, f]);
     while let Some(progress) = events.next().await {
+        if progress == Some(OWN_NODE) || own.borrow().is_some() {
+            own.send_replace(Some(!own_node.is_empty()));
+        }
         incomplete.retain(|list| Some(*list) != progress);
         if !incomplete.is_empty() {
             continue;
@@ -77,23 +91,21 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
         // every change rebuilds the whole topology.
         let end = Instant::now() + BURST;
         while let Ok(Some(_)) = timeout_at(end.min(Instant::now() + SETTLE), events.next()).await {}
-        let (gateways, nodes) = (listed(&gateways), readable(listed(&nodes), &mut reported));
         let data = |store: &reflector::Store<ConfigMap>| {
             store.state().first().and_then(|c| c.data.clone()).unwrap_or_default()
         };
         let inputs = snapshot::lean(&Inputs {
             api_servers: api_servers.state().iter().flat_map(|slice| addresses(slice)).collect(),
-            // The only observation in a GatewayNode's status that plans of other nodes depend on.
-            ready_proxies: ready(&gateways, &nodes).into_iter().map(str::to_owned).collect(),
-            gateways,
-            gateway_nodes: nodes,
+            gateways: gateways.state().iter().map(|object| (**object).clone()).collect(),
+            gateway_nodes: Vec::new(),
             settings: ClusterSettings::parse(&data(&switches), &data(&agent)),
             proxy_ca: data(&ca).remove(CA_KEY).unwrap_or_default(),
             resolved: BTreeMap::new(),
         });
         latest.send_if_modified(|have| {
-            let resolved = have.as_ref().map(|have| have.resolved.clone()).unwrap_or_default();
-            let inputs = Inputs { resolved, ..inputs };
+            let Inputs { resolved, gateway_nodes, .. } = have.clone().unwrap_or_default();
+            let mut inputs = Inputs { resolved, gateway_nodes, ..inputs };
+            forget_published(&mut inputs);
             let changed = have.as_ref() != Some(&inputs);
             if changed {
                 *have = Some(inputs);
@@ -105,27 +117,6 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
 
 fn addresses(slice: &EndpointSlice) -> Vec<IpAddr> {
     slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses).filter_map(|text| text.parse().ok()).collect()
-}
-
-fn listed<K: Resource<DynamicType = ()> + Clone + 'static>(store: &reflector::Store<K>) -> Vec<K> {
-    store.state().iter().map(|object| (**object).clone()).collect()
-}
-
-/// The GatewayNodes that parse. Nodes write these objects, and the API server accepts timestamps that do not parse
-/// here: the object of one (stolen) node must not stop the watch.
-fn readable(nodes: Vec<Guarded<GatewayNode>>, reported: &mut UnreadableLog) -> Vec<GatewayNode> {
-    reported.retain(nodes.iter());
-    let read = nodes.into_iter().filter_map(|node| {
-        if let Some(error) = reported.first_failure(&node) {
-            tracing::warn!(
-                name = node.name_any(),
-                error,
-                "ignoring a GatewayNode that cannot be parsed; check the node that wrote it"
-            );
-        }
-        node.0.ok()
-    });
-    read.collect()
 }
 
 fn reflected<K>(
@@ -155,40 +146,4 @@ where
         })
         .boxed();
     (store, events)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn unreadable_object_of_one_node_does_not_affect_others() {
-        let node = |name: &str, handshake: &str| {
-            let object = serde_json::json!({
-                "apiVersion": "raven.openyurt.io/v1beta1", "kind": "GatewayNode", "metadata": { "name": name }, "spec": { "gateway": "x", "version": "1" },
-                "status": { "peers": [{ "nodeName": "y", "gateway": "y", "lastHandshake": handshake }] },
-            });
-            serde_json::from_str::<Guarded<GatewayNode>>(&object.to_string()).expect("never an error")
-        };
-        // Both timestamps pass the API server's validation.
-        let list = vec![
-            node("good", "2026-01-01T00:00:00Z"),
-            node("bad", "2026-01-01T00:00:00+99:99"),
-            node("worse", "2026-01-01T00:00:00ZTx"),
-        ];
-        let mut reported = UnreadableLog::new("GatewayNode");
-        let read = readable(list.clone(), &mut reported);
-        assert_eq!(read.iter().map(|n| n.metadata.name.as_deref()).collect::<Vec<_>>(), [Some("good")]);
-        assert!(list.iter().all(|node| reported.first_failure(node).is_none()), "each is reported once");
-        assert_eq!(readable(Vec::new(), &mut reported).len(), 0);
-        assert_eq!(
-            list.iter().filter_map(|node| reported.first_failure(node)).count(),
-            2,
-            "and again when it reappears"
-        );
-        let mut reported = UnreadableLog::new("GatewayNode");
-        let names: Vec<String> =
-            list.iter().filter(|node| reported.first_failure(node).is_some()).map(ResourceExt::name_any).collect();
-        assert_eq!(names, ["bad", "worse"]);
-    }
 }

@@ -140,6 +140,10 @@ pub enum EndpointType {
     Proxy,
 }
 
+/// Key in a tunnel endpoint's `config`: WireGuard public key, base64 of 32 bytes. In the status, the key that the node has
+/// published in its GatewayNode, so that agents need to watch only Gateways.
+pub const CONFIG_PUBLIC_KEY: &str = "publicKey";
+
 /// A gateway node: a candidate in `spec`, elected in `status`.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]

@@ -10,7 +10,8 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// Published by the node's agent: agents of other nodes configure their tunnel peers from it.
+/// Published by the node's agent. The controller copies the key and the proxy's state to the Gateway's status, from which
+/// agents of other nodes configure their peers.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[kube(
     group = "raven.openyurt.io",
@@ -52,8 +53,7 @@ pub struct GatewayNodeSpec {
     pub version: String,
 }
 
-/// State observed by the node's agent. Agents of other nodes use only the peers' observed endpoints and
-/// the proxy's state.
+/// State observed by the node's agent, for people and for the controller. Other agents never receive it: it changes often.
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct GatewayNodeStatus {
@@ -69,7 +69,8 @@ pub struct GatewayNodeStatus {
     /// Peers with a live session / all peers, for `kubectl get`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peer_summary: Option<String>,
-    /// Peers of the tunnel, sorted by node name.
+    /// Peers of the tunnel, sorted by node name: at most 256, those without a session before others. `wg show` on the node
+    /// lists all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub peers: Vec<PeerStatus>,
     /// State of the L7 proxy, if this node is elected for it.

@@ -13,8 +13,6 @@
 
 #![forbid(unsafe_code)]
 
-use std::time::Duration;
-
 pub mod condition;
 pub mod conversion;
 pub mod event;
@@ -35,11 +33,3 @@ pub use names::{
     AGENT_SERVICE_ACCOUNT, ANNOTATION_EXTRA_CIDRS, DEFAULT_NAMESPACE, DEFAULT_PROXY_PORT, DEFAULT_TUNNEL_PORT, GROUP,
     LABEL_EDGE_WORKER, LABEL_GATEWAY, LABEL_NODE_POOL, LABEL_NODE_POOL_OLD, MANAGER_AGENT, MANAGER_CONTROLLER,
 };
-
-/// Read timeout of clients of the API server, to be set with `reset_reader_on_write`: the time counts from the request,
-/// not from the moment at which the pooled connection became idle.
-///
-/// An API server whose host lost power never answers. The bound is above the longest silence of a healthy watch:
-/// bookmarks arrive once a minute, and the first one of an API server that has just started arrives after two minutes
-/// (measured with 1.37).
-pub const API_SERVER_SILENCE: Duration = Duration::from_secs(150);

@@ -1,11 +1,9 @@
-//! Names and ports of the L7 half, the ports of nodes that it reaches, and which cloud proxies count as ready.
+//! Names and ports of the L7 half, and the ports of nodes that it reaches.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use crate::condition::ConditionType;
-use crate::gateway::{EndpointType, Gateway, GatewayStatus};
-use crate::gateway_node::GatewayNode;
+use crate::gateway::Gateway;
 
 /// Port of a cloud gateway node for requests over TLS. SNI names the target node.
 pub const INTERNAL_SECURE_PORT: u16 = 10263;
@@ -52,6 +50,10 @@ pub const CONFIG_HOSTNAME: &str = "hostname";
 /// Node revokes them, even if a later Node has the same name.
 pub const CONFIG_NODE_UID: &str = "node-uid";
 
+/// Key in an elected proxy endpoint's `config`: `true` if the proxy of an exposed Gateway works, as the controller and edges
+/// observe it.
+pub const CONFIG_PROXY_READY: &str = "proxy-ready";
+
 /// URI scheme of the Node UID in a proxy certificate's subject alternative name (RFC 9562, section 4).
 pub const UID_URI: &str = "urn:uuid:";
 
@@ -92,42 +94,6 @@ impl Ports {
     }
 }
 
-/// Returns the elected nodes of exposed Gateways whose proxy is ready.
-///
-/// A node counts as ready if its own GatewayNode reports so and enough edges report a connection to it. The second
-/// condition detects agents that died and left a stale status. Only elected proxy nodes of edge Gateways with condition
-/// Elected True count: the status of a site without power is stale, too. "Enough" is at least half as many edges as the
-/// best-connected cloud node has. Each edge counts once per cloud node, and only for elected cloud nodes: an edge node
-/// may be stolen and report anything.
-pub fn ready<'a>(gateways: &'a [Gateway], nodes: &'a [GatewayNode]) -> BTreeSet<&'a str> {
-    let elected = |exposed: bool| {
-        let of_kind = gateways.iter().filter(move |g| g.is_exposed() == exposed);
-        let status = of_kind
-            .filter_map(|g| g.status.as_ref())
-            .filter(move |s| exposed || condition_holds(s, ConditionType::Elected));
-        status
-            .flat_map(|s| &s.active_endpoints)
-            .filter(|e| e.type_ == EndpointType::Proxy)
-            .map(|e| e.node_name.as_str())
-    };
-    let (clouds, edges): (BTreeSet<&str>, BTreeSet<&str>) = (elected(true).collect(), elected(false).collect());
-    let proxies = nodes.iter().filter_map(|n| Some((n.metadata.name.as_deref()?, n.status.as_ref()?.proxy.as_ref()?)));
-    let proxies: Vec<_> = proxies.filter(|(_, proxy)| proxy.ready).collect();
-    let mut edges_connected: BTreeMap<&str, usize> = BTreeMap::new();
-    for (_, edge) in proxies.iter().filter(|(name, _)| edges.contains(name)) {
-        let named: BTreeSet<&str> =
-            edge.tunnels.iter().map(String::as_str).filter(|name| clouds.contains(name)).collect();
-        named.into_iter().for_each(|cloud| *edges_connected.entry(cloud).or_default() += 1);
-    }
-    let most = edges_connected.values().copied().max().unwrap_or(0);
-    let connected = |name: &str| most == 0 || edges_connected.get(name).copied().unwrap_or(0) * 2 >= most;
-    proxies.iter().map(|(name, _)| *name).filter(|name| clouds.contains(name) && connected(name)).collect()
-}
-
-fn condition_holds(status: &GatewayStatus, type_: ConditionType) -> bool {
-    status.conditions.iter().any(|c| c.type_ == type_.as_str() && c.status == "True")
-}
-
 /// Ports of a comma-separated list. Numbers that are no port are skipped; the schema admits digits and commas only.
 fn listed(text: Option<&str>) -> impl Iterator<Item = u16> {
     text.unwrap_or_default().split(',').filter_map(|port| port.trim().parse().ok()).filter(|port| *port != 0)
@@ -150,8 +116,7 @@ pub fn canonical_host(host: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gateway::{Endpoint, ExposeType, GatewaySpec, ProxyConfig};
-    use crate::gateway_node::{GatewayNodeSpec, GatewayNodeStatus, ProxyStatus};
+    use crate::gateway::{ExposeType, GatewaySpec, ProxyConfig};
 
     fn gateway(expose_type: ExposeType, http: &str, https: &str) -> Gateway {
         let proxy_config = Some(ProxyConfig {
@@ -173,41 +138,5 @@ mod tests {
         let colliding = gateway(ExposeType::PublicIP, "", "9443,19443");
         assert_eq!(Ports::of([&colliding]).https, BTreeSet::from([9443, 10250]), "19443 would be 9443's listener");
         assert_eq!(Ports::of([&gateway(ExposeType::PublicIP, "", "0,99999")]), Ports::default());
-    }
-
-    #[test]
-    fn an_edge_counts_once_per_cloud_node_and_only_for_cloud_nodes() {
-        let site = |name: &str, expose_type: ExposeType, nodes: &[&str]| {
-            let mut gateway = Gateway::new(name, GatewaySpec { expose_type, ..GatewaySpec::default() });
-            let elected = nodes.iter().map(|node| Endpoint {
-                node_name: (*node).to_owned(),
-                type_: EndpointType::Proxy,
-                ..Endpoint::default()
-            });
-            let condition = serde_json::json!({ "type": "Elected", "status": "True", "reason": "x", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z" });
-            let conditions = vec![serde_json::from_value(condition).expect("a condition")];
-            gateway.status =
-                Some(GatewayStatus { active_endpoints: elected.collect(), conditions, ..GatewayStatus::default() });
-            gateway
-        };
-        let node = |name: &str, tunnels: Vec<String>| {
-            let mut node = GatewayNode::new(name, GatewayNodeSpec::default());
-            let proxy = Some(ProxyStatus { ready: true, tunnels, ..ProxyStatus::default() });
-            node.status = Some(GatewayNodeStatus { proxy, ..GatewayNodeStatus::default() });
-            node
-        };
-        let gateways = [
-            site("cloud", ExposeType::PublicIP, &["a", "b"]),
-            site("x", ExposeType::Edge, &["x1"]),
-            site("y", ExposeType::Edge, &["y1"]),
-        ];
-        let ready_with = |stolen: Vec<String>| {
-            let both = vec!["a".to_owned(), "b".to_owned()];
-            let nodes = [node("a", vec![]), node("b", vec![]), node("x1", both), node("y1", stolen)];
-            ready(&gateways, &nodes).into_iter().map(str::to_owned).collect::<Vec<_>>()
-        };
-        assert_eq!(ready_with(vec!["ghost".to_owned(); 10_000]), ["a", "b"]);
-        assert_eq!(ready_with(vec!["a".to_owned(); 10_000]), ["a", "b"]);
-        assert_eq!(ready_with((0..10_000).map(|n| format!("ghost-{n}")).collect()), ["a", "b"]);
     }
 }

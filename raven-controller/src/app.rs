@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config as ClientConfig};
-use raven_api::API_SERVER_SILENCE;
 use tokio::sync::{mpsc, watch as channel};
 use tokio::task::{Id, JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -23,6 +22,13 @@ use crate::{health, watch};
 // Updates in the queue of the cluster's task.
 const UPDATES: usize = 1024;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+// Read timeout of the client, set with `reset_reader_on_write`: the time counts from the request,
+// not from the moment at which the pooled connection became idle.
+//
+// An API server whose host lost power never answers. The bound is above the longest silence of a healthy watch:
+// bookmarks arrive once a minute, and the first one of an API server that has just started arrives after two minutes
+// (measured with 1.37).
+const API_SERVER_SILENCE: Duration = Duration::from_secs(150);
 
 /// The controller cannot start, or stopped unexpectedly.
 #[derive(Debug, thiserror::Error)]

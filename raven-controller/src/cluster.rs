@@ -4,7 +4,7 @@
 //! [`Snapshot`] after each change. An update that changes no fact, such as a Node's heartbeat, publishes nothing and
 //! therefore wakes no consumer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -30,6 +30,7 @@ use crate::gateway::facts::{
 };
 use crate::gateway::inputs::Inputs;
 use crate::gateway::links::Quarantine;
+use crate::proxy::ready::ready;
 
 // Updates that are processed before a snapshot is published.
 const BATCH: usize = 1024;
@@ -92,8 +93,17 @@ pub(crate) struct ObservedGatewayNode {
     pub(crate) name: NodeName,
     /// Reports about connections.
     pub(crate) links: Option<LinkFacts>,
-    /// The object, reduced to its proxy status; `None` if the object is unreadable.
-    pub(crate) proxy: Option<Option<ProxyStatus>>,
+    /// What others need of the object; `None` if the object is unreadable.
+    pub(crate) published: Option<Published>,
+}
+
+/// What other nodes need to know of a gateway node.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Published {
+    /// Its WireGuard public key.
+    pub(crate) key: Option<String>,
+    /// State of its proxy.
+    pub(crate) proxy: Option<ProxyStatus>,
 }
 
 impl ObservedGatewayNode {
@@ -102,8 +112,11 @@ impl ObservedGatewayNode {
         let name = object.name_any().as_str().into();
         let links = object.0.as_ref().ok().and_then(LinkFacts::parse);
         let typed = typed_gateway_node(object);
-        let proxy = typed.0.as_ref().ok().map(|node| node.status.as_ref().and_then(|status| status.proxy.clone()));
-        (Self { name, links, proxy }, typed)
+        let published = typed.0.as_ref().ok().map(|node| Published {
+            key: node.spec.public_key.clone(),
+            proxy: node.status.as_ref().and_then(|status| status.proxy.clone()),
+        });
+        (Self { name, links, published }, typed)
     }
 }
 
@@ -223,7 +236,7 @@ pub(crate) struct Cluster {
     blocks: Cache<String, BlockFacts>,
     balancers: Cache<String, BalancerFacts>,
     links: Cache<NodeName, LinkFacts>,
-    proxies: Cache<NodeName, Option<ProxyStatus>>,
+    published: Cache<NodeName, Published>,
     quarantine: Quarantine,
     internal_service: Cache<String, Vec<IpAddr>>,
     service_cidrs: Cache<String, Vec<IpNet>>,
@@ -245,7 +258,7 @@ impl Cluster {
             blocks: Cache::new(),
             balancers: Cache::new(),
             links: Cache::new(),
-            proxies: Cache::new(),
+            published: Cache::new(),
             quarantine: Quarantine::default(),
             internal_service: Cache::new(),
             service_cidrs: Cache::new(),
@@ -316,7 +329,7 @@ impl Cluster {
         if links_changed {
             self.quarantine.update(&self.links.facts, Instant::now());
         }
-        self.proxies.absorb(event.clone(), |node| (node.name, node.proxy)) || links_changed
+        self.published.absorb(event.clone(), |node| (node.name, node.published)) || links_changed
     }
 
     /// Updates since when nodes have no Ready agent. Once per batch, because it considers all nodes.
@@ -334,7 +347,7 @@ impl Cluster {
             blocks,
             balancers,
             links,
-            proxies,
+            published,
             internal_service,
             service_cidrs,
             api_servers,
@@ -349,7 +362,7 @@ impl Cluster {
             proxies_complete: gateways.listed
                 && nodes.listed
                 && switches.listed
-                && proxies.listed
+                && published.listed
                 && internal_service.listed,
             gateways: gateways.facts.clone(),
             nodes: nodes.facts.clone(),
@@ -359,7 +372,7 @@ impl Cluster {
             links: links.facts.clone(),
             quarantine: self.quarantine.clone(),
             absences: self.absences.clone(),
-            proxies: proxies.facts.clone(),
+            published: published.facts.clone(),
             internal_service: internal_service.facts.values().flat_map(|list| list.iter()).copied().collect(),
             service_cidrs: service_cidrs
                 .facts
@@ -392,7 +405,7 @@ pub(crate) struct Snapshot {
     links: Facts<NodeName, LinkFacts>,
     quarantine: Quarantine,
     absences: Absences,
-    proxies: Facts<NodeName, Option<ProxyStatus>>,
+    published: Facts<NodeName, Published>,
     internal_service: Vec<IpAddr>,
     service_cidrs: Vec<IpNet>,
     api_servers: Vec<IpAddr>,
@@ -413,7 +426,9 @@ impl Snapshot {
             balancers: self.balancers.values().map(|facts| (**facts).clone()).collect(),
             links: self.quarantine.merge(links, Instant::now()),
             without_agent: self.absences.nodes(Instant::now()),
-            gateway_nodes: self.proxies.keys().cloned().collect(),
+            gateway_nodes: self.published.keys().cloned().collect(),
+            keys: self.published.iter().filter_map(|(name, node)| Some((name.clone(), node.key.clone()?))).collect(),
+            ready_proxies: self.ready_proxies(),
             services: self.service_cidrs.iter().copied().collect(),
             api_servers: self.api_servers.iter().copied().collect(),
             rules: self.rules,
@@ -425,14 +440,11 @@ impl Snapshot {
         self.gateways.values().map(|facts| (*facts.resource).clone()).collect()
     }
 
-    /// Returns all readable GatewayNodes, reduced to name and proxy status.
-    pub(crate) fn gateway_nodes(&self) -> Vec<GatewayNode> {
-        let node = |(name, proxy): (&NodeName, &Arc<Option<ProxyStatus>>)| {
-            let mut node = GatewayNode::new(name.as_str(), GatewayNodeSpec::default());
-            node.status = Some(GatewayNodeStatus { proxy: (**proxy).clone(), ..GatewayNodeStatus::default() });
-            node
-        };
-        self.proxies.iter().map(node).collect()
+    /// Returns the nodes of exposed Gateways whose proxy works.
+    pub(crate) fn ready_proxies(&self) -> BTreeSet<NodeName> {
+        let gateways = self.gateways.values().map(|facts| facts.resource.as_ref());
+        let proxies = self.published.iter().filter_map(|(name, node)| Some((name.as_str(), node.proxy.as_ref()?)));
+        ready(gateways, proxies).into_iter().map(NodeName::from).collect()
     }
 
     /// Returns all readable Nodes.

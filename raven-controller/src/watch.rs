@@ -357,7 +357,7 @@ fn is_forbidden(error: &watcher::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
     use std::sync::Arc;
 
     use tokio::sync::watch;
@@ -439,8 +439,7 @@ mod tests {
         let listed =
             tokio::time::timeout(Duration::from_secs(10), snapshots.wait_for(|snapshot| snapshot.proxies_complete));
         let snapshot = listed.await.expect("everything is listed").expect("the task runs").clone();
-        let names: Vec<String> = snapshot.gateway_nodes().into_iter().filter_map(|node| node.metadata.name).collect();
-        assert_eq!(names, ["good"]);
+        assert_eq!(snapshot.inputs().gateway_nodes, BTreeSet::from(["good".into()]));
         assert_eq!(snapshot.nodes().map(|node| node.name.as_str()).collect::<Vec<_>>(), ["good"]);
         assert_eq!(snapshot.node_uids(), BTreeMap::from([("good".to_owned(), "2".to_owned())]));
     }

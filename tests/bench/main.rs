@@ -1,11 +1,12 @@
 //! The benchmarks behind `cargo xtask bench`: ratios against a baseline that is measured in the same run.
 //!
 //! [`transit`] measures a gateway node's hop in isolation ([`hop`] is its setup), [`tunnel`] two gateway nodes end to
-//! end, [`engine`] the userspace WireGuard engine ([`iperf`] measures both), [`proxy`] the L7 proxy ([`konnectivity`] for comparison), [`planning`] the cost of `plan()`, [`memory`] the
-//! resident memory of the programs.
+//! end, [`engine`] the userspace WireGuard engine ([`iperf`] measures both), [`proxy`] the L7 proxy ([`konnectivity`] for comparison), [`planning`] the cost of `plan()`, [`cost`] what an edge
+//! node receives, [`memory`] the resident memory of the programs.
 
 #![forbid(unsafe_code)]
 
+mod cost;
 mod engine;
 mod hop;
 mod iperf;
@@ -65,6 +66,8 @@ enum Command {
     },
     /// Measure the cost of `plan()` at 100, 1,000 and 10,000 nodes.
     Plan,
+    /// Measure what an edge agent receives from the API server as the number of sites grows, and what an idle site costs.
+    Cost,
     /// Measure the resident memory of agent and controller.
     Memory,
 }
@@ -78,6 +81,7 @@ fn main() -> Result<()> {
         Command::Engine { runs } => engine::run(runs, arguments.json),
         Command::Proxy { runs } => proxy::run(runs, arguments.json),
         Command::Plan => planning::run(arguments.json),
+        Command::Cost => cost::run(arguments.json),
         Command::Memory => memory::run(arguments.json),
     }
 }

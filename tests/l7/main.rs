@@ -5,6 +5,7 @@
 mod certificates;
 mod edges;
 mod kubectl;
+mod liveness;
 mod outages;
 
 use std::time::Duration;

@@ -25,14 +25,14 @@ const ATTEMPT: Duration = Duration::from_secs(1);
 /// Time until new requests work after a link's return: the required 2 s, plus the measurement: a pause of 100 ms
 /// between two attempts, and a thread, a connection and an answer on a busy machine.
 const LINK_BACK: Duration = Duration::from_millis(2_000 + 300);
-/// The same without an event of the link: the edge's next ping (2 s) is answered with a reset, it reconnects (within
-/// 1 s), and a request that waits for the old proxy connection moves to the new one (0.5 s). A killed agent needs
-/// this time to start.
-const PROXY_CONNECTION_BACK: Duration = Duration::from_secs(4);
-/// Time until a failed gateway node is removed from the Service: edges ping every 2 s and detect a missing
-/// acknowledgement after 3 s; two edges report it one after the other; the controller delays its reaction to collect
-/// events for up to 1 s.
-const OUT_OF_SERVICE: Duration = Duration::from_secs(10);
+/// The same after an event that an idle edge cannot see: its next keepalive (15 s) is answered with a reset, it reconnects
+/// (within 1 s), and a request that waits for the old proxy connection moves to the new one (0.5 s).
+const NEXT_KEEPALIVE: Duration = Duration::from_secs(17);
+/// The same for a killed agent, whose kernel resets its connections; the agent needs this time to start.
+const AGENT_BACK: Duration = Duration::from_secs(4);
+/// Time until a failed gateway node is removed from the Service: an idle edge notices it after a keepalive interval (15 s)
+/// and three unanswered keepalives (3 s); the controller delays its reaction to collect events for up to 1 s.
+const OUT_OF_SERVICE: Duration = Duration::from_secs(23);
 
 /// Fails if a measured time exceeds its limit, which is scaled by [`patience`].
 fn within(limit: Duration, took: Duration) {
@@ -152,11 +152,11 @@ async fn requests_recover_after_link_and_agent_outages() {
     println!("new requests work {} ms after the link's return", after.as_millis());
     within(LINK_BACK, after);
 
-    // The site's NAT loses its mappings and uses other ports: the answer to the edge's next ping is a reset.
+    // The site's NAT loses its mappings and uses other ports: the answer to the edge's next keepalive is a reset.
     running.check(router.sh("conntrack -F 2>/dev/null"));
     let rebound = running.check(running.answered("x-b").await);
     println!("new requests work {} ms after the NAT lost its mappings", rebound.as_millis());
-    within(PROXY_CONNECTION_BACK, rebound);
+    within(NEXT_KEEPALIVE, rebound);
 
     // Agents are killed on both sides.
     for node in ["x-a", "cloud-a"] {
@@ -170,7 +170,7 @@ async fn requests_recover_after_link_and_agent_outages() {
         running.agent(node).restart().expect("restart the agent");
         let again = running.check(running.answered("x-b").await);
         println!("new requests work {} ms after the restart of the agent of {node}", again.as_millis());
-        within(PROXY_CONNECTION_BACK, again);
+        within(AGENT_BACK, again);
     }
     running.check(running.answered_by_address(&running.lab.node("cloud-b").ns, "10.1.0.12", "x-b").await);
 

@@ -36,6 +36,9 @@ enum What {
     Proxy,
     /// Time and memory of `plan()` at 100, 1,000 and 10,000 nodes.
     Plan,
+    /// What an edge agent receives from the API server with 10, 1,000 and 10,000 sites, and what an idle site costs. Requires
+    /// root; about half an hour.
+    Cost,
     /// Resident memory of agent and controller. Requires root.
     Memory,
 }
@@ -65,6 +68,7 @@ impl Bench {
             What::Engine => drop(bench.args(["engine", "--runs", &self.runs.to_string()])),
             What::Proxy => drop(bench.args(["proxy", "--runs", &self.runs.to_string()])),
             What::Plan => drop(bench.arg("plan")),
+            What::Cost => drop(bench.arg("cost")),
             What::Memory => drop(bench.arg("memory")),
         }
         if self.json {

@@ -25,7 +25,7 @@ use crate::{
     apply::Report,
     proxy::ProxyReport,
     state::{Peer, Role},
-    topology::{Inputs, PublicKey},
+    topology::PublicKey,
     tunnel::{Backend, Tunnel},
 };
 
@@ -37,6 +37,8 @@ const REFRESH: Duration = Duration::from_secs(1800);
 /// Minimum age before changes of peers alone cause a write, per peer: with a thousand sites some peer always changes,
 /// and the list is long.
 const PEER: Duration = Duration::from_millis(100);
+/// Peers that are listed at most: etcd limits an object to 1.5 MiB, which ten thousand peers exceed.
+const LISTED: usize = 256;
 /// Maximum of the sum over all peers.
 const PEERS: Duration = Duration::from_secs(60);
 
@@ -45,13 +47,13 @@ pub type Latest = Option<(Arc<Report>, Option<Tunnel>)>;
 
 /// Publishes until the process ends. A failure is logged and retried in the next period.
 ///
-/// `seen`: the objects in the API server, from the agent's own watch, so that a deleted GatewayNode is created again.
+/// `exists`: whether the API server has the object, from the agent's watch, so that a deleted one is created again.
 pub async fn run(
     client: Client,
     node: String,
     mut latest: watch::Receiver<Latest>,
     mut proxy: watch::Receiver<Option<ProxyReport>>,
-    seen: watch::Receiver<Option<Inputs>>,
+    exists: watch::Receiver<Option<bool>>,
 ) {
     let mut publisher = Publisher {
         api: Api::all(client),
@@ -68,8 +70,7 @@ pub async fn run(
             changed = latest.changed() => if changed.is_err() { return },
             Ok(()) = proxy.changed() => {}
             _ = period.tick() => {
-                let has = |inputs: &Inputs| inputs.gateway_nodes.iter().any(|n| n.metadata.name.as_deref() == Some(publisher.node.as_str()));
-                if publisher.spec.is_some() && seen.borrow().as_ref().is_some_and(|inputs| !has(inputs)) {
+                if publisher.spec.is_some() && *exists.borrow() == Some(false) {
                     publisher.reset();
                 }
             }
@@ -212,8 +213,12 @@ fn status(
     conditions: Vec<Condition>,
     now: Timestamp,
 ) -> GatewayNodeStatus {
-    let mut list: Vec<PeerStatus> = sessions
-        .iter()
+    // Those without a session first: they matter, and the list is bounded.
+    let (live, dead): (Vec<_>, Vec<_>) = sessions.iter().partition(|(_, (peer, _))| peer.alive);
+    let live_count = live.len();
+    let mut list: Vec<PeerStatus> = dead
+        .into_iter()
+        .chain(live)
         .filter_map(|(key, (peer, age))| {
             let name = report.plan.peer_names.get(key)?;
             let handshake = age.and_then(|age| now.checked_sub(age).ok());
@@ -225,13 +230,13 @@ fn status(
             })
         })
         .collect();
+    list.truncate(LISTED);
     list.sort_by(|a, b| a.node_name.cmp(&b.node_name));
-    let live = sessions.values().filter(|(peer, _)| peer.alive).count();
     GatewayNodeStatus {
         wireguard_backend: report.backend.map(Backend::as_str).map(str::to_owned),
         dataplane_tier: report.tier.map(str::to_owned),
         tunnel_mtu: report.plan.tunnel.as_ref().and_then(|t| i32::try_from(t.mtu).ok()),
-        peer_summary: Some(format!("{live}/{}", sessions.len())),
+        peer_summary: Some(format!("{live_count}/{}", sessions.len())),
         peers: list,
         proxy,
         conditions,

@@ -18,9 +18,9 @@ use super::{
     connections::Connections,
     identity::{self, Identity},
     limits,
+    liveness::Link,
     pending::{PendingSet, PendingSlot},
     stats::{Refusal, Stats},
-    stream,
 };
 use crate::plan::proxy::{EdgeIdentity, ProxyPlan};
 
@@ -94,12 +94,12 @@ impl Edge {
         };
         drop(slot);
         match admitted {
-            Ok(Ok((tls, edge, pool))) => {
+            Ok(Ok(Admitted { tls, link, edge, pool })) => {
                 // The election may have changed during the handshake, so the connection set checks it again.
                 let may_connect =
                     |edge: &EdgeIdentity, pool: &str| self.plan.borrow().directory.pool_of_proxy(edge) == Some(pool);
                 // Its end is logged there.
-                let _ = self.connections.serve(edge, &pool, tls, may_connect).await;
+                let _ = self.connections.serve(edge, &pool, tls, link, may_connect).await;
             }
             Ok(Err((refusal, error))) => self.refuse(from, refusal, &error),
             Err(_) => self.refuse(from, Refusal::Slow, "the TLS handshake timed out"),
@@ -113,12 +113,20 @@ impl Edge {
     }
 }
 
+/// A connection of an elected edge.
+struct Admitted {
+    tls: TlsStream<TcpStream>,
+    link: Link,
+    edge: EdgeIdentity,
+    pool: String,
+}
+
 async fn admit(
     tcp: TcpStream,
     acceptor: TlsAcceptor,
     plan: &watch::Receiver<Arc<ProxyPlan>>,
-) -> Result<(TlsStream<TcpStream>, EdgeIdentity, String), (Refusal, String)> {
-    stream::prepare_connection(&tcp);
+) -> Result<Admitted, (Refusal, String)> {
+    let link = Link::new(&tcp).map_err(|e| (Refusal::TooMany, format!("cannot set up the socket: {e}")))?;
     let tls = acceptor.accept(tcp).await.map_err(|e| (Refusal::Unauthenticated, format!("TLS: {e}")))?;
     let certificate = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
     let certificate =
@@ -126,7 +134,7 @@ async fn admit(
     let edge = identity::edge_of(certificate).map_err(|e| (Refusal::Unauthenticated, e.to_string()))?;
     let pool = plan.borrow().directory.pool_of_proxy(&edge).map(str::to_owned);
     match pool {
-        Some(pool) => Ok((tls, edge, pool)),
+        Some(pool) => Ok(Admitted { tls, link, edge, pool }),
         None => {
             let uid = edge.uid.as_deref().unwrap_or("none");
             Err((

@@ -8,6 +8,7 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
+    time::Duration,
 };
 
 use http_body_util::Empty;
@@ -19,7 +20,7 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::watch,
-    time::{Instant, MissedTickBehavior, sleep, timeout, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -27,6 +28,7 @@ use tracing::Instrument;
 use super::{
     abort::Abortable,
     limits,
+    liveness::{self, KEEPALIVE_HEADER, Link, Liveness},
     serve::{PROBE_URI, REASON_HEADER, STREAM_HEADER},
     stats::{ConnectionStats, Refusal, Stats, StreamSlot},
     stream::Stream,
@@ -78,6 +80,7 @@ impl Error {
 pub(crate) struct Connections {
     shared: Arc<Shared>,
     stats: Stats,
+    liveness: Liveness,
 }
 
 struct Shared {
@@ -121,9 +124,9 @@ impl AsyncWrite for Opened {
 }
 
 impl Connections {
-    pub(crate) fn new(stats: Stats) -> Self {
+    pub(crate) fn new(stats: Stats, liveness: Liveness) -> Self {
         let shared = Shared { by_pool: Mutex::default(), edges: watch::Sender::default() };
-        Self { shared: Arc::new(shared), stats }
+        Self { shared: Arc::new(shared), stats, liveness }
     }
 
     /// Nodes at the other ends.
@@ -134,13 +137,14 @@ impl Connections {
 
     /// Serves a connection that an edge opened for its pool, until it ends, is aborted or the future is dropped.
     ///
-    /// `may_connect` is checked after the connection is registered, so that a change of the election in
+    /// `link`: the connection's socket. `may_connect` is checked after the connection is registered, so that a change of the election in
     /// between is noticed.
     pub(crate) async fn serve<S>(
         &self,
         edge: EdgeIdentity,
         pool: &str,
         io: S,
+        link: Link,
         may_connect: impl Fn(&EdgeIdentity, &str) -> bool,
     ) -> hyper::Result<()>
     where
@@ -148,12 +152,16 @@ impl Connections {
     {
         let abort = CancellationToken::new();
         let _aborted_on_drop = abort.clone().drop_guard();
-        let io = TokioIo::new(Abortable::new(io, abort.clone()));
-        let (sender, http) = limits::client().handshake(io).await?;
         let listed = self.stats.connection(pool, &edge.node);
         let (number, stats) = (listed.number, listed.stats.clone());
+        let io = TokioIo::new(Abortable::new(stats.count(io), abort.clone()));
+        let (sender, http) = limits::client(self.liveness).handshake(io).await?;
         let span = tracing::info_span!("proxy_connection", edge = %edge.node, gateway = pool, connection = number);
-        let probe = probe(sender.clone(), stats.clone());
+        let idle = watch::Sender::new(liveness::cloud_interval(limits::KEEPALIVE));
+        // A lost connection says nothing about others here: the edge checks its own.
+        let follow =
+            link.follow(stats.clone(), self.liveness.patience, idle.subscribe(), liveness::Suspicion::default());
+        let probe = probe(sender.clone(), stats.clone(), idle);
         let connection = Connection { number, edge: edge.clone(), sender, stats: stats.clone(), abort: abort.clone() };
         self.change(|by_pool| by_pool.entry(pool.to_owned()).or_default().push(Arc::new(connection)));
         let registered = Registered { connections: self, pool, number };
@@ -172,12 +180,19 @@ impl Connections {
             // last has ended.
             if !abort.is_cancelled() {
                 stats.retire();
+                let mut streams = stats.watch_streams();
                 tokio::select! {
-                    () = drained(&stats) => {}
+                    _ = streams.wait_for(|open| *open == 0) => {}
                     () = abort.cancelled() => {}
                 }
             }
             ended
+        };
+        let run = async {
+            tokio::select! {
+                ended = run => ended,
+                never = follow => match never {},
+            }
         };
         let ended = run.instrument(span).await;
         drop(registered);
@@ -343,27 +358,31 @@ enum Attempt {
     Superseded,
 }
 
-/// Waits until a connection has no streams.
-async fn drained(stats: &ConnectionStats) {
-    let mut period = tokio::time::interval(limits::PING);
-    while stats.streams() > 0 {
-        period.tick().await;
-    }
-}
-
-/// Measures the round-trip time to the edge's process at intervals.
-async fn probe(mut sender: SendRequest<Empty<Bytes>>, stats: Arc<ConnectionStats>) -> Infallible {
-    let mut period = tokio::time::interval(limits::PROBE);
-    period.set_missed_tick_behavior(MissedTickBehavior::Delay);
+/// Measures the round-trip time to the edge's process, and learns the edge's keepalive interval: once, and at intervals
+/// while streams are open.
+async fn probe(
+    mut sender: SendRequest<Empty<Bytes>>,
+    stats: Arc<ConnectionStats>,
+    idle: watch::Sender<Duration>,
+) -> Infallible {
+    let mut streams = stats.watch_streams();
     loop {
-        period.tick().await;
         let mut request = Request::new(Empty::new());
         *request.method_mut() = Method::OPTIONS;
         *request.uri_mut() = Uri::from_static(PROBE_URI);
         let begin = Instant::now();
-        if sender.ready().await.is_ok() && sender.send_request(request).await.is_ok() {
+        if sender.ready().await.is_ok()
+            && let Ok(response) = sender.send_request(request).await
+        {
             stats.set_rtt(begin.elapsed());
+            let seconds = response.headers().get(KEEPALIVE_HEADER).and_then(|text| text.to_str().ok()?.parse().ok());
+            let edge = seconds.map_or(limits::KEEPALIVE, Duration::from_secs);
+            let interval = liveness::cloud_interval(edge);
+            idle.send_if_modified(|have| std::mem::replace(have, interval) != interval);
         }
+        sleep(limits::PROBE).await;
+        // The sender lives as long as `stats`.
+        let _ = streams.wait_for(|open| *open > 0).await;
     }
 }
 

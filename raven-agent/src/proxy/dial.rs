@@ -1,6 +1,6 @@
 //! The edge's side of a proxy connection: keeps connections to every cloud gateway node open, and serves them.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, convert::Infallible, sync::Arc, time::Duration};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::{
@@ -16,9 +16,9 @@ use tracing::Instrument;
 use super::{
     identity::{self, Identity},
     limits,
+    liveness::{Link, Suspicion},
     serve::{EdgeServer, serve},
     stats::ConnectionStats,
-    stream,
 };
 
 /// Cloud gateway nodes to dial: host and port, by node name.
@@ -26,6 +26,9 @@ pub(crate) type Clouds = BTreeMap<String, (String, u16)>;
 
 /// Number of established connections, by cloud gateway node.
 pub(crate) type Established = BTreeMap<String, usize>;
+
+/// A connection that ends sooner was refused.
+const REFUSED: Duration = Duration::from_secs(2);
 
 /// Why a connection could not be established.
 #[derive(Debug, thiserror::Error)]
@@ -81,9 +84,10 @@ pub(crate) async fn run(
             if dialled.contains_key(&key) {
                 continue;
             }
-            let stop = CancellationToken::new();
+            let (stop, suspicion) = (CancellationToken::new(), Suspicion::default());
             for number in 0..limits::CONNECTIONS {
                 let dialler = Dialler {
+                    number,
                     node: node.clone(),
                     host: host.clone(),
                     port,
@@ -91,6 +95,7 @@ pub(crate) async fn run(
                     server: server.clone(),
                     established: established.clone(),
                     stop: stop.clone(),
+                    suspicion: suspicion.clone(),
                     attempts: 0,
                 };
                 let span = tracing::info_span!("proxy_dial", cloud = %node, number);
@@ -107,6 +112,8 @@ pub(crate) async fn run(
 
 /// Keeps one connection to one cloud gateway node open.
 struct Dialler {
+    /// Number among those to the same node.
+    number: usize,
     node: String,
     host: String,
     port: u16,
@@ -114,6 +121,8 @@ struct Dialler {
     server: EdgeServer,
     established: watch::Sender<Established>,
     stop: CancellationToken,
+    /// Shared with the others to the same node.
+    suspicion: Suspicion,
     attempts: usize,
 }
 
@@ -133,21 +142,25 @@ impl Dialler {
             if let Some(old) = current.take() {
                 old.retire();
             }
-            let connection = self.serve(next, &mut tasks);
+            let (tls, link) = next;
+            let connection = self.serve(tls, link, &mut tasks);
             let begin = Instant::now();
             tokio::select! {
                 () = connection.ended.cancelled() => {
+                    self.suspicion.notify_waiters();
                     // A connection that ends at once was refused by the cloud.
-                    if begin.elapsed() < limits::PING {
+                    if begin.elapsed() < REFUSED {
                         self.pause(short_lived.next().unwrap_or(limits::REDIAL_REFUSED.1)).await;
                     } else {
                         short_lived = backoff(limits::REDIAL_REFUSED);
                     }
                     continue;
                 }
-                // Jitter keeps a thousand sites from reconnecting together.
-                () = sleep(limits::CONNECTION_LIFE.mul_f64(0.9 + 0.2 * fastrand::f64())) => {
+                () = aged(&connection.stats) => {
                     tracing::debug!(cloud = self.node, "the proxy connection reached its maximum age; replacing it");
+                }
+                () = connection.stats.silence() => {
+                    tracing::warn!(cloud = self.node, "the proxy connection carries nothing from the cloud any more; dialling another one");
                 }
                 _ = self.identity.changed() => tracing::info!(cloud = self.node, "the certificate changed; replacing the proxy connection"),
                 () = stop.cancelled() => {}
@@ -160,19 +173,19 @@ impl Dialler {
     }
 
     /// Dials until a connection is established.
-    async fn dial(&mut self) -> TlsStream<TcpStream> {
+    async fn dial(&mut self) -> (TlsStream<TcpStream>, Link) {
         let mut reported = None;
         let (mut soon, mut late) = (backoff(limits::REDIAL), backoff(limits::REDIAL_REFUSED));
         loop {
             match self.connect().await {
-                Ok(tls) => {
+                Ok(connected) => {
                     tracing::info!(
                         cloud = self.node,
                         host = self.host,
                         port = self.port,
                         "proxy connection established"
                     );
-                    return tls;
+                    return connected;
                 }
                 Err(Error::NoIdentity) => {
                     if self.identity.changed().await.is_err() {
@@ -206,7 +219,7 @@ impl Dialler {
         }
     }
 
-    async fn connect(&mut self) -> Result<TlsStream<TcpStream>, Error> {
+    async fn connect(&mut self) -> Result<(TlsStream<TcpStream>, Link), Error> {
         let identity = self.identity.borrow_and_update().clone().ok_or(Error::NoIdentity)?;
         let name = ServerName::try_from(self.host.clone()).map_err(|_| Error::BadHost(self.host.clone()))?;
         let connector = TlsConnector::from(identity.client()?);
@@ -214,12 +227,13 @@ impl Dialler {
         self.attempts += 1;
         let tcp = timeout(limit, TcpStream::connect((self.host.as_str(), self.port))).await;
         let tcp = tcp.map_err(|_| Error::Timeout)?.map_err(Error::Connect)?;
-        stream::prepare_connection(&tcp);
-        timeout(limits::HANDSHAKE, connector.connect(name, tcp)).await.map_err(|_| Error::Timeout)?.map_err(Error::Tls)
+        let link = Link::new(&tcp).map_err(Error::Connect)?;
+        let tls = timeout(limits::HANDSHAKE, connector.connect(name, tcp)).await.map_err(|_| Error::Timeout)?;
+        Ok((tls.map_err(Error::Tls)?, link))
     }
 
     /// Serves an established connection in its own task.
-    fn serve(&self, tls: TlsStream<TcpStream>, tasks: &mut JoinSet<()>) -> Connection {
+    fn serve(&self, tls: TlsStream<TcpStream>, link: Link, tasks: &mut JoinSet<()>) -> Connection {
         let gateway = self.server.plan.borrow().directory.pool_of(&self.node).unwrap_or_default().to_owned();
         let listed = self.server.stats.connection(&gateway, &self.node);
         let connection = Connection {
@@ -227,13 +241,21 @@ impl Dialler {
             retire: CancellationToken::new(),
             ended: CancellationToken::new(),
         };
+        let liveness = self.server.liveness;
+        let keepalive = liveness.of_connection(self.number);
+        let served = serve(tls, self.server.clone(), keepalive, listed.stats.clone(), connection.retire.clone());
+        let interval = watch::channel(keepalive).1;
+        let follow = link.follow(listed.stats.clone(), liveness.patience, interval, self.suspicion.clone());
         let counted = Counted::new(&self.established, &self.node);
-        let served = serve(tls, self.server.clone(), listed.stats.clone(), connection.retire.clone());
         let (ended, node, number) = (connection.ended.clone(), self.node.clone(), listed.number);
         let span = tracing::info_span!("proxy_connection", cloud = %node, connection = number);
         let task = async move {
-            let _until_the_end = (listed, counted, ended.drop_guard());
-            let error = served.await.err().map(|e| e.to_string());
+            let _until_the_end = ended.drop_guard();
+            let error = tokio::select! {
+                served = served => served.err().map(|e| e.to_string()),
+                never = follow => match never {},
+                never = counted.until_silent(&listed.stats) => match never {},
+            };
             tracing::info!(cloud = node, error, "proxy connection closed");
         };
         tasks.spawn(task.instrument(span));
@@ -256,6 +278,18 @@ impl Connection {
     }
 }
 
+/// Waits until a connection has reached its maximum age. One that has carried no stream is as good as new, and a new one
+/// would cost an idle site several kilobytes.
+async fn aged(stats: &ConnectionStats) {
+    loop {
+        // Jitter keeps a thousand sites from reconnecting together.
+        sleep(limits::CONNECTION_LIFE.mul_f64(0.9 + 0.2 * fastrand::f64())).await;
+        if stats.was_used() {
+            return;
+        }
+    }
+}
+
 fn backoff((least, most): (Duration, Duration)) -> impl Iterator<Item = Duration> {
     ExponentialBuilder::default().with_min_delay(least).with_max_delay(most).with_jitter().without_max_times().build()
 }
@@ -270,6 +304,13 @@ impl Counted {
     fn new(established: &watch::Sender<Established>, node: &str) -> Self {
         established.send_modify(|counts| *counts.entry(node.to_owned()).or_default() += 1);
         Self { established: established.clone(), node: node.to_owned() }
+    }
+
+    /// Counts the connection until it is silent, or the future is dropped.
+    async fn until_silent(self, stats: &ConnectionStats) -> Infallible {
+        stats.silence().await;
+        drop(self);
+        std::future::pending().await
     }
 }
 

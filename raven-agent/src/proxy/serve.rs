@@ -1,7 +1,7 @@
 //! The edge's half of a proxy connection: answers `CONNECT node:port` on a connection that the edge dialled. It
 //! connects only to listed ports of nodes of its own pool.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use http_body_util::Empty;
 use hyper::{Method, Request, Response, StatusCode, body::Incoming, header::HeaderValue, service::service_fn};
@@ -17,6 +17,7 @@ use tracing::Instrument;
 
 use super::{
     limits,
+    liveness::{KEEPALIVE_HEADER, Liveness},
     stats::{ConnectionStats, Refusal, Stats},
     stream::{self, Stream},
 };
@@ -36,23 +37,34 @@ type Answer = Response<Empty<hyper::body::Bytes>>;
 pub(crate) struct EdgeServer {
     pub(crate) plan: watch::Receiver<Arc<ProxyPlan>>,
     pub(crate) stats: Stats,
+    pub(crate) liveness: Liveness,
 }
 
 /// Serves a connection until it ends. After `retire` is cancelled it accepts no new streams and ends with the last one.
+/// `keepalive`: the connection's interval, for the cloud.
 pub(crate) async fn serve<S>(
     io: S,
     edge: EdgeServer,
+    keepalive: Duration,
     stats: Arc<ConnectionStats>,
     retire: CancellationToken,
 ) -> hyper::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let service = service_fn(move |request| {
+    let builder = limits::server(edge.liveness);
+    let io = TokioIo::new(stats.count(io));
+    let service = service_fn(move |request: Request<Incoming>| {
         let (edge, stats) = (edge.clone(), stats.clone());
-        async move { Ok::<_, Infallible>(answer(request, edge, stats).await) }
+        async move {
+            Ok::<_, Infallible>(if request.method() == Method::OPTIONS {
+                measured(keepalive)
+            } else {
+                answer(request, edge, stats).await
+            })
+        }
     });
-    let mut connection = std::pin::pin!(limits::server().serve_connection(TokioIo::new(io), service));
+    let mut connection = std::pin::pin!(builder.serve_connection(io, service));
     tokio::select! {
         ended = &mut connection => return ended,
         () = retire.cancelled() => connection.as_mut().graceful_shutdown(),
@@ -60,10 +72,14 @@ where
     connection.await
 }
 
+/// The answer to a measurement.
+fn measured(keepalive: Duration) -> Answer {
+    let mut response = Response::new(Empty::new());
+    response.headers_mut().insert(KEEPALIVE_HEADER, HeaderValue::from(keepalive.as_secs()));
+    response
+}
+
 async fn answer(request: Request<Incoming>, edge: EdgeServer, connection: Arc<ConnectionStats>) -> Answer {
-    if request.method() == Method::OPTIONS {
-        return Response::new(Empty::new());
-    }
     match connect(&request, &edge).await {
         Ok((stream, node)) => {
             // HTTP/2 enforces the limit of concurrent streams.

@@ -6,7 +6,7 @@ use std::{
     num::NonZeroU32,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -18,7 +18,9 @@ use prometheus_client::{
     registry::Registry,
 };
 use serde::Serialize;
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
+
+use super::stream::Counted;
 
 /// Why a request or a proxy connection was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -82,7 +84,15 @@ struct Remote {
 pub(crate) struct ConnectionStats {
     remote: Remote,
     begin: Instant,
-    streams: AtomicU32,
+    /// Streams that are open or being opened.
+    streams: watch::Sender<u32>,
+    /// True once a stream was opened.
+    used: AtomicBool,
+    /// Bytes of the connection.
+    received: Arc<AtomicU64>,
+    sent: Arc<AtomicU64>,
+    /// True if nothing arrives although streams are open.
+    silent: watch::Sender<bool>,
     /// Round-trip time in microseconds; 0 if unknown.
     rtt: AtomicU64,
     retired: AtomicBool,
@@ -95,9 +105,40 @@ impl ConnectionStats {
         self.responding.store(responding, Ordering::Relaxed);
     }
 
-    /// False if the other end did not respond to the last request.
+    /// False if the other end did not respond to the last request, or is silent.
     pub(crate) fn is_responding(&self) -> bool {
-        self.responding.load(Ordering::Relaxed)
+        self.responding.load(Ordering::Relaxed) && !*self.silent.borrow()
+    }
+
+    /// Records whether the other end is silent; true if that is a change.
+    pub(super) fn set_silent(&self, silent: bool) -> bool {
+        self.silent.send_if_modified(|have| std::mem::replace(have, silent) != silent)
+    }
+
+    /// Waits until the other end is silent.
+    pub(super) async fn silence(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.silent.subscribe().wait_for(|silent| *silent).await;
+    }
+
+    /// Wraps the connection, so that its bytes are counted.
+    pub(super) fn count<S>(&self, connection: S) -> Counted<S> {
+        Counted::new(connection, self.received.clone(), self.sent.clone())
+    }
+
+    /// Number of received bytes.
+    pub(super) fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+
+    /// Follows the number of streams.
+    pub(super) fn watch_streams(&self) -> watch::Receiver<u32> {
+        self.streams.subscribe()
+    }
+
+    /// True once a stream was opened.
+    pub(super) fn was_used(&self) -> bool {
+        self.used.load(Ordering::Relaxed)
     }
 
     /// Records a measured round-trip time.
@@ -113,7 +154,7 @@ impl ConnectionStats {
 
     /// Number of streams that are open or being opened.
     pub(crate) fn streams(&self) -> u32 {
-        self.streams.load(Ordering::Relaxed)
+        *self.streams.borrow()
     }
 
     /// True after [`ConnectionStats::retire`].
@@ -127,8 +168,13 @@ impl ConnectionStats {
 
     /// Takes a slot for one more stream, if there are fewer than `limit`.
     pub(crate) fn take_slot(self: &Arc<Self>, limit: u32) -> Option<StreamSlot> {
-        let taken = self.streams.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < limit).then_some(n + 1));
-        taken.is_ok().then(|| StreamSlot(self.clone()))
+        let taken = self.streams.send_if_modified(|n| {
+            let free = *n < limit;
+            *n += u32::from(free);
+            free
+        });
+        self.used.fetch_or(taken, Ordering::Relaxed);
+        taken.then(|| StreamSlot(self.clone()))
     }
 }
 
@@ -150,7 +196,7 @@ pub(crate) struct StreamSlot(Arc<ConnectionStats>);
 
 impl Drop for StreamSlot {
     fn drop(&mut self) {
-        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+        self.0.streams.send_modify(|n| *n -= 1);
     }
 }
 
@@ -161,9 +207,11 @@ struct Line<'a> {
     connection: u64,
     gateway: &'a str,
     node: &'a str,
-    /// `up`, or `retiring`: the connection ends with its last stream.
+    /// `up`; `silent`: nothing arrives although streams are open; `retiring`: the connection ends with its last stream.
     state: &'static str,
     streams: u32,
+    received_bytes: u64,
+    sent_bytes: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     rtt_ms: Option<f64>,
     seconds: u64,
@@ -234,7 +282,11 @@ impl Stats {
         let stats = Arc::new(ConnectionStats {
             remote: Remote { gateway: gateway.to_owned(), node: node.to_owned() },
             begin: Instant::now(),
-            streams: AtomicU32::new(0),
+            streams: watch::Sender::default(),
+            used: AtomicBool::new(false),
+            received: Arc::default(),
+            sent: Arc::default(),
+            silent: watch::Sender::default(),
             rtt: AtomicU64::new(0),
             retired: AtomicBool::new(false),
             responding: AtomicBool::new(true),
@@ -254,8 +306,14 @@ impl Stats {
                 connection: *number,
                 gateway: &stats.remote.gateway,
                 node: &stats.remote.node,
-                state: if stats.is_retired() { "retiring" } else { "up" },
+                state: match (*stats.silent.borrow(), stats.is_retired()) {
+                    (true, _) => "silent",
+                    (_, true) => "retiring",
+                    _ => "up",
+                },
                 streams: stats.streams(),
+                received_bytes: stats.received(),
+                sent_bytes: stats.sent.load(Ordering::Relaxed),
                 rtt_ms: stats.rtt().map(|rtt| rtt.as_secs_f64() * 1000.0),
                 seconds: stats.begin.elapsed().as_secs(),
             };

@@ -5,7 +5,7 @@ use std::{
     fmt, io,
     pin::Pin,
     sync::{
-        Arc, Once,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
     task::{Context, Poll},
@@ -73,7 +73,7 @@ impl Account {
 
     /// Wraps the node's end, so that its bytes are counted.
     pub(crate) fn count<S>(&self, node: S) -> Counted<S> {
-        Counted { inner: node, read: self.received.clone(), written: self.sent.clone() }
+        Counted::new(node, self.received.clone(), self.sent.clone())
     }
 
     /// Closes the account, with the error that ended the stream, if any.
@@ -100,36 +100,18 @@ pub(crate) fn prepare(stream: &TcpStream) {
     let _ = SockRef::from(stream).set_tcp_keepalive(&keepalive);
 }
 
-/// Sets the socket options of a proxy connection, at both ends.
-///
-/// - TCP_USER_TIMEOUT (tcp(7)): pings keep data in flight, and the kernel closes the connection when none of it is
-///   acknowledged in time. This distinguishes a dead link from a thin one, on which the response to a ping waits behind
-///   the data of a `kubectl cp`.
-/// - TCP_NOTSENT_LOWAT: unsent data waits in its own stream and not in the socket, where a key stroke would
-///   wait behind it.
-/// - TCP_CONGESTION: [`limits::CONGESTION`].
-pub(crate) fn prepare_connection(connection: &TcpStream) {
-    static REPORTED: Once = Once::new();
-    let _ = connection.set_nodelay(true);
-    let socket = SockRef::from(connection);
-    let _ = socket.set_tcp_user_timeout(Some(limits::UNACKNOWLEDGED));
-    let _ = socket.set_tcp_notsent_lowat(limits::UNSENT);
-    if let Err(e) = socket.set_tcp_congestion(limits::CONGESTION.as_bytes()) {
-        REPORTED.call_once(|| {
-            tracing::info!(
-                algorithm = limits::CONGESTION,
-                error = %e,
-                "the kernel lacks the TCP congestion control for proxy connections, which are slow on lossy links without it; load its module (modprobe tcp_bbr)"
-            );
-        });
-    }
-}
-
 /// Counts the bytes of a connection.
 pub(crate) struct Counted<S> {
     inner: S,
     read: Arc<AtomicU64>,
     written: Arc<AtomicU64>,
+}
+
+impl<S> Counted<S> {
+    /// Adds the bytes that are read from and written to `inner` to the two counters.
+    pub(super) fn new(inner: S, read: Arc<AtomicU64>, written: Arc<AtomicU64>) -> Self {
+        Self { inner, read, written }
+    }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {

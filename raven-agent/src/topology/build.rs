@@ -10,10 +10,10 @@ use ipnet::IpNet;
 use prefix_trie::joint::JointPrefixMap;
 use raven_api::{
     Gateway, GatewayNode,
-    gateway::{Endpoint, EndpointType, NodeInfo},
+    gateway::{CONFIG_PUBLIC_KEY, Endpoint, EndpointType, NodeInfo},
     names::{SWITCH_L3, SWITCH_L7},
     prefix::is_routable,
-    proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID, Ports, canonical_host},
+    proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID, CONFIG_PROXY_READY, Ports, canonical_host},
 };
 use serde::{Deserialize, Serialize};
 
@@ -26,8 +26,9 @@ pub struct Inputs {
     /// Gateways, in any order.
     #[serde(default)]
     pub gateways: Vec<Gateway>,
-    /// GatewayNodes, in any order.
-    #[serde(default)]
+    /// GatewayNodes in the snapshot of an older release, whose controller does not publish keys in the Gateways' status:
+    /// their keys are used until a newer one has published them, so that an upgrade does not end tunnels.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gateway_nodes: Vec<GatewayNode>,
     /// Cluster-wide settings.
     #[serde(default)]
@@ -38,9 +39,6 @@ pub struct Inputs {
     /// Addresses of the API servers, which must never enter the tunnel.
     #[serde(default)]
     pub api_servers: BTreeSet<IpAddr>,
-    /// Nodes of exposed Gateways whose proxy works, as edges and the controller observe it.
-    #[serde(default)]
-    pub ready_proxies: BTreeSet<String>,
     /// Addresses of the [`host_names`], as far as this node has resolved them.
     #[serde(default)]
     pub resolved: BTreeMap<String, IpAddr>,
@@ -76,7 +74,7 @@ pub fn build(inputs: &Inputs) -> Topology {
         let created = g.metadata.creation_timestamp.as_ref().map(|t| t.0);
         (created.is_none(), created, g.metadata.name.clone())
     });
-    let keys = published_keys(&inputs.gateway_nodes);
+    let keys = earlier_keys(&inputs.gateway_nodes);
     let topology = Topology {
         api_servers: inputs.api_servers.clone(),
         settings: inputs.settings.clone(),
@@ -84,8 +82,8 @@ pub fn build(inputs: &Inputs) -> Topology {
         proxy_ca: inputs.proxy_ca.clone(),
         ..Topology::default()
     };
-    let (ready_proxies, resolved) = (inputs.ready_proxies.clone(), inputs.resolved.clone());
-    let mut builder = Builder { topology, keys, ready_proxies, resolved, ..Builder::default() };
+    let resolved = inputs.resolved.clone();
+    let mut builder = Builder { topology, keys, resolved, ..Builder::default() };
     // A key that two nodes claim stays with the first. Exposed Gateways come first: a stolen node of an older site that
     // publishes the cloud's key must not disconnect the cloud.
     let mut exposed_first = gateways.clone();
@@ -101,7 +99,15 @@ pub fn build(inputs: &Inputs) -> Topology {
     builder.topology
 }
 
-fn published_keys(nodes: &[GatewayNode]) -> BTreeMap<String, String> {
+/// Removes the GatewayNodes of an older release that are no longer needed.
+pub fn forget_published(inputs: &mut Inputs) {
+    let without_key = |endpoint: &&Endpoint| !endpoint.config.contains_key(CONFIG_PUBLIC_KEY);
+    let needed = inputs.gateways.iter().flat_map(tunnels).filter(without_key);
+    let needed: BTreeSet<&str> = needed.map(|endpoint| endpoint.node_name.as_str()).collect();
+    inputs.gateway_nodes.retain(|node| node.metadata.name.as_deref().is_some_and(|name| needed.contains(name)));
+}
+
+fn earlier_keys(nodes: &[GatewayNode]) -> BTreeMap<String, String> {
     nodes.iter().filter_map(|n| Some((n.metadata.name.clone()?, n.spec.public_key.clone()?))).collect()
 }
 
@@ -112,7 +118,6 @@ struct Builder {
     taken: JointPrefixMap<IpNet, String>,
     nodes: BTreeMap<String, String>,
     key_owners: BTreeMap<PublicKey, String>,
-    ready_proxies: BTreeSet<String>,
     resolved: BTreeMap<String, IpAddr>,
 }
 
@@ -150,7 +155,7 @@ impl Builder {
                 )),
             }
         }
-        pool.proxies = proxies(&pool, &status.active_endpoints, &self.ready_proxies);
+        pool.proxies = proxies(&pool, &status.active_endpoints);
         self.topology.pools.insert(name, pool);
     }
 
@@ -220,7 +225,7 @@ impl Builder {
     }
 
     fn claimed_key(&self, endpoint: &Endpoint) -> Option<String> {
-        self.keys.get(&endpoint.node_name).or_else(|| endpoint.config.get("publicKey")).cloned()
+        endpoint.config.get(CONFIG_PUBLIC_KEY).or_else(|| self.keys.get(&endpoint.node_name)).cloned()
     }
 
     fn peer(&mut self, gateway: &str, endpoint: &Endpoint, outer: Ipv4Addr, exposed: bool) -> GatewayPeer {
@@ -249,7 +254,7 @@ impl Builder {
         }
     }
 
-    /// The key that the node published, else the one in `spec`. A key that two nodes claim stays with the first:
+    /// The key that the controller has published for the node. A key that two nodes claim stays with the first:
     /// otherwise one node would receive the packets of the other.
     fn key(&mut self, gateway: &str, endpoint: &Endpoint) -> Option<PublicKey> {
         let node = &endpoint.node_name;
@@ -274,7 +279,7 @@ impl Builder {
 }
 
 /// Elected proxy nodes of a pool. An elected node outside the pool is ignored here; it is reported for the tunnel.
-fn proxies(pool: &Pool, active: &[Endpoint], ready: &BTreeSet<String>) -> BTreeMap<String, ProxyPeer> {
+fn proxies(pool: &Pool, active: &[Endpoint]) -> BTreeMap<String, ProxyPeer> {
     let elected = active.iter().filter(|e| e.type_ == EndpointType::Proxy);
     let on = elected.filter(|e| e.config.get(SWITCH_L7).is_none_or(|v| v != "false"));
     on.filter_map(|endpoint| {
@@ -286,7 +291,7 @@ fn proxies(pool: &Pool, active: &[Endpoint], ready: &BTreeSet<String>) -> BTreeM
         // In an installation on one LAN, the node's own address is the one that edges dial.
         let host = pool.exposed.then(|| host.unwrap_or_else(|| outer.to_string()));
         let dial = host.map(|host| (host, endpoint.dialled_port()));
-        let ready = ready.contains(&endpoint.node_name);
+        let ready = endpoint.config.get(CONFIG_PROXY_READY).is_some_and(|text| text == "true");
         Some((
             endpoint.node_name.clone(),
             ProxyPeer {

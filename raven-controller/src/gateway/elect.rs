@@ -11,9 +11,9 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use raven_api::gateway::{Endpoint, EndpointType, ExposeType};
+use raven_api::gateway::{CONFIG_PUBLIC_KEY, Endpoint, EndpointType, ExposeType};
 use raven_api::names::{LABEL_GATEWAY, SWITCH_L3, SWITCH_L7};
-use raven_api::proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID};
+use raven_api::proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID, CONFIG_PROXY_READY};
 
 use super::facts::{BalancerFacts, GatewayFacts, NodeFacts, NodeName};
 use super::inputs::Inputs;
@@ -71,10 +71,6 @@ pub(crate) fn elect(
     nodes: &[&NodeFacts],
     links: &Links<'_>,
 ) -> Election {
-    let switch = match type_ {
-        EndpointType::Tunnel => inputs.switches.l3,
-        EndpointType::Proxy => inputs.switches.l7,
-    };
     let wanted = replicas(gateway, type_);
     let candidates = candidates(gateway, type_, nodes);
     let count = candidates.len();
@@ -94,7 +90,8 @@ pub(crate) fn elect(
     let chosen: BTreeSet<usize> = by_preference.into_iter().take(wanted).collect();
 
     let elected = eligible.into_iter().enumerate().filter(|(i, _)| chosen.contains(i));
-    let elected: Vec<Endpoint> = elected.map(|(_, (endpoint, node))| complete(endpoint, node, switch)).collect();
+    let elected: Vec<Endpoint> =
+        elected.map(|(_, (endpoint, node))| complete(inputs, gateway, endpoint, node)).collect();
     let silent = elected.iter().map(|e| e.node_name.as_str()).filter(|name| without_agent(&(*name).into()));
     let without_agent = silent.map(str::to_owned).collect();
     Election { type_, wanted, candidates: count, kept: none_ready && !elected.is_empty(), elected, without_agent }
@@ -174,17 +171,35 @@ fn implied(listed: &[Endpoint], type_: EndpointType, node: &NodeFacts) -> Endpoi
     }
 }
 
-fn complete(mut endpoint: Endpoint, node: &NodeFacts, switch: bool) -> Endpoint {
+// Adds what agents need to know of an elected node.
+fn complete(inputs: &Inputs, gateway: &GatewayFacts, mut endpoint: Endpoint, node: &NodeFacts) -> Endpoint {
     endpoint.port = Some(i32::from(endpoint.port_or_default()));
-    let key = match endpoint.type_ {
-        EndpointType::Tunnel => SWITCH_L3,
-        EndpointType::Proxy => SWITCH_L7,
-    };
-    endpoint.config.insert(key.to_owned(), switch.to_string());
-    // The UID is always the Node's, never a value from the spec.
+    // Always observed, never values from the spec.
     endpoint.config.remove(CONFIG_NODE_UID);
-    if let (EndpointType::Proxy, Some(uid)) = (endpoint.type_, &node.uid) {
-        endpoint.config.insert(CONFIG_NODE_UID.to_owned(), uid.clone());
+    endpoint.config.remove(CONFIG_PROXY_READY);
+    match endpoint.type_ {
+        EndpointType::Tunnel => {
+            endpoint.config.insert(SWITCH_L3.to_owned(), inputs.switches.l3.to_string());
+            // A key stays while its GatewayNode cannot be read or is made anew: tunnels must not end because of it.
+            let known = || key_before(gateway, &endpoint.node_name);
+            let listed = || endpoint.config.get(CONFIG_PUBLIC_KEY).cloned();
+            let key = inputs.keys.get(&node.name).cloned().or_else(listed).or_else(known);
+            key.map(|key| endpoint.config.insert(CONFIG_PUBLIC_KEY.to_owned(), key));
+        }
+        EndpointType::Proxy => {
+            endpoint.config.insert(SWITCH_L7.to_owned(), inputs.switches.l7.to_string());
+            node.uid.clone().map(|uid| endpoint.config.insert(CONFIG_NODE_UID.to_owned(), uid));
+            if inputs.ready_proxies.contains(&node.name) {
+                endpoint.config.insert(CONFIG_PROXY_READY.to_owned(), true.to_string());
+            }
+        }
     }
     endpoint
+}
+
+// The key of a tunnel node in the present status.
+fn key_before(gateway: &GatewayFacts, node: &str) -> Option<String> {
+    let before = gateway.resource.status.iter().flat_map(|status| &status.active_endpoints);
+    let mut tunnels = before.filter(|e| e.type_ == EndpointType::Tunnel && e.node_name == node);
+    tunnels.find_map(|endpoint| endpoint.config.get(CONFIG_PUBLIC_KEY).cloned())
 }

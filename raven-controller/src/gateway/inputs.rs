@@ -29,6 +29,10 @@ pub(crate) struct Inputs {
     pub(crate) without_agent: BTreeSet<NodeName>,
     /// Names of the readable GatewayNodes.
     pub(crate) gateway_nodes: BTreeSet<NodeName>,
+    /// WireGuard public keys that nodes have published.
+    pub(crate) keys: BTreeMap<NodeName, String>,
+    /// Nodes of exposed Gateways whose proxy works.
+    pub(crate) ready_proxies: BTreeSet<NodeName>,
     /// Ranges of Service addresses.
     pub(crate) services: BTreeSet<IpNet>,
     /// Addresses of the API server.

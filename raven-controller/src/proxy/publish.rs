@@ -118,7 +118,7 @@ impl Publisher {
     async fn publish(&mut self, snapshot: &Snapshot) -> Result<(), Error> {
         let l7 = snapshot.l7();
         let gateways = snapshot.gateways();
-        let objects = services::desired(&self.namespace, &gateways, &snapshot.gateway_nodes(), l7);
+        let objects = services::desired(&self.namespace, &gateways, &snapshot.ready_proxies(), l7);
         let services = self.apply::<Service>("Service", &objects.services).await;
         let slices = self.apply::<EndpointSlice>("EndpointSlice", &objects.slices).await;
         let service = if l7 { snapshot.internal_service() } else { &[] };

@@ -3,18 +3,20 @@
 //! The internal Service has no selector; it has one EndpointSlice per cloud gateway node whose proxy is ready. A
 //! Gateway that is exposed by load balancers gets one Service per elected node.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use raven_api::{
-    Gateway, GatewayNode,
+    Gateway,
     gateway::{Endpoint, EndpointType, ExposeType},
     names::{LABEL_GATEWAY, LABEL_MANAGED_BY, MANAGER_CONTROLLER},
     proxy::{
         INTERNAL_INSECURE_PORT, INTERNAL_SERVICE, LABEL_DISCARD, LABEL_ENDPOINTS_NAME, LABEL_GATEWAY_TYPE,
-        LOAD_BALANCER_PREFIX, Ports, TUNNEL_LOAD_BALANCER_PREFIX, ready, secure_listener,
+        LOAD_BALANCER_PREFIX, Ports, TUNNEL_LOAD_BALANCER_PREFIX, secure_listener,
     },
 };
 use serde_json::{Value, json};
+
+use crate::gateway::facts::NodeName;
 
 /// Objects in front of gateway nodes.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -25,17 +27,16 @@ pub(crate) struct Objects {
     pub(crate) slices: BTreeMap<String, Value>,
 }
 
-/// Returns the desired objects. `l7` is the state of the L7 switch.
-pub(crate) fn desired(namespace: &str, gateways: &[Gateway], nodes: &[GatewayNode], l7: bool) -> Objects {
+/// Returns the desired objects. `ready`: nodes whose proxy works; `l7`: the state of the L7 switch.
+pub(crate) fn desired(namespace: &str, gateways: &[Gateway], ready: &BTreeSet<NodeName>, l7: bool) -> Objects {
     let mut objects = Objects::default();
     let exposed = || gateways.iter().filter(|g| g.is_exposed());
     if l7 {
         let ports = Ports::of(gateways);
         objects.services.insert(INTERNAL_SERVICE.to_owned(), internal_service(namespace, &ports));
-        let ready = ready(gateways, nodes);
         for (node, address) in exposed()
             .flat_map(|g| elected(g, EndpointType::Proxy))
-            .filter(|(e, _)| ready.contains(e.node_name.as_str()))
+            .filter(|(e, _)| ready.contains(&NodeName::from(e.node_name.as_str())))
         {
             let name = format!("{INTERNAL_SERVICE}-{}", node.node_name);
             objects.slices.insert(
@@ -154,9 +155,8 @@ pub(crate) fn load_balancer_name(prefix: &str, gateway: &str, node: &str) -> Str
 #[cfg(test)]
 mod tests {
     use raven_api::{
-        GatewayNodeSpec, GatewayNodeStatus, GatewaySpec, GatewayStatus,
+        GatewaySpec, GatewayStatus,
         gateway::{NodeInfo, ProxyConfig},
-        gateway_node::ProxyStatus,
     };
 
     use super::*;
@@ -186,19 +186,10 @@ mod tests {
         gateway
     }
 
-    fn node(name: &str, ready: bool) -> GatewayNode {
-        let mut node = GatewayNode::new(name, GatewayNodeSpec::default());
-        node.status = Some(GatewayNodeStatus {
-            proxy: Some(ProxyStatus { ready, ..ProxyStatus::default() }),
-            ..GatewayNodeStatus::default()
-        });
-        node
-    }
-
     #[test]
     fn only_ready_proxies_are_behind_the_service() {
         let gateways = [gateway(ExposeType::PublicIP)];
-        let objects = desired("kube-system", &gateways, &[node("a", true), node("b", false)], true);
+        let objects = desired("kube-system", &gateways, &BTreeSet::from(["a".into()]), true);
         assert_eq!(objects.slices.keys().collect::<Vec<_>>(), ["x-raven-proxy-internal-svc-a"]);
         let slice = &objects.slices["x-raven-proxy-internal-svc-a"];
         assert_eq!(slice["endpoints"][0]["addresses"], json!(["10.0.0.1"]));
@@ -216,48 +207,9 @@ mod tests {
     }
 
     #[test]
-    fn proxy_without_connected_edges_is_not_ready() {
-        let with = |name: &str, tunnels: &[&str]| {
-            let mut node = node(name, true);
-            let proxy = node.status.as_mut().and_then(|s| s.proxy.as_mut()).expect("it has one");
-            proxy.tunnels = tunnels.iter().map(|t| (*t).to_owned()).collect();
-            node
-        };
-        let edge = |name: &str, elected: &str| {
-            let mut edge = Gateway::new(name, GatewaySpec::default());
-            let endpoint =
-                Endpoint { node_name: format!("{name}1"), type_: EndpointType::Proxy, ..Endpoint::default() };
-            let condition = json!({ "type": "Elected", "status": elected, "reason": "x", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z" });
-            let conditions = vec![serde_json::from_value(condition).expect("a condition")];
-            edge.status =
-                Some(GatewayStatus { active_endpoints: vec![endpoint], conditions, ..GatewayStatus::default() });
-            edge
-        };
-        let slices = |gateways: &[Gateway], nodes: &[GatewayNode]| -> Vec<String> {
-            let objects = desired("kube-system", gateways, nodes, true);
-            objects
-                .slices
-                .keys()
-                .map(|name| name.trim_start_matches("x-raven-proxy-internal-svc-").to_owned())
-                .collect()
-        };
-        let mut gateways = vec![gateway(ExposeType::PublicIP), edge("x", "True"), edge("y", "False")];
-        // Site `y` has no power; its stale status lists connections to both nodes.
-        let nodes = [with("a", &[]), with("b", &[]), with("x1", &["b"]), with("y1", &["a", "b"])];
-        assert_eq!(slices(&gateways, &nodes), ["b"]);
-        assert_eq!(slices(&gateways[..1], &nodes), ["a", "b"], "without any edge, the own reports suffice");
-        gateways.extend([edge("v", "True"), edge("w", "True")]);
-        let nodes = [with("a", &[]), with("b", &[]), with("x1", &["b"]), with("v1", &["a", "b"]), with("w1", &["b"])];
-        assert_eq!(slices(&gateways, &nodes), ["b"], "one edge of three is connected to `a`");
-        let nodes =
-            [with("a", &[]), with("b", &[]), with("x1", &["a", "b"]), with("v1", &["a", "b"]), with("w1", &["b"])];
-        assert_eq!(slices(&gateways, &nodes), ["a", "b"]);
-    }
-
-    #[test]
     fn one_load_balancer_per_elected_node() {
         let gateways = [gateway(ExposeType::LoadBalancer)];
-        let objects = desired("kube-system", &gateways, &[], true);
+        let objects = desired("kube-system", &gateways, &BTreeSet::new(), true);
         let names: Vec<&String> = objects.services.keys().filter(|name| *name != INTERNAL_SERVICE).collect();
         assert_eq!(names.len(), 3, "{names:?}");
         let tunnel = &objects.services[&load_balancer_name(TUNNEL_LOAD_BALANCER_PREFIX, "cloud", "a")];
@@ -266,7 +218,7 @@ mod tests {
             json!({"name": "tunnel", "port": 4500, "targetPort": 4500, "protocol": "UDP"})
         );
         assert_eq!(tunnel["spec"]["externalTrafficPolicy"], "Local");
-        let off = desired("kube-system", &gateways, &[], false);
+        let off = desired("kube-system", &gateways, &BTreeSet::new(), false);
         assert_eq!(off.services.len(), 1, "with L7 off, only the tunnel's load balancer is left");
         assert!(load_balancer_name(LOAD_BALANCER_PREFIX, &"g".repeat(100), "n").len() <= 63);
     }

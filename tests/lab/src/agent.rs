@@ -117,9 +117,14 @@ impl Lab {
 
     /// Starts the controller in the control plane's namespace with the token of its service account.
     pub async fn start_controller(&self) -> Result<Process> {
+        self.start_controller_with(&[]).await
+    }
+
+    /// Like [`Lab::start_controller`], with further arguments.
+    pub async fn start_controller_with(&self, arguments: &[&str]) -> Result<Process> {
         let kubeconfig = self.cluster().controller_kubeconfig(self).await?;
         let mut command = self.control_plane.command(binary("raven-controller")?);
-        command.arg("--kubeconfig").arg(kubeconfig).env("RUST_LOG", log_filter());
+        command.arg("--kubeconfig").arg(kubeconfig).args(arguments).env("RUST_LOG", log_filter());
         Process::start("controller", &self.logs(), command)
     }
 

@@ -36,6 +36,7 @@ pub mod kubectl;
 pub mod kubelet;
 pub mod kubernetes;
 pub mod memory_limit;
+pub mod meter;
 pub mod metrics_server;
 pub mod namespace;
 mod network;

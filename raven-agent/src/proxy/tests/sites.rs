@@ -34,6 +34,7 @@ use super::super::{
     identity::{self, Identity},
     ingress::{Ingress, Kind},
     limits,
+    liveness::Liveness,
     router::Router,
     serve::EdgeServer,
     stats::Stats,
@@ -185,7 +186,7 @@ impl Sites {
         let edge_identity =
             watch::Sender::new(Some(Arc::new(ca.identity(&["x1"], ExtendedKeyUsagePurpose::ClientAuth))));
         let (cloud_stats, edge_stats) = (Stats::default(), Stats::default());
-        let connections = Connections::new(cloud_stats.clone());
+        let connections = Connections::new(cloud_stats.clone(), Liveness::default());
         let bind = || async { TcpListener::bind("127.0.0.1:0").await.expect("a port") };
         let (edge_listener, secure, insecure) = (bind().await, bind().await, bind().await);
         let addresses = [&edge_listener, &secure, &insecure].map(|l| l.local_addr().expect("an address"));
@@ -225,7 +226,11 @@ impl Sites {
             "c1".to_owned(),
             (self.edge_listener.ip().to_string(), self.edge_listener.port()),
         )]));
-        let server = EdgeServer { plan: self.edge_plan.subscribe(), stats: self.edge_stats.clone() };
+        let server = EdgeServer {
+            plan: self.edge_plan.subscribe(),
+            stats: self.edge_stats.clone(),
+            liveness: Liveness::default(),
+        };
         let (identity, established) = (self.edge_identity.subscribe(), watch::Sender::default());
         let task = tokio::spawn(async move {
             let run = dial::run(clouds.subscribe(), identity, server, established);

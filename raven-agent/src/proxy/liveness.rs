@@ -1,0 +1,166 @@
+//! How a dead proxy connection is noticed, how long its streams survive, and what an idle one costs.
+//!
+//! - **Idle**: the kernels exchange TCP keepalives, sparsely, because a site may pay for each byte. The edge sets the
+//!   interval and tells the cloud, which sends far fewer. A connection without answers is closed.
+//! - **With open streams**: the cloud sends a request every two seconds ([`limits::PROBE`]). An end that receives nothing for
+//!   [`limits::SILENT`] prefers other connections, and the edge dials a new one; but streams are not ended until nothing
+//!   was acknowledged for [`Liveness::patience`], so that a short stall of the link does not end an `exec`.
+
+use std::{convert::Infallible, io, sync::Arc, time::Duration};
+
+use socket2::{SockRef, Socket, TcpKeepalive};
+use tokio::{
+    net::TcpStream,
+    sync::{Notify, watch},
+    time::{Instant, interval, sleep, timeout},
+};
+
+use super::{limits, stats::ConnectionStats};
+
+/// Header of the edge's answers to measurements: its keepalive interval in seconds.
+pub(super) const KEEPALIVE_HEADER: &str = "raven-keepalive";
+
+/// Settings of a node.
+#[derive(Clone, Copy, Debug)]
+pub struct Liveness {
+    /// Interval of keepalives of an idle site, which is also the time until it notices a dead link.
+    pub keepalive: Duration,
+    /// Time without an acknowledgement after which streams are ended.
+    pub patience: Duration,
+}
+
+impl Default for Liveness {
+    fn default() -> Self {
+        Self { keepalive: limits::KEEPALIVE, patience: limits::PATIENCE }
+    }
+}
+
+impl Liveness {
+    /// Interval of the edge's keepalives on its connection with this number. Only the first one detects a dead link soon;
+    /// the others are checked when it is lost ([`Suspicion`]).
+    pub(super) fn of_connection(self, number: usize) -> Duration {
+        if number == 0 { self.keepalive } else { limits::SPARE * self.keepalive }
+    }
+
+    /// Interval of the edge's HTTP/2 pings, which detect what kernels do not: a process that hangs, and a load balancer
+    /// that answers keepalives itself.
+    pub(super) fn ping(self) -> Duration {
+        limits::PING * self.keepalive
+    }
+}
+
+/// Interval of the cloud's keepalives: they only find connections of sites that have gone. A request through such a
+/// connection fails by itself. (The kernel sends them even if the other end's keepalives arrive.)
+pub(super) fn cloud_interval(edge: Duration) -> Duration {
+    limits::CLOUD * edge
+}
+
+/// Reports the loss of a connection to the other connections between the same two nodes.
+pub(super) type Suspicion = Arc<Notify>;
+
+/// The socket of a proxy connection, for its options.
+pub(super) struct Link(Socket);
+
+impl Link {
+    /// Sets the options that do not change, and those of an idle connection.
+    ///
+    /// - TCP_NOTSENT_LOWAT: unsent data waits in its own stream and not in the socket, where a key stroke would wait
+    ///   behind it.
+    /// - TCP_CONGESTION: [`limits::CONGESTION`].
+    pub(super) fn new(connection: &TcpStream) -> io::Result<Self> {
+        static REPORTED: std::sync::Once = std::sync::Once::new();
+        connection.set_nodelay(true)?;
+        let socket = SockRef::from(connection).try_clone()?;
+        // The connection works without either.
+        let _ = socket.set_tcp_notsent_lowat(limits::UNSENT);
+        if let Err(e) = socket.set_tcp_congestion(limits::CONGESTION.as_bytes()) {
+            REPORTED.call_once(|| {
+                tracing::info!(
+                    algorithm = limits::CONGESTION,
+                    error = %e,
+                    "the kernel lacks the TCP congestion control for proxy connections, which are slow on lossy links without it; load its module (modprobe tcp_bbr)"
+                );
+            });
+        }
+        let link = Self(socket);
+        link.set(limits::KEEPALIVE, limits::KEEPALIVE + limits::UNANSWERED);
+        Ok(link)
+    }
+
+    /// Sends a keepalive after `idle` without a packet, then one per second, and closes the connection after `timeout`
+    /// without an acknowledgement, of keepalives or of data (TCP_USER_TIMEOUT, tcp(7); zero: after three keepalives).
+    fn set(&self, idle: Duration, timeout: Duration) {
+        let keepalive = TcpKeepalive::new()
+            .with_time(idle)
+            .with_interval(Duration::from_secs(1))
+            .with_retries(limits::UNANSWERED.as_secs() as u32);
+        // Without these options a dead connection is noticed later, by HTTP/2 pings.
+        let _ = self.0.set_tcp_user_timeout(Some(timeout));
+        let _ = self.0.set_tcp_keepalive(&keepalive);
+    }
+
+    /// Follows a connection until the future is dropped: sets the options for its streams, and records in `stats` whether
+    /// it is silent.
+    pub(super) async fn follow(
+        self,
+        stats: Arc<ConnectionStats>,
+        patience: Duration,
+        mut idle: watch::Receiver<Duration>,
+        suspicion: Suspicion,
+    ) -> Infallible {
+        let mut streams = stats.watch_streams();
+        loop {
+            stats.set_silent(false);
+            tokio::select! {
+                () = until(&mut streams, |open| open > 0) => {}
+                never = self.idle(&mut idle, &suspicion) => match never {},
+            }
+            self.set(limits::PROBE, patience);
+            tokio::select! {
+                () = until(&mut streams, |open| open == 0) => {}
+                never = listen(&stats, &suspicion) => match never {},
+            }
+            if !stats.is_responding() {
+                // A request was sent and nothing came back: if the other end is dead, the kernel closes the connection now.
+                let _ = timeout(patience, until(&mut streams, |open| open > 0)).await;
+            }
+        }
+    }
+
+    /// Sets the options of a connection without streams: sparse keepalives, or frequent ones after a suspicion.
+    async fn idle(&self, interval: &mut watch::Receiver<Duration>, suspicion: &Suspicion) -> Infallible {
+        loop {
+            let sparse = *interval.borrow_and_update();
+            self.set(sparse, sparse + limits::UNANSWERED);
+            tokio::select! {
+                Ok(()) = interval.changed() => {}
+                () = suspicion.notified() => {
+                    self.set(Duration::from_secs(1), Duration::ZERO);
+                    sleep(limits::UNANSWERED * 2).await;
+                }
+            }
+        }
+    }
+}
+
+/// Records whether a connection with streams is silent.
+async fn listen(stats: &ConnectionStats, suspicion: &Suspicion) -> Infallible {
+    let (mut received, mut heard) = (stats.received(), Instant::now());
+    let mut period = interval(limits::CHECK);
+    loop {
+        period.tick().await;
+        if stats.received() != received {
+            (received, heard) = (stats.received(), Instant::now());
+        }
+        let silent = heard.elapsed() > limits::SILENT;
+        if stats.set_silent(silent) && silent {
+            suspicion.notify_waiters();
+        }
+    }
+}
+
+/// Waits until the number of streams fulfils a condition.
+async fn until(streams: &mut watch::Receiver<u32>, holds: impl Fn(u32) -> bool) {
+    // The sender is part of the connection's counters, which the caller holds.
+    let _ = streams.wait_for(|open| holds(*open)).await;
+}

@@ -1,0 +1,108 @@
+//! Which cloud proxies count as ready. Agents and the Service use only those.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use raven_api::condition::ConditionType;
+use raven_api::gateway::{EndpointType, Gateway, GatewayStatus};
+use raven_api::gateway_node::ProxyStatus;
+
+/// Returns the elected nodes of exposed Gateways whose proxy is ready.
+///
+/// A node counts as ready if its own GatewayNode reports so and enough edges report a connection to it. The second
+/// condition detects agents that died and left a stale status. Only elected proxy nodes of edge Gateways with condition
+/// Elected True count: the status of a site without power is stale, too. "Enough" is at least half as many edges as the
+/// best-connected cloud node has. Each edge counts once per cloud node, and only for elected cloud nodes: an edge node
+/// may be stolen and report anything.
+pub(crate) fn ready<'a>(
+    gateways: impl Iterator<Item = &'a Gateway> + Clone,
+    proxies: impl Iterator<Item = (&'a str, &'a ProxyStatus)>,
+) -> BTreeSet<&'a str> {
+    let elected = |exposed: bool| {
+        let of_kind = gateways.clone().filter(move |g| g.is_exposed() == exposed);
+        let status = of_kind
+            .filter_map(|g| g.status.as_ref())
+            .filter(move |s| exposed || condition_holds(s, ConditionType::Elected));
+        status
+            .flat_map(|s| &s.active_endpoints)
+            .filter(|e| e.type_ == EndpointType::Proxy)
+            .map(|e| e.node_name.as_str())
+    };
+    let (clouds, edges): (BTreeSet<&str>, BTreeSet<&str>) = (elected(true).collect(), elected(false).collect());
+    let proxies: Vec<_> = proxies.filter(|(_, proxy)| proxy.ready).collect();
+    let mut edges_connected: BTreeMap<&str, usize> = BTreeMap::new();
+    for (_, edge) in proxies.iter().filter(|(name, _)| edges.contains(name)) {
+        let named: BTreeSet<&str> =
+            edge.tunnels.iter().map(String::as_str).filter(|name| clouds.contains(name)).collect();
+        named.into_iter().for_each(|cloud| *edges_connected.entry(cloud).or_default() += 1);
+    }
+    let most = edges_connected.values().copied().max().unwrap_or(0);
+    let connected = |name: &str| most == 0 || edges_connected.get(name).copied().unwrap_or(0) * 2 >= most;
+    proxies.iter().map(|(name, _)| *name).filter(|name| clouds.contains(name) && connected(name)).collect()
+}
+
+fn condition_holds(status: &GatewayStatus, type_: ConditionType) -> bool {
+    status.conditions.iter().any(|c| c.type_ == type_.as_str() && c.status == "True")
+}
+
+#[cfg(test)]
+mod tests {
+    use raven_api::gateway::{Endpoint, ExposeType, GatewaySpec};
+
+    use super::*;
+
+    fn site(name: &str, expose_type: ExposeType, nodes: &[&str], elected: &str) -> Gateway {
+        let mut gateway = Gateway::new(name, GatewaySpec { expose_type, ..GatewaySpec::default() });
+        let endpoint =
+            |node: &&str| Endpoint { node_name: (*node).to_owned(), type_: EndpointType::Proxy, ..Endpoint::default() };
+        let condition = serde_json::json!({ "type": "Elected", "status": elected, "reason": "x", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z" });
+        let conditions = vec![serde_json::from_value(condition).expect("a condition")];
+        let active_endpoints = nodes.iter().map(endpoint).collect();
+        gateway.status = Some(GatewayStatus { active_endpoints, conditions, ..GatewayStatus::default() });
+        gateway
+    }
+
+    fn cloud() -> Gateway {
+        site("cloud", ExposeType::PublicIP, &["a", "b"], "True")
+    }
+
+    fn edge(name: &str, elected: &str) -> Gateway {
+        site(name, ExposeType::Edge, &[&format!("{name}1")], elected)
+    }
+
+    /// The ready proxies; each of `edges` reports connections to these nodes.
+    fn ready_with(gateways: &[Gateway], edges: &[(&str, Vec<String>)]) -> Vec<String> {
+        let works = |tunnels: &[String]| ProxyStatus { ready: true, tunnels: tunnels.to_vec(), message: String::new() };
+        let clouds = ["a", "b"].map(|name| (name, works(&[])));
+        let edges = edges.iter().map(|(name, tunnels)| (*name, works(tunnels)));
+        let all: Vec<_> = clouds.into_iter().chain(edges).collect();
+        let proxies = all.iter().map(|(name, proxy)| (*name, proxy));
+        ready(gateways.iter(), proxies).into_iter().map(str::to_owned).collect()
+    }
+
+    fn names(list: &[&str]) -> Vec<String> {
+        list.iter().map(|name| (*name).to_owned()).collect()
+    }
+
+    #[test]
+    fn an_edge_counts_once_per_cloud_node_and_only_for_cloud_nodes() {
+        let gateways = [cloud(), edge("x", "True"), edge("y", "True")];
+        let with_stolen = |stolen: Vec<String>| ready_with(&gateways, &[("x1", names(&["a", "b"])), ("y1", stolen)]);
+        assert_eq!(with_stolen(vec!["ghost".to_owned(); 10_000]), ["a", "b"]);
+        assert_eq!(with_stolen(vec!["a".to_owned(); 10_000]), ["a", "b"]);
+        assert_eq!(with_stolen((0..10_000).map(|n| format!("ghost-{n}")).collect()), ["a", "b"]);
+    }
+
+    #[test]
+    fn proxy_without_connected_edges_is_not_ready() {
+        let mut gateways = vec![cloud(), edge("x", "True"), edge("y", "False")];
+        // Site `y` has no power; its stale status lists connections to both nodes.
+        let reports = [("x1", names(&["b"])), ("y1", names(&["a", "b"]))];
+        assert_eq!(ready_with(&gateways, &reports), ["b"]);
+        assert_eq!(ready_with(&gateways[..1], &reports), ["a", "b"], "without any edge, the own reports suffice");
+        gateways.extend([edge("v", "True"), edge("w", "True")]);
+        let reports = [("x1", names(&["b"])), ("v1", names(&["a", "b"])), ("w1", names(&["b"]))];
+        assert_eq!(ready_with(&gateways, &reports), ["b"], "one edge of three is connected to `a`");
+        let reports = [("x1", names(&["a", "b"])), ("v1", names(&["a", "b"])), ("w1", names(&["b"]))];
+        assert_eq!(ready_with(&gateways, &reports), ["a", "b"]);
+    }
+}
