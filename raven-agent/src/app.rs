@@ -34,7 +34,7 @@ use crate::{
     link::Links,
     names, observe,
     plan::{ProxyPlan, plan},
-    proxy::{self, Proxy, ProxySettings, liveness::Liveness, stats::Stats},
+    proxy::{self, Liveness, Proxy, ProxySettings, stats::Stats},
     resolve, snapshot,
     state::Role,
     topology::{Inputs, PresharedKey, Topology, build},

@@ -14,18 +14,21 @@ mod abort;
 mod accept;
 pub mod client_hello;
 mod connections;
+mod counted;
 mod dial;
 mod enrol;
 mod http;
 mod identity;
 mod ingress;
 mod limits;
-pub mod liveness;
+mod liveness;
 mod pending;
 mod router;
 mod serve;
 pub mod stats;
 mod stream;
+
+pub use limits::Liveness;
 
 use std::{
     collections::BTreeMap,
@@ -48,7 +51,6 @@ use self::{
     enrol::{Enrolment, Purpose, Wanted},
     identity::Identity,
     ingress::{Ingress, Kind},
-    liveness::Liveness,
     router::Router,
     serve::EdgeServer,
     stats::Stats,

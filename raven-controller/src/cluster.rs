@@ -30,7 +30,7 @@ use crate::gateway::facts::{
 };
 use crate::gateway::inputs::Inputs;
 use crate::gateway::links::Quarantine;
-use crate::proxy::ready::ready;
+use crate::gateway::ready::ready;
 
 // Updates that are processed before a snapshot is published.
 const BATCH: usize = 1024;

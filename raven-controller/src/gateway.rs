@@ -5,7 +5,8 @@
 //! Previous elections are read from the status of each Gateway.
 //!
 //! Modules in the order of the computation: [`membership`] and [`rules`] assign nodes to Gateways, [`elect`] elects
-//! gateway nodes (using [`links`] and [`agents`] to replace nodes that are cut off or have no agent), [`prefixes`] assigns prefixes (using [`claims`]
+//! gateway nodes (using [`links`] and [`agents`] to replace nodes that are cut off or have no agent; [`ready`] decides which
+//! proxies work), [`prefixes`] assigns prefixes (using [`claims`]
 //! and [`protected`]), [`status`] computes the conditions, and [`events`] derives Events from the new status.
 
 pub(crate) mod agents;
@@ -19,6 +20,7 @@ pub(crate) mod links;
 pub(crate) mod membership;
 pub(crate) mod prefixes;
 pub(crate) mod protected;
+pub(crate) mod ready;
 pub(crate) mod refusal;
 pub(crate) mod rules;
 pub(crate) mod status;

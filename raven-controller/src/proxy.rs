@@ -3,13 +3,11 @@
 //!
 //! - [`policy`] decides which certificate requests are granted; [`signer`] answers them with the
 //!   CAs of [`authorities`].
-//! - [`ready`] decides which cloud proxies work.
 //! - [`services`] and [`dns`] compute the desired Services, EndpointSlices and host names; [`publish`] writes them.
 
 pub(crate) mod authorities;
 pub(crate) mod dns;
 pub(crate) mod policy;
 pub(crate) mod publish;
-pub(crate) mod ready;
 pub(crate) mod services;
 pub(crate) mod signer;

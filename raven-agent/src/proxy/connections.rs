@@ -27,8 +27,8 @@ use tracing::Instrument;
 
 use super::{
     abort::Abortable,
-    limits,
-    liveness::{self, KEEPALIVE_HEADER, Link, Liveness},
+    limits::{self, Liveness},
+    liveness::{self, KEEPALIVE_HEADER, Link},
     serve::{PROBE_URI, REASON_HEADER, STREAM_HEADER},
     stats::{ConnectionStats, Refusal, Stats, StreamSlot},
     stream::Stream,

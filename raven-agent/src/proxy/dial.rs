@@ -246,7 +246,7 @@ impl Dialler {
         let served = serve(tls, self.server.clone(), keepalive, listed.stats.clone(), connection.retire.clone());
         let interval = watch::channel(keepalive).1;
         let follow = link.follow(listed.stats.clone(), liveness.patience, interval, self.suspicion.clone());
-        let counted = Counted::new(&self.established, &self.node);
+        let counted = EstablishedCount::new(&self.established, &self.node);
         let (ended, node, number) = (connection.ended.clone(), self.node.clone(), listed.number);
         let span = tracing::info_span!("proxy_connection", cloud = %node, connection = number);
         let task = async move {
@@ -295,12 +295,12 @@ fn backoff((least, most): (Duration, Duration)) -> impl Iterator<Item = Duration
 }
 
 /// Counts a connection as established until it is dropped.
-struct Counted {
+struct EstablishedCount {
     established: watch::Sender<Established>,
     node: String,
 }
 
-impl Counted {
+impl EstablishedCount {
     fn new(established: &watch::Sender<Established>, node: &str) -> Self {
         established.send_modify(|counts| *counts.entry(node.to_owned()).or_default() += 1);
         Self { established: established.clone(), node: node.to_owned() }
@@ -314,7 +314,7 @@ impl Counted {
     }
 }
 
-impl Drop for Counted {
+impl Drop for EstablishedCount {
     fn drop(&mut self) {
         self.established.send_modify(|counts| {
             if let Some(count) = counts.get_mut(&self.node) {

@@ -8,8 +8,6 @@ use std::time::Duration;
 
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
-use super::liveness::Liveness;
-
 // === Streams ===
 
 /// Receive window of a stream in bytes: what is buffered for a reader that does not read. Enough for 40 Mbit/s
@@ -102,6 +100,35 @@ pub(crate) const CLIENT_HELLO: usize = 66 << 10;
 pub(crate) const PENDING_CLIENTS: usize = 2048;
 /// Pending proxy connections.
 pub(crate) const PENDING_EDGES: usize = 512;
+
+/// Settings of a node: how dead proxy connections are noticed; see `liveness`.
+#[derive(Clone, Copy, Debug)]
+pub struct Liveness {
+    /// Interval of keepalives of an idle site, which is also the time until it notices a dead link.
+    pub keepalive: Duration,
+    /// Time without an acknowledgement after which streams are ended.
+    pub patience: Duration,
+}
+
+impl Default for Liveness {
+    fn default() -> Self {
+        Self { keepalive: KEEPALIVE, patience: PATIENCE }
+    }
+}
+
+impl Liveness {
+    /// Interval of the edge's keepalives on its connection with this number. Only the first one detects a dead link soon;
+    /// the others are checked when it is lost.
+    pub(crate) fn of_connection(self, number: usize) -> Duration {
+        if number == 0 { self.keepalive } else { SPARE * self.keepalive }
+    }
+
+    /// Interval of the edge's HTTP/2 pings, which detect what kernels do not: a process that hangs, and a load balancer
+    /// that answers keepalives itself.
+    pub(crate) fn ping(self) -> Duration {
+        PING * self.keepalive
+    }
+}
 
 /// HTTP/2 settings of the edge, which is the server of a proxy connection.
 pub(crate) fn server(liveness: Liveness) -> hyper::server::conn::http2::Builder<TokioExecutor> {

@@ -4,7 +4,7 @@
 //!   interval and tells the cloud, which sends far fewer. A connection without answers is closed.
 //! - **With open streams**: the cloud sends a request every two seconds ([`limits::PROBE`]). An end that receives nothing for
 //!   [`limits::SILENT`] prefers other connections, and the edge dials a new one; but streams are not ended until nothing
-//!   was acknowledged for [`Liveness::patience`], so that a short stall of the link does not end an `exec`.
+//!   was acknowledged for [`limits::Liveness::patience`], so that a short stall of the link does not end an `exec`.
 
 use std::{convert::Infallible, io, sync::Arc, time::Duration};
 
@@ -20,40 +20,14 @@ use super::{limits, stats::ConnectionStats};
 /// Header of the edge's answers to measurements: its keepalive interval in seconds.
 pub(super) const KEEPALIVE_HEADER: &str = "raven-keepalive";
 
-/// Settings of a node.
-#[derive(Clone, Copy, Debug)]
-pub struct Liveness {
-    /// Interval of keepalives of an idle site, which is also the time until it notices a dead link.
-    pub keepalive: Duration,
-    /// Time without an acknowledgement after which streams are ended.
-    pub patience: Duration,
-}
-
-impl Default for Liveness {
-    fn default() -> Self {
-        Self { keepalive: limits::KEEPALIVE, patience: limits::PATIENCE }
-    }
-}
-
-impl Liveness {
-    /// Interval of the edge's keepalives on its connection with this number. Only the first one detects a dead link soon;
-    /// the others are checked when it is lost ([`Suspicion`]).
-    pub(super) fn of_connection(self, number: usize) -> Duration {
-        if number == 0 { self.keepalive } else { limits::SPARE * self.keepalive }
-    }
-
-    /// Interval of the edge's HTTP/2 pings, which detect what kernels do not: a process that hangs, and a load balancer
-    /// that answers keepalives itself.
-    pub(super) fn ping(self) -> Duration {
-        limits::PING * self.keepalive
-    }
-}
-
-/// Interval of the cloud's keepalives: they only find connections of sites that have gone. A request through such a
+/// Interval of the cloud's keepalives for an edge with this interval, which may be stolen and send any number: they only find connections of sites that have gone. A request through such a
 /// connection fails by itself. (The kernel sends them even if the other end's keepalives arrive.)
 pub(super) fn cloud_interval(edge: Duration) -> Duration {
-    limits::CLOUD * edge
+    limits::CLOUD * edge.clamp(Duration::from_secs(1), MAXIMUM / limits::CLOUD)
 }
+
+/// Longest interval of keepalives that the kernel accepts (MAX_TCP_KEEPIDLE).
+const MAXIMUM: Duration = Duration::from_secs(32_767);
 
 /// Reports the loss of a connection to the other connections between the same two nodes.
 pub(super) type Suspicion = Arc<Notify>;
@@ -163,4 +137,16 @@ async fn listen(stats: &ConnectionStats, suspicion: &Suspicion) -> Infallible {
 async fn until(streams: &mut watch::Receiver<u32>, holds: impl Fn(u32) -> bool) {
     // The sender is part of the connection's counters, which the caller holds.
     let _ = streams.wait_for(|open| holds(*open)).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interval_of_a_hostile_edge_is_bounded() {
+        assert_eq!(cloud_interval(limits::KEEPALIVE), Duration::from_secs(300));
+        assert_eq!(cloud_interval(Duration::ZERO), Duration::from_secs(20));
+        assert_eq!(cloud_interval(Duration::from_secs(u64::MAX)), MAXIMUM);
+    }
 }

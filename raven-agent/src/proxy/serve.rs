@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use super::{
-    limits,
-    liveness::{KEEPALIVE_HEADER, Liveness},
+    limits::{self, Liveness},
+    liveness::KEEPALIVE_HEADER,
     stats::{ConnectionStats, Refusal, Stats},
     stream::{self, Stream},
 };

@@ -20,7 +20,7 @@ use prometheus_client::{
 use serde::Serialize;
 use tokio::{sync::watch, time::Instant};
 
-use super::stream::Counted;
+use super::counted::Counted;
 
 /// Why a request or a proxy connection was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
