@@ -68,4 +68,20 @@ mod tests {
         fs::write(&path, b"{\"gateways\": [").expect("truncated");
         assert!(load(&path).is_err());
     }
+
+    #[test]
+    fn conditions_and_versions_are_no_change() {
+        let gateway = |message: &str, node: &str| {
+            let object = serde_json::json!({
+                "apiVersion": "raven.openyurt.io/v1beta1", "kind": "Gateway",
+                "metadata": { "name": "x", "uid": "1", "resourceVersion": message, "labels": { "a": message } }, "spec": {},
+                "status": { "nodes": [{ "nodeName": node, "privateIP": "10.0.0.1", "subnets": ["10.1.0.0/24"] }],
+                    "conditions": [{ "type": "Ready", "status": "True", "reason": "x", "message": message, "lastTransitionTime": "2026-01-01T00:00:00Z" }] },
+            });
+            let gateways = vec![serde_json::from_value(object).expect("a Gateway")];
+            lean(&Inputs { gateways, ..Inputs::default() })
+        };
+        assert_eq!(gateway("1", "x1"), gateway("2", "x1"));
+        assert_ne!(gateway("1", "x1"), gateway("1", "x2"));
+    }
 }

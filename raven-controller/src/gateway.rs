@@ -95,7 +95,7 @@ fn draft<'a>(
     exposed: &BTreeSet<GatewayName>,
 ) -> Draft<'a> {
     let (nodes, mut refusals) = membership.pool_of(inputs, gateway);
-    let (addressed, unaddressed): (Vec<_>, Vec<_>) = nodes.iter().copied().partition(|node| node.address.is_some());
+    let (addressed, unaddressed): (Vec<_>, Vec<_>) = nodes.iter().copied().partition(|node| node.is_addressed());
     let mut tunnel = elect::elect(inputs, gateway, EndpointType::Tunnel, &addressed, links);
     let mut proxy = elect::elect(inputs, gateway, EndpointType::Proxy, &addressed, links);
     tunnel.add_load_balancers(inputs, gateway);

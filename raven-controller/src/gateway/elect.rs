@@ -120,10 +120,10 @@ pub(crate) fn refused_endpoints(inputs: &Inputs, gateway: &GatewayFacts, pool: &
 
 fn names_without_address(gateway: &GatewayFacts, pool: &[&NodeFacts]) -> Vec<Refusal> {
     let listed = |node: &&&NodeFacts| gateway.resource.spec.endpoints.iter().any(|e| e.node_name == node.name.as_str());
-    let bare = pool.iter().filter(|node| node.address.is_none()).filter(listed);
+    let bare = pool.iter().filter(|node| !node.is_addressed()).filter(listed);
     bare.map(|node| {
         let message = format!(
-            "endpoint names node {}, which has no InternalIP, so it cannot be elected: set --node-ip of its kubelet, or check the cloud provider",
+            "endpoint names node {}, which has no IPv4 InternalIP, so it cannot be elected: set --node-ip of its kubelet, or check the cloud provider",
             node.name
         );
         Refusal::new("EndpointNodeUnaddressed", message)

@@ -128,6 +128,11 @@ impl NodeFacts {
         self.address.into_iter().chain(self.other_addresses.iter().copied())
     }
 
+    /// True if the node has an IPv4 InternalIP, the outer address of packets between the nodes of a pool.
+    pub(crate) fn is_addressed(&self) -> bool {
+        self.address.is_some_and(|address| address.is_ipv4())
+    }
+
     /// Returns the value of a label; an empty value counts as absent.
     pub(crate) fn label(&self, key: &str) -> Option<&str> {
         self.labels.get(key).map(String::as_str).filter(|value| !value.is_empty())

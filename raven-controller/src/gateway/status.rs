@@ -30,9 +30,9 @@ pub(crate) const AGENT_NOT_READY: &str = "AgentNotReady";
 pub(crate) struct Draft<'a> {
     /// Facts of the Gateway.
     pub(crate) gateway: &'a GatewayFacts,
-    /// Nodes with an address, sorted by name, each with the prefixes that it carries.
+    /// Nodes with an IPv4 address, sorted by name, each with the prefixes that it carries.
     pub(crate) nodes: Vec<(&'a NodeFacts, Vec<IpNet>)>,
-    /// Nodes without an address, which are ignored.
+    /// Nodes without an IPv4 address, which are ignored.
     pub(crate) unaddressed: Vec<NodeName>,
     /// Election for the L3 tunnel.
     pub(crate) tunnel: Election,
@@ -234,7 +234,7 @@ impl Draft<'_> {
         if self.nodes.is_empty() {
             return Some((
                 "NoNodeAddress",
-                "no node of the pool has an InternalIP: set --node-ip of the kubelets, or check the cloud provider"
+                "no node of the pool has an IPv4 InternalIP, which packets between its nodes need: set --node-ip of the kubelets (with both families: IPv4,IPv6), or check the cloud provider"
                     .to_owned(),
             ));
         }
@@ -308,7 +308,7 @@ impl Draft<'_> {
             notes.push(format!("no publicIP is set for {}: other pools dial its InternalIP", enumerate(&without)));
         }
         if !self.unaddressed.is_empty() {
-            notes.push(format!("ignored because of missing InternalIP: {}", enumerate(&self.unaddressed)));
+            notes.push(format!("ignored because they have no IPv4 InternalIP: {}", enumerate(&self.unaddressed)));
         }
         let without_prefix: Vec<&NodeName> =
             self.nodes.iter().filter(|(_, s)| s.is_empty()).map(|(n, _)| &n.name).collect();

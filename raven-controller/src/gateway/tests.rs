@@ -6,3 +6,4 @@ mod cases;
 mod exposure;
 mod laws;
 mod links;
+mod published;

@@ -496,17 +496,21 @@ fn listed_node_without_an_address_is_refused() {
         "Accepted",
         "False",
         "EndpointNodeUnaddressed",
-        "endpoint names node e1, which has no InternalIP",
+        "endpoint names node e1, which has no IPv4 InternalIP",
     );
 }
 
 #[test]
-fn node_without_an_address_is_ignored_and_reported() {
-    let mut bare = member("edge", "e1", "10.2.1.0/24");
-    bare.address = None;
-    let cluster = two_pools().node(bare).apply(1);
-    assert_eq!((cluster.nodes("edge"), cluster.tunnel("edge")), (vec!["e2".to_owned()], vec!["e2".to_owned()]));
-    cluster.assert_condition("edge", "Ready", "True", "Degraded", "missing InternalIP: e1");
+fn node_without_an_ipv4_address_is_ignored_and_reported() {
+    for address in [None, Some("2001:db8::1".parse().expect("an address"))] {
+        let mut bare = member("edge", "e1", "10.2.1.0/24");
+        bare.address = address;
+        let cluster = two_pools().node(bare).apply(1);
+        assert_eq!((cluster.nodes("edge"), cluster.tunnel("edge")), (vec!["e2".to_owned()], vec!["e2".to_owned()]));
+        cluster.assert_condition("edge", "Ready", "True", "Degraded", "no IPv4 InternalIP: e1");
+        let cluster = cluster.without_node("e2").apply(2);
+        cluster.assert_condition("edge", "Ready", "False", "NoNodeAddress", "--node-ip of the kubelets");
+    }
 }
 
 #[test]
