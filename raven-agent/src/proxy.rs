@@ -17,6 +17,7 @@ mod connections;
 mod counted;
 mod dial;
 mod enrol;
+mod fairness;
 mod http;
 mod identity;
 mod ingress;

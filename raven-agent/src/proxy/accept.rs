@@ -43,9 +43,9 @@ impl EdgeListener {
                 accepted = listener.accept() => match accepted {
                     Ok((tcp, from)) => {
                         let Some(acceptor) = acceptor.clone() else { continue };
-                        let (slot, evicted) = pending.enter();
+                        let (slot, evicted) = pending.enter(from.ip());
                         if evicted && self.stats.refused(Refusal::TooMany) {
-                            tracing::warn!(limit = limits::PENDING_EDGES, "too many pending proxy connections; evicted the oldest");
+                            tracing::warn!(limit = limits::PENDING_EDGES, "too many pending proxy connections; evicted the oldest one of the address with most");
                         }
                         let span = tracing::info_span!("proxy_accept", %from);
                         let edge = Edge { plan: self.plan.clone(), connections: self.connections.clone(), stats: self.stats.clone() };

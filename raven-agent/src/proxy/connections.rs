@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     convert::Infallible,
     io,
+    net::IpAddr,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
@@ -27,6 +28,7 @@ use tracing::Instrument;
 
 use super::{
     abort::Abortable,
+    fairness::{Share, Shares},
     limits::{self, Liveness},
     liveness::{self, KEEPALIVE_HEADER, Link},
     serve::{PROBE_URI, REASON_HEADER, STREAM_HEADER},
@@ -52,6 +54,16 @@ pub(crate) enum Error {
         /// Name of the Gateway.
         pool: String,
     },
+    /// The client has its share of the streams.
+    #[error("client {client} has its share of the streams to Gateway {pool}, which has {free} left; close some")]
+    Share {
+        /// Name of the Gateway.
+        pool: String,
+        /// Address of the client.
+        client: IpAddr,
+        /// Streams that are free.
+        free: u32,
+    },
     /// The edge refused the stream.
     #[error("gateway node {via} refused the stream: {reason}")]
     Refused {
@@ -68,7 +80,7 @@ impl Error {
     pub(crate) fn refusal(&self) -> Refusal {
         match self {
             Self::NoConnection { .. } => Refusal::NoConnection,
-            Self::Full { .. } => Refusal::TooMany,
+            Self::Full { .. } | Self::Share { .. } => Refusal::TooMany,
             Self::Refused { unreachable: true, .. } => Refusal::Unreachable,
             Self::Refused { .. } => Refusal::Unknown,
         }
@@ -79,6 +91,7 @@ impl Error {
 #[derive(Clone)]
 pub(crate) struct Connections {
     shared: Arc<Shared>,
+    shares: Shares,
     stats: Stats,
     liveness: Liveness,
 }
@@ -101,6 +114,8 @@ struct Connection {
 pub(crate) struct Opened {
     io: TokioIo<Upgraded>,
     _slot: StreamSlot,
+    /// `None` if the first connection was established while the stream was opened.
+    _share: Option<Share>,
 }
 
 impl AsyncRead for Opened {
@@ -126,7 +141,7 @@ impl AsyncWrite for Opened {
 impl Connections {
     pub(crate) fn new(stats: Stats, liveness: Liveness) -> Self {
         let shared = Shared { by_pool: Mutex::default(), edges: watch::Sender::default() };
-        Self { shared: Arc::new(shared), stats, liveness }
+        Self { shared: Arc::new(shared), shares: Shares::default(), stats, liveness }
     }
 
     /// Nodes at the other ends.
@@ -215,17 +230,22 @@ impl Connections {
         }
     }
 
-    /// Opens a stream to a node of an edge pool, through whichever of its connections works.
-    pub(crate) async fn open(&self, target: &Target, stream: &Stream) -> Result<Opened, Error> {
+    /// Opens a client's stream to a node of an edge pool, through whichever of its connections works.
+    pub(crate) async fn open(&self, target: &Target, stream: &Stream, client: IpAddr) -> Result<Opened, Error> {
         let deadline = Instant::now() + limits::OPEN;
         let mut changed = self.shared.edges.subscribe();
         let mut tried = BTreeSet::new();
+        let mut share = None;
         loop {
             changed.mark_unchanged();
+            if let (None, Some(free)) = (&share, self.free(&target.pool)) {
+                let pool = target.pool.clone();
+                share = Some(self.shares.take(&pool, client, free).ok_or(Error::Share { pool, client, free })?);
+            }
             while let Some((connection, slot)) = self.choose(&target.pool, &tried) {
                 tried.insert(connection.number);
                 match self.attempt(&connection, target, stream, &mut changed).await {
-                    Attempt::Opened(io) => return Ok(Opened { io: TokioIo::new(io), _slot: slot }),
+                    Attempt::Opened(io) => return Ok(Opened { io: TokioIo::new(io), _slot: slot, _share: share }),
                     Attempt::Refused { reason, unreachable } => {
                         return Err(Error::Refused { via: connection.edge.node.clone(), reason, unreachable });
                     }
@@ -244,7 +264,11 @@ impl Connections {
             }
             if timeout_at(deadline, changed.changed()).await.is_err() {
                 let pool = target.pool.clone();
-                return Err(if self.is_full(&pool) { Error::Full { pool } } else { Error::NoConnection { pool } });
+                return Err(if self.free(&pool) == Some(0) {
+                    Error::Full { pool }
+                } else {
+                    Error::NoConnection { pool }
+                });
             }
         }
     }
@@ -304,10 +328,11 @@ impl Connections {
         self.lock().get(pool)?.iter().map(|connection| connection.number).max()
     }
 
-    fn is_full(&self, pool: &str) -> bool {
+    /// Streams that can still be opened to a pool; `None` without a connection.
+    fn free(&self, pool: &str) -> Option<u32> {
         let by_pool = self.lock();
-        let mut open = by_pool.get(pool).into_iter().flatten().filter(|c| !c.sender.is_closed()).peekable();
-        open.peek().is_some() && open.all(|c| c.stats.streams() >= limits::STREAMS - 1)
+        let open = by_pool.get(pool)?.iter().filter(|c| !c.sender.is_closed());
+        open.map(|c| (limits::STREAMS - 1).saturating_sub(c.stats.streams())).reduce(|a, b| a + b)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Vec<Arc<Connection>>>> {

@@ -33,14 +33,14 @@ type Body = BoxBody<Bytes, hyper::Error>;
 const HOP: [HeaderName; 5] = [CONNECTION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE];
 
 /// Serves one client's connection.
-pub(super) async fn serve(router: Router, client: TcpStream, slot: PendingSlot) {
+pub(super) async fn serve(router: Router, client: TcpStream, from: IpAddr, slot: PendingSlot) {
     let evicted = slot.evicted.clone();
     // The connection is pending until its first request has been parsed.
     let pending = Mutex::new(Some(slot));
     let service = service_fn(move |request| {
         pending.lock().unwrap_or_else(PoisonError::into_inner).take();
         let router = router.clone();
-        async move { Ok::<_, Infallible>(answer(&router, request).await) }
+        async move { Ok::<_, Infallible>(answer(&router, from, request).await) }
     });
     let mut builder = hyper::server::conn::http1::Builder::new();
     // A client that closes its half has given up, as in Go's servers. With `half_close`, a request to a node that never
@@ -53,14 +53,14 @@ pub(super) async fn serve(router: Router, client: TcpStream, slot: PendingSlot) 
     }
 }
 
-async fn answer(router: &Router, request: Request<Incoming>) -> Response<Body> {
+async fn answer(router: &Router, from: IpAddr, request: Request<Incoming>) -> Response<Body> {
     let (target, port) = match target(router, request.uri(), request.headers().get(HOST)) {
         Ok(found) => found,
         Err((status, refusal, error)) => return refuse(router, status, refusal, &error),
     };
     let stream = Stream { id: router.stats.next_id(), node: target.node.clone(), port };
     let span = stream.span();
-    match forward(router, &target, stream, request).instrument(span).await {
+    match forward(router, from, &target, stream, request).instrument(span).await {
         Ok(response) => response,
         Err((refusal, error)) => refuse(router, StatusCode::BAD_GATEWAY, refusal, &error),
     }
@@ -126,11 +126,12 @@ fn node_name(uri: &Uri) -> Option<String> {
 
 async fn forward(
     router: &Router,
+    from: IpAddr,
     target: &Target,
     stream: Stream,
     mut request: Request<Incoming>,
 ) -> Result<Response<Body>, (Refusal, String)> {
-    let opened = router.open(target, &stream).await?;
+    let opened = router.open(target, &stream, from).await?;
     let port = stream.port;
     let failed = |e: hyper::Error| {
         (Refusal::Unreachable, format!("the request to node {} on port {port} failed: {e}", target.node))

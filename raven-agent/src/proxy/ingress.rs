@@ -57,11 +57,11 @@ impl Ingress {
                     continue;
                 }
             };
-            let (slot, evicted) = pending.enter();
+            let (slot, evicted) = pending.enter(from.ip());
             if evicted && self.0.stats.refused(Refusal::TooMany) {
                 tracing::warn!(
                     limit = limits::PENDING_CLIENTS,
-                    "too many pending client connections; evicted the oldest"
+                    "too many pending client connections; evicted the oldest one of the client with most"
                 );
             }
             let ingress = self.clone();
@@ -69,7 +69,7 @@ impl Ingress {
                 stream::prepare(&client);
                 match kind {
                     Kind::Secure(port) => ingress.secure(client, from, port, slot).await,
-                    Kind::Insecure => http::serve(ingress.0, client, slot).await,
+                    Kind::Insecure => http::serve(ingress.0, client, from.ip(), slot).await,
                     Kind::Intercepted => ingress.intercepted(client, from, slot).await,
                 }
             });
@@ -144,7 +144,7 @@ impl Ingress {
         let stream = Stream { id: self.0.stats.next_id(), node: target.node.clone(), port };
         let span = stream.span();
         let carried = async {
-            match self.0.open(target, &stream).await {
+            match self.0.open(target, &stream, from.ip()).await {
                 Ok(node) => stream::carry(stream, client, node.into_io(), first, &self.0.stats).await,
                 Err((refusal, error)) => {
                     let response = self.error_response(port, "502 Bad Gateway", &error);

@@ -19,6 +19,8 @@ pub(crate) const STREAM_WINDOW: u32 = 512 << 10;
 /// The memory of a connection is bounded by [`STREAMS`] × [`STREAM_WINDOW`]. h2 derives its budget for small frames, of
 /// which `exec` sends many, from half of this window.
 pub(crate) const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
+/// Streams of a client as a multiple of those that are free; see [`fairness`](super::fairness).
+pub(crate) const SHARE: u32 = 4;
 /// Concurrent streams per connection.
 pub(crate) const STREAMS: u32 = 1024;
 /// Send buffer of a stream in bytes.

@@ -1,6 +1,9 @@
 //! Opens a byte stream to a target node: through a proxy connection of its pool, or directly within this node's own pool.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -31,8 +34,13 @@ pub(crate) enum NodeStream {
 }
 
 impl Router {
-    /// Opens a path to a node. Fails with the reason of the refusal and a message for the client.
-    pub(crate) async fn open(&self, target: &Target, stream: &Stream) -> Result<NodeStream, (Refusal, String)> {
+    /// Opens a client's path to a node. Fails with the reason of the refusal and a message for the client.
+    pub(crate) async fn open(
+        &self,
+        target: &Target,
+        stream: &Stream,
+        client: IpAddr,
+    ) -> Result<NodeStream, (Refusal, String)> {
         let own = {
             let directory = &self.plan.borrow().directory;
             (directory.own_pool == target.pool).then(|| directory.reached_at(target))
@@ -41,7 +49,11 @@ impl Router {
             let address = SocketAddr::new(address, stream.port);
             return dial(&target.node, address).await.map(NodeStream::Direct).map_err(|e| (Refusal::Unreachable, e));
         }
-        self.connections.open(target, stream).await.map(NodeStream::Proxied).map_err(|e| (e.refusal(), e.to_string()))
+        self.connections
+            .open(target, stream, client)
+            .await
+            .map(NodeStream::Proxied)
+            .map_err(|e| (e.refusal(), e.to_string()))
     }
 }
 

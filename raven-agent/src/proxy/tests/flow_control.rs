@@ -153,6 +153,27 @@ async fn streams_above_the_limit_are_refused_and_block_no_others() {
     request(&sites).await;
 }
 
+/// A pod that takes all streams it can get leaves some for others.
+#[tokio::test(flavor = "multi_thread")]
+async fn greedy_client_leaves_streams_for_others() {
+    let sites = Sites::start().await;
+    node(&sites, |client, _| echo(client)).await;
+    let greedy = [10, 9, 9, 9];
+    let mut open = Vec::new();
+    let refused = loop {
+        match timeout(SOON, sites.open_as(greedy, "x2")).await.expect("in time") {
+            Ok(stream) => open.push(stream),
+            Err(refused) => break refused.to_string(),
+        }
+    };
+    let most = (limits::STREAMS as usize - 1) * limits::CONNECTIONS;
+    assert!((most / 2..most).contains(&open.len()), "{} streams", open.len());
+    assert!(refused.contains("client 10.9.9.9 has its share"), "{refused}");
+    request(&sites).await;
+    open.truncate(most / 4);
+    timeout(SOON, sites.open_as(greedy, "x2")).await.expect("in time").expect("it has given some back");
+}
+
 /// h2 closes a connection after too many resets by default.
 #[tokio::test(flavor = "multi_thread")]
 async fn thousands_of_resets_close_no_connection() {

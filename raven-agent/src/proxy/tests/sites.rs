@@ -3,7 +3,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -127,6 +130,7 @@ pub(super) struct Sites {
     pub(super) secure: SocketAddr,
     pub(super) insecure: SocketAddr,
     pub(super) connections: Connections,
+    clients: AtomicU32,
     pub(super) cloud_stats: Stats,
     pub(super) edge_stats: Stats,
     cloud_plan: watch::Sender<Arc<ProxyPlan>>,
@@ -205,6 +209,7 @@ impl Sites {
             secure: addresses[1],
             insecure: addresses[2],
             connections,
+            clients: AtomicU32::new(0),
             cloud_stats,
             edge_stats,
             cloud_plan,
@@ -299,7 +304,17 @@ impl Sites {
     pub(super) async fn connect_unchecked(&self, node: &str, port: u16) -> Result<Opened, Error> {
         let target = Target { node: node.to_owned(), pool: "edge-x".to_owned(), address: [127, 0, 0, 3].into() };
         let stream = Stream { id: self.cloud_stats.next_id(), node: node.to_owned(), port };
-        self.connections.open(&target, &stream).await
+        // Each stream is another client's.
+        let client =
+            std::net::Ipv4Addr::from(u32::from_be_bytes([10, 0, 0, 0]) + self.clients.fetch_add(1, Ordering::Relaxed));
+        self.connections.open(&target, &stream, client.into()).await
+    }
+
+    /// Opens a stream of one client.
+    pub(super) async fn open_as(&self, client: [u8; 4], node: &str) -> Result<Opened, Error> {
+        let target = Target { node: node.to_owned(), pool: "edge-x".to_owned(), address: [127, 0, 0, 3].into() };
+        let stream = Stream { id: self.cloud_stats.next_id(), node: node.to_owned(), port: self.port };
+        self.connections.open(&target, &stream, client.into()).await
     }
 
     /// A TLS client without verification; returns the server's certificate and the received bytes.
