@@ -20,6 +20,8 @@ use tower_http::decompression::DecompressionLayer;
 const PING: Duration = Duration::from_secs(60);
 /// Maximum time for the response to a ping.
 const PONG: Duration = Duration::from_secs(20);
+/// Length of a watch: kube-runtime's default.
+const WATCH: Duration = Duration::from_secs(290);
 /// Idle time before TCP keepalives, for an API server or a proxy in front of it that has no HTTP/2. HTTP/2 pings come first.
 const KEEPALIVE: Duration = Duration::from_secs(90);
 
@@ -37,7 +39,10 @@ pub enum Error {
 /// A client of the API server.
 pub fn client(config: Config) -> Result<Client, Error> {
     if config.proxy_url.is_some() {
-        // Only kube's own client connects through a proxy.
+        // Only kube's own client connects through a proxy. It has no pings, so a request is given up instead: later than a
+        // watch ends by itself.
+        let mut config = config;
+        (config.read_timeout, config.reset_reader_on_write) = (Some(WATCH + PONG), true);
         return Ok(Client::try_from(config)?);
     }
     let mut tcp = HttpConnector::new();

@@ -104,7 +104,8 @@ pub async fn run(config: Run) -> Result<()> {
         insecure: config.proxy_internal_insecure_addr,
         liveness: Liveness {
             keepalive: Duration::from_secs(config.proxy_keepalive.into()),
-            patience: Duration::from_secs(config.proxy_patience.into()),
+            ping: Duration::from_secs(config.proxy_ping.into()),
+            stream_timeout: Duration::from_secs(config.proxy_stream_timeout.into()),
         },
     };
     let proxy = Proxy::new(proxy, client.clone(), plans.subscribe(), proxied.clone(), stats.clone(), intercepted);
@@ -114,8 +115,10 @@ pub async fn run(config: Run) -> Result<()> {
     if let Some(client) = client {
         let watch_outages = outages.clone();
         let (watched, namespace, inputs) = (client.clone(), config.namespace.clone(), inputs.clone());
-        let (node, (own, own_seen)) = (config.node_name.clone(), watch::channel(None));
-        tokio::spawn(async move { api_watch::run(watched, &namespace, &node, inputs, own, watch_outages).await });
+        tokio::spawn(async move { api_watch::run(watched, &namespace, inputs, watch_outages).await });
+        let (own, own_seen) = watch::channel(None);
+        let (watched, node) = (client.clone(), config.node_name.clone());
+        tokio::spawn(async move { api_watch::run_own(watched, &node, own).await });
         let node = config.node_name.clone();
         tokio::spawn(observe::publish_events(client.clone(), node, latest.clone(), inputs_seen.clone()));
         tokio::spawn(observe::publish(client, config.node_name.clone(), latest.clone(), proxied.subscribe(), own_seen));

@@ -121,10 +121,15 @@ pub struct Run {
     /// time, or within five seconds while a stream is open. The default costs a site about 30 MB a month.
     #[arg(long, value_name = "SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u16).range(5..=3600))]
     pub proxy_keepalive: u16,
+    /// Ping the other end's process on an idle proxy connection at this interval, in seconds (edge gateway nodes). Behind a
+    /// TCP load balancer that answers keepalives itself, only these pings detect a dead cloud node, and keep the balancer
+    /// from closing idle connections.
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u16).range(5..=3600))]
+    pub proxy_ping: u16,
     /// End proxy streams after this time without an acknowledgement, in seconds. New streams use another connection before
     /// that.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u16).range(5..=3600))]
-    pub proxy_patience: u16,
+    pub proxy_stream_timeout: u16,
     /// Leave packets with this bit of the mark to kube-proxy, which masquerades them: its `--iptables-masquerade-bit`.
     #[arg(long, env = "MASQUERADE_BIT", default_value_t = 14, value_parser = clap::value_parser!(u8).range(0..32))]
     pub masquerade_bit: u8,

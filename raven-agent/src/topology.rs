@@ -15,7 +15,7 @@ use ipnet::IpNet;
 use raven_api::proxy::Ports;
 
 pub use self::{
-    build::{Inputs, build, forget_published, host_names},
+    build::{Inputs, build, host_names, keep_keys},
     key::{PresharedKey, PublicKey},
     settings::ClusterSettings,
 };

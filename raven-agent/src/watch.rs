@@ -37,14 +37,12 @@ use tokio::{
 
 use crate::{
     snapshot,
-    topology::{ClusterSettings, Inputs, forget_published},
+    topology::{ClusterSettings, Inputs, keep_keys},
 };
 
 /// The API server's own EndpointSlice. The agent does not wait for this list: if RBAC does not allow it, only the
 /// client's own address of the API server is known.
 const API_SERVERS: &str = "EndpointSlice kubernetes";
-/// The node's own GatewayNode.
-const OWN_NODE: &str = "own GatewayNode";
 /// Events within this time of each other are one change.
 const SETTLE: Duration = Duration::from_millis(50);
 /// Maximum length of one change.
@@ -53,36 +51,40 @@ const BURST: Duration = Duration::from_secs(1);
 /// `Some`: the named list is complete. `None`: an object changed.
 type Progress = Option<&'static str>;
 
+/// Bookmarks would be most of what a quiet cluster sends. All Gateways are watched, so the version of the last one is recent
+/// enough to continue a watch, unless the API server has restarted; a list of one object costs as little as a bookmark.
+fn all() -> watcher::Config {
+    watcher::Config::default().disable_bookmarks()
+}
+
+fn named(name: &str) -> watcher::Config {
+    all().fields(&format!("metadata.name={name}"))
+}
+
+/// Records whether the GatewayNode of this node exists, until the process ends.
+pub async fn run_own(client: Client, node: &str, exists: watch::Sender<Option<bool>>) {
+    // Its outages do not count: if the object is deleted meanwhile, it is created again a little later.
+    let api = Api::<Guarded<GatewayNode>>::all(client);
+    let (own, mut events) = reflected("own GatewayNode", api, named(node), &Outages::default());
+    while events.next().await.is_some() {
+        exists.send_replace(Some(!own.is_empty()));
+    }
+}
+
 /// Runs until the process ends. The last inputs stay valid while the API server is unavailable; `outages` records how
-/// long that has been. `own`: whether the GatewayNode of `node` exists, once that is known.
-pub async fn run(
-    client: Client,
-    namespace: &str,
-    node: &str,
-    latest: watch::Sender<Option<Inputs>>,
-    own: watch::Sender<Option<bool>>,
-    outages: Outages,
-) {
-    // Bookmarks would be most of what a quiet cluster sends. All Gateways are watched, so the last one's version is recent
-    // enough to continue a watch; a list of one object costs as little as a bookmark.
-    let all = || watcher::Config::default().disable_bookmarks();
-    let named = |name: &str| all().fields(&format!("metadata.name={name}"));
+/// long that has been.
+pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<Inputs>>, outages: Outages) {
     let configs: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), API_SERVER_NAMESPACE);
-    let (gateways, a) = reflected("Gateways", Api::<Gateway>::all(client.clone()), all(), &outages);
-    // Its outages do not count either: if it is deleted, it is created again a little later.
-    let (own_node, b) = reflected(OWN_NODE, Api::<Guarded<GatewayNode>>::all(client), named(node), &Outages::default());
-    let (switches, c) = reflected(SWITCHES_CONFIG_MAP, configs.clone(), named(SWITCHES_CONFIG_MAP), &outages);
-    let (agent, d) = reflected(AGENT_CONFIG_MAP, configs.clone(), named(AGENT_CONFIG_MAP), &outages);
-    let (ca, e) = reflected(CA_NAME, configs, named(CA_NAME), &outages);
+    let (gateways, a) = reflected("Gateways", Api::<Gateway>::all(client), all(), &outages);
+    let (switches, b) = reflected(SWITCHES_CONFIG_MAP, configs.clone(), named(SWITCHES_CONFIG_MAP), &outages);
+    let (agent, c) = reflected(AGENT_CONFIG_MAP, configs.clone(), named(AGENT_CONFIG_MAP), &outages);
+    let (ca, d) = reflected(CA_NAME, configs, named(CA_NAME), &outages);
     // Its outages do not count, because the agent works without it.
-    let (api_servers, f) = reflected(API_SERVERS, slices, named(API_SERVER_SLICE), &Outages::default());
+    let (api_servers, e) = reflected(API_SERVERS, slices, named(API_SERVER_SLICE), &Outages::default());
     let mut incomplete = vec!["Gateways", SWITCHES_CONFIG_MAP, AGENT_CONFIG_MAP, CA_NAME];
-    let mut events = stream::select_all([a, b, c, d, e, f]);
+    let mut events = stream::select_all([a, b, c, d, e]);
     while let Some(progress) = events.next().await {
-        if progress == Some(OWN_NODE) || own.borrow().is_some() {
-            own.send_replace(Some(!own_node.is_empty()));
-        }
         incomplete.retain(|list| Some(*list) != progress);
         if !incomplete.is_empty() {
             continue;
@@ -103,9 +105,10 @@ pub async fn run(
             resolved: BTreeMap::new(),
         });
         latest.send_if_modified(|have| {
-            let Inputs { resolved, gateway_nodes, .. } = have.clone().unwrap_or_default();
-            let mut inputs = Inputs { resolved, gateway_nodes, ..inputs };
-            forget_published(&mut inputs);
+            let before = have.clone().unwrap_or_default();
+            let mut inputs = inputs;
+            keep_keys(&mut inputs, &before);
+            inputs.resolved = before.resolved;
             let changed = have.as_ref() != Some(&inputs);
             if changed {
                 *have = Some(inputs);
@@ -134,6 +137,10 @@ where
         .default_backoff()
         .reflect(writer)
         .inspect_err(move |e| {
+            // Without bookmarks, the version of an object that never changes becomes too old, and the list is read again.
+            if matches!(e, watcher::Error::WatchError(status) if status.code == 410) {
+                return tracing::debug!(list = what, "the watch begins again with a list");
+            }
             tracing::warn!(list = what, error = %e, "watch failed; the last seen objects stay in use until it is restored");
             outages.record(what, e.to_string(), StdInstant::now());
         })

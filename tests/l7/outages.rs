@@ -423,7 +423,7 @@ async fn new_requests_survive_failure_of_one_of_two_gateway_nodes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn narrow_link_carries_large_and_small_requests_concurrently() {
     require_root!();
-    const BYTES: usize = 3_000_000;
+    const BYTES: usize = 1_000_000;
     let running = Running::of(Lab::builder()).await.expect("start the lab");
     running.check(running.serve("x-b").await);
     std::fs::write(running.lab.node("x-b").dir.join("www/large"), vec![b'x'; BYTES]).expect("write the file");
@@ -441,9 +441,9 @@ async fn narrow_link_carries_large_and_small_requests_concurrently() {
         Ok(listed)
     };
     let before = running.check(eventually(SOON, "both proxy connections exist", both).await);
-    // The link from the site has 1 Mbit/s, and the router queues up to two seconds of data.
+    // The link from the site has 256 kbit/s, and the router queues up to two seconds of data.
     let router = running.lab.pool("edge-x").router.clone();
-    running.check(router.sh("tc qdisc add dev wan root tbf rate 1mbit burst 16kb latency 2s"));
+    running.check(router.sh("tc qdisc add dev wan root tbf rate 256kbit burst 16kb latency 2s"));
     let ns = running.lab.node("cloud-b").ns.clone();
     let large =
         std::thread::spawn(move || ns.sh("curl -sS -m 120 -H 'Host: x-b:10255' http://10.0.0.11:10264/large | wc -c"));
@@ -456,7 +456,7 @@ async fn narrow_link_carries_large_and_small_requests_concurrently() {
     let arrived = running.check(large.join().expect("join the thread"));
     assert_eq!(arrived.trim(), BYTES.to_string());
     println!(
-        "{BYTES} bytes by a link of 1 Mbit/s; the slowest concurrent small request took {} ms",
+        "{BYTES} bytes by a link of 256 kbit/s; the slowest concurrent small request took {} ms",
         slowest.as_millis()
     );
     assert_eq!(running.check(connections()), before, "the proxy connections are the same as before");

@@ -31,8 +31,7 @@ use crate::{
 
 /// Interval at which peers are read.
 const PERIOD: Duration = Duration::from_secs(10);
-/// Minimum age of the status before handshake times alone cause a write: they are informative only, and every agent of
-/// the cluster receives the object.
+/// Minimum age of the status before handshake times alone cause a write: they are informative only.
 const REFRESH: Duration = Duration::from_secs(1800);
 /// Minimum age before changes of peers alone cause a write, per peer: with a thousand sites some peer always changes,
 /// and the list is long.

@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use futures::{StreamExt, stream::FuturesUnordered};
 use http_body_util::Empty;
 use hyper::{
     Method, Request, StatusCode, Uri, body::Bytes, client::conn::http2::SendRequest, header::HeaderValue,
@@ -30,7 +31,7 @@ use super::{
     abort::Abortable,
     fairness::{Share, Shares},
     limits::{self, Liveness},
-    liveness::{self, KEEPALIVE_HEADER, Link},
+    liveness::{self, INTERVAL_HEADER, KEEPALIVE_HEADER, Link, Suspicion},
     serve::{PROBE_URI, REASON_HEADER, STREAM_HEADER},
     stats::{ConnectionStats, Refusal, Stats, StreamSlot},
     stream::Stream,
@@ -107,6 +108,7 @@ struct Connection {
     edge: EdgeIdentity,
     sender: SendRequest<Empty<Bytes>>,
     stats: Arc<ConnectionStats>,
+    suspicion: Suspicion,
     abort: CancellationToken,
 }
 
@@ -170,19 +172,22 @@ impl Connections {
         let listed = self.stats.connection(pool, &edge.node);
         let (number, stats) = (listed.number, listed.stats.clone());
         let io = TokioIo::new(Abortable::new(stats.count(io), abort.clone()));
+        // The measurements below tell whether the edge answers.
+        stats.expect_bytes();
         let (sender, http) = limits::client(self.liveness).handshake(io).await?;
         let span = tracing::info_span!("proxy_connection", edge = %edge.node, gateway = pool, connection = number);
         let idle = watch::Sender::new(liveness::cloud_interval(limits::KEEPALIVE));
-        // A lost connection says nothing about others here: the edge checks its own.
-        let follow =
-            link.follow(stats.clone(), self.liveness.patience, idle.subscribe(), liveness::Suspicion::default());
+        let suspicion = Suspicion::default();
+        let follow = link.follow(stats.clone(), self.liveness.stream_timeout, idle.subscribe(), suspicion.clone());
         let probe = probe(sender.clone(), stats.clone(), idle);
-        let connection = Connection { number, edge: edge.clone(), sender, stats: stats.clone(), abort: abort.clone() };
+        let connection =
+            Connection { number, edge: edge.clone(), sender, stats: stats.clone(), suspicion, abort: abort.clone() };
         self.change(|by_pool| by_pool.entry(pool.to_owned()).or_default().push(Arc::new(connection)));
         let registered = Registered { connections: self, pool, number };
-        if !may_connect(&edge, pool) || self.count(&edge.node, pool) > limits::CONNECTIONS_PER_NODE {
+        if !may_connect(&edge, pool) {
             abort.cancel();
         }
+        self.check_older(&edge.node, pool, number);
         let node = &edge.node;
         tracing::info!(node, gateway = pool, connection = number, "proxy connection established");
         let run = async {
@@ -190,6 +195,7 @@ impl Connections {
                 ended = http => ended,
                 () = abort.cancelled() => Ok(()),
                 never = probe => match never {},
+                never = follow => match never {},
             };
             // No new streams from here on. hyper's own task still carries the open ones, which can be aborted until the
             // last has ended.
@@ -203,12 +209,6 @@ impl Connections {
             }
             ended
         };
-        let run = async {
-            tokio::select! {
-                ended = run => ended,
-                never = follow => match never {},
-            }
-        };
         let ended = run.instrument(span).await;
         drop(registered);
         let error = ended.as_ref().err().map(ToString::to_string);
@@ -216,11 +216,19 @@ impl Connections {
         ended
     }
 
-    /// Connections of a node that accept streams.
-    fn count(&self, node: &str, pool: &str) -> usize {
-        self.lock().get(pool).map_or(0, |connections| {
-            connections.iter().filter(|c| c.edge.node == node && !c.stats.is_retired()).count()
-        })
+    /// Checks the older connections of a node that has dialled again: it may have lost them without this node's knowledge.
+    /// Above the limit, the oldest is aborted.
+    fn check_older(&self, node: &str, pool: &str, newest: u64) {
+        let by_pool = self.lock();
+        let all = by_pool.get(pool).into_iter().flatten();
+        let mut older: Vec<_> = all.filter(|c| c.edge.node == node && c.number != newest).collect();
+        older.iter().for_each(|connection| connection.suspicion.notify_waiters());
+        older.retain(|connection| !connection.stats.is_retired());
+        if older.len() >= limits::CONNECTIONS_PER_NODE
+            && let Some(oldest) = older.iter().min_by_key(|connection| connection.number)
+        {
+            oldest.abort.cancel();
+        }
     }
 
     /// Aborts the connections of nodes that may no longer connect.
@@ -238,7 +246,8 @@ impl Connections {
         let mut share = None;
         loop {
             changed.mark_unchanged();
-            if let (None, Some(free)) = (&share, self.free(&target.pool)) {
+            // Without a free stream, every client waits for one.
+            if let (None, Some(free @ 1..)) = (&share, self.free(&target.pool)) {
                 let pool = target.pool.clone();
                 share = Some(self.shares.take(&pool, client, free).ok_or(Error::Share { pool, client, free })?);
             }
@@ -383,31 +392,48 @@ enum Attempt {
     Superseded,
 }
 
-/// Measures the round-trip time to the edge's process, and learns the edge's keepalive interval: once, and at intervals
-/// while streams are open.
+/// Measures the round-trip time to the edge's process, and learns the edge's keepalive interval: once, and at fixed
+/// intervals while streams are open, even if answers wait behind bulk data.
 async fn probe(
-    mut sender: SendRequest<Empty<Bytes>>,
+    sender: SendRequest<Empty<Bytes>>,
     stats: Arc<ConnectionStats>,
     idle: watch::Sender<Duration>,
 ) -> Infallible {
     let mut streams = stats.watch_streams();
+    let mut sent = FuturesUnordered::new();
     loop {
-        let mut request = Request::new(Empty::new());
-        *request.method_mut() = Method::OPTIONS;
-        *request.uri_mut() = Uri::from_static(PROBE_URI);
-        let begin = Instant::now();
-        if sender.ready().await.is_ok()
-            && let Ok(response) = sender.send_request(request).await
-        {
-            stats.set_rtt(begin.elapsed());
-            let seconds = response.headers().get(KEEPALIVE_HEADER).and_then(|text| text.to_str().ok()?.parse().ok());
-            let edge = seconds.map_or(limits::KEEPALIVE, Duration::from_secs);
-            let interval = liveness::cloud_interval(edge);
-            idle.send_if_modified(|have| std::mem::replace(have, interval) != interval);
+        if sent.len() < limits::PROBES {
+            sent.push(measure(sender.clone(), &stats, &idle));
         }
-        sleep(limits::PROBE).await;
-        // The sender lives as long as `stats`.
-        let _ = streams.wait_for(|open| *open > 0).await;
+        let next = async {
+            sleep(limits::PROBE).await;
+            // The sender lives as long as `stats`.
+            let _ = streams.wait_for(|open| *open > 0).await;
+        };
+        let mut next = std::pin::pin!(next);
+        loop {
+            tokio::select! {
+                () = &mut next => break,
+                Some(()) = sent.next() => {}
+            }
+        }
+    }
+}
+
+async fn measure(mut sender: SendRequest<Empty<Bytes>>, stats: &ConnectionStats, idle: &watch::Sender<Duration>) {
+    let mut request = Request::new(Empty::new());
+    *request.method_mut() = Method::OPTIONS;
+    *request.uri_mut() = Uri::from_static(PROBE_URI);
+    request.headers_mut().insert(INTERVAL_HEADER, HeaderValue::from(limits::PROBE.as_secs()));
+    let begin = Instant::now();
+    if sender.ready().await.is_ok()
+        && let Ok(response) = sender.send_request(request).await
+    {
+        stats.set_rtt(begin.elapsed());
+        let seconds = response.headers().get(KEEPALIVE_HEADER).and_then(|text| text.to_str().ok()?.parse().ok());
+        let edge = seconds.map_or(limits::KEEPALIVE, Duration::from_secs);
+        let interval = liveness::cloud_interval(edge);
+        idle.send_if_modified(|have| std::mem::replace(have, interval) != interval);
     }
 }
 

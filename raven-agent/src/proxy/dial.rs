@@ -159,7 +159,7 @@ impl Dialler {
                 () = aged(&connection.stats) => {
                     tracing::debug!(cloud = self.node, "the proxy connection reached its maximum age; replacing it");
                 }
-                () = connection.stats.silence() => {
+                () = connection.stats.until_silent(true) => {
                     tracing::warn!(cloud = self.node, "the proxy connection carries nothing from the cloud any more; dialling another one");
                 }
                 _ = self.identity.changed() => tracing::info!(cloud = self.node, "the certificate changed; replacing the proxy connection"),
@@ -245,16 +245,16 @@ impl Dialler {
         let keepalive = liveness.of_connection(self.number);
         let served = serve(tls, self.server.clone(), keepalive, listed.stats.clone(), connection.retire.clone());
         let interval = watch::channel(keepalive).1;
-        let follow = link.follow(listed.stats.clone(), liveness.patience, interval, self.suspicion.clone());
-        let counted = EstablishedCount::new(&self.established, &self.node);
+        let follow = link.follow(listed.stats.clone(), liveness.stream_timeout, interval, self.suspicion.clone());
+        let count = count(self.established.clone(), self.node.clone(), listed.stats.clone());
         let (ended, node, number) = (connection.ended.clone(), self.node.clone(), listed.number);
         let span = tracing::info_span!("proxy_connection", cloud = %node, connection = number);
         let task = async move {
-            let _until_the_end = ended.drop_guard();
+            let _until_the_end = (listed, ended.drop_guard());
             let error = tokio::select! {
                 served = served => served.err().map(|e| e.to_string()),
                 never = follow => match never {},
-                never = counted.until_silent(&listed.stats) => match never {},
+                never = count => match never {},
             };
             tracing::info!(cloud = node, error, "proxy connection closed");
         };
@@ -305,12 +305,15 @@ impl EstablishedCount {
         established.send_modify(|counts| *counts.entry(node.to_owned()).or_default() += 1);
         Self { established: established.clone(), node: node.to_owned() }
     }
+}
 
-    /// Counts the connection until it is silent, or the future is dropped.
-    async fn until_silent(self, stats: &ConnectionStats) -> Infallible {
-        stats.silence().await;
-        drop(self);
-        std::future::pending().await
+/// Counts a connection as established while it is not silent, until the future is dropped.
+async fn count(established: watch::Sender<Established>, node: String, stats: Arc<ConnectionStats>) -> Infallible {
+    loop {
+        let counted = EstablishedCount::new(&established, &node);
+        stats.until_silent(true).await;
+        drop(counted);
+        stats.until_silent(false).await;
     }
 }
 

@@ -49,7 +49,7 @@ pub(crate) const SILENT: Duration = Duration::from_millis(3500);
 /// Interval of that check.
 pub(crate) const CHECK: Duration = Duration::from_millis(500);
 /// Default time without an acknowledgement after which streams are ended.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const STREAM_TIMEOUT: Duration = Duration::from_secs(30);
 /// Default interval of TCP keepalives on the first idle connection of an edge to a cloud gateway node. Two packets
 /// of 66 bytes on Ethernet: 23 MB a month.
 pub(crate) const KEEPALIVE: Duration = Duration::from_secs(15);
@@ -59,8 +59,10 @@ pub(crate) const SPARE: u32 = 4;
 pub(crate) const CLOUD: u32 = 20;
 /// Time without an answer to keepalives, which are then sent every second, after which an idle connection is closed.
 pub(crate) const UNANSWERED: Duration = Duration::from_secs(3);
-/// Interval of HTTP/2 pings on an idle connection, as a multiple of the keepalive interval.
-pub(crate) const PING: u32 = 60;
+/// Default interval of the edge's HTTP/2 pings on an idle connection.
+pub(crate) const PING: Duration = Duration::from_secs(300);
+/// Measurements of the round-trip time without an answer, at most.
+pub(crate) const PROBES: usize = 16;
 /// Unsent bytes that a connection's socket may hold.
 pub(crate) const UNSENT: u32 = 128 << 10;
 /// TCP congestion control of proxy connections (TCP_CONGESTION, tcp(7)), if the kernel has it. BBR follows the delivery
@@ -108,13 +110,16 @@ pub(crate) const PENDING_EDGES: usize = 512;
 pub struct Liveness {
     /// Interval of keepalives of an idle site, which is also the time until it notices a dead link.
     pub keepalive: Duration,
+    /// Interval of the edge's HTTP/2 pings on an idle connection. They detect what kernels do not: a process that hangs, and
+    /// a load balancer that answers keepalives itself.
+    pub ping: Duration,
     /// Time without an acknowledgement after which streams are ended.
-    pub patience: Duration,
+    pub stream_timeout: Duration,
 }
 
 impl Default for Liveness {
     fn default() -> Self {
-        Self { keepalive: KEEPALIVE, patience: PATIENCE }
+        Self { keepalive: KEEPALIVE, ping: PING, stream_timeout: STREAM_TIMEOUT }
     }
 }
 
@@ -123,12 +128,6 @@ impl Liveness {
     /// the others are checked when it is lost.
     pub(crate) fn of_connection(self, number: usize) -> Duration {
         if number == 0 { self.keepalive } else { SPARE * self.keepalive }
-    }
-
-    /// Interval of the edge's HTTP/2 pings, which detect what kernels do not: a process that hangs, and a load balancer
-    /// that answers keepalives itself.
-    pub(crate) fn ping(self) -> Duration {
-        PING * self.keepalive
     }
 }
 
@@ -144,8 +143,8 @@ pub(crate) fn server(liveness: Liveness) -> hyper::server::conn::http2::Builder<
         .max_send_buf_size(SEND_BUFFER)
         .max_pending_accept_reset_streams(RESETS)
         .max_local_error_reset_streams(RESETS)
-        .keep_alive_interval(liveness.ping())
-        .keep_alive_timeout(liveness.patience);
+        .keep_alive_interval(liveness.ping)
+        .keep_alive_timeout(liveness.stream_timeout);
     builder
 }
 
@@ -161,7 +160,7 @@ pub(crate) fn client(liveness: Liveness) -> hyper::client::conn::http2::Builder<
         .max_pending_accept_reset_streams(RESETS)
         .max_local_error_reset_streams(RESETS)
         .keep_alive_interval(SILENT)
-        .keep_alive_timeout(liveness.patience)
+        .keep_alive_timeout(liveness.stream_timeout)
         .keep_alive_while_idle(false);
     builder
 }

@@ -4,7 +4,7 @@
 //!   interval and tells the cloud, which sends far fewer. A connection without answers is closed.
 //! - **With open streams**: the cloud sends a request every two seconds ([`limits::PROBE`]). An end that receives nothing for
 //!   [`limits::SILENT`] prefers other connections, and the edge dials a new one; but streams are not ended until nothing
-//!   was acknowledged for [`limits::Liveness::patience`], so that a short stall of the link does not end an `exec`.
+//!   was acknowledged for [`limits::Liveness::stream_timeout`], so that a short stall of the link does not end an `exec`.
 
 use std::{convert::Infallible, io, sync::Arc, time::Duration};
 
@@ -17,11 +17,15 @@ use tokio::{
 
 use super::{limits, stats::ConnectionStats};
 
+/// Header of the cloud's measurements: their interval in seconds while streams are open.
+pub(super) const INTERVAL_HEADER: &str = "raven-interval";
 /// Header of the edge's answers to measurements: its keepalive interval in seconds.
 pub(super) const KEEPALIVE_HEADER: &str = "raven-keepalive";
 
-/// Interval of the cloud's keepalives for an edge with this interval, which may be stolen and send any number: they only find connections of sites that have gone. A request through such a
-/// connection fails by itself. (The kernel sends them even if the other end's keepalives arrive.)
+/// Interval of the cloud's keepalives, from that of the edge. The edge may be stolen and send any number, so it is bounded.
+///
+/// These keepalives only find connections of sites that do not come back: when a site dials again, its older connections
+/// are checked at once. (The kernel sends them even if the other end's keepalives arrive.)
 pub(super) fn cloud_interval(edge: Duration) -> Duration {
     limits::CLOUD * edge.clamp(Duration::from_secs(1), MAXIMUM / limits::CLOUD)
 }
@@ -78,7 +82,7 @@ impl Link {
     pub(super) async fn follow(
         self,
         stats: Arc<ConnectionStats>,
-        patience: Duration,
+        stream_timeout: Duration,
         mut idle: watch::Receiver<Duration>,
         suspicion: Suspicion,
     ) -> Infallible {
@@ -89,14 +93,14 @@ impl Link {
                 () = until(&mut streams, |open| open > 0) => {}
                 never = self.idle(&mut idle, &suspicion) => match never {},
             }
-            self.set(limits::PROBE, patience);
+            self.set(limits::PROBE, stream_timeout);
             tokio::select! {
                 () = until(&mut streams, |open| open == 0) => {}
                 never = listen(&stats, &suspicion) => match never {},
             }
             if !stats.is_responding() {
                 // A request was sent and nothing came back: if the other end is dead, the kernel closes the connection now.
-                let _ = timeout(patience, until(&mut streams, |open| open > 0)).await;
+                let _ = timeout(stream_timeout, until(&mut streams, |open| open > 0)).await;
             }
         }
     }
@@ -126,7 +130,7 @@ async fn listen(stats: &ConnectionStats, suspicion: &Suspicion) -> Infallible {
         if stats.received() != received {
             (received, heard) = (stats.received(), Instant::now());
         }
-        let silent = heard.elapsed() > limits::SILENT;
+        let silent = stats.expects_bytes() && heard.elapsed() > limits::SILENT;
         if stats.set_silent(silent) && silent {
             suspicion.notify_waiters();
         }

@@ -17,7 +17,7 @@ use tracing::Instrument;
 
 use super::{
     limits::{self, Liveness},
-    liveness::KEEPALIVE_HEADER,
+    liveness::{INTERVAL_HEADER, KEEPALIVE_HEADER},
     stats::{ConnectionStats, Refusal, Stats},
     stream::{self, Stream},
 };
@@ -58,6 +58,9 @@ where
         let (edge, stats) = (edge.clone(), stats.clone());
         async move {
             Ok::<_, Infallible>(if request.method() == Method::OPTIONS {
+                if request.headers().contains_key(INTERVAL_HEADER) {
+                    stats.expect_bytes();
+                }
                 measured(keepalive)
             } else {
                 answer(request, edge, stats).await

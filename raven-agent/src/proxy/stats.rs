@@ -91,6 +91,8 @@ pub(crate) struct ConnectionStats {
     /// Bytes of the connection.
     received: Arc<AtomicU64>,
     sent: Arc<AtomicU64>,
+    /// The other end sends something regularly while streams are open.
+    regular: AtomicBool,
     /// True if nothing arrives although streams are open.
     silent: watch::Sender<bool>,
     /// Round-trip time in microseconds; 0 if unknown.
@@ -115,10 +117,20 @@ impl ConnectionStats {
         self.silent.send_if_modified(|have| std::mem::replace(have, silent) != silent)
     }
 
-    /// Waits until the other end is silent.
-    pub(super) async fn silence(&self) {
+    /// Waits until the other end is silent, or no longer silent.
+    pub(super) async fn until_silent(&self, wanted: bool) {
         // The sender lives as long as `self`.
-        let _ = self.silent.subscribe().wait_for(|silent| *silent).await;
+        let _ = self.silent.subscribe().wait_for(|silent| *silent == wanted).await;
+    }
+
+    /// Records that the other end sends something regularly while streams are open. Clouds of older releases do not.
+    pub(super) fn expect_bytes(&self) {
+        self.regular.store(true, Ordering::Relaxed);
+    }
+
+    /// True after [`ConnectionStats::expect_bytes`].
+    pub(super) fn expects_bytes(&self) -> bool {
+        self.regular.load(Ordering::Relaxed)
     }
 
     /// Wraps the connection, so that its bytes are counted.
@@ -286,6 +298,7 @@ impl Stats {
             used: AtomicBool::new(false),
             received: Arc::default(),
             sent: Arc::default(),
+            regular: AtomicBool::new(false),
             silent: watch::Sender::default(),
             rtt: AtomicU64::new(0),
             retired: AtomicBool::new(false),

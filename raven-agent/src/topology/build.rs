@@ -26,8 +26,7 @@ pub struct Inputs {
     /// Gateways, in any order.
     #[serde(default)]
     pub gateways: Vec<Gateway>,
-    /// GatewayNodes in the snapshot of an older release, whose controller does not publish keys in the Gateways' status:
-    /// their keys are used until a newer one has published them, so that an upgrade does not end tunnels.
+    /// GatewayNodes in the snapshot of an older release, for their keys; see [`keep_keys`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gateway_nodes: Vec<GatewayNode>,
     /// Cluster-wide settings.
@@ -99,12 +98,23 @@ pub fn build(inputs: &Inputs) -> Topology {
     builder.topology
 }
 
-/// Removes the GatewayNodes of an older release that are no longer needed.
-pub fn forget_published(inputs: &mut Inputs) {
-    let without_key = |endpoint: &&Endpoint| !endpoint.config.contains_key(CONFIG_PUBLIC_KEY);
-    let needed = inputs.gateways.iter().flat_map(tunnels).filter(without_key);
-    let needed: BTreeSet<&str> = needed.map(|endpoint| endpoint.node_name.as_str()).collect();
-    inputs.gateway_nodes.retain(|node| node.metadata.name.as_deref().is_some_and(|name| needed.contains(name)));
+/// Keeps the keys of elected nodes for which the controller publishes none: one of an older release leads, during an
+/// upgrade or after a rollback. Tunnels must not end because of it.
+pub fn keep_keys(inputs: &mut Inputs, before: &Inputs) {
+    let mut known = earlier_keys(&before.gateway_nodes);
+    for endpoint in before.gateways.iter().flat_map(tunnels) {
+        let key = endpoint.config.get(CONFIG_PUBLIC_KEY);
+        key.map(|key| known.insert(endpoint.node_name.clone(), key.clone()));
+    }
+    for status in inputs.gateways.iter_mut().filter_map(|gateway| gateway.status.as_mut()) {
+        for endpoint in status.active_endpoints.iter_mut().filter(|e| e.type_ == EndpointType::Tunnel) {
+            if let (false, Some(key)) =
+                (endpoint.config.contains_key(CONFIG_PUBLIC_KEY), known.get(&endpoint.node_name))
+            {
+                endpoint.config.insert(CONFIG_PUBLIC_KEY.to_owned(), key.clone());
+            }
+        }
+    }
 }
 
 fn earlier_keys(nodes: &[GatewayNode]) -> BTreeMap<String, String> {
@@ -375,6 +385,33 @@ mod tests {
         inputs.gateways.push(edge);
         assert_eq!(host_names(&inputs, "e1"), BTreeSet::from(["lb.example".to_owned()]));
         assert_eq!(host_names(&inputs, "e2"), BTreeSet::new(), "not a gateway node");
+    }
+
+    #[test]
+    fn keys_outlive_an_upgrade_and_a_rollback_of_the_controller() {
+        let gateway = |key: Option<&str>| {
+            let mut gateway = Gateway::new("x", Default::default());
+            let config = key.map(|key| (CONFIG_PUBLIC_KEY.to_owned(), key.to_owned())).into_iter().collect();
+            let endpoint = Endpoint { node_name: "x1".to_owned(), config, ..Endpoint::default() };
+            gateway.status =
+                Some(raven_api::gateway::GatewayStatus { active_endpoints: vec![endpoint], ..Default::default() });
+            Inputs { gateways: vec![gateway], ..Inputs::default() }
+        };
+        let key =
+            |inputs: &Inputs| tunnels(&inputs.gateways[0]).next().and_then(|e| e.config.get("publicKey")).cloned();
+        let with = |mut inputs: Inputs, before: &Inputs| {
+            keep_keys(&mut inputs, before);
+            inputs
+        };
+        // The snapshot of an older release, and its controller still leads.
+        let mut old = gateway(None);
+        let spec = raven_api::GatewayNodeSpec { public_key: Some("a".to_owned()), ..Default::default() };
+        old.gateway_nodes = vec![GatewayNode::new("x1", spec)];
+        let inputs = with(gateway(None), &old);
+        assert_eq!(key(&inputs).as_deref(), Some("a"));
+        let inputs = with(gateway(Some("b")), &inputs);
+        assert_eq!(key(&inputs).as_deref(), Some("b"), "the newer controller publishes keys");
+        assert_eq!(key(&with(gateway(None), &inputs)).as_deref(), Some("b"), "the older one leads again");
     }
 
     #[test]

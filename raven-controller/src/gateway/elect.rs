@@ -180,7 +180,7 @@ fn complete(inputs: &Inputs, gateway: &GatewayFacts, mut endpoint: Endpoint, nod
     match endpoint.type_ {
         EndpointType::Tunnel => {
             endpoint.config.insert(SWITCH_L3.to_owned(), inputs.switches.l3.to_string());
-            // A key stays while its GatewayNode cannot be read or is made anew: tunnels must not end because of it.
+            // A key stays while its GatewayNode cannot be read or is recreated: tunnels must not end because of it.
             let known = || key_before(gateway, &endpoint.node_name);
             let listed = || endpoint.config.get(CONFIG_PUBLIC_KEY).cloned();
             let key = inputs.keys.get(&node.name).cloned().or_else(listed).or_else(known);
