@@ -2,6 +2,7 @@
 //! site costs little on a metered link.
 
 use std::{
+    collections::BTreeSet,
     io::{Read, Write},
     process::Stdio,
     time::{Duration, Instant},
@@ -36,12 +37,24 @@ impl Drop for Cut<'_> {
 }
 
 impl Running {
+    /// An agent's proxy connections, as it lists them.
+    fn connections(&self, node: &str) -> Result<Vec<serde_json::Value>> {
+        let listed = self.lab.node(node).ns.sh("curl -sS http://[::1]:10265/connections")?;
+        Ok(listed.lines().map(serde_json::from_str).collect::<Result<_, _>>()?)
+    }
+
     /// The state of an agent's proxy connections that have streams.
     fn busy_connections(&self, node: &str) -> Result<Vec<String>> {
-        let listed = self.lab.node(node).ns.sh("curl -sS http://[::1]:10265/connections")?;
-        let lines = listed.lines().map(serde_json::from_str::<serde_json::Value>).collect::<Result<Vec<_>, _>>()?;
+        let lines = self.connections(node)?;
         let busy = lines.iter().filter(|line| line["streams"] != 0);
         Ok(busy.filter_map(|line| line["state"].as_str().map(str::to_owned)).collect())
+    }
+
+    /// The numbers of the cloud's connections with edge-x.
+    fn numbers(&self) -> Result<BTreeSet<u64>> {
+        let lines = self.connections("cloud-a")?;
+        let of_site = lines.iter().filter(|line| line["gateway"] == "edge-x");
+        Ok(of_site.filter_map(|line| line["connection"].as_u64()).collect())
     }
 }
 
@@ -92,6 +105,34 @@ async fn stream_outlives_a_stall_and_new_requests_avoid_it() {
     let _ = client.wait();
     assert!(answer.starts_with("HTTP/1.0 200") || answer.starts_with("HTTP/1.1 200"), "{answer:?}");
     assert!(answer.ends_with("of x-b\n"), "{answer:?}");
+}
+
+/// The cloud does not know that the site has lost its connections, and must not use them for requests.
+#[tokio::test(flavor = "multi_thread")]
+async fn lost_connections_are_removed_when_the_site_dials_again() {
+    require_root!();
+    let running = Running::of(Lab::builder()).await.expect("start the lab");
+    let both = || async {
+        let numbers = running.numbers()?;
+        ensure!(numbers.len() == 2, "{numbers:?}");
+        Ok(numbers)
+    };
+    let before = running.check(eventually(SOON, "the proxy connections exist", both).await);
+    let cut = running.check(Cut::new(&running.lab.pool("edge-x").router));
+    let lost = || async {
+        let left = running.connections("x-a")?;
+        ensure!(left.is_empty(), "{left:?}");
+        Ok(())
+    };
+    running.check(eventually(SOON, "the idle site has noticed the dead link", lost).await);
+    assert_eq!(running.check(running.numbers()), before, "the cloud has not");
+    drop(cut);
+    let replaced = || async {
+        let numbers = running.numbers()?;
+        ensure!(numbers.len() == 2 && numbers.is_disjoint(&before), "{numbers:?}");
+        Ok(())
+    };
+    running.check(eventually(SOON, "the cloud has only the new connections", replaced).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
