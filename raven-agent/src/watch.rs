@@ -105,10 +105,11 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
             resolved: BTreeMap::new(),
         });
         latest.send_if_modified(|have| {
-            let before = have.clone().unwrap_or_default();
             let mut inputs = inputs;
-            keep_keys(&mut inputs, &before);
-            inputs.resolved = before.resolved;
+            if let Some(before) = have.as_ref() {
+                keep_keys(&mut inputs, before);
+                inputs.resolved.clone_from(&before.resolved);
+            }
             let changed = have.as_ref() != Some(&inputs);
             if changed {
                 *have = Some(inputs);
@@ -135,6 +136,11 @@ where
     let outages = outages.clone();
     let events = watcher(api, config)
         .default_backoff()
+        .modify(|object| {
+            // No plan uses them, and they are most of an object: 10,000 Gateways would take hundreds of megabytes.
+            let metadata = object.meta_mut();
+            (metadata.managed_fields, metadata.annotations) = (None, None);
+        })
         .reflect(writer)
         .inspect_err(move |e| {
             // Without bookmarks, the version of an object that never changes becomes too old, and the list is read again.
