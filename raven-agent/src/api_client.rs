@@ -61,6 +61,9 @@ pub fn client(config: Config) -> Result<Client, Error> {
     let http = HttpClient::builder(TokioExecutor::new())
         .timer(TokioTimer::new())
         .pool_timer(TokioTimer::new())
+        // The pool counts a shared connection from the last request as idle, also while watches run on it. It would open a
+        // new one whenever a watch begins again.
+        .pool_idle_timeout(None)
         .http2_keep_alive_interval(PING)
         .http2_keep_alive_timeout(PONG)
         .http2_keep_alive_while_idle(true)
