@@ -33,7 +33,9 @@ pub(crate) fn hosts<'a>(
         let name = node.name.as_str();
         let own: Vec<IpAddr> = node.addresses().collect();
         let addresses = if edge.contains(name) && !service.is_empty() { service } else { &own };
-        addresses.iter().for_each(|ip| drop(names.entry(*ip).or_default().insert(name)));
+        for ip in addresses {
+            names.entry(*ip).or_default().insert(name);
+        }
     }
     let mut file = String::new();
     for (ip, names) in names {
