@@ -297,7 +297,7 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
             return;
         }
         let stored = snapshot::load(&self.snapshot).ok().flatten();
-        let result = match stored.as_ref() == Some(&snapshot::lean(&current.inputs)) {
+        let result = match stored.as_ref() == Some(&snapshot::lean(current.inputs.clone())) {
             true => Ok(()),
             false => snapshot::save(&self.snapshot, &current.inputs),
         };

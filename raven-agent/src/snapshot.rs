@@ -8,7 +8,7 @@ use crate::{atomic_file, topology::Inputs};
 
 /// Writes the snapshot.
 pub fn save(path: &Path, inputs: &Inputs) -> io::Result<()> {
-    atomic_file::write(path, &serde_json::to_vec_pretty(&lean(inputs))?)
+    atomic_file::write(path, &serde_json::to_vec_pretty(&lean(inputs.clone()))?)
 }
 
 /// Reads the snapshot; `None` if it does not exist. A file that does not parse is an error; the agent then
@@ -23,8 +23,7 @@ pub fn load(path: &Path) -> io::Result<Option<Inputs>> {
 
 /// The inputs in a fixed order and without the fields that no plan uses. Two snapshots are compared in this form, so that
 /// a change of these fields neither starts a run nor writes the file.
-pub fn lean(inputs: &Inputs) -> Inputs {
-    let mut inputs = inputs.clone();
+pub fn lean(mut inputs: Inputs) -> Inputs {
     for gateway in &mut inputs.gateways {
         let metadata = &mut gateway.metadata;
         gateway.metadata = ObjectMeta {
@@ -79,7 +78,7 @@ mod tests {
                     "conditions": [{ "type": "Ready", "status": "True", "reason": "x", "message": message, "lastTransitionTime": "2026-01-01T00:00:00Z" }] },
             });
             let gateways = vec![serde_json::from_value(object).expect("a Gateway")];
-            lean(&Inputs { gateways, ..Inputs::default() })
+            lean(Inputs { gateways, ..Inputs::default() })
         };
         assert_eq!(gateway("1", "x1"), gateway("2", "x1"));
         assert_ne!(gateway("1", "x1"), gateway("1", "x2"));

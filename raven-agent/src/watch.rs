@@ -96,7 +96,7 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
         let data = |store: &reflector::Store<ConfigMap>| {
             store.state().first().and_then(|c| c.data.clone()).unwrap_or_default()
         };
-        let inputs = snapshot::lean(&Inputs {
+        let inputs = snapshot::lean(Inputs {
             api_servers: api_servers.state().iter().flat_map(|slice| addresses(slice)).collect(),
             gateways: gateways.state().iter().map(|object| (**object).clone()).collect(),
             gateway_nodes: Vec::new(),

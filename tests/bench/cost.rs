@@ -3,21 +3,21 @@
 //! The API server and the controller are real, and the bytes are counted where an edge node receives them. Other sites are
 //! synthetic: their objects are written as kubelets and agents write them.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use comfy_table::{Table, presets::ASCII_MARKDOWN};
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::core::v1::{ConfigMap, Node};
 use kube::{
-    Api, Client, Resource, ResourceExt,
+    Api, Resource, ResourceExt,
     api::{Patch, PatchParams},
 };
 use raven_api::{
     Gateway, GatewayNode,
     names::{LABEL_EDGE_WORKER, LABEL_GATEWAY},
 };
-use raven_tests::{Lab, eventually, meter::Meter, process::memory_mb, proof};
+use raven_tests::{Lab, eventually, kubernetes::Cluster, meter::Meter, process::memory_mb, proof};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
@@ -33,7 +33,7 @@ const MONTH: f64 = 60e6;
 const OBJECT: usize = 300_000;
 /// Concurrent writes of synthetic objects.
 const WRITERS: usize = 16;
-/// Longer than the 290 s after which a watch is made anew.
+/// Longer than the 290 s after which a watch begins again.
 const IDLE: Duration = Duration::from_secs(300);
 /// A WireGuard session is renewed once in this time.
 const SESSION: Duration = Duration::from_secs(120);
@@ -123,14 +123,11 @@ async fn measure() -> Result<(Vec<Row>, f64)> {
     let port = api.rsplit(':').next().context("the API server has a port")?;
     let received = Meter::start(&lab.node("y-b").ns, "api", "input", &[&format!("tcp sport {port}")])?;
 
-    let sites = Arc::new(Sites { client: lab.cluster().client() });
+    let sites = Sites { cluster: lab.cluster() };
     let (mut rows, mut month, mut have) = (Vec::new(), 0.0, 0);
     for (count, bound) in SITES {
         eprintln!("writing the objects of {count} sites");
-        let written = stream::iter(have..count).map(|n| {
-            let sites = sites.clone();
-            async move { sites.create(n).await }
-        });
+        let written = stream::iter(have..count).map(|n| sites.create(n));
         written.buffer_unordered(WRITERS).try_collect::<Vec<()>>().await?;
         have = count;
         let ns = lab.node("y-b").ns.clone();
@@ -193,37 +190,37 @@ async fn quiet(meter: &Meter) -> Result<()> {
 }
 
 /// Writes the objects of synthetic sites with one node each.
-struct Sites {
-    client: Client,
+struct Sites<'a> {
+    cluster: &'a Cluster,
 }
 
 fn apply(manager: &str) -> PatchParams {
     PatchParams::apply(manager).force()
 }
 
-impl Sites {
+impl Sites<'_> {
     async fn create(&self, n: usize) -> Result<()> {
         let (gateway, node) = (format!("site-{n}"), format!("site-{n}-node"));
         let object = json!({ "apiVersion": "raven.openyurt.io/v1beta1", "kind": "Gateway", "metadata": { "name": gateway },
             "spec": { "endpoints": [{ "nodeName": node, "type": "tunnel", "underNAT": true }, { "nodeName": node, "type": "proxy", "underNAT": true }] } });
-        let gateways: Api<Gateway> = Api::all(self.client.clone());
+        let gateways: Api<Gateway> = Api::all(self.cluster.client());
         gateways.patch(&gateway, &apply("person"), &Patch::Apply(&object)).await.context("write a Gateway")?;
         let (high, low) = (n / 256, n % 256);
         let object = json!({ "apiVersion": "v1", "kind": "Node",
             "metadata": { "name": node, "labels": { LABEL_EDGE_WORKER: "true", LABEL_GATEWAY: gateway } },
             "spec": { "podCIDRs": [format!("11.{high}.{low}.0/24"), format!("fd11:{n:x}::/64")] } });
-        let nodes: Api<Node> = Api::all(self.client.clone());
+        let nodes: Api<Node> = Api::all(self.cluster.client());
         nodes.patch(&node, &apply("person"), &Patch::Apply(&object)).await.context("write a Node")?;
         let address =
             json!({ "status": { "addresses": [{ "type": "InternalIP", "address": format!("172.16.{high}.{low}") }] } });
         nodes.patch_status(&node, &PatchParams::default(), &Patch::Merge(&address)).await.context("set its address")?;
-        self.set_ready(&node, true).await?;
+        self.cluster.set_ready(&node, true).await?;
         let mut key = [0u8; 32];
         key[..8].copy_from_slice(&(n as u64 + 1).to_be_bytes());
         let key = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, key);
         let object = json!({ "apiVersion": "raven.openyurt.io/v1beta1", "kind": "GatewayNode", "metadata": { "name": node },
             "spec": { "gateway": gateway, "publicKey": key, "listenPort": 4500, "addresses": ["172.16.0.1"], "version": "1" } });
-        let published: Api<GatewayNode> = Api::all(self.client.clone());
+        let published: Api<GatewayNode> = Api::all(self.cluster.client());
         published.patch(&node, &apply("agent"), &Patch::Apply(&object)).await.context("write a GatewayNode")?;
         self.set_connected(&node, true).await
     }
@@ -232,8 +229,8 @@ impl Sites {
     async fn reconnect(&self, n: usize) -> Result<()> {
         let node = format!("site-{n}-node");
         for ready in [false, true] {
-            self.set_ready(&node, ready).await?;
-            let gateways: Api<Gateway> = Api::all(self.client.clone());
+            self.cluster.set_ready(&node, ready).await?;
+            let gateways: Api<Gateway> = Api::all(self.cluster.client());
             let name = format!("site-{n}");
             eventually(Duration::from_secs(60), "the controller has seen it", || async {
                 let conditions = gateways.get(&name).await?.status.context("no status")?.conditions;
@@ -249,15 +246,6 @@ impl Sites {
         Ok(())
     }
 
-    async fn set_ready(&self, node: &str, ready: bool) -> Result<()> {
-        let status = if ready { "True" } else { "Unknown" };
-        let object = json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": node },
-            "status": { "conditions": [{ "type": "Ready", "status": status, "reason": "x" }] } });
-        let nodes: Api<Node> = Api::all(self.client.clone());
-        nodes.patch_status(node, &apply("kubelet"), &Patch::Apply(&object)).await.context("set a Node's readiness")?;
-        Ok(())
-    }
-
     async fn set_connected(&self, node: &str, connected: bool) -> Result<()> {
         let status = if connected { "True" } else { "False" };
         let condition = |type_: &str| json!({ "type": type_, "status": status, "reason": "x", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z" });
@@ -268,17 +256,17 @@ impl Sites {
                 "peers": [{ "nodeName": "cloud-a", "gateway": "cloud", "observedEndpoint": "198.51.100.10:4500" }],
                 "proxy": { "ready": connected, "message": "", "tunnels": tunnels },
                 "conditions": conditions } });
-        let published: Api<GatewayNode> = Api::all(self.client.clone());
+        let published: Api<GatewayNode> = Api::all(self.cluster.client());
         published.patch_status(node, &apply("agent"), &Patch::Apply(&object)).await.context("write a report")?;
         Ok(())
     }
 
     /// Name and size of Raven's largest object.
     async fn largest(&self) -> Result<(String, usize)> {
-        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), raven_api::DEFAULT_NAMESPACE);
+        let maps: Api<ConfigMap> = Api::namespaced(self.cluster.client(), raven_api::DEFAULT_NAMESPACE);
         let largest = [
-            largest_of("Gateway", Api::<Gateway>::all(self.client.clone())).await?,
-            largest_of("GatewayNode", Api::<GatewayNode>::all(self.client.clone())).await?,
+            largest_of("Gateway", Api::<Gateway>::all(self.cluster.client())).await?,
+            largest_of("GatewayNode", Api::<GatewayNode>::all(self.cluster.client())).await?,
             largest_of("ConfigMap", maps).await?,
         ];
         largest.into_iter().flatten().max_by_key(|(_, size)| *size).context("there is no object")

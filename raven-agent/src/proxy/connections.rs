@@ -154,8 +154,8 @@ impl Connections {
 
     /// Serves a connection that an edge opened for its pool, until it ends, is aborted or the future is dropped.
     ///
-    /// `link`: the connection's socket. `may_connect` is checked after the connection is registered, so that a change of the election in
-    /// between is noticed.
+    /// `link`: the connection's socket. `may_connect` is checked after the connection is registered, so that a change of
+    /// the election in between is noticed.
     pub(crate) async fn serve<S>(
         &self,
         edge: EdgeIdentity,

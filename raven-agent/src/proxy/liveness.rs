@@ -33,7 +33,8 @@ pub(super) fn cloud_interval(edge: Duration) -> Duration {
 /// Longest interval of keepalives that the kernel accepts (MAX_TCP_KEEPIDLE).
 const MAXIMUM: Duration = Duration::from_secs(32_767);
 
-/// Reports the loss of a connection to the other connections between the same two nodes.
+/// Asks idle connections to check the other end at once. At the edge, the connections to one cloud node share it, and the
+/// loss of one is the reason; in the cloud each has its own, and a new connection of the same edge is the reason.
 pub(super) type Suspicion = Arc<Notify>;
 
 /// The socket of a proxy connection, for its options.
