@@ -5,7 +5,7 @@
 //! name, [`http`] a Host header); [`Directory`](crate::plan::proxy::Directory) finds the target node; [`router`]
 //! and [`connections`] open a stream to its site; there [`serve`] connects to the node; [`stream`] carries the
 //! bytes. TLS is not terminated. Proxy connections: [`dial`] opens them at the edge, [`accept`] admits them in the
-//! cloud, [`liveness`] notices dead ones, [`identity`] and [`enrol`] provide certificates. [`fairness`] shares the
+//! cloud, [`liveness`] notices dead ones, [`neighbours`] dead cloud gateway nodes, [`identity`] and [`enrol`] provide certificates. [`fairness`] shares the
 //! streams among clients; [`limits`] has all windows, limits and timeouts; [`stats`] has the counters.
 //!
 //! The L7 half does not depend on L3.
@@ -23,6 +23,7 @@ mod identity;
 mod ingress;
 mod limits;
 mod liveness;
+mod neighbours;
 mod pending;
 mod router;
 mod serve;
@@ -32,7 +33,7 @@ mod stream;
 pub use limits::Liveness;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     sync::Arc,
@@ -52,6 +53,7 @@ use self::{
     enrol::{Enrolment, Purpose, Wanted},
     identity::Identity,
     ingress::{Ingress, Kind},
+    neighbours::Neighbours,
     router::Router,
     serve::EdgeServer,
     stats::Stats,
@@ -125,6 +127,8 @@ enum Part {
     Intercepted,
     /// Dials the cloud.
     Dialler,
+    /// Checks the other proxies of the pool.
+    Neighbours,
 }
 
 impl Proxy {
@@ -155,18 +159,19 @@ impl Proxy {
         let _enrolment = Task(tokio::spawn(enrolment.run()));
         let mut running: BTreeMap<Part, Task> = BTreeMap::new();
         let (mut identity, mut problem) = (shared.identity.subscribe(), shared.problem.subscribe());
-        let mut established = shared.established.subscribe();
+        let (mut established, mut unreachable) = (shared.established.subscribe(), shared.unreachable.subscribe());
         let mut retry = interval(RETRY);
         loop {
             let plan = self.plans.borrow_and_update().clone();
-            shared.publish(&plan);
+            shared.publish(&plan, self.settings.insecure.port());
             let mut failures = self.run_parts(&plan, &shared, &mut running).await;
             failures.extend(problem.borrow_and_update().clone());
             // The Service sends requests by name to ready nodes. Interception does not count: the reconciler
             // reports its state.
             let needed = self.parts(&plan, false);
             let ready = identity.borrow_and_update().is_some() && needed.iter().all(|part| running.contains_key(part));
-            let status = status(&plan.role, ready, &established.borrow_and_update(), failures);
+            let status =
+                status(&plan.role, ready, &established.borrow_and_update(), &unreachable.borrow_and_update(), failures);
             let dials = if let ProxyRole::Edge(clouds) = &plan.role { clouds.len() } else { 0 };
             let report = status.map(|status| ProxyReport { gateway: plan.directory.own_pool.clone(), status, dials });
             self.report.send_if_modified(|have| replace(have, report));
@@ -175,6 +180,7 @@ impl Proxy {
                 Ok(()) = identity.changed() => {}
                 Ok(()) = problem.changed() => {}
                 Ok(()) = established.changed() => {}
+                Ok(()) = unreachable.changed() => {}
                 _ = retry.tick() => {}
             }
         }
@@ -226,6 +232,9 @@ impl Proxy {
                 let server = EdgeServer { plan, stats, liveness: self.settings.liveness };
                 tokio::spawn(dial::run(clouds, identity, server, shared.established.clone()))
             }
+            Part::Neighbours => {
+                tokio::spawn(neighbours::run(shared.neighbours.subscribe(), shared.unreachable.clone()))
+            }
         })
     }
 
@@ -248,7 +257,7 @@ impl Proxy {
                 });
                 let insecure =
                     Part::Ingress(Kind::Insecure, here(self.settings.insecure, self.settings.insecure.port()));
-                [Part::EdgeListener(*port), insecure]
+                [Part::EdgeListener(*port), insecure, Part::Neighbours]
                     .into_iter()
                     .chain(intercepted.then_some(Part::Intercepted))
                     .chain(secure)
@@ -290,6 +299,10 @@ struct Shared {
     clouds: watch::Sender<dial::Clouds>,
     /// Written by the dialler.
     established: watch::Sender<dial::Established>,
+    /// The other proxies of the pool. Written by [`Proxy::run`], read by the task that checks them.
+    neighbours: watch::Sender<Neighbours>,
+    /// Those that accept no connection. Written by that task.
+    unreachable: watch::Sender<BTreeSet<String>>,
     connections: Connections,
 }
 
@@ -302,15 +315,23 @@ impl Shared {
             problem: watch::Sender::default(),
             clouds: watch::Sender::default(),
             established: watch::Sender::default(),
+            neighbours: watch::Sender::default(),
+            unreachable: watch::Sender::default(),
             connections: Connections::new(stats, liveness),
         }
     }
 
-    fn publish(&self, plan: &Arc<ProxyPlan>) {
+    /// `port`: where proxies accept plain requests, which is the same on each node, because the Service targets it.
+    fn publish(&self, plan: &Arc<ProxyPlan>, port: u16) {
         self.wanted.send_if_modified(|have| replace(have, (purpose(plan), plan.ca.clone())));
         self.plan.send_if_modified(|have| replace(have, plan.clone()));
-        if let ProxyRole::Edge(clouds) = &plan.role {
-            self.clouds.send_if_modified(|have| replace(have, clouds.clone()));
+        match &plan.role {
+            ProxyRole::None => {}
+            ProxyRole::Cloud { neighbours, .. } => {
+                let at = |(node, address): (&String, &IpAddr)| (node.clone(), SocketAddr::new(*address, port));
+                self.neighbours.send_if_modified(|have| replace(have, neighbours.iter().map(at).collect()));
+            }
+            ProxyRole::Edge(clouds) => drop(self.clouds.send_if_modified(|have| replace(have, clouds.clone()))),
         }
     }
 }
@@ -335,32 +356,39 @@ fn status(
     role: &ProxyRole,
     ready: bool,
     established: &dial::Established,
+    unreachable: &BTreeSet<String>,
     failures: Vec<String>,
 ) -> Option<ProxyStatus> {
-    let (tunnels, ready, summary): (Vec<String>, bool, String) = match role {
+    let mut status = ProxyStatus { ready, ..ProxyStatus::default() };
+    let summary = match role {
         ProxyRole::None => return None,
-        ProxyRole::Cloud { .. } => {
-            // Edges publish their connections themselves. A list here would be sent to every watcher at each change.
-            let summary = if ready {
-                "accepts proxy connections and requests; GET /connections on the metrics port lists the connections"
-            } else {
-                "the proxy is not ready"
-            };
-            (Vec::new(), ready, summary.to_owned())
+        // Edges publish their connections themselves. A list here would be sent to every watcher at each change.
+        ProxyRole::Cloud { neighbours, .. } => {
+            // After an election, the set may still have nodes of before.
+            status.unreachable = unreachable.iter().filter(|node| neighbours.contains_key(*node)).cloned().collect();
+            match (ready, status.unreachable.as_slice()) {
+                (false, _) => "the proxy is not ready".to_owned(),
+                (true, []) => {
+                    "accepts proxy connections and requests; GET /connections on the metrics port lists the connections"
+                        .to_owned()
+                }
+                (true, lost) => format!("the proxies of these nodes do not accept connections: {}", lost.join(", ")),
+            }
         }
         ProxyRole::Edge(clouds) => {
+            status.ready = !established.is_empty();
+            status.tunnels = established.keys().cloned().collect();
             let missing: Vec<&str> =
                 clouds.keys().filter(|cloud| !established.contains_key(*cloud)).map(String::as_str).collect();
-            let summary = match (clouds.is_empty(), missing.as_slice()) {
+            match (clouds.is_empty(), missing.as_slice()) {
                 (true, _) => "no exposed Gateway has an elected proxy node that can be dialled".to_owned(),
                 (false, []) => "connected to every cloud gateway node".to_owned(),
                 (false, missing) => format!("no proxy connection to {}", missing.join(", ")),
-            };
-            (established.keys().cloned().collect(), !established.is_empty(), summary)
+            }
         }
     };
-    let message = failures.into_iter().chain([summary]).collect::<Vec<_>>().join("; ");
-    Some(ProxyStatus { ready, message, tunnels })
+    status.message = failures.into_iter().chain([summary]).collect::<Vec<_>>().join("; ");
+    Some(status)
 }
 
 /// A task that is aborted on drop.

@@ -97,6 +97,11 @@ pub struct ProxyStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 1024))]
     pub tunnels: Vec<String>,
+    /// In the cloud: other proxies of the Gateway that stopped accepting connections, sorted. They receive no requests while
+    /// this proxy works, unless they report the same of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 1024))]
+    pub unreachable: Vec<String>,
 }
 
 /// A WireGuard peer as observed by the node.

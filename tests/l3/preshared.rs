@@ -12,10 +12,19 @@ const FILE: &str = "/var/lib/raven/preshared";
 const SOON: Duration = Duration::from_secs(60);
 const KEY: &str = "3q2+796tvu/erb7v3q2+796tvu/erb7v3q2+796tvu8=";
 
-/// Writes the file and triggers a reconcile run (the agent reads the file every 30 s by itself) with new sessions.
-fn write_key(node: &Node, text: &str) -> Result<()> {
-    node.ns.sh(&format!("umask 077; printf %s '{text}' > {FILE}"))?;
-    proof::end_sessions(node)
+/// Changes the file with a command and triggers a reconcile run (the agent reads the file every 30 s by itself). When all
+/// peers have `key`, their sessions are ended: one of before continues, and a run that began earlier may still start one.
+async fn change_key(node: &Node, command: &str, key: &str) -> Result<()> {
+    node.ns.sh(command)?;
+    proof::end_sessions(node)?;
+    proof::preshared(node, key).await?;
+    proof::end_sessions(node)?;
+    proof::preshared(node, key).await.map(drop)
+}
+
+/// Writes `text` to the file, from which the agent makes `key`.
+async fn write_key(node: &Node, text: &str, key: &str) -> Result<()> {
+    change_key(node, &format!("umask 077; printf %s '{text}' > {FILE}"), key).await
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -34,17 +43,14 @@ async fn preshared_key_is_applied_at_runtime_and_required_on_both_ends() {
         running.check(proof::preshared(&agent.node, "(none)").await);
     }
     for name in gateways {
-        running.check(write_key(lab.node(name), KEY));
-    }
-    for name in gateways {
-        running.check(proof::preshared(lab.node(name), KEY).await);
+        running.check(write_key(lab.node(name), KEY, KEY).await);
     }
     running.check(proof::converged(lab).await);
 
     // A gateway node with a different key has no sessions; all others are unaffected.
-    running.check(write_key(lab.node("x-a"), "an arbitrary text"));
     // The SHA-256 of the text in base64.
-    running.check(proof::preshared(lab.node("x-a"), "5e1MfHOx7NhGKgCtEbTjZeVvOTve6/t5f5MiiCYAYjE=").await);
+    let hash = "5e1MfHOx7NhGKgCtEbTjZeVvOTve6/t5f5MiiCYAYjE=";
+    running.check(write_key(lab.node("x-a"), "an arbitrary text", hash).await);
     let (cloud, y) = (lab.pool("cloud").clone(), lab.pool("edge-y").clone());
     // Longer than a new session takes: a handshake is retried after 0.5, 1 and 2 s.
     let mut ping = lab.pod("x-b").ns.command("ping");
@@ -57,8 +63,7 @@ async fn preshared_key_is_applied_at_runtime_and_required_on_both_ends() {
     );
     running.check(proof::reach(lab, &cloud, &y, 0).await);
 
-    running.check(write_key(lab.node("x-a"), KEY));
-    running.check(proof::preshared(lab.node("x-a"), KEY).await);
+    running.check(write_key(lab.node("x-a"), KEY, KEY).await);
     running.check(proof::converged(lab).await);
 
     // With an unreadable file, the agent keeps the key, also after a restart.
@@ -77,11 +82,7 @@ async fn preshared_key_is_applied_at_runtime_and_required_on_both_ends() {
 
     // The Secret is deleted: the tunnels have no preshared key.
     for name in gateways {
-        running.check(lab.node(name).ns.sh(&format!("rm {FILE}")));
-        running.check(proof::end_sessions(lab.node(name)));
-    }
-    for name in gateways {
-        running.check(proof::preshared(lab.node(name), "(none)").await);
+        running.check(change_key(lab.node(name), &format!("rm {FILE}"), "(none)").await);
     }
     running.check(proof::converged(lab).await);
 }

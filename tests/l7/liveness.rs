@@ -125,7 +125,9 @@ async fn lost_connections_are_removed_when_the_site_dials_again() {
         Ok(())
     };
     running.check(eventually(SOON, "the idle site has noticed the dead link", lost).await);
-    assert_eq!(running.check(running.numbers()), before, "the cloud has not");
+    // It has closed at most the first one, which it checked when the second was established.
+    let kept = running.check(running.numbers());
+    assert!(!kept.is_empty() && kept.is_subset(&before), "the cloud has not noticed it: {kept:?}");
     drop(cut);
     let replaced = || async {
         let numbers = running.numbers()?;

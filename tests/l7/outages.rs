@@ -30,9 +30,9 @@ const LINK_BACK: Duration = Duration::from_millis(2_000 + 300);
 const NEXT_KEEPALIVE: Duration = Duration::from_secs(17);
 /// The same for a killed agent, whose kernel resets its connections; the agent needs this time to start.
 const AGENT_BACK: Duration = Duration::from_secs(4);
-/// Time until a failed gateway node is removed from the Service: an idle edge notices it after a keepalive interval (15 s)
-/// and three unanswered keepalives (3 s); the controller delays its reaction to collect events for up to 1 s.
-const OUT_OF_SERVICE: Duration = Duration::from_secs(23);
+/// Time until a failed gateway node is removed from the Service: the other one notices it with its third failed check (4 s);
+/// the agent's report and the controller's reaction are delayed by up to 1 s each to collect events.
+const OUT_OF_SERVICE: Duration = Duration::from_secs(7);
 
 /// Fails if a measured time exceeds its limit, which is scaled by [`patience`].
 fn within(limit: Duration, took: Duration) {

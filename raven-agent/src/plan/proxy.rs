@@ -9,7 +9,7 @@ use std::{
 use raven_api::proxy::Ports;
 
 use super::Me;
-use crate::topology::Topology;
+use crate::topology::{Pool, Topology};
 
 /// Everything that the proxy of this node does follows from this.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,6 +36,8 @@ pub enum ProxyRole {
         port: u16,
         /// Names and addresses that edges dial; its certificate is issued for them.
         names: BTreeSet<String>,
+        /// The other proxies of the pool: their addresses inside it, by node.
+        neighbours: BTreeMap<String, IpAddr>,
     },
     /// At an edge: dials these cloud gateway nodes (host and port, by node name) and serves the connections.
     Edge(BTreeMap<String, (String, u16)>),
@@ -107,13 +109,20 @@ pub(super) fn proxy(topology: &Topology, me: &Me) -> ProxyPlan {
     };
     let own = pool.proxies.get(&me.node);
     let role = match own {
-        Some(own) if pool.exposed => {
-            ProxyRole::Cloud { port: own.port, names: own.dial.iter().map(|(host, _)| host.clone()).collect() }
-        }
+        Some(own) if pool.exposed => ProxyRole::Cloud {
+            port: own.port,
+            names: own.dial.iter().map(|(host, _)| host.clone()).collect(),
+            neighbours: neighbours(pool, &me.node),
+        },
         Some(_) => ProxyRole::Edge(cloud_proxies(topology)),
         None => ProxyRole::None,
     };
     ProxyPlan { role, uid: own.and_then(|own| own.uid.clone()), directory: directory(topology, own_pool, me), ca }
+}
+
+fn neighbours(pool: &Pool, node: &str) -> BTreeMap<String, IpAddr> {
+    let others = pool.proxies.keys().filter(|other| *other != node);
+    others.filter_map(|other| Some((other.clone(), IpAddr::V4(pool.members.get(other)?.outer)))).collect()
 }
 
 fn cloud_proxies(topology: &Topology) -> BTreeMap<String, (String, u16)> {
@@ -207,7 +216,11 @@ mod tests {
         let topology = three_sites();
         assert_eq!(
             plan_of(&topology, "c1").role,
-            ProxyRole::Cloud { port: 10262, names: BTreeSet::from(["198.51.100.10".to_owned()]) }
+            ProxyRole::Cloud {
+                port: 10262,
+                names: BTreeSet::from(["198.51.100.10".to_owned()]),
+                neighbours: BTreeMap::new()
+            }
         );
         assert_eq!(
             plan_of(&topology, "x1").role,

@@ -13,6 +13,9 @@ use raven_api::gateway_node::ProxyStatus;
 /// Elected True count: the status of a site without power is stale, too. "Enough" is at least half as many edges as the
 /// best-connected cloud node has. Each edge counts once per cloud node, and only for elected cloud nodes: an edge node
 /// may be stolen and report anything.
+///
+/// Idle edges notice a failure only after their keepalive interval. A cloud node that another one cannot reach any more
+/// is therefore not ready, unless it reports the same of the other: then their network is interrupted, and both work.
 pub(crate) fn ready<'a>(
     gateways: impl Iterator<Item = &'a Gateway> + Clone,
     proxies: impl Iterator<Item = (&'a str, &'a ProxyStatus)>,
@@ -37,7 +40,15 @@ pub(crate) fn ready<'a>(
     }
     let most = edges_connected.values().copied().max().unwrap_or(0);
     let connected = |name: &str| most == 0 || edges_connected.get(name).copied().unwrap_or(0) * 2 >= most;
-    proxies.iter().map(|(name, _)| *name).filter(|name| clouds.contains(name) && connected(name)).collect()
+    let working: BTreeMap<&str, &ProxyStatus> =
+        proxies.iter().copied().filter(|(name, _)| clouds.contains(name) && connected(name)).collect();
+    let misses = |status: &ProxyStatus, name: &str| status.unreachable.iter().any(|lost| lost == name);
+    let lost = |name: &str, own: &ProxyStatus| {
+        working.iter().any(|(other, status)| misses(status, name) && !misses(own, other))
+    };
+    let reached: BTreeSet<&str> =
+        working.iter().filter(|(name, own)| !lost(name, own)).map(|(name, _)| *name).collect();
+    if reached.is_empty() { working.into_keys().collect() } else { reached }
 }
 
 fn condition_holds(status: &GatewayStatus, type_: ConditionType) -> bool {
@@ -71,9 +82,17 @@ mod tests {
 
     /// The ready proxies; each of `edges` reports connections to these nodes.
     fn ready_with(gateways: &[Gateway], edges: &[(&str, Vec<String>)]) -> Vec<String> {
-        let works = |tunnels: &[String]| ProxyStatus { ready: true, tunnels: tunnels.to_vec(), message: String::new() };
-        let clouds = ["a", "b"].map(|name| (name, works(&[])));
-        let edges = edges.iter().map(|(name, tunnels)| (*name, works(tunnels)));
+        ready_of(gateways, &[("a", &[]), ("b", &[])], edges)
+    }
+
+    /// The same; each of `clouds` reports that it cannot reach these nodes.
+    fn ready_of(gateways: &[Gateway], clouds: &[(&str, &[&str])], edges: &[(&str, Vec<String>)]) -> Vec<String> {
+        let clouds = clouds.iter().map(|(name, unreachable)| {
+            (*name, ProxyStatus { ready: true, unreachable: names(unreachable), ..ProxyStatus::default() })
+        });
+        let edges = edges.iter().map(|(name, tunnels)| {
+            (*name, ProxyStatus { ready: true, tunnels: tunnels.clone(), ..ProxyStatus::default() })
+        });
         let all: Vec<_> = clouds.into_iter().chain(edges).collect();
         let proxies = all.iter().map(|(name, proxy)| (*name, proxy));
         ready(gateways.iter(), proxies).into_iter().map(str::to_owned).collect()
@@ -104,5 +123,24 @@ mod tests {
         assert_eq!(ready_with(&gateways, &reports), ["b"], "one edge of three is connected to `a`");
         let reports = [("x1", names(&["a", "b"])), ("v1", names(&["a", "b"])), ("w1", names(&["b"]))];
         assert_eq!(ready_with(&gateways, &reports), ["a", "b"]);
+    }
+    #[test]
+    fn proxy_that_another_one_cannot_reach_is_not_ready() {
+        let gateways = [site("cloud", ExposeType::PublicIP, &["a", "b", "c"], "True"), edge("x", "True")];
+        let idle = [("x1", names(&["a", "b", "c"]))];
+        let ready = |clouds: &[(&str, &[&str])]| ready_of(&gateways, clouds, &idle);
+        assert_eq!(ready(&[("a", &[]), ("b", &["a"]), ("c", &["a"])]), ["b", "c"]);
+        assert_eq!(ready(&[("a", &["b"]), ("b", &["a"]), ("c", &[])]), ["a", "b", "c"], "their link is interrupted");
+        assert_eq!(ready(&[("a", &["b", "c"]), ("b", &["a"]), ("c", &["a"])]), ["a", "b", "c"]);
+        assert_eq!(ready(&[("a", &["b"]), ("b", &["c"]), ("c", &["a"])]), ["a", "b", "c"], "never none");
+        // The edges are connected to `b` only, so the report of `a` does not count.
+        let cut_off = [("x1", names(&["b"]))];
+        assert_eq!(ready_of(&gateways, &[("a", &["b"]), ("b", &[])], &cut_off), ["b"]);
+        // An edge cannot exclude a cloud node.
+        let mut stolen = ProxyStatus { ready: true, tunnels: names(&["a", "b"]), ..ProxyStatus::default() };
+        stolen.unreachable = names(&["a"]);
+        let works = ProxyStatus { ready: true, ..ProxyStatus::default() };
+        let reports = [("a", &works), ("b", &works), ("x1", &stolen)];
+        assert_eq!(super::ready(gateways.iter(), reports.into_iter()).into_iter().collect::<Vec<_>>(), ["a", "b"]);
     }
 }
