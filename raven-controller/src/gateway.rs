@@ -6,7 +6,7 @@
 //!
 //! Modules in the order of the computation: [`membership`] and [`rules`] assign nodes to Gateways, [`elect`] elects
 //! gateway nodes (using [`links`] and [`agents`] to replace nodes that are cut off or have no agent; [`ready`] decides which
-//! proxies work), [`prefixes`] assigns prefixes (using [`claims`]
+//! proxies work, [`keys`] whose a public key is), [`prefixes`] assigns prefixes (using [`claims`]
 //! and [`protected`]), [`status`] computes the conditions, and [`events`] derives Events from the new status.
 
 pub(crate) mod agents;
@@ -16,6 +16,7 @@ pub(crate) mod events;
 pub(crate) mod exposure;
 pub(crate) mod facts;
 pub(crate) mod inputs;
+pub(crate) mod keys;
 pub(crate) mod links;
 pub(crate) mod membership;
 pub(crate) mod prefixes;
@@ -35,6 +36,7 @@ use raven_api::gateway::EndpointType;
 
 use facts::{GatewayFacts, GatewayName, NodeName};
 use inputs::Inputs;
+use keys::KeyHolders;
 use links::Links;
 use membership::Membership;
 use status::{ClusterView, Decision, Draft};
@@ -65,9 +67,10 @@ pub(crate) fn decide(inputs: &Inputs) -> Decisions {
     }
     let exposed = exposure::exposed(inputs);
     let links = Links::of(inputs, &exposed);
+    let holders = KeyHolders::of(inputs, &exposed);
     let gateways = inputs.by_seniority().into_iter().filter(|gateway| !membership.delete.contains(&gateway.name));
     let mut drafts: Vec<Draft<'_>> =
-        gateways.map(|gateway| draft(inputs, gateway, &membership, &links, &exposed)).collect();
+        gateways.map(|gateway| draft(inputs, gateway, &membership, &links, &holders, &exposed)).collect();
 
     prefixes::assign(inputs, &mut drafts);
 
@@ -92,15 +95,17 @@ fn draft<'a>(
     gateway: &'a GatewayFacts,
     membership: &Membership,
     links: &Links<'_>,
+    holders: &KeyHolders<'_>,
     exposed: &BTreeSet<GatewayName>,
 ) -> Draft<'a> {
     let (nodes, mut refusals) = membership.pool_of(inputs, gateway);
     let (addressed, unaddressed): (Vec<_>, Vec<_>) = nodes.iter().copied().partition(|node| node.is_addressed());
-    let mut tunnel = elect::elect(inputs, gateway, EndpointType::Tunnel, &addressed, links);
-    let mut proxy = elect::elect(inputs, gateway, EndpointType::Proxy, &addressed, links);
+    let mut tunnel = elect::elect(inputs, gateway, EndpointType::Tunnel, &addressed, links, holders);
+    let mut proxy = elect::elect(inputs, gateway, EndpointType::Proxy, &addressed, links, holders);
     tunnel.add_load_balancers(inputs, gateway);
     proxy.add_load_balancers(inputs, gateway);
     refusals.extend(elect::refused_endpoints(inputs, gateway, &nodes));
+    refusals.extend(holders.refusals(inputs, &gateway.name, &tunnel));
     Draft {
         gateway,
         nodes: addressed.into_iter().map(|node| (node, Vec::new())).collect(),

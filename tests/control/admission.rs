@@ -1,8 +1,10 @@
-//! Tests of the admission policy: an agent can write only its own GatewayNode, identified by the token of its Pod.
+//! Tests of the admission policies: an agent can write only its own GatewayNode, identified by the token of its Pod, and
+//! a kubelet cannot move its Node into another pool.
 
 use std::path::Path;
 
 use anyhow::{Result, ensure};
+use k8s_openapi::api::core::v1::Node;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
@@ -91,6 +93,59 @@ async fn agent_can_write_only_its_own_gateway_node() {
             Ok(())
         })
         .await
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kubelet_cannot_move_its_node_into_another_pool() {
+    let pools = vec![PoolSpec { nodes: vec!["c-a".into()], ..PoolSpec::new("cloud", "cloud", 0, 10) }];
+    run_with_pools(pools, test_name!(), async |fixture| {
+        // The lab's API server has no Node authorizer, so its role is bound as in old clusters.
+        fixture.lab.cluster().kubectl(&[
+            "create",
+            "clusterrolebinding",
+            "kubelets",
+            "--clusterrole=system:node",
+            "--group=system:nodes",
+        ])?;
+        let mut config = Config::from_custom_kubeconfig(
+            Kubeconfig::read_from(fixture.lab.cluster().kubeconfig())?,
+            &KubeConfigOptions::default(),
+        )
+        .await?;
+        config.auth_info.impersonate = Some("system:node:c-a".to_owned());
+        config.auth_info.impersonate_groups = Some(vec!["system:nodes".to_owned()]);
+        let kubelet: Api<Node> = Api::all(Client::try_from(config)?);
+        let admin: Api<Node> = Api::all(fixture.lab.cluster().client());
+        let merge = PatchParams::default();
+        let labels = |name: &str, value: Value| Patch::Merge(json!({"metadata": {"labels": {name: value}}}));
+
+        // The binding and the policy come into force after a delay; both are probed with a harmless label.
+        raven_tests::eventually(crate::fixture::SOON, "the kubelet may write its Node", async || {
+            Ok(kubelet.patch("c-a", &merge, &labels("example.com/rack", json!("7"))).await.map(drop)?)
+        })
+        .await?;
+        for name in [
+            "raven.openyurt.io/gateway",
+            "openyurt.io/is-edge-worker",
+            "apps.openyurt.io/nodepool",
+            "apps.openyurt.io/desired-nodepool",
+        ] {
+            let denied = format!("may not change labels that assign its node to a pool: {name}");
+            admin.patch("c-a", &merge, &labels(name, Value::Null)).await?;
+            ensure_denied(kubelet.patch("c-a", &merge, &labels(name, json!("other"))).await, &denied)?;
+            ensure_denied(kubelet.patch_status("c-a", &merge, &labels(name, json!("other"))).await, &denied)?;
+            admin.patch("c-a", &merge, &labels(name, json!("own"))).await?;
+            ensure_denied(kubelet.patch("c-a", &merge, &labels(name, json!("other"))).await, &denied)?;
+            ensure_denied(kubelet.patch_status("c-a", &merge, &labels(name, Value::Null)).await, &denied)?;
+            // The same value is no change.
+            kubelet.patch("c-a", &merge, &labels(name, json!("own"))).await?;
+        }
+        let ready =
+            json!({"status": {"conditions": [{"type": "Ready", "status": "True", "reason": "r", "message": "m"}]}});
+        kubelet.patch_status("c-a", &merge, &Patch::Strategic(ready)).await?;
+        Ok(())
     })
     .await;
 }

@@ -17,6 +17,7 @@ use raven_api::proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID, CONFIG_PROXY_READY};
 
 use super::facts::{BalancerFacts, GatewayFacts, NodeFacts, NodeName};
 use super::inputs::Inputs;
+use super::keys::KeyHolders;
 use super::links::Links;
 use super::refusal::Refusal;
 
@@ -70,6 +71,7 @@ pub(crate) fn elect(
     type_: EndpointType,
     nodes: &[&NodeFacts],
     links: &Links<'_>,
+    holders: &KeyHolders<'_>,
 ) -> Election {
     let wanted = replicas(gateway, type_);
     let candidates = candidates(gateway, type_, nodes);
@@ -91,7 +93,7 @@ pub(crate) fn elect(
 
     let elected = eligible.into_iter().enumerate().filter(|(i, _)| chosen.contains(i));
     let elected: Vec<Endpoint> =
-        elected.map(|(_, (endpoint, node))| complete(inputs, gateway, endpoint, node)).collect();
+        elected.map(|(_, (endpoint, node))| complete(inputs, gateway, endpoint, node, holders)).collect();
     let silent = elected.iter().map(|e| e.node_name.as_str()).filter(|name| without_agent(&(*name).into()));
     let without_agent = silent.map(str::to_owned).collect();
     Election { type_, wanted, candidates: count, kept: none_ready && !elected.is_empty(), elected, without_agent }
@@ -172,7 +174,13 @@ fn implied(listed: &[Endpoint], type_: EndpointType, node: &NodeFacts) -> Endpoi
 }
 
 // Adds what agents need to know of an elected node.
-fn complete(inputs: &Inputs, gateway: &GatewayFacts, mut endpoint: Endpoint, node: &NodeFacts) -> Endpoint {
+fn complete(
+    inputs: &Inputs,
+    gateway: &GatewayFacts,
+    mut endpoint: Endpoint,
+    node: &NodeFacts,
+    holders: &KeyHolders<'_>,
+) -> Endpoint {
     endpoint.port = Some(i32::from(endpoint.port_or_default()));
     // Always observed, never values from the spec.
     endpoint.config.remove(CONFIG_NODE_UID);
@@ -183,7 +191,10 @@ fn complete(inputs: &Inputs, gateway: &GatewayFacts, mut endpoint: Endpoint, nod
             // A key stays while its GatewayNode cannot be read or is recreated: tunnels must not end because of it.
             let known = || key_before(gateway, &endpoint.node_name);
             let listed = || endpoint.config.get(CONFIG_PUBLIC_KEY).cloned();
-            let key = inputs.keys.get(&node.name).cloned().or_else(listed).or_else(known);
+            let own = |key: &String| holders.may_have(&node.name, key);
+            let published = inputs.keys.get(&node.name).filter(|key| own(key)).cloned();
+            let key = published.or_else(|| listed().filter(own)).or_else(|| known().filter(own));
+            endpoint.config.remove(CONFIG_PUBLIC_KEY);
             key.map(|key| endpoint.config.insert(CONFIG_PUBLIC_KEY.to_owned(), key));
         }
         EndpointType::Proxy => {

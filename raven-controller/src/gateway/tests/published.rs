@@ -47,3 +47,56 @@ fn readiness_of_a_proxy_is_observed_and_never_taken_from_the_spec() {
     cluster.0.ready_proxies.insert(elected[0].as_str().into());
     assert_eq!(ready(&cluster.apply(3)).as_deref(), Some("true"));
 }
+
+/// A stolen node of the older Gateway, or a machine that was cloned from another one's disk, has the other's key.
+#[test]
+fn key_belongs_to_the_node_that_published_it_first() {
+    let key = |cluster: &Cluster, gateway: &str| {
+        config(cluster, gateway, EndpointType::Tunnel, CONFIG_PUBLIC_KEY).map(str::to_owned)
+    };
+    let some = |key: &str| Some(key.to_owned());
+    let mut cluster = two_pools().gateway(gateway("other", 3)).node(member("other", "o1", "10.3.1.0/24"));
+    for (node, own) in [("c1", "key-c"), ("e1", "key-e"), ("o1", "key-o")] {
+        cluster.0.keys.insert(node.into(), own.to_owned());
+    }
+    let mut cluster = cluster.apply(1);
+    cluster.0.keys.insert("e1".into(), "key-o".to_owned());
+    let decided = cluster.decide();
+    let notices: Vec<_> = decided.gateways[&"edge".into()].refusals.iter().filter_map(|r| r.notice.as_ref()).collect();
+    assert_eq!(notices.len(), 1, "{notices:?}");
+    assert_eq!((&notices[0].to, notices[0].reason), (&"other".into(), "PublicKeyClaimed"));
+    let cluster = cluster.apply(2);
+    assert_eq!((key(&cluster, "edge"), key(&cluster, "other")), (some("key-e"), some("key-o")), "its own key stays");
+    cluster.assert_condition(
+        "edge",
+        "Accepted",
+        "False",
+        "PublicKeyTaken",
+        "node e1 has published the WireGuard key of node o1",
+    );
+    cluster.assert_condition("other", "Accepted", "True", "Accepted", "in force");
+    // The other node's GatewayNode is unreadable or deleted: it still has its key.
+    let mut cluster = cluster;
+    cluster.0.keys.remove(&"o1".into());
+    let mut cluster = cluster.apply(3);
+    assert_eq!((key(&cluster, "edge"), key(&cluster, "other")), (some("key-e"), some("key-o")));
+    // It has another key: the first one is free.
+    cluster.0.keys.insert("o1".into(), "key-o2".to_owned());
+    let cluster = cluster.apply(4).apply(5);
+    assert_eq!((key(&cluster, "edge"), key(&cluster, "other")), (some("key-o"), some("key-o2")));
+}
+
+#[test]
+fn key_that_two_nodes_publish_at_once_stays_with_the_exposed_gateway() {
+    let mut cluster = Cluster::new()
+        .gateway(gateway("edge", 1))
+        .gateway(exposed(gateway("cloud", 2)))
+        .node(member("edge", "e1", "10.2.1.0/24"))
+        .node(member("cloud", "c1", "10.1.1.0/24"));
+    for node in ["e1", "c1"] {
+        cluster.0.keys.insert(node.into(), "key".to_owned());
+    }
+    let cluster = cluster.apply(1).apply(2);
+    let key = |gateway: &str| config(&cluster, gateway, EndpointType::Tunnel, CONFIG_PUBLIC_KEY);
+    assert_eq!((key("edge"), key("cloud")), (None, Some("key")));
+}
