@@ -32,7 +32,11 @@ use crate::{
     config::Run,
     leftovers,
     link::Links,
-    names, observe,
+    names,
+    observe::{
+        self,
+        admin::{self, Paths},
+    },
     plan::{ProxyPlan, plan},
     proxy::{self, Liveness, Proxy, ProxySettings, stats::Stats},
     resolve, snapshot,
@@ -126,9 +130,9 @@ pub async fn run(config: Run) -> Result<()> {
     tokio::spawn(resolve::run(inputs, config.node_name.clone()));
     let drops = observe::Drops::default();
     tokio::spawn(drops.clone().read());
-    let sources = observe::admin::Sources { latest, proxy: proxied.subscribe(), drops, stats, outages };
-    tokio::spawn(observe::admin::serve(config.metric_bind_addr, sources.clone()));
-    tokio::spawn(observe::admin::serve(config.health_probe_addr, sources));
+    let sources = admin::Sources { latest, proxy: proxied.subscribe(), drops, stats, outages };
+    tokio::spawn(admin::serve(config.metric_bind_addr, Paths::All, sources.clone()));
+    tokio::spawn(admin::serve(config.health_probe_addr, Paths::Health, sources));
     let work = Loop {
         reconciler,
         feed: Feed::new(inputs_seen),

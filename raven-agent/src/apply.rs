@@ -10,6 +10,7 @@ mod report;
 mod steps;
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, TcpListener},
     path::PathBuf,
     sync::Arc,
@@ -30,7 +31,7 @@ use crate::{
     config::{Engine, TcAttach, Tier},
     conntrack,
     diff::diff,
-    link::{self, Links, Uplink, Uplinks},
+    link::{self, Links, Neighbours, Uplink, Uplinks},
     names,
     netfilter::{self, Ensured, Sources, Without},
     plan::{Me, Plan},
@@ -40,6 +41,8 @@ use crate::{
     tunnel::{self, Backend, PrivateKey, Tunnel},
 };
 
+/// Time for which an overflow of a neighbour table is reported.
+const OVERFLOW_SHOWN: Duration = Duration::from_secs(600);
 /// Shortest period of the check of the surroundings while nothing changes.
 const SURROUNDINGS_PERIOD: Duration = Duration::from_secs(25);
 /// The period is at least this many times as long as the check took, which depends on the node's firewall.
@@ -119,6 +122,10 @@ struct Checked {
     next: Instant,
     /// What stops packets.
     found: Vec<String>,
+    /// The neighbour tables.
+    neighbours: Neighbours,
+    /// Families whose neighbour table has overflowed, with the time of the last overflow.
+    overflowed: BTreeMap<&'static str, Instant>,
 }
 
 /// What a run reads before it plans.
@@ -226,6 +233,7 @@ impl Reconciler {
             plan,
             failures: outcome.failures,
             surroundings: outcome.surroundings,
+            neighbours: self.surroundings.as_ref().map(|checked| checked.neighbours.clone()).unwrap_or_default(),
             fails_closed: outcome.fails_closed,
             change: outcome.change,
             restored: self.restored,
@@ -295,18 +303,37 @@ impl Reconciler {
     }
 
     async fn check_surroundings(&mut self, plan: &Plan, indexes: Indexes, uplink: &Uplink, outcome: &mut Outcome) {
-        let recent = self.surroundings.take().filter(|last| !outcome.change.any() && last.next > Instant::now());
-        let checked = match recent {
-            Some(recent) => recent,
-            None => {
-                let start = Instant::now();
-                let found = surroundings::check(&self.links, plan, indexes, &uplink.name).await;
-                Checked { next: start + SURROUNDINGS_PERIOD.max(start.elapsed() * SURROUNDINGS_SHARE), found }
-            }
+        let last = self.surroundings.take();
+        let checked = match last {
+            Some(last) if !outcome.change.any() && last.next > Instant::now() => last,
+            last => self.look_around(plan, indexes, uplink, last).await,
         };
         outcome.surroundings.extend(checked.found.iter().cloned());
         outcome.rerun_within(checked.next.saturating_duration_since(Instant::now()));
+        outcome.surroundings.extend(checked.overflowed.keys().map(|family| surroundings::overflow(family)));
         self.surroundings = Some(checked);
+    }
+
+    async fn look_around(&self, plan: &Plan, indexes: Indexes, uplink: &Uplink, last: Option<Checked>) -> Checked {
+        let start = Instant::now();
+        let found = surroundings::check(&self.links, plan, indexes, &uplink.name).await;
+        let mut overflowed = last.as_ref().map(|last| last.overflowed.clone()).unwrap_or_default();
+        overflowed.retain(|_, at| at.elapsed() < OVERFLOW_SHOWN);
+        let before = last.map(|last| last.neighbours);
+        let neighbours = match self.links.neighbours(uplink.sources.iter().map(|(node, _)| *node)).await {
+            Ok(now) => {
+                // Without an earlier value, the counters may have increased at any time since boot.
+                let families = before.iter().flat_map(|before| now.overflowed_since(before));
+                overflowed.extend(families.map(|family| (family, start)));
+                now
+            }
+            Err(e) => {
+                tracing::warn!(error = %e, "the kernel's neighbour tables are not checked");
+                before.unwrap_or_default()
+            }
+        };
+        let next = start + SURROUNDINGS_PERIOD.max(start.elapsed() * SURROUNDINGS_SHARE);
+        Checked { next, found, neighbours, overflowed }
     }
 
     fn configure(&mut self, plan: &Plan, indexes: Indexes, abilities: Abilities) -> Result<Change, bpf::Error> {

@@ -4,6 +4,7 @@
 mod device;
 mod filters;
 mod interception;
+mod neighbours;
 mod route;
 mod uplink;
 mod upstream;
@@ -25,6 +26,7 @@ use crate::names;
 
 pub use self::{
     device::Found,
+    neighbours::{Losses, Neighbours},
     route::Hop,
     uplink::{Uplink, Uplinks},
 };

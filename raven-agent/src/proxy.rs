@@ -5,7 +5,7 @@
 //! name, [`http`] a Host header); [`Directory`](crate::plan::proxy::Directory) finds the target node; [`router`]
 //! and [`connections`] open a stream to its site; there [`serve`] connects to the node; [`stream`] carries the
 //! bytes. TLS is not terminated. Proxy connections: [`dial`] opens them at the edge, [`accept`] admits them in the
-//! cloud, [`liveness`] notices dead ones, [`neighbours`] dead cloud gateway nodes, [`identity`] and [`enrol`] provide certificates. [`fairness`] shares the
+//! cloud, [`liveness`] notices dead ones, [`siblings`] dead cloud gateway nodes, [`identity`] and [`enrol`] provide certificates. [`fairness`] shares the
 //! streams among clients; [`limits`] has all windows, limits and timeouts; [`stats`] has the counters.
 //!
 //! The L7 half does not depend on L3.
@@ -23,10 +23,10 @@ mod identity;
 mod ingress;
 mod limits;
 mod liveness;
-mod neighbours;
 mod pending;
 mod router;
 mod serve;
+mod siblings;
 pub mod stats;
 mod stream;
 
@@ -53,9 +53,9 @@ use self::{
     enrol::{Enrolment, Purpose, Wanted},
     identity::Identity,
     ingress::{Ingress, Kind},
-    neighbours::Neighbours,
     router::Router,
     serve::EdgeServer,
+    siblings::Siblings,
     stats::Stats,
 };
 use crate::plan::proxy::{ProxyPlan, ProxyRole};
@@ -128,7 +128,7 @@ enum Part {
     /// Dials the cloud.
     Dialler,
     /// Checks the other proxies of the pool.
-    Neighbours,
+    Siblings,
 }
 
 impl Proxy {
@@ -232,9 +232,7 @@ impl Proxy {
                 let server = EdgeServer { plan, stats, liveness: self.settings.liveness };
                 tokio::spawn(dial::run(clouds, identity, server, shared.established.clone()))
             }
-            Part::Neighbours => {
-                tokio::spawn(neighbours::run(shared.neighbours.subscribe(), shared.unreachable.clone()))
-            }
+            Part::Siblings => tokio::spawn(siblings::run(shared.siblings.subscribe(), shared.unreachable.clone())),
         })
     }
 
@@ -257,7 +255,7 @@ impl Proxy {
                 });
                 let insecure =
                     Part::Ingress(Kind::Insecure, here(self.settings.insecure, self.settings.insecure.port()));
-                [Part::EdgeListener(*port), insecure, Part::Neighbours]
+                [Part::EdgeListener(*port), insecure, Part::Siblings]
                     .into_iter()
                     .chain(intercepted.then_some(Part::Intercepted))
                     .chain(secure)
@@ -300,7 +298,7 @@ struct Shared {
     /// Written by the dialler.
     established: watch::Sender<dial::Established>,
     /// The other proxies of the pool. Written by [`Proxy::run`], read by the task that checks them.
-    neighbours: watch::Sender<Neighbours>,
+    siblings: watch::Sender<Siblings>,
     /// Those that accept no connection. Written by that task.
     unreachable: watch::Sender<BTreeSet<String>>,
     connections: Connections,
@@ -315,7 +313,7 @@ impl Shared {
             problem: watch::Sender::default(),
             clouds: watch::Sender::default(),
             established: watch::Sender::default(),
-            neighbours: watch::Sender::default(),
+            siblings: watch::Sender::default(),
             unreachable: watch::Sender::default(),
             connections: Connections::new(stats, liveness),
         }
@@ -327,9 +325,9 @@ impl Shared {
         self.plan.send_if_modified(|have| replace(have, plan.clone()));
         match &plan.role {
             ProxyRole::None => {}
-            ProxyRole::Cloud { neighbours, .. } => {
+            ProxyRole::Cloud { siblings, .. } => {
                 let at = |(node, address): (&String, &IpAddr)| (node.clone(), SocketAddr::new(*address, port));
-                self.neighbours.send_if_modified(|have| replace(have, neighbours.iter().map(at).collect()));
+                self.siblings.send_if_modified(|have| replace(have, siblings.iter().map(at).collect()));
             }
             ProxyRole::Edge(clouds) => drop(self.clouds.send_if_modified(|have| replace(have, clouds.clone()))),
         }
@@ -363,9 +361,9 @@ fn status(
     let summary = match role {
         ProxyRole::None => return None,
         // Edges publish their connections themselves. A list here would be sent to every watcher at each change.
-        ProxyRole::Cloud { neighbours, .. } => {
+        ProxyRole::Cloud { siblings, .. } => {
             // After an election, the set may still have nodes of before.
-            status.unreachable = unreachable.iter().filter(|node| neighbours.contains_key(*node)).cloned().collect();
+            status.unreachable = unreachable.iter().filter(|node| siblings.contains_key(*node)).cloned().collect();
             match (ready, status.unreachable.as_slice()) {
                 (false, _) => "the proxy is not ready".to_owned(),
                 (true, []) => {

@@ -53,6 +53,15 @@ pub fn wrong_source(role: Role, own: Ipv4Addr, uplink: &Uplink, abilities: Abili
     ))
 }
 
+/// The kernel's neighbour table of `family` (`ipv4`, `ipv6`) was too small.
+pub fn overflow(family: &str) -> String {
+    let name = if family == "ipv6" { "NDP" } else { "ARP" };
+    format!(
+        "the kernel's {family} neighbour table ({name}) was full in the last ten minutes, so packets to other nodes of the pool were lost: \
+         sysctl -w net.{family}.neigh.default.gc_thresh3=8192 net.{family}.neigh.default.gc_thresh2=4096, or more, and keep both in /etc/sysctl.d"
+    )
+}
+
 /// Pods are reached by forwarding, so a node that does not forward has no reachable pods. `own`: this node's prefixes.
 fn forwarding(own: &[IpNet], read: impl Fn(&str) -> Option<String>) -> Vec<String> {
     let families = [

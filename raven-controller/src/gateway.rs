@@ -105,7 +105,7 @@ fn draft<'a>(
     tunnel.add_load_balancers(inputs, gateway);
     proxy.add_load_balancers(inputs, gateway);
     refusals.extend(elect::refused_endpoints(inputs, gateway, &nodes));
-    refusals.extend(holders.refusals(inputs, &gateway.name, &tunnel));
+    refusals.extend(holders.refusals(inputs, &gateway.name, &tunnel.elected));
     Draft {
         gateway,
         nodes: addressed.into_iter().map(|node| (node, Vec::new())).collect(),

@@ -12,6 +12,7 @@ mod forged;
 mod gateway_failover;
 mod host_names;
 mod live_changes;
+mod neighbours;
 mod node_addresses;
 mod node_state;
 mod other_programs;

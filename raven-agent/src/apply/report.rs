@@ -5,7 +5,9 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::Instant;
 
 use crate::{
-    bpf, link, netfilter,
+    bpf,
+    link::{self, Neighbours},
+    netfilter,
     plan::Plan,
     state::Change,
     topology::PublicKey,
@@ -38,6 +40,8 @@ pub struct Report {
     pub failures: Vec<Error>,
     /// Settings and rules of other programs that stop packets, one sentence each.
     pub surroundings: Vec<String>,
+    /// What the kernel's neighbour tables said when the surroundings were checked.
+    pub neighbours: Neighbours,
     /// Raven's rule and its unreachable routes exist.
     pub fails_closed: bool,
     /// Objects that this run changed.

@@ -24,6 +24,9 @@ const HEAD: Duration = Duration::from_secs(5);
 /// loop hangs. A restart loses no packet.
 const STUCK: Duration = Duration::from_secs(300);
 
+/// Answer while nothing is known yet.
+const WAITING: &str = "waiting for the topology\n";
+
 /// The state that is served.
 #[derive(Clone)]
 pub struct Sources {
@@ -39,8 +42,17 @@ pub struct Sources {
     pub outages: Outages,
 }
 
-/// Serves all paths on `address` until the process ends. A failure to listen is logged and does not affect forwarding.
-pub async fn serve(address: SocketAddr, sources: Sources) {
+/// What is served on an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Paths {
+    /// `/healthz` and `/readyz`, for the kubelet.
+    Health,
+    /// These, and what describes the node and its traffic.
+    All,
+}
+
+/// Serves on `address` until the process ends. A failure to listen is logged and does not affect forwarding.
+pub async fn serve(address: SocketAddr, paths: Paths, sources: Sources) {
     let listener = match bind(address).await {
         Ok(listener) => listener,
         Err(e) => {
@@ -60,7 +72,7 @@ pub async fn serve(address: SocketAddr, sources: Sources) {
         let sources = sources.clone();
         tokio::spawn(async move {
             let service = service_fn(move |request| {
-                let response = answer(&request, &sources);
+                let response = answer(&request, paths, &sources);
                 async move { Ok::<_, Infallible>(response) }
             });
             let mut builder = http1::Builder::new();
@@ -81,15 +93,20 @@ async fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     }
 }
 
-fn answer<B>(request: &Request<B>, sources: &Sources) -> Response<Full<Bytes>> {
+fn answer<B>(request: &Request<B>, paths: Paths, sources: &Sources) -> Response<Full<Bytes>> {
     let report = sources.latest.borrow().as_ref().map(|(report, _)| report.clone());
     match (request.uri().path(), &report) {
         ("/healthz", _) => health(report.map(|r| r.ended.elapsed())),
-        ("/readyz" | "/status", None) => text(StatusCode::SERVICE_UNAVAILABLE, "waiting for the topology\n".to_owned()),
+        ("/readyz", None) => text(StatusCode::SERVICE_UNAVAILABLE, WAITING.to_owned()),
         ("/readyz", Some(r)) => {
             let failures = r.failures.iter().map(ToString::to_string);
             readiness(failures.chain(sources.outages.long(Instant::now())))
         }
+        _ if paths == Paths::Health => {
+            let elsewhere = "not found; available paths: /healthz, /readyz; others are served at --metric-bind-addr\n";
+            text(StatusCode::NOT_FOUND, elsewhere.to_owned())
+        }
+        ("/status", None) => text(StatusCode::SERVICE_UNAVAILABLE, WAITING.to_owned()),
         ("/status", Some(r)) => text(StatusCode::OK, status::render(r, sources.proxy.borrow().as_ref())),
         ("/metrics", _) => match metrics::render(report.as_deref(), &sources.stats) {
             Ok(metrics) => text(StatusCode::OK, metrics),
@@ -139,5 +156,25 @@ mod tests {
         assert_eq!(health(None).status(), StatusCode::OK, "it waits for the first topology");
         assert_eq!(health(Some(Duration::from_secs(60))).status(), StatusCode::OK);
         assert_eq!(health(Some(STUCK + Duration::from_secs(1))).status(), StatusCode::SERVICE_UNAVAILABLE);
+    }
+
+    #[test]
+    fn health_port_serves_nothing_about_the_node() {
+        let sources = Sources {
+            latest: watch::Sender::default().subscribe(),
+            proxy: watch::Sender::default().subscribe(),
+            drops: Drops::default(),
+            stats: Stats::default(),
+            outages: Outages::default(),
+        };
+        let status = |path: &str, paths: Paths| {
+            answer(&Request::get(path).body(()).expect("a request"), paths, &sources).status()
+        };
+        for path in ["/status", "/metrics", "/drops", "/connections"] {
+            assert_eq!(status(path, Paths::Health), StatusCode::NOT_FOUND, "{path}");
+        }
+        assert_eq!(status("/healthz", Paths::Health), StatusCode::OK);
+        assert_eq!(status("/readyz", Paths::Health), StatusCode::SERVICE_UNAVAILABLE, "no topology yet");
+        assert_eq!(status("/connections", Paths::All), StatusCode::OK);
     }
 }

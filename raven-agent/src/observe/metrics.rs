@@ -9,7 +9,7 @@ use prometheus_client::{
 };
 use raven_common::tables::NO_GATEWAY;
 
-use crate::{apply::Report, bpf, names, proxy::stats::Stats};
+use crate::{apply::Report, bpf, link::Neighbours, names, proxy::stats::Stats};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Labels {
@@ -17,6 +17,12 @@ struct Labels {
     verdict: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FamilyLabel {
+    family: &'static str,
+}
+
+type FamilyCounters = Family<FamilyLabel, Counter<u64, AtomicU64>>;
 type Counters = Family<Labels, Counter<u64, AtomicU64>>;
 
 /// The metrics in OpenMetrics text.
@@ -59,6 +65,9 @@ pub(super) fn render(report: Option<&Report>, proxy: &Stats) -> Result<String, S
             report.plan.state.remote.len(),
         );
     }
+    if let Some(report) = report {
+        neighbours(&mut registry, &report.neighbours);
+    }
     let refused: Counter = Counter::default();
     refused.inc_by(refused_by_wireguard());
     registry.register(
@@ -69,6 +78,31 @@ pub(super) fn render(report: Option<&Report>, proxy: &Stats) -> Result<String, S
     let mut text = String::new();
     encode(&mut text, &registry).map_err(|e| e.to_string())?;
     Ok(text)
+}
+
+/// Packets that the kernel loses after Raven's programs have counted them as forwarded.
+fn neighbours(registry: &mut Registry, found: &Neighbours) {
+    gauge(
+        registry,
+        "raven_neighbours_unresolved",
+        "Nodes of the own pool that do not answer ARP or NDP, so that packets for them are lost; /status lists them",
+        found.unresolved.len(),
+    );
+    let (failures, overflows) = (FamilyCounters::default(), FamilyCounters::default());
+    for (family, losses) in [("ipv4", found.v4), ("ipv6", found.v6)] {
+        failures.get_or_create(&FamilyLabel { family }).inc_by(losses.failures);
+        overflows.get_or_create(&FamilyLabel { family }).inc_by(losses.overflows);
+    }
+    registry.register(
+        "raven_neighbour_failures",
+        "Neighbours that the kernel could not resolve, of all devices of this node",
+        failures,
+    );
+    registry.register(
+        "raven_neighbour_overflows",
+        "New neighbours that did not fit into the kernel's table: increase net.ipv4.neigh.default.gc_thresh3",
+        overflows,
+    );
 }
 
 fn gauge(registry: &mut Registry, name: &str, help: &str, value: usize) {

@@ -1,5 +1,7 @@
 //! The agent's full state as JSON, for `/status`.
 
+use std::{collections::BTreeSet, net::IpAddr};
+
 use serde::Serialize;
 
 use crate::{apply::Report, proxy::ProxyReport, tunnel::Backend};
@@ -25,6 +27,9 @@ struct Status<'a> {
     failures: Vec<String>,
     /// Settings and rules of other programs that stop packets.
     surroundings: &'a [String],
+    /// Nodes of the pool that do not answer ARP or NDP.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    unresolved_neighbours: &'a BTreeSet<IpAddr>,
     /// Problems in the topology.
     problems: &'a [String],
     restored: u64,
@@ -56,6 +61,7 @@ pub(super) fn render(report: &Report, proxy: Option<&ProxyReport>) -> String {
         remote_prefixes: report.plan.state.remote.len(),
         failures: report.failures.iter().map(ToString::to_string).collect(),
         surroundings: &report.surroundings,
+        unresolved_neighbours: &report.neighbours.unresolved,
         problems: &report.plan.problems,
         restored: report.restored,
         age_seconds: report.ended.elapsed().as_secs(),

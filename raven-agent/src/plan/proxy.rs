@@ -37,7 +37,7 @@ pub enum ProxyRole {
         /// Names and addresses that edges dial; its certificate is issued for them.
         names: BTreeSet<String>,
         /// The other proxies of the pool: their addresses inside it, by node.
-        neighbours: BTreeMap<String, IpAddr>,
+        siblings: BTreeMap<String, IpAddr>,
     },
     /// At an edge: dials these cloud gateway nodes (host and port, by node name) and serves the connections.
     Edge(BTreeMap<String, (String, u16)>),
@@ -112,7 +112,7 @@ pub(super) fn proxy(topology: &Topology, me: &Me) -> ProxyPlan {
         Some(own) if pool.exposed => ProxyRole::Cloud {
             port: own.port,
             names: own.dial.iter().map(|(host, _)| host.clone()).collect(),
-            neighbours: neighbours(pool, &me.node),
+            siblings: siblings(pool, &me.node),
         },
         Some(_) => ProxyRole::Edge(cloud_proxies(topology)),
         None => ProxyRole::None,
@@ -120,7 +120,7 @@ pub(super) fn proxy(topology: &Topology, me: &Me) -> ProxyPlan {
     ProxyPlan { role, uid: own.and_then(|own| own.uid.clone()), directory: directory(topology, own_pool, me), ca }
 }
 
-fn neighbours(pool: &Pool, node: &str) -> BTreeMap<String, IpAddr> {
+fn siblings(pool: &Pool, node: &str) -> BTreeMap<String, IpAddr> {
     let others = pool.proxies.keys().filter(|other| *other != node);
     others.filter_map(|other| Some((other.clone(), IpAddr::V4(pool.members.get(other)?.outer)))).collect()
 }
@@ -219,7 +219,7 @@ mod tests {
             ProxyRole::Cloud {
                 port: 10262,
                 names: BTreeSet::from(["198.51.100.10".to_owned()]),
-                neighbours: BTreeMap::new()
+                siblings: BTreeMap::new()
             }
         );
         assert_eq!(

@@ -3,9 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use raven_api::gateway::{CONFIG_PUBLIC_KEY, EndpointType};
+use raven_api::gateway::{CONFIG_PUBLIC_KEY, Endpoint, EndpointType};
 
-use super::elect::Election;
 use super::facts::{GatewayName, NodeName};
 use super::inputs::Inputs;
 use super::refusal::{Notice, Refusal};
@@ -46,9 +45,9 @@ impl<'a> KeyHolders<'a> {
         self.other(key, node).is_none()
     }
 
-    /// Refusals for elected nodes that have published the key of another node.
-    pub(crate) fn refusals(&self, inputs: &Inputs, gateway: &GatewayName, tunnel: &Election) -> Vec<Refusal> {
-        let elected = tunnel.elected.iter().map(|endpoint| NodeName::from(endpoint.node_name.as_str()));
+    /// Refusals for elected nodes that have published the key of another node. `elected`: tunnel endpoints of `gateway`.
+    pub(crate) fn refusals(&self, inputs: &Inputs, gateway: &GatewayName, elected: &[Endpoint]) -> Vec<Refusal> {
+        let elected = elected.iter().map(|endpoint| NodeName::from(endpoint.node_name.as_str()));
         let refused = elected.filter_map(|node| {
             let holder = self.other(inputs.keys.get(&node)?, &node)?;
             let message = format!(

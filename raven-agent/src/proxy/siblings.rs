@@ -20,17 +20,17 @@ const CHECK: Duration = Duration::from_secs(1);
 const FAILED: u32 = 3;
 
 /// Addresses that the other proxies of the pool accept requests on, by node.
-pub(super) type Neighbours = BTreeMap<String, SocketAddr>;
+pub(super) type Siblings = BTreeMap<String, SocketAddr>;
 
-/// Connects to each neighbour at fixed intervals and publishes the names of those that accept no connection, until the
+/// Connects to each sibling at fixed intervals and publishes the names of those that accept no connection, until the
 /// task is dropped.
-pub(super) async fn run(neighbours: watch::Receiver<Neighbours>, unreachable: watch::Sender<BTreeSet<String>>) {
+pub(super) async fn run(siblings: watch::Receiver<Siblings>, unreachable: watch::Sender<BTreeSet<String>>) {
     let mut checks = Checks::default();
     let mut period = interval(CHECK);
     period.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         period.tick().await;
-        let addresses = neighbours.borrow().clone();
+        let addresses = siblings.borrow().clone();
         let answers = addresses.iter().map(async |(node, address)| {
             // The connection is closed at once: the kernel of a node that has lost power does not accept it, and that of
             // a node without an agent refuses it.
@@ -42,13 +42,13 @@ pub(super) async fn run(neighbours: watch::Receiver<Neighbours>, unreachable: wa
     }
 }
 
-/// The failed checks in succession of each neighbour that was reached at least once. Others may be behind a firewall,
+/// The failed checks in succession of each sibling that was reached at least once. Others may be behind a firewall,
 /// which says nothing about their state.
 #[derive(Default)]
 struct Checks(BTreeMap<String, u32>);
 
 impl Checks {
-    /// Records a round of checks; returns the neighbours that are unreachable now.
+    /// Records a round of checks; returns the siblings that are unreachable now.
     fn record(&mut self, answers: Vec<(String, bool)>) -> BTreeSet<String> {
         let before = std::mem::take(&mut self.0);
         for (node, reached) in answers {
@@ -67,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neighbour_that_was_reached_is_lost_after_three_failures_and_comes_back() {
+    fn sibling_that_was_reached_is_lost_after_three_failures_and_comes_back() {
         let mut checks = Checks::default();
         let mut round = |answers: &[(&str, bool)]| {
             let answers = answers.iter().map(|(node, reached)| ((*node).to_owned(), *reached)).collect();
