@@ -20,12 +20,10 @@ pub struct NodePoolSpec {
     /// Side of the pool: `Edge` or `Cloud`.
     #[serde(rename = "type", default)]
     pub type_: String,
-    /// True if the pool has no CNI.
-    #[serde(default)]
-    pub host_network: bool,
-    /// True if the pool's nodes reach each other without a tunnel.
-    #[serde(default)]
-    pub inter_connectivity: bool,
+    /// False if the pool's nodes do not reach each other. OpenYurt's own programs store no `false`, so a missing field says
+    /// nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inter_connectivity: Option<bool>,
 }
 
 /// Status of a NodePool, written by OpenYurt's controller.

@@ -109,7 +109,7 @@ async fn measure(runs: usize) -> Result<Vec<Measured>> {
     let go = Engine::Go(wireguard_go);
     let ours = Bare::start(&lab, 1, [(server, Engine::Raven), (client, Engine::Raven)], endpoint).await?;
     let theirs = Bare::start(&lab, 2, [(server, go.clone()), (client, go)], endpoint).await?;
-    let _listener = iperf::listen(&lab, server)?;
+    let _listener = iperf::listen(&lab, server).await?;
     iperf::pin(server, 1)?;
     iperf::pin(client, 0)?;
     let mut all = Vec::new();

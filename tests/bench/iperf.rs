@@ -1,16 +1,22 @@
 //! Throughput between two nodes of a lab by iperf3, each node on a core of its own.
 
-use std::process::Command;
+use std::{process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use raven_tests::{Lab, Node, namespace::Namespace, process::Process};
+use raven_tests::{Lab, Node, eventually, namespace::Namespace, process::Process};
 use serde_json::Value;
 
-/// Starts the server.
-pub(crate) fn listen(lab: &Lab, node: &Node) -> Result<Process> {
+/// Starts the server and waits until it listens.
+pub(crate) async fn listen(lab: &Lab, node: &Node) -> Result<Process> {
     let mut listener = node.ns.command("iperf3");
     listener.arg("-s");
-    Process::start("iperf3", &lab.logs(), listener)
+    let process = Process::start("iperf3", &lab.logs(), listener)?;
+    eventually(Duration::from_secs(10), "iperf3 is listening", async || {
+        ensure!(!node.ns.sh("ss -Hltn 'sport = :5201'")?.is_empty(), "port 5201 is not open yet");
+        Ok(())
+    })
+    .await?;
+    Ok(process)
 }
 
 /// Pins all processes of a node to a core.

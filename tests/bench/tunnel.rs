@@ -67,7 +67,7 @@ async fn measure(runs: usize) -> Result<Measured> {
     let (backend, without) = bare(&lab, server, client).await?;
     iperf::pin(client, 0)?;
     iperf::pin(server, 1)?;
-    let _listener = iperf::listen(&lab, server)?;
+    let _listener = iperf::listen(&lab, server).await?;
     let (mut raven, mut bare) = (Vec::new(), Vec::new());
     let (target, baseline) = (target.to_string(), without.v4[0].to_string());
     for run in 0..runs {

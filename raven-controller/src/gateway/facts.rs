@@ -273,6 +273,8 @@ pub(crate) struct PoolFacts {
     pub(crate) name: String,
     /// True for a pool on the edge side: any type but `Cloud`.
     pub(crate) edge: bool,
+    /// The pool's nodes do not reach each other: each is a site of its own.
+    pub(crate) separate: bool,
     /// Nodes according to the NodePool's status; a node's own label takes precedence.
     pub(crate) nodes: BTreeSet<NodeName>,
 }
@@ -281,7 +283,9 @@ impl PoolFacts {
     /// Extracts the facts of a NodePool of any version.
     pub(crate) fn new(name: &str, spec: &NodePoolSpec, status: Option<&NodePoolStatus>) -> Self {
         let nodes = status.map(|s| s.nodes.iter().map(|n| n.as_str().into()).collect()).unwrap_or_default();
-        Self { name: name.to_owned(), edge: !spec.type_.eq_ignore_ascii_case("cloud"), nodes }
+        let edge = !spec.type_.eq_ignore_ascii_case("cloud");
+        let separate = edge && spec.inter_connectivity == Some(false);
+        Self { name: name.to_owned(), edge, separate, nodes }
     }
 }
 

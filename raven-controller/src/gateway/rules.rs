@@ -1,6 +1,7 @@
 //! The three pool rules, for nodes that no label and no selector assigns to a Gateway.
 //!
-//! 1. If a NodePool exists, its nodes are one pool.
+//! 1. If a NodePool exists, its nodes are one pool. (Of an edge NodePool with `interConnectivity: false`, each node is a
+//!    pool: its nodes do not reach each other.)
 //! 2. If the cloud side has no NodePool, all cloud nodes are one pool.
 //! 3. If the edge side has no NodePool, every edge node is a pool of its own.
 //!
@@ -72,7 +73,8 @@ pub(super) fn apply(inputs: &Inputs, free: &[&NodeFacts], membership: &mut Membe
 
 fn rule_for(inputs: &Inputs, node: &NodeFacts) -> Result<Rule, String> {
     if let Some(pool) = pool_of(inputs, node) {
-        return Ok(Rule::NodePool(pool.name.clone()));
+        let separate = pool.separate && node.is_edge();
+        return Ok(if separate { Rule::EdgeNode(node.name.clone()) } else { Rule::NodePool(pool.name.clone()) });
     }
     let edge = node.is_edge();
     if inputs.pools.values().any(|pool| pool.edge == edge) {

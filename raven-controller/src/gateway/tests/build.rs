@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, ObjectMeta, Time};
 use raven_api::gateway::{Endpoint, EndpointType, ExposeType, Gateway, GatewaySpec};
 use raven_api::names::{LABEL_EDGE_WORKER, LABEL_GATEWAY, LABEL_MANAGED_BY};
+use raven_api::pool::NodePoolSpec;
 
 use crate::gateway::facts::{BlockFacts, GatewayFacts, LinkFacts, NodeFacts, PoolFacts, parse_prefix};
 use crate::gateway::inputs::Inputs;
@@ -150,10 +151,13 @@ impl Cluster {
         self
     }
 
-    pub(super) fn pool(mut self, name: &str, edge: bool) -> Self {
-        self.0
-            .pools
-            .insert(name.to_owned(), Arc::new(PoolFacts { name: name.to_owned(), edge, nodes: Default::default() }));
+    pub(super) fn pool(self, name: &str, edge: bool) -> Self {
+        let type_ = if edge { "Edge" } else { "Cloud" };
+        self.pool_with(name, NodePoolSpec { type_: type_.to_owned(), ..NodePoolSpec::default() })
+    }
+
+    pub(super) fn pool_with(mut self, name: &str, spec: NodePoolSpec) -> Self {
+        self.0.pools.insert(name.to_owned(), Arc::new(PoolFacts::new(name, &spec, None)));
         self
     }
 

@@ -2,6 +2,7 @@
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{FieldsV1, ManagedFieldsEntry};
 use raven_api::gateway::{EndpointType, ExposeType, TunnelConfig};
+use raven_api::pool::NodePoolSpec;
 
 use super::build::*;
 use crate::gateway::events::{changes, notices};
@@ -571,6 +572,27 @@ fn cloud_nodes_are_one_pool_and_each_edge_node_is_its_own() {
     assert_eq!(cluster.resource("cloud").spec.expose_type, ExposeType::PublicIP);
     assert_eq!(cluster.nodes("node-e2"), ["e2"]);
     cluster.assert_condition("node-e2", "Ready", "True", "Ready", "");
+}
+
+/// OpenYurt's default, a missing field, says nothing: its users have pools of one LAN with it.
+#[test]
+fn each_node_of_a_node_pool_without_interconnectivity_is_a_pool() {
+    let spec = |type_: &str, inter_connectivity| NodePoolSpec { type_: type_.to_owned(), inter_connectivity };
+    let shop = |name: &str, cidr: &str| labelled(edge(node(name, cidr)), raven_api::LABEL_NODE_POOL, "shops");
+    let names = |inter_connectivity| -> Vec<String> {
+        let cluster = Cluster::with_rules()
+            .pool_with("shops", spec("Edge", inter_connectivity))
+            .pool_with("vpc", spec("Cloud", Some(false)))
+            .node(shop("s1", "10.2.1.0/24"))
+            .node(shop("s2", "10.2.2.0/24"))
+            .node(labelled(node("c1", "10.1.1.0/24"), raven_api::LABEL_NODE_POOL, "vpc"))
+            .apply(1)
+            .apply(2);
+        cluster.0.gateways.keys().map(ToString::to_string).collect()
+    };
+    assert_eq!(names(Some(false)), ["node-s1", "node-s2", "pool-vpc"]);
+    assert_eq!(names(Some(true)), ["pool-shops", "pool-vpc"]);
+    assert_eq!(names(None), ["pool-shops", "pool-vpc"]);
 }
 
 #[test]
