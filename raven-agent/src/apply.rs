@@ -361,6 +361,9 @@ impl Reconciler {
         };
         self.tunnel = Some(tunnel.clone());
         let configured = outcome.keep(tunnel.configure(self.key.clone(), want.port).await);
+        // Otherwise the port may belong to another program, or the device may have another key.
+        let key = tunnel::public(&self.key);
+        outcome.take(self.bpf.set_handshake_key(configured.is_some().then_some(&key)));
         // With its port taken by another program, the device keeps its previous one. Without any, it carries nothing.
         if configured.is_none() && !tunnel.has_port().await {
             self.tunnel = None;
@@ -378,6 +381,7 @@ impl Reconciler {
     async fn remove_tunnel(&mut self, outcome: &mut Outcome) {
         self.tunnel = None;
         self.handshakes.clear();
+        outcome.take(self.bpf.set_handshake_key(None));
         outcome.take(tunnel::remove(&self.links, self.settings.wireguard_engine).await);
     }
 

@@ -110,7 +110,7 @@ pub fn object() -> &'static [u8] {
 }
 
 /// Names of all maps in `raven-ebpf/src/maps.rs`.
-pub const MAPS: [&str; 16] = [
+pub const MAPS: [&str; 18] = [
     "CONFIG",
     "REMOTE4",
     "REMOTE6",
@@ -123,6 +123,8 @@ pub const MAPS: [&str; 16] = [
     "BACK4",
     "BACK6",
     "HANDSHAKES",
+    "MAC1_KEY",
+    "MAC1_CHECK",
     "EVENTS",
     "SAMPLED",
     "KUBELETS",

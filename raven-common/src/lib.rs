@@ -9,6 +9,7 @@
 pub mod checksum;
 pub mod generator;
 pub mod header;
+pub mod mac1;
 pub mod tables;
 pub mod verdict;
 

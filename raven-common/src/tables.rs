@@ -162,8 +162,9 @@ pub struct Handshakes {
 /// Limit of handshake initiations from one source address per window.
 ///
 /// A peer without a session sends one initiation in five seconds, so the limit leaves room for two thousand peers
-/// behind one address (CGNAT). An attacker who floods from a peer's address must send as many initiations as take
-/// WireGuard a twentieth of a core (some 100 µs each) before that peer is affected. Floods from many addresses are
+/// behind one address (CGNAT). Only initiations with a valid MAC count, so an attacker who floods from a peer's address must
+/// know this node's public key, and send as many initiations as take WireGuard a twentieth of a core (some 100 µs each),
+/// before that peer is affected. Floods from many addresses are
 /// handled by WireGuard's cookies (whitepaper §5.3); a limit over all sources would lock out roaming peers.
 pub const MAX_HANDSHAKES: u64 = 512;
 
@@ -251,7 +252,10 @@ const _: () = assert!(size_of::<CounterKey>() == 8 && size_of::<Count>() == 16 &
 
 #[cfg(feature = "user")]
 mod pod {
-    use crate::generator::{Generator, Sender};
+    use crate::{
+        generator::{Generator, Sender},
+        mac1::Mac1Key,
+    };
 
     use super::{
         Config, Count, CounterKey, DropSample, Handshakes, KubeletAddress, KubeletNode, Local, Node, PrefixKey, Remote,
@@ -277,7 +281,8 @@ mod pod {
         Generator,
         Sender,
         KubeletAddress,
-        KubeletNode
+        KubeletNode,
+        Mac1Key
     );
     pod!(PrefixKey<[u8; 4]>, PrefixKey<[u8; 16]>);
 }

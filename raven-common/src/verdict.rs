@@ -91,6 +91,9 @@ verdicts! {
     DropNotWireguard = 44, "drop-not-wireguard";
     /// Dropped by the guard: handshake initiations from one address exceed the rate limit.
     DropHandshakeFlood = 45, "drop-handshake-flood";
+    /// Dropped by the guard: the MAC of a handshake initiation is not made with this node's public key. The sender is no
+    /// peer, or knows another key of this node.
+    DropWrongKey = 46, "drop-wrong-key";
 }
 
 impl Verdict {

@@ -3,15 +3,17 @@
 //!
 //! Runs in [`mod@crate::uplink_xdp`] if that program is attached, else in [`mod@crate::uplink_ingress`]. The guard
 //! authenticates nothing, which is WireGuard's task; it keeps invalid packets and floods away from the one core that
-//! would have to reject them.
+//! would have to reject them. An initiation has to be made for this node's public key before it counts towards the limit
+//! of its source: otherwise an attacker who forges a peer's address could keep that peer from starting a session.
 
 use aya_ebpf::helpers::bpf_ktime_get_ns;
 use raven_common::{
     Verdict,
+    mac1::Initiation,
     tables::{Handshakes, MAX_HANDSHAKES},
 };
 
-use crate::maps::HANDSHAKES;
+use crate::maps::{self, HANDSHAKES};
 
 /// The fields of a UDP packet to the tunnel's port that the guard checks.
 #[derive(Clone, Copy)]
@@ -32,9 +34,10 @@ const COOKIE: (u8, u16) = (3, 64);
 /// multiple of 16 (§5.4.6), because some implementations (boringtun) do not pad.
 const DATA: (u8, u16) = (4, 32);
 
-/// Returns the reason to drop the message, or `None` to accept it.
+/// Returns the reason to drop the message, or `None` to accept it. `read` copies the message if it is an initiation; it
+/// returns `None` if the packet is too short.
 #[inline(always)]
-pub fn refuse(message: &Message) -> Option<Verdict> {
+pub fn refuse(message: &Message, read: impl FnOnce(&mut Initiation) -> Option<()>) -> Option<Verdict> {
     let [kind, reserved @ ..] = message.head;
     let plausible = reserved == [0; 3]
         && match message.len {
@@ -47,7 +50,21 @@ pub fn refuse(message: &Message) -> Option<Verdict> {
     if !plausible {
         return Some(Verdict::DropNotWireguard);
     }
-    (kind == INITIATION.0 && is_flood(message.source)).then_some(Verdict::DropHandshakeFlood)
+    if kind != INITIATION.0 {
+        return None;
+    }
+    // The messages of an aggregate start at unknown offsets.
+    if let (Some(_), Some(key), Some(check)) = (message.len, maps::mac1_key(), maps::mac1_check()) {
+        // SAFETY: this CPU's own entry, which always exists; programs on ingress do not interrupt each other on a CPU.
+        let check = unsafe { &mut *check };
+        if read(&mut check.initiation).is_none() {
+            return Some(Verdict::DropNotWireguard);
+        }
+        if !key.accepts(check) {
+            return Some(Verdict::DropWrongKey);
+        }
+    }
+    is_flood(message.source).then_some(Verdict::DropHandshakeFlood)
 }
 
 /// Counts an initiation. Returns true if its source exceeds the limit of this window.

@@ -9,6 +9,7 @@ use aya_ebpf::{
 };
 use raven_common::{
     header::{Ip, Ipv4, Ipv6},
+    mac1::{Mac1Check, Mac1Key},
     tables::{
         Config, Count, CounterKey, DropSample, Handshakes, KubeletAddress, KubeletNode, Local, Node, PATHS, Path,
         Remote,
@@ -71,6 +72,14 @@ static BACK6: PerCpuArray<Path<[u8; 16]>, PATHS> = PerCpuArray::new();
 #[btf_map]
 pub static HANDSHAKES: LruHashMap<[u8; 16], Handshakes, 8_192> = LruHashMap::new();
 
+/// The key for the MAC of handshake initiations to this node. Written by the agent; zero while the tunnel does not use the
+/// configured port or key.
+#[btf_map]
+static MAC1_KEY: Array<Mac1Key, 1> = Array::new();
+/// The initiation that the guard checks, per CPU. Written and read by the guard.
+#[btf_map]
+static MAC1_CHECK: PerCpuArray<Mac1Check, 1> = PerCpuArray::new();
+
 /// Samples of dropped packets. Written by the programs, read by the agent. Full: the sample is lost; the
 /// packet is still counted.
 #[btf_map]
@@ -95,6 +104,18 @@ pub static PROXY: SockMap<1> = SockMap::new();
 pub fn config() -> Config {
     // The only entry of an array always exists; the verifier requires the branch.
     CONFIG.get(0).copied().unwrap_or_default()
+}
+
+/// Returns the key for the MAC of handshake initiations, if it is set.
+#[inline(always)]
+pub fn mac1_key() -> Option<&'static Mac1Key> {
+    MAC1_KEY.get(0).filter(|key| !key.is_unset())
+}
+
+/// Returns this CPU's memory for the check of an initiation.
+#[inline(always)]
+pub fn mac1_check() -> Option<*mut Mac1Check> {
+    MAC1_CHECK.get_ptr_mut(0)
 }
 
 /// Returns the node of this pool with the outer address `outer`.

@@ -1,7 +1,7 @@
 //! A packet in TC, parsed into small values. Loads use the helper, which also reads data outside the linear part. No
 //! pointer is held across a helper that moves the packet.
 
-use aya_ebpf::{EbpfContext, programs::TcContext};
+use aya_ebpf::{EbpfContext, helpers::bpf_skb_load_bytes, programs::TcContext};
 use raven_common::{
     Verdict,
     header::{ETH_P_IP, ETH_P_IPV6, Ip},
@@ -46,6 +46,16 @@ impl Skb {
     fn gso_size(&self) -> u32 {
         // SAFETY: as in `segments`.
         unsafe { (*self.ctx.skb.skb).gso_size }
+    }
+
+    /// Copies bytes at `offset` to `to`, which may be on the stack or in a map. Returns `None` if the packet is too short.
+    /// `T` is integers or arrays of integers, for which any bytes are a valid value.
+    #[inline(always)]
+    pub fn copy<T: ?Sized>(&self, offset: usize, to: &mut T) -> Option<()> {
+        let (to, len) = (core::ptr::from_mut(to).cast(), size_of_val(to) as u32);
+        // SAFETY: `to` has `len` bytes, and every value is valid.
+        let result = unsafe { bpf_skb_load_bytes(self.raw().cast(), offset as u32, to, len) };
+        (result == 0).then_some(())
     }
 
     /// Returns the interface index of the device to which the program is attached.

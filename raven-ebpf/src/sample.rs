@@ -2,10 +2,7 @@
 
 use core::mem::MaybeUninit;
 
-use aya_ebpf::{
-    helpers::{bpf_ktime_get_ns, bpf_skb_load_bytes},
-    programs::XdpContext,
-};
+use aya_ebpf::{helpers::bpf_ktime_get_ns, programs::XdpContext};
 use raven_common::{
     header::{ETH_LEN, ETH_P_IP, ETH_P_IPV6, Ethernet, IPPROTO_TCP, IPPROTO_UDP, Ip, Ipv4, Ipv6},
     tables::{DropSample, SAMPLE_PERIOD_NS},
@@ -73,14 +70,6 @@ fn has_ports(protocol: u8) -> bool {
     protocol == IPPROTO_TCP || protocol == IPPROTO_UDP
 }
 
-/// Copies packet bytes into a field of the sample. Bytes beyond the end of the packet stay zero.
-#[inline(always)]
-fn load<T: ?Sized>(skb: &Skb, offset: usize, field: &mut T) {
-    let (to, len) = (core::ptr::from_mut(field).cast(), size_of_val(field) as u32);
-    // SAFETY: `to` has `len` bytes, and every value is valid: fields are integers and arrays of integers.
-    unsafe { bpf_skb_load_bytes(skb.raw().cast(), offset as u32, to, len) };
-}
-
 /// Writes a sample of a packet dropped in TC, with its IP header at `l3`. Not inlined, because drops are rare. Filled
 /// in place, because the caller shares the stack.
 #[inline(never)]
@@ -92,24 +81,25 @@ pub fn skb(skb: &Skb, decision: Decision, l3: usize) {
     let l4 = match skb.family() {
         Ok(Family::V4) => {
             sample.ethertype = ETH_P_IP;
-            load(skb, l3 + 9, &mut sample.protocol);
-            load(skb, l3 + 12, &mut sample.source[..4]);
-            load(skb, l3 + 16, &mut sample.destination[..4]);
+            // Bytes beyond the end of the packet stay zero.
+            let _ = skb.copy(l3 + 9, &mut sample.protocol);
+            let _ = skb.copy(l3 + 12, &mut sample.source[..4]);
+            let _ = skb.copy(l3 + 16, &mut sample.destination[..4]);
             let words = skb.ctx.load::<u8>(l3).unwrap_or(5) & 0xf;
             Some(l3 + words as usize * 4)
         }
         Ok(Family::V6) => {
             sample.ethertype = ETH_P_IPV6;
-            load(skb, l3 + 6, &mut sample.protocol);
-            load(skb, l3 + 8, &mut sample.source);
-            load(skb, l3 + 24, &mut sample.destination);
+            let _ = skb.copy(l3 + 6, &mut sample.protocol);
+            let _ = skb.copy(l3 + 8, &mut sample.source);
+            let _ = skb.copy(l3 + 24, &mut sample.destination);
             Some(l3 + Ipv6::LEN)
         }
         Err(_) => None,
     };
     if let Some(l4) = l4.filter(|_| has_ports(sample.protocol)) {
-        load(skb, l4, &mut sample.source_port);
-        load(skb, l4 + 2, &mut sample.destination_port);
+        let _ = skb.copy(l4, &mut sample.source_port);
+        let _ = skb.copy(l4 + 2, &mut sample.destination_port);
     }
     entry.submit(0);
 }

@@ -66,7 +66,8 @@ fn refuse(skb: &Skb) -> Option<Verdict> {
         port if u32::from(port) == config.tunnel_port => {
             let Ok(head) = skb.ctx.load(udp + 8) else { return Some(Verdict::DropNotWireguard) };
             let len = (ip.total_len() as u16).wrapping_sub(Ipv4::LEN as u16 + 8);
-            guard::refuse(&Message { source: ip.source, head, len: (!skb.is_aggregate()).then_some(len) })
+            let message = Message { source: ip.source, head, len: (!skb.is_aggregate()).then_some(len) };
+            guard::refuse(&message, |initiation| skb.copy(udp + 8, initiation))
         }
         _ => None,
     }

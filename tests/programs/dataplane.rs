@@ -10,6 +10,7 @@ use aya::{
 use raven_agent::bpf::{Hook, object};
 use raven_common::{
     Verdict,
+    mac1::Mac1Key,
     tables::{
         Config, Count, CounterKey, DropSample, GatewayId, KubeletAddress, KubeletNode, Local, NODE_IS_GATEWAY, Node,
         Remote,
@@ -89,6 +90,12 @@ impl Dataplane {
     pub(crate) fn configure(&mut self, config: Config) {
         let mut map: Array<_, Config> = self.ebpf.map_mut("CONFIG").expect("CONFIG").try_into().expect("an array");
         map.set(0, config, 0).expect("write CONFIG");
+    }
+
+    /// Sets the public key that handshake initiations must be made for.
+    pub(crate) fn set_handshake_key(&mut self, public: &[u8; 32]) {
+        let mut map: Array<_, Mac1Key> = self.ebpf.map_mut("MAC1_KEY").expect("MAC1_KEY").try_into().expect("an array");
+        map.set(0, Mac1Key::of(public), 0).expect("write MAC1_KEY");
     }
 
     fn fill(&mut self, config: Config) {

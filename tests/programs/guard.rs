@@ -117,6 +117,55 @@ fn tc_drops_packets_that_are_not_wireguard_without_xdp() {
     check(&Dataplane::load(tc_guard()), Hook::UplinkIngress, &cases);
 }
 
+/// Returns an initiation with arbitrary content and the MAC of a message to the owner of the key (whitepaper §5.4.4),
+/// made with a crate and not with Raven's code.
+fn initiation_for(public: &[u8; 32], number: u8) -> Vec<u8> {
+    use blake2::{
+        Blake2s256, Blake2sMac, Digest,
+        digest::{Mac, consts::U16},
+    };
+    let mut initiation: Vec<u8> = (0..148u8).map(|n| n.wrapping_mul(31).wrapping_add(number)).collect();
+    initiation[..4].copy_from_slice(&[1, 0, 0, 0]);
+    let key = Blake2s256::new().chain_update(b"mac1----").chain_update(public).finalize();
+    let mac = Blake2sMac::<U16>::new_from_slice(&key).expect("32 bytes").chain_update(&initiation[..116]).finalize();
+    initiation[116..132].copy_from_slice(&mac.into_bytes());
+    initiation
+}
+
+#[test]
+fn initiations_for_another_key_are_dropped_and_count_for_no_limit() {
+    require_root!();
+    let (own, other) = ([0xa7; 32], [0xa8; 32]);
+    for (hook, config, pass) in [(Hook::UplinkXdp, topology::gateway(), 2), (Hook::UplinkIngress, tc_guard(), u32::MAX)]
+    {
+        let mut dataplane = Dataplane::load(config);
+        dataplane.set_handshake_key(&own);
+        let run = |payload: &[u8]| dataplane.run(hook, &to_tunnel(payload), Context::default()).action == pass;
+        for number in 0..20 {
+            assert!(run(&initiation_for(&own, number)), "a valid initiation, {number}");
+        }
+        // Each bit of what the MAC covers, and of the MAC, matters. The second MAC (of a cookie) is WireGuard's affair.
+        let valid = initiation_for(&own, 0);
+        for at in 4..148 {
+            let mut changed = valid.clone();
+            changed[at] ^= 1 << (at % 8);
+            assert_eq!(run(&changed), at >= 132, "byte {at}");
+        }
+        let before = dataplane.counters()[&(NONE, Verdict::DropWrongKey)].packets;
+        assert_eq!(before, 128);
+        // A flood from the address of a peer does not keep the peer from starting a session.
+        let flood = 10 * MAX_HANDSHAKES;
+        let passed = (0..flood).filter(|n| run(&initiation_for(&other, *n as u8))).count();
+        assert_eq!(passed, 0);
+        assert!(run(&valid), "the peer's own initiation must pass");
+        assert_eq!(dataplane.counters()[&(NONE, Verdict::DropWrongKey)].packets, before + flood);
+        // Other messages have no such MAC, or are bound to a session.
+        for (kind, len) in [(2, 92), (3, 64), (4, 1312)] {
+            assert!(run(&message(kind, len)), "type {kind}");
+        }
+    }
+}
+
 #[test]
 fn handshake_flood_is_dropped_and_other_sources_pass() {
     require_root!();

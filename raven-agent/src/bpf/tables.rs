@@ -9,6 +9,7 @@ use aya::{
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use raven_common::{
     Verdict,
+    mac1::Mac1Key,
     tables::{Config, Count, CounterKey, Local, Node, Remote},
 };
 
@@ -17,6 +18,7 @@ use crate::{
     diff::Step,
     names,
     state::{Change, State},
+    topology::PublicKey,
 };
 
 /// True for a step that changes a map.
@@ -88,6 +90,17 @@ impl Bpf {
             return Ok(Change::NONE);
         }
         map.set(0, config, 0).map_err(|e| Error::Map { map: "CONFIG", reason: e.to_string() })?;
+        Ok(Change::ONE)
+    }
+
+    /// Sets the public key that handshake initiations to the tunnel's port must be made for; `None`: they are not checked.
+    pub fn set_handshake_key(&mut self, key: Option<&PublicKey>) -> Result<Change, Error> {
+        let want = key.map(|key| Mac1Key::of(&key.0)).unwrap_or_default();
+        let mut map: Array<_, Mac1Key> = self.map("MAC1_KEY")?;
+        if map.get(&0, 0).is_ok_and(|have| have == want) {
+            return Ok(Change::NONE);
+        }
+        map.set(0, want, 0).map_err(|e| Error::Map { map: "MAC1_KEY", reason: e.to_string() })?;
         Ok(Change::ONE)
     }
 
