@@ -214,12 +214,12 @@ fn service_address() -> Option<IpNet> {
     host.parse::<std::net::IpAddr>().ok().map(IpNet::from)
 }
 
-fn last_topology(config: &Run) -> Option<Inputs> {
+fn last_topology(config: &Run) -> Option<Arc<Inputs>> {
     let path = config.state_dir.join(names::SNAPSHOT_FILE);
     match snapshot::load(&path) {
         Ok(Some(inputs)) => {
             tracing::info!(path = %path.display(), gateways = inputs.gateways.len(), "starting with the last topology");
-            Some(inputs)
+            Some(Arc::new(inputs))
         }
         Ok(None) => None,
         Err(e) => {
@@ -300,12 +300,7 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
         if current.saved && self.snapshot.exists() {
             return;
         }
-        let stored = snapshot::load(&self.snapshot).ok().flatten();
-        let result = match stored.as_ref() == Some(&snapshot::lean(current.inputs.clone())) {
-            true => Ok(()),
-            false => snapshot::save(&self.snapshot, &current.inputs),
-        };
-        match result {
+        match snapshot::save(&self.snapshot, &current.inputs) {
             Ok(()) => current.saved = true,
             Err(e) => {
                 let path = self.snapshot.display();
@@ -320,17 +315,17 @@ impl<S: futures::Stream<Item = ()> + Unpin> Loop<S> {
 /// Waiting for a change of a `watch` channel marks it as seen, so `has_changed` is false afterwards. The change is
 /// therefore stored here until it is taken.
 struct Feed {
-    inputs: watch::Receiver<Option<Inputs>>,
+    inputs: watch::Receiver<Option<Arc<Inputs>>>,
     changed: bool,
 }
 
 impl Feed {
-    fn new(inputs: watch::Receiver<Option<Inputs>>) -> Self {
+    fn new(inputs: watch::Receiver<Option<Arc<Inputs>>>) -> Self {
         Self { inputs, changed: true }
     }
 
     /// Inputs that have not been taken yet.
-    fn take(&mut self) -> Option<Inputs> {
+    fn take(&mut self) -> Option<Arc<Inputs>> {
         std::mem::take(&mut self.changed).then(|| self.inputs.borrow_and_update().clone()).flatten()
     }
 
@@ -345,7 +340,7 @@ impl Feed {
 
 /// The latest inputs and their topology.
 struct Current {
-    inputs: Inputs,
+    inputs: Arc<Inputs>,
     topology: Topology,
     /// The snapshot on disk has these inputs.
     saved: bool,
@@ -394,6 +389,7 @@ mod tests {
         assert_eq!(feed.take(), None, "no inputs exist yet");
         let inputs =
             Inputs { gateways: vec![raven_api::Gateway::new("cloud", Default::default())], ..Inputs::default() };
+        let inputs = Arc::new(inputs);
         sender.send_replace(Some(inputs.clone()));
         feed.changed().await;
         assert_eq!(feed.take(), Some(inputs));

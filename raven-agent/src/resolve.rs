@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -22,7 +23,7 @@ const PERIOD: Duration = Duration::from_secs(20);
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// Keeps the addresses in the inputs up to date, until the process ends. Where a lookup fails, the last address stays.
-pub async fn run(inputs: watch::Sender<Option<Inputs>>, me: String) {
+pub async fn run(inputs: watch::Sender<Option<Arc<Inputs>>>, me: String) {
     let mut changes = inputs.subscribe();
     let mut failing = BTreeSet::new();
     loop {
@@ -50,7 +51,7 @@ pub async fn run(inputs: watch::Sender<Option<Inputs>>, me: String) {
         }
         inputs.send_if_modified(|inputs| match inputs {
             Some(inputs) if inputs.resolved != resolved => {
-                inputs.resolved = resolved;
+                Arc::make_mut(inputs).resolved = resolved;
                 true
             }
             _ => false,

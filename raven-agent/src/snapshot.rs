@@ -3,12 +3,17 @@
 use std::{fs, io, path::Path};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use raven_api::Gateway;
 
 use crate::{atomic_file, topology::Inputs};
 
-/// Writes the snapshot.
+/// Writes the snapshot, unless the file has it already. `inputs` are [`lean`].
 pub fn save(path: &Path, inputs: &Inputs) -> io::Result<()> {
-    atomic_file::write(path, &serde_json::to_vec_pretty(&lean(inputs.clone()))?)
+    let text = serde_json::to_vec_pretty(inputs)?;
+    match fs::read(path) {
+        Ok(stored) if stored == text => Ok(()),
+        _ => atomic_file::write(path, &text),
+    }
 }
 
 /// Reads the snapshot; `None` if it does not exist. A file that does not parse is an error; the agent then
@@ -24,24 +29,7 @@ pub fn load(path: &Path) -> io::Result<Option<Inputs>> {
 /// The inputs in a fixed order and without the fields that no plan uses. Two snapshots are compared in this form, so that
 /// a change of these fields neither starts a run nor writes the file.
 pub fn lean(mut inputs: Inputs) -> Inputs {
-    for gateway in &mut inputs.gateways {
-        let metadata = &mut gateway.metadata;
-        gateway.metadata = ObjectMeta {
-            name: metadata.name.take(),
-            // For Events about it.
-            uid: metadata.uid.take(),
-            // The older Gateway wins a conflict.
-            creation_timestamp: metadata.creation_timestamp.take(),
-            ..ObjectMeta::default()
-        };
-        if let Some(status) = &mut gateway.status {
-            status.conditions = Vec::new();
-            (status.node_count, status.observed_generation) = (0, None);
-        }
-        // Candidates; the status has the elected ones.
-        gateway.spec.endpoints = Vec::new();
-        gateway.spec.node_selector = None;
-    }
+    inputs.gateways.iter_mut().for_each(lean_gateway);
     for node in &mut inputs.gateway_nodes {
         node.metadata = ObjectMeta { name: node.metadata.name.take(), ..ObjectMeta::default() };
         node.status = None;
@@ -49,6 +37,26 @@ pub fn lean(mut inputs: Inputs) -> Inputs {
     inputs.gateways.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
     inputs.gateway_nodes.sort_by(|a, b| a.metadata.name.cmp(&b.metadata.name));
     inputs
+}
+
+/// Removes from a Gateway what no plan uses: with ten thousand of them, it would be most of the agent's memory.
+pub fn lean_gateway(gateway: &mut Gateway) {
+    let metadata = &mut gateway.metadata;
+    gateway.metadata = ObjectMeta {
+        name: metadata.name.take(),
+        // For Events about it.
+        uid: metadata.uid.take(),
+        // The older Gateway wins a conflict.
+        creation_timestamp: metadata.creation_timestamp.take(),
+        ..ObjectMeta::default()
+    };
+    if let Some(status) = &mut gateway.status {
+        status.conditions = Vec::new();
+        (status.node_count, status.observed_generation) = (0, None);
+    }
+    // Candidates; the status has the elected ones.
+    gateway.spec.endpoints = Vec::new();
+    gateway.spec.node_selector = None;
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::{
     collections::BTreeMap,
     fmt::Debug,
     net::IpAddr,
+    sync::Arc,
     time::{Duration, Instant as StdInstant},
 };
 
@@ -65,7 +66,7 @@ fn named(name: &str) -> watcher::Config {
 pub async fn run_own(client: Client, node: &str, exists: watch::Sender<Option<bool>>) {
     // Its outages do not count: if the object is deleted meanwhile, it is created again a little later.
     let api = Api::<Guarded<GatewayNode>>::all(client);
-    let (own, mut events) = reflected("own GatewayNode", api, named(node), &Outages::default());
+    let (own, mut events) = reflected("own GatewayNode", api, named(node), strip, &Outages::default());
     while events.next().await.is_some() {
         exists.send_replace(Some(!own.is_empty()));
     }
@@ -73,15 +74,15 @@ pub async fn run_own(client: Client, node: &str, exists: watch::Sender<Option<bo
 
 /// Runs until the process ends. The last inputs stay valid while the API server is unavailable; `outages` records how
 /// long that has been.
-pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<Inputs>>, outages: Outages) {
+pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<Arc<Inputs>>>, outages: Outages) {
     let configs: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), API_SERVER_NAMESPACE);
-    let (gateways, a) = reflected("Gateways", Api::<Gateway>::all(client), all(), &outages);
-    let (switches, b) = reflected(SWITCHES_CONFIG_MAP, configs.clone(), named(SWITCHES_CONFIG_MAP), &outages);
-    let (agent, c) = reflected(AGENT_CONFIG_MAP, configs.clone(), named(AGENT_CONFIG_MAP), &outages);
-    let (ca, d) = reflected(CA_NAME, configs, named(CA_NAME), &outages);
+    let (gateways, a) = reflected("Gateways", Api::<Gateway>::all(client), all(), snapshot::lean_gateway, &outages);
+    let (switches, b) = reflected(SWITCHES_CONFIG_MAP, configs.clone(), named(SWITCHES_CONFIG_MAP), strip, &outages);
+    let (agent, c) = reflected(AGENT_CONFIG_MAP, configs.clone(), named(AGENT_CONFIG_MAP), strip, &outages);
+    let (ca, d) = reflected(CA_NAME, configs, named(CA_NAME), strip, &outages);
     // Its outages do not count, because the agent works without it.
-    let (api_servers, e) = reflected(API_SERVERS, slices, named(API_SERVER_SLICE), &Outages::default());
+    let (api_servers, e) = reflected(API_SERVERS, slices, named(API_SERVER_SLICE), strip, &Outages::default());
     let mut incomplete = vec!["Gateways", SWITCHES_CONFIG_MAP, AGENT_CONFIG_MAP, CA_NAME];
     let mut events = stream::select_all([a, b, c, d, e]);
     while let Some(progress) = events.next().await {
@@ -110,9 +111,9 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<I
                 keep_keys(&mut inputs, before);
                 inputs.resolved.clone_from(&before.resolved);
             }
-            let changed = have.as_ref() != Some(&inputs);
+            let changed = have.as_deref() != Some(&inputs);
             if changed {
-                *have = Some(inputs);
+                *have = Some(Arc::new(inputs));
             }
             changed
         });
@@ -123,10 +124,18 @@ fn addresses(slice: &EndpointSlice) -> Vec<IpAddr> {
     slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses).filter_map(|text| text.parse().ok()).collect()
 }
 
+/// Removes what nothing here uses and is most of an object.
+fn strip<K: Resource>(object: &mut K) {
+    let metadata = object.meta_mut();
+    (metadata.managed_fields, metadata.annotations) = (None, None);
+}
+
+/// `strip`: removes parts of each object before it is stored.
 fn reflected<K>(
     what: &'static str,
     api: Api<K>,
     config: watcher::Config,
+    strip: fn(&mut K),
     outages: &Outages,
 ) -> (reflector::Store<K>, BoxStream<'static, Progress>)
 where
@@ -136,11 +145,7 @@ where
     let outages = outages.clone();
     let events = watcher(api, config)
         .default_backoff()
-        .modify(|object| {
-            // No plan uses them, and they are most of an object: 10,000 Gateways would take hundreds of megabytes.
-            let metadata = object.meta_mut();
-            (metadata.managed_fields, metadata.annotations) = (None, None);
-        })
+        .modify(strip)
         .reflect(writer)
         .inspect_err(move |e| {
             // Without bookmarks, the version of an object that never changes becomes too old, and the list is read again.

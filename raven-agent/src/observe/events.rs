@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -32,14 +33,19 @@ const CONSIDERED: usize = 3;
 const LIMIT: usize = 12;
 
 /// Publishes until the process ends. A failure is logged; the Event is published again after [`REPEAT`].
-pub async fn run(client: Client, node: String, latest: watch::Receiver<Latest>, seen: watch::Receiver<Option<Inputs>>) {
+pub async fn run(
+    client: Client,
+    node: String,
+    latest: watch::Receiver<Latest>,
+    seen: watch::Receiver<Option<Arc<Inputs>>>,
+) {
     let reporter = Reporter { controller: MANAGER_AGENT.to_owned(), instance: Some(node.clone()) };
     let mut problems = Problems::default();
     let mut period = tokio::time::interval(PERIOD);
     loop {
         period.tick().await;
         let Some((report, _)) = latest.borrow().clone() else { continue };
-        let Some(gateway) = report.plan.pool.as_deref().and_then(|pool| gateway(seen.borrow().as_ref(), pool)) else {
+        let Some(gateway) = report.plan.pool.as_deref().and_then(|pool| gateway(seen.borrow().as_deref(), pool)) else {
             continue;
         };
         for problem in problems.due(report.complaints(), Instant::now()) {
