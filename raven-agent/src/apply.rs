@@ -122,8 +122,8 @@ struct Checked {
     next: Instant,
     /// What stops packets.
     found: Vec<String>,
-    /// The neighbour tables.
-    neighbours: Neighbours,
+    /// The neighbour tables; `None` if they could not be read.
+    neighbours: Option<Neighbours>,
     /// Families whose neighbour table has overflowed, with the time of the last overflow.
     overflowed: BTreeMap<&'static str, Instant>,
 }
@@ -233,7 +233,7 @@ impl Reconciler {
             plan,
             failures: outcome.failures,
             surroundings: outcome.surroundings,
-            neighbours: self.surroundings.as_ref().map(|checked| checked.neighbours.clone()).unwrap_or_default(),
+            neighbours: self.surroundings.as_ref().and_then(|checked| checked.neighbours.clone()).unwrap_or_default(),
             fails_closed: outcome.fails_closed,
             change: outcome.change,
             restored: self.restored,
@@ -319,17 +319,17 @@ impl Reconciler {
         let found = surroundings::check(&self.links, plan, indexes, &uplink.name).await;
         let mut overflowed = last.as_ref().map(|last| last.overflowed.clone()).unwrap_or_default();
         overflowed.retain(|_, at| at.elapsed() < OVERFLOW_SHOWN);
-        let before = last.map(|last| last.neighbours);
+        let before = last.and_then(|last| last.neighbours);
         let neighbours = match self.links.neighbours(uplink.sources.iter().map(|(node, _)| *node)).await {
             Ok(now) => {
                 // Without an earlier value, the counters may have increased at any time since boot.
                 let families = before.iter().flat_map(|before| now.overflowed_since(before));
                 overflowed.extend(families.map(|family| (family, start)));
-                now
+                Some(now)
             }
             Err(e) => {
                 tracing::warn!(error = %e, "the kernel's neighbour tables are not checked");
-                before.unwrap_or_default()
+                before
             }
         };
         let next = start + SURROUNDINGS_PERIOD.max(start.elapsed() * SURROUNDINGS_SHARE);

@@ -362,7 +362,7 @@ fn status(
         ProxyRole::None => return None,
         // Edges publish their connections themselves. A list here would be sent to every watcher at each change.
         ProxyRole::Cloud { siblings, .. } => {
-            // After an election, the set may still have nodes of before.
+            // After an election, the set may still have nodes that were elected earlier.
             status.unreachable = unreachable.iter().filter(|node| siblings.contains_key(*node)).cloned().collect();
             match (ready, status.unreachable.as_slice()) {
                 (false, _) => "the proxy is not ready".to_owned(),

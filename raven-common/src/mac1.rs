@@ -1,5 +1,5 @@
-//! The first MAC of WireGuard's handshake messages (whitepaper §5.4.4). It proves that the sender knows the receiver's
-//! public key, and so separates peers from those who only know its address.
+//! The first MAC of WireGuard's handshake messages (whitepaper §5.4.4). Its sender knows the receiver's public key, or has
+//! captured a message of one who does. Knowing the receiver's address is not enough.
 //!
 //! It is BLAKE2s (RFC 7693) with a key of 32 bytes and an output of 16. One implementation serves the programs and user
 //! space: programs cannot use a crate that keeps its state in slices.

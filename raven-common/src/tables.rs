@@ -163,9 +163,9 @@ pub struct Handshakes {
 ///
 /// A peer without a session sends one initiation in five seconds, so the limit leaves room for two thousand peers
 /// behind one address (CGNAT). Only initiations with a valid MAC count, so an attacker who floods from a peer's address must
-/// know this node's public key, and send as many initiations as take WireGuard a twentieth of a core (some 100 µs each),
-/// before that peer is affected. Floods from many addresses are
-/// handled by WireGuard's cookies (whitepaper §5.3); a limit over all sources would lock out roaming peers.
+/// know this node's public key or have captured an initiation, and send as many as take WireGuard a twentieth of a core
+/// (some 100 µs each), before that peer is affected. Floods from many addresses are handled by WireGuard's cookies
+/// (whitepaper §5.3); a limit over all sources would lock out roaming peers.
 pub const MAX_HANDSHAKES: u64 = 512;
 
 /// Record in `EVENTS`: a sample of a dropped packet. Each CPU writes at most one in [`SAMPLE_PERIOD_NS`].

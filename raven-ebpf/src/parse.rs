@@ -43,7 +43,7 @@ impl Skb {
 
     /// Returns the payload bytes per segment of an aggregate; 0 for a plain packet. Since Linux 5.7.
     #[inline(always)]
-    fn gso_size(&self) -> u32 {
+    pub fn gso_size(&self) -> u32 {
         // SAFETY: as in `segments`.
         unsafe { (*self.ctx.skb.skb).gso_size }
     }

@@ -65,8 +65,9 @@ fn refuse(skb: &Skb) -> Option<Verdict> {
         OVERLAY_PORT => maps::node(&ip.source).is_none().then_some(Verdict::DropOuterNotInPool),
         port if u32::from(port) == config.tunnel_port => {
             let Ok(head) = skb.ctx.load(udp + 8) else { return Some(Verdict::DropNotWireguard) };
-            let len = (ip.total_len() as u16).wrapping_sub(Ipv4::LEN as u16 + 8);
-            let message = Message { source: ip.source, head, len: (!skb.is_aggregate()).then_some(len) };
+            let alone = ip.total_len().wrapping_sub(Ipv4::LEN as u32 + 8);
+            let len = if skb.is_aggregate() { skb.gso_size() } else { alone } as u16;
+            let message = Message { source: ip.source, head, len, count: skb.segments() };
             guard::refuse(&message, |initiation| skb.copy(udp + 8, initiation))
         }
         _ => None,

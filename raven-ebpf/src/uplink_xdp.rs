@@ -98,7 +98,7 @@ fn udp_for_node(ctx: &XdpContext, config: &Config) -> Option<(Ipv4, u16)> {
 fn guard_tunnel(ctx: &XdpContext, outer: &Ipv4) -> Option<Verdict> {
     let Some(head) = frame::read(ctx, UDP + UDP_LEN) else { return Some(Verdict::DropNotWireguard) };
     let len = (outer.total_len() as u16).wrapping_sub((Ipv4::LEN + UDP_LEN) as u16);
-    guard::refuse(&Message { source: outer.source, head, len: Some(len) }, |initiation| {
+    guard::refuse(&Message { source: outer.source, head, len, count: 1 }, |initiation| {
         let from = frame::at(ctx, UDP + UDP_LEN)?;
         // SAFETY: `at` checked the bounds; the frame and the map's entry do not overlap. Not by value, which would need the stack.
         unsafe { core::ptr::copy_nonoverlapping(from, initiation, 1) };

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -121,9 +121,15 @@ async fn kubelet_cannot_move_its_node_into_another_pool() {
         let merge = PatchParams::default();
         let labels = |name: &str, value: Value| Patch::Merge(json!({"metadata": {"labels": {name: value}}}));
 
-        // The binding and the policy come into force after a delay; both are probed with a harmless label.
+        // The binding and the policy come into force after a delay.
         raven_tests::eventually(crate::fixture::SOON, "the kubelet may write its Node", async || {
             Ok(kubelet.patch("c-a", &merge, &labels("example.com/rack", json!("7"))).await.map(drop)?)
+        })
+        .await?;
+        let probe = PatchParams { dry_run: true, ..PatchParams::default() };
+        raven_tests::eventually(crate::fixture::SOON, "the policy is in force", async || {
+            let forbidden = labels("apps.openyurt.io/nodepool", json!("probe"));
+            ensure_denied(kubelet.patch("c-a", &probe, &forbidden).await, "assign its node to a pool")
         })
         .await?;
         for name in [
@@ -145,6 +151,20 @@ async fn kubelet_cannot_move_its_node_into_another_pool() {
         let ready =
             json!({"status": {"conditions": [{"type": "Ready", "status": "True", "reason": "r", "message": "m"}]}});
         kubelet.patch_status("c-a", &merge, &Patch::Strategic(ready)).await?;
+
+        // The policy that docs/security.md recommends after a theft.
+        let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/security.md"))?;
+        let policy = page.split("POLICY").nth(1).context("docs/security.md has no policy")?;
+        let path = fixture.lab.dir.join("policy.yaml");
+        std::fs::write(&path, policy.trim_start_matches('\''))?;
+        fixture.lab.cluster().kubectl(&["apply", "-f", path.to_str().context("a path in UTF-8")?])?;
+        let node = |name: &str| serde_json::from_value(json!({"metadata": {"name": name}}));
+        let dry = PostParams { dry_run: true, ..PostParams::default() };
+        raven_tests::eventually(crate::fixture::SOON, "the stolen machine cannot register", async || {
+            ensure_denied(admin.create(&dry, &node("edge-7")?).await, "this machine was stolen")
+        })
+        .await?;
+        admin.create(&dry, &node("edge-8")?).await?;
         Ok(())
     })
     .await;

@@ -16,7 +16,8 @@ use super::{Error, Links, failed};
 /// What the neighbour tables say.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Neighbours {
-    /// Nodes of the pool that do not answer, so that packets for them are lost.
+    /// Nodes of the pool on a LAN with this one that do not answer, so that packets for them are lost. One that has just
+    /// been asked is among them.
     pub unresolved: BTreeSet<IpAddr>,
     /// The table of IPv4 (ARP).
     pub v4: Losses,

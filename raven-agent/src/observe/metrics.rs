@@ -85,7 +85,7 @@ fn neighbours(registry: &mut Registry, found: &Neighbours) {
     gauge(
         registry,
         "raven_neighbours_unresolved",
-        "Nodes of the own pool that do not answer ARP or NDP, so that packets for them are lost; /status lists them",
+        "Nodes of this node's pool that do not answer ARP, so that packets for them are lost; /status lists them",
         found.unresolved.len(),
     );
     let (failures, overflows) = (FamilyCounters::default(), FamilyCounters::default());
@@ -100,7 +100,7 @@ fn neighbours(registry: &mut Registry, found: &Neighbours) {
     );
     registry.register(
         "raven_neighbour_overflows",
-        "New neighbours that did not fit into the kernel's table: increase net.ipv4.neigh.default.gc_thresh3",
+        "New neighbours that did not fit into the kernel's table: increase net.FAMILY.neigh.default.gc_thresh3",
         overflows,
     );
 }

@@ -27,7 +27,7 @@ struct Status<'a> {
     failures: Vec<String>,
     /// Settings and rules of other programs that stop packets.
     surroundings: &'a [String],
-    /// Nodes of the pool that do not answer ARP or NDP.
+    /// Nodes of the pool that do not answer ARP.
     #[serde(skip_serializing_if = "BTreeSet::is_empty")]
     unresolved_neighbours: &'a BTreeSet<IpAddr>,
     /// Problems in the topology.

@@ -18,6 +18,9 @@ use tokio::{
 const CHECK: Duration = Duration::from_secs(1);
 /// Failed checks in succession after which a proxy counts as unreachable.
 const FAILED: u32 = 3;
+/// Failed checks in succession after which it is not reported any more. The sites have noticed a failure by then, and their
+/// reports decide; so a lasting obstacle between two nodes, or a fault of the reporting one, does little harm.
+const STALE: u32 = 60;
 
 /// Addresses that the other proxies of the pool accept requests on, by node.
 pub(super) type Siblings = BTreeMap<String, SocketAddr>;
@@ -54,8 +57,9 @@ impl Checks {
         for (node, reached) in answers {
             match (reached, before.get(&node)) {
                 (true, _) => drop(self.0.insert(node, 0)),
-                (false, Some(failed)) => drop(self.0.insert(node, failed.saturating_add(1))),
-                (false, None) => {}
+                (false, Some(failed)) if *failed < STALE => drop(self.0.insert(node, failed + 1)),
+                // It must be reached again first.
+                (false, _) => {}
             }
         }
         self.0.iter().filter(|(_, failed)| **failed >= FAILED).map(|(node, _)| node.clone()).collect()
@@ -82,6 +86,8 @@ mod tests {
         assert_eq!(round(&[("a", false), ("b", false)]), ["a"]);
         assert!(round(&[("a", true), ("b", false)]).is_empty());
         assert_eq!(round(&[("b", false)]), ["b"], "a is no longer elected");
+        assert!((0..STALE - FAILED).all(|_| round(&[("b", false)]) == ["b"]));
+        assert!(round(&[("b", false)]).is_empty(), "the sites have noticed");
         assert!(round(&[("a", false)]).is_empty(), "elected again and not reached yet");
     }
 }

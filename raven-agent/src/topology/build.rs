@@ -234,8 +234,10 @@ impl Builder {
         }
     }
 
+    /// The controller publishes an empty key if that of the node belongs to another one.
     fn claimed_key(&self, endpoint: &Endpoint) -> Option<String> {
-        endpoint.config.get(CONFIG_PUBLIC_KEY).or_else(|| self.keys.get(&endpoint.node_name)).cloned()
+        let key = endpoint.config.get(CONFIG_PUBLIC_KEY).or_else(|| self.keys.get(&endpoint.node_name));
+        key.filter(|key| !key.is_empty()).cloned()
     }
 
     fn peer(&mut self, gateway: &str, endpoint: &Endpoint, outer: Ipv4Addr, exposed: bool) -> GatewayPeer {

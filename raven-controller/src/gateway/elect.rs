@@ -189,12 +189,16 @@ fn complete(
         EndpointType::Tunnel => {
             endpoint.config.insert(SWITCH_L3.to_owned(), inputs.switches.l3.to_string());
             // A key stays while its GatewayNode cannot be read or is recreated: tunnels must not end because of it.
-            let known = || key_before(gateway, &endpoint.node_name);
-            let listed = || endpoint.config.get(CONFIG_PUBLIC_KEY).cloned();
-            let own = |key: &String| holders.may_have(&node.name, key);
-            let published = inputs.keys.get(&node.name).filter(|key| own(key)).cloned();
-            let key = published.or_else(|| listed().filter(own)).or_else(|| known().filter(own));
-            endpoint.config.remove(CONFIG_PUBLIC_KEY);
+            let known = key_before(gateway, &endpoint.node_name);
+            let listed = endpoint.config.remove(CONFIG_PUBLIC_KEY);
+            let (own, refused): (Vec<String>, Vec<String>) = [inputs.keys.get(&node.name).cloned(), listed, known]
+                .into_iter()
+                .flatten()
+                .partition(|key| holders.may_have(&node.name, key));
+            // Agents keep a key that is missing, because a controller of an older release publishes none. An empty one says
+            // that the node has none.
+            let none = (!refused.is_empty()).then(String::new);
+            let key = own.into_iter().next().or(none);
             key.map(|key| endpoint.config.insert(CONFIG_PUBLIC_KEY.to_owned(), key));
         }
         EndpointType::Proxy => {
@@ -212,5 +216,5 @@ fn complete(
 fn key_before(gateway: &GatewayFacts, node: &str) -> Option<String> {
     let before = gateway.resource.status.iter().flat_map(|status| &status.active_endpoints);
     let mut tunnels = before.filter(|e| e.type_ == EndpointType::Tunnel && e.node_name == node);
-    tunnels.find_map(|endpoint| endpoint.config.get(CONFIG_PUBLIC_KEY).cloned())
+    tunnels.find_map(|endpoint| endpoint.config.get(CONFIG_PUBLIC_KEY).filter(|key| !key.is_empty()).cloned())
 }

@@ -20,8 +20,8 @@ struct Holder<'a> {
 }
 
 impl<'a> KeyHolders<'a> {
-    /// If several nodes have a key, one of an exposed Gateway holds it, or one of the older Gateway, as for agents. A node
-    /// that was deleted, or that has published another key since, holds none.
+    /// If several nodes have a key, one of an exposed Gateway holds it, or that of the Gateway with the strongest claims. A
+    /// node that was deleted, or that has published another key since, holds none.
     pub(crate) fn of(inputs: &'a Inputs, exposed: &BTreeSet<GatewayName>) -> Self {
         let mut gateways = inputs.by_seniority();
         gateways.sort_by_key(|gateway| !exposed.contains(&gateway.name));
@@ -31,7 +31,7 @@ impl<'a> KeyHolders<'a> {
             for endpoint in active.filter(|e| e.type_ == EndpointType::Tunnel) {
                 let node = endpoint.node_name.as_str();
                 let name = NodeName::from(node);
-                let Some(key) = endpoint.config.get(CONFIG_PUBLIC_KEY) else { continue };
+                let Some(key) = endpoint.config.get(CONFIG_PUBLIC_KEY).filter(|key| !key.is_empty()) else { continue };
                 if inputs.nodes.contains_key(&name) && inputs.keys.get(&name).is_none_or(|published| published == key) {
                     holders.entry(key.as_str()).or_insert(Holder { node, gateway: &gateway.name });
                 }

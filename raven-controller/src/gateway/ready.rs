@@ -14,8 +14,9 @@ use raven_api::gateway_node::ProxyStatus;
 /// best-connected cloud node has. Each edge counts once per cloud node, and only for elected cloud nodes: an edge node
 /// may be stolen and report anything.
 ///
-/// Idle edges notice a failure only after their keepalive interval. A cloud node that another one cannot reach any more
-/// is therefore not ready, unless it reports the same of the other: then their network is interrupted, and both work.
+/// Idle edges notice a failure only after their keepalive interval. A cloud node that most of the other proxies of its Gateway
+/// cannot reach any more is therefore not ready. Two that report each other have an interrupted link between them, which
+/// says nothing about either. Without any other, a node stays.
 pub(crate) fn ready<'a>(
     gateways: impl Iterator<Item = &'a Gateway> + Clone,
     proxies: impl Iterator<Item = (&'a str, &'a ProxyStatus)>,
@@ -23,32 +24,43 @@ pub(crate) fn ready<'a>(
     let elected = |exposed: bool| {
         let of_kind = gateways.clone().filter(move |g| g.is_exposed() == exposed);
         let status = of_kind
-            .filter_map(|g| g.status.as_ref())
-            .filter(move |s| exposed || condition_holds(s, ConditionType::Elected));
-        status
-            .flat_map(|s| &s.active_endpoints)
-            .filter(|e| e.type_ == EndpointType::Proxy)
-            .map(|e| e.node_name.as_str())
+            .filter_map(|g| Some((g.metadata.name.as_deref()?, g.status.as_ref()?)))
+            .filter(move |(_, s)| exposed || condition_holds(s, ConditionType::Elected));
+        status.flat_map(|(gateway, s)| {
+            let proxies = s.active_endpoints.iter().filter(|e| e.type_ == EndpointType::Proxy);
+            proxies.map(move |e| (e.node_name.as_str(), gateway))
+        })
     };
-    let (clouds, edges): (BTreeSet<&str>, BTreeSet<&str>) = (elected(true).collect(), elected(false).collect());
+    let (clouds, edges): (BTreeMap<&str, &str>, BTreeMap<&str, &str>) =
+        (elected(true).collect(), elected(false).collect());
     let proxies: Vec<_> = proxies.filter(|(_, proxy)| proxy.ready).collect();
     let mut edges_connected: BTreeMap<&str, usize> = BTreeMap::new();
-    for (_, edge) in proxies.iter().filter(|(name, _)| edges.contains(name)) {
+    for (_, edge) in proxies.iter().filter(|(name, _)| edges.contains_key(name)) {
         let named: BTreeSet<&str> =
-            edge.tunnels.iter().map(String::as_str).filter(|name| clouds.contains(name)).collect();
+            edge.tunnels.iter().map(String::as_str).filter(|name| clouds.contains_key(name)).collect();
         named.into_iter().for_each(|cloud| *edges_connected.entry(cloud).or_default() += 1);
     }
     let most = edges_connected.values().copied().max().unwrap_or(0);
     let connected = |name: &str| most == 0 || edges_connected.get(name).copied().unwrap_or(0) * 2 >= most;
-    let working: BTreeMap<&str, &ProxyStatus> =
-        proxies.iter().copied().filter(|(name, _)| clouds.contains(name) && connected(name)).collect();
+    let mut working: BTreeMap<&str, BTreeMap<&str, &ProxyStatus>> = BTreeMap::new();
+    for (name, status) in proxies.iter().filter(|(name, _)| connected(name)) {
+        if let Some(gateway) = clouds.get(name) {
+            working.entry(gateway).or_default().insert(name, status);
+        }
+    }
+    working.values().flat_map(reached).collect()
+}
+
+/// The proxies of one Gateway without those that most of the others cannot reach; all, if that leaves none.
+fn reached<'a>(proxies: &BTreeMap<&'a str, &'a ProxyStatus>) -> BTreeSet<&'a str> {
     let misses = |status: &ProxyStatus, name: &str| status.unreachable.iter().any(|lost| lost == name);
-    let lost = |name: &str, own: &ProxyStatus| {
-        working.iter().any(|(other, status)| misses(status, name) && !misses(own, other))
+    let is_reached = |name: &str, own: &ProxyStatus| {
+        let reports = proxies.iter().filter(|(other, status)| misses(status, name) && !misses(own, other)).count();
+        reports * 2 <= proxies.len() - 1
     };
     let reached: BTreeSet<&str> =
-        working.iter().filter(|(name, own)| !lost(name, own)).map(|(name, _)| *name).collect();
-    if reached.is_empty() { working.into_keys().collect() } else { reached }
+        proxies.iter().filter(|(name, own)| is_reached(name, own)).map(|(name, _)| *name).collect();
+    if reached.is_empty() { proxies.keys().copied().collect() } else { reached }
 }
 
 fn condition_holds(status: &GatewayStatus, type_: ConditionType) -> bool {
@@ -130,13 +142,19 @@ mod tests {
         let idle = [("x1", names(&["a", "b", "c"]))];
         let ready = |clouds: &[(&str, &[&str])]| ready_of(&gateways, clouds, &idle);
         assert_eq!(ready(&[("a", &[]), ("b", &["a"]), ("c", &["a"])]), ["b", "c"]);
+        assert_eq!(ready(&[("a", &[]), ("b", &["a"])]), ["b"], "of two, one decides");
         assert_eq!(ready(&[("a", &["b"]), ("b", &["a"]), ("c", &[])]), ["a", "b", "c"], "their link is interrupted");
         assert_eq!(ready(&[("a", &["b", "c"]), ("b", &["a"]), ("c", &["a"])]), ["a", "b", "c"]);
-        assert_eq!(ready(&[("a", &["b"]), ("b", &["c"]), ("c", &["a"])]), ["a", "b", "c"], "never none");
+        assert_eq!(ready(&[("a", &["b", "c"]), ("b", &[]), ("c", &[])]), ["a", "b", "c"], "only `a` reaches none");
+        assert_eq!(ready(&[("a", &["b", "c"]), ("b", &["a", "c"]), ("c", &[])]), ["a", "b"]);
         // The edges are connected to `b` only, so the report of `a` does not count.
         let cut_off = [("x1", names(&["b"]))];
         assert_eq!(ready_of(&gateways, &[("a", &["b"]), ("b", &[])], &cut_off), ["b"]);
-        // An edge cannot exclude a cloud node.
+        // A node of another exposed Gateway may be stolen.
+        let others =
+            [site("cloud", ExposeType::PublicIP, &["a"], "True"), site("x", ExposeType::PublicIP, &["b"], "True")];
+        assert_eq!(ready_of(&others, &[("a", &[]), ("b", &["a"])], &[]), ["a", "b"]);
+        // An edge cannot report cloud nodes.
         let mut stolen = ProxyStatus { ready: true, tunnels: names(&["a", "b"]), ..ProxyStatus::default() };
         stolen.unreachable = names(&["a"]);
         let works = ProxyStatus { ready: true, ..ProxyStatus::default() };
