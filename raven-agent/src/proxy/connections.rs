@@ -49,6 +49,14 @@ pub(crate) enum Error {
         /// Name of the Gateway.
         pool: String,
     },
+    /// The connections do not carry the request.
+    #[error(
+        "no answer on the proxy connections to Gateway {pool}: the site's link is interrupted or overloaded; compare GET /connections on the metrics port of this node"
+    )]
+    NoAnswer {
+        /// Name of the Gateway.
+        pool: String,
+    },
     /// Every connection has reached its limit of streams.
     #[error("the limit of {} streams per proxy connection to Gateway {pool} is reached", limits::STREAMS - 1)]
     Full {
@@ -80,7 +88,7 @@ pub(crate) enum Error {
 impl Error {
     pub(crate) fn refusal(&self) -> Refusal {
         match self {
-            Self::NoConnection { .. } => Refusal::NoConnection,
+            Self::NoConnection { .. } | Self::NoAnswer { .. } => Refusal::NoConnection,
             Self::Full { .. } | Self::Share { .. } => Refusal::TooMany,
             Self::Refused { unreachable: true, .. } => Refusal::Unreachable,
             Self::Refused { .. } => Refusal::Unknown,
@@ -273,10 +281,10 @@ impl Connections {
             }
             if timeout_at(deadline, changed.changed()).await.is_err() {
                 let pool = target.pool.clone();
-                return Err(if self.free(&pool) == Some(0) {
-                    Error::Full { pool }
-                } else {
-                    Error::NoConnection { pool }
+                return Err(match self.free(&pool) {
+                    Some(0) => Error::Full { pool },
+                    Some(_) => Error::NoAnswer { pool },
+                    None => Error::NoConnection { pool },
                 });
             }
         }
@@ -292,14 +300,21 @@ impl Connections {
         changed: &mut watch::Receiver<BTreeSet<String>>,
     ) -> Attempt {
         let newest = self.newest(&target.pool);
+        let given_up = async {
+            sleep(limits::ATTEMPT).await;
+            // The stream's slot is taken, so the connection counts as silent when nothing arrives.
+            let _ = timeout(limits::SLOW_ATTEMPT - limits::ATTEMPT, connection.stats.until_silent(true)).await;
+        };
         tokio::select! {
-            result = timeout(limits::ATTEMPT, request(connection, stream)) => {
-                match &result {
-                    Ok(Attempt::Opened(_)) => connection.stats.set_responding(true),
-                    Err(_) => connection.stats.set_responding(false),
-                    Ok(_) => {}
+            attempt = request(connection, stream) => {
+                if matches!(attempt, Attempt::Opened(_)) {
+                    connection.stats.set_responding(true);
                 }
-                result.unwrap_or_else(|_| Attempt::Failed("no response".to_owned()))
+                attempt
+            }
+            () = given_up => {
+                connection.stats.set_responding(false);
+                Attempt::Failed("no response".to_owned())
             }
             () = self.newer(changed, &target.pool, newest) => Attempt::Superseded,
         }

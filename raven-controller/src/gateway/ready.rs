@@ -56,7 +56,7 @@ fn reached<'a>(proxies: &BTreeMap<&'a str, &'a ProxyStatus>) -> BTreeSet<&'a str
     let misses = |status: &ProxyStatus, name: &str| status.unreachable.iter().any(|lost| lost == name);
     let is_reached = |name: &str, own: &ProxyStatus| {
         let reports = proxies.iter().filter(|(other, status)| misses(status, name) && !misses(own, other)).count();
-        reports * 2 <= proxies.len() - 1
+        reports * 2 < proxies.len()
     };
     let reached: BTreeSet<&str> =
         proxies.iter().filter(|(name, own)| is_reached(name, own)).map(|(name, _)| *name).collect();
