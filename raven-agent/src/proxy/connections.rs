@@ -22,7 +22,7 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     sync::watch,
-    time::{Instant, sleep, timeout, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
@@ -248,7 +248,8 @@ impl Connections {
 
     /// Opens a client's stream to a node of an edge pool, through whichever of its connections works.
     pub(crate) async fn open(&self, target: &Target, stream: &Stream, client: IpAddr) -> Result<Opened, Error> {
-        let deadline = Instant::now() + limits::OPEN;
+        let begin = Instant::now();
+        let (deadline, last_answer) = (begin + limits::OPEN, begin + limits::ANSWER);
         let mut changed = self.shared.edges.subscribe();
         let mut tried = BTreeSet::new();
         let mut share = None;
@@ -261,7 +262,9 @@ impl Connections {
             }
             while let Some((connection, slot)) = self.choose(&target.pool, &tried) {
                 tried.insert(connection.number);
-                match self.attempt(&connection, target, stream, &mut changed).await {
+                let alternative = self.has_untried(&target.pool, &tried);
+                let given_up = give_up(&connection.stats, alternative, last_answer);
+                match self.attempt(&connection, target, stream, &mut changed, given_up).await {
                     Attempt::Opened(io) => return Ok(Opened { io: TokioIo::new(io), _slot: slot, _share: share }),
                     Attempt::Refused { reason, unreachable } => {
                         return Err(Error::Refused { via: connection.edge.node.clone(), reason, unreachable });
@@ -275,7 +278,7 @@ impl Connections {
                         continue;
                     }
                 }
-                if Instant::now() >= deadline {
+                if Instant::now() >= last_answer {
                     break;
                 }
             }
@@ -298,13 +301,9 @@ impl Connections {
         target: &Target,
         stream: &Stream,
         changed: &mut watch::Receiver<BTreeSet<String>>,
+        given_up: impl Future<Output = ()>,
     ) -> Attempt {
         let newest = self.newest(&target.pool);
-        let given_up = async {
-            sleep(limits::ATTEMPT).await;
-            // The stream's slot is taken, so the connection counts as silent when nothing arrives.
-            let _ = timeout(limits::SLOW_ATTEMPT - limits::ATTEMPT, connection.stats.until_silent(true)).await;
-        };
         tokio::select! {
             attempt = request(connection, stream) => {
                 if matches!(attempt, Attempt::Opened(_)) {
@@ -324,6 +323,11 @@ impl Connections {
     #[cfg(test)]
     pub(crate) fn numbers(&self) -> Vec<u64> {
         self.lock().values().flatten().map(|connection| connection.number).collect()
+    }
+
+    fn has_untried(&self, pool: &str, tried: &BTreeSet<u64>) -> bool {
+        let by_pool = self.lock();
+        by_pool.get(pool).into_iter().flatten().any(|c| !tried.contains(&c.number) && !c.sender.is_closed())
     }
 
     /// The connection with the fewest streams that has not been tried. One that did not respond last time comes last;
@@ -370,6 +374,21 @@ impl Connections {
         self.shared
             .edges
             .send_replace(by_pool.values().flatten().map(|connection| connection.edge.node.clone()).collect());
+    }
+}
+
+/// Waits until a connection without an answer is given up: when nothing has arrived on it for a while, if another one can
+/// be tried instead, or at the deadline.
+async fn give_up(stats: &ConnectionStats, alternative: bool, deadline: Instant) {
+    let silent = async {
+        sleep(limits::ATTEMPT).await;
+        // A stream's slot is taken, so the connection counts as silent when nothing arrives.
+        stats.until_silent(true).await;
+    };
+    if alternative {
+        let _ = timeout_at(deadline, silent).await;
+    } else {
+        sleep_until(deadline).await;
     }
 }
 

@@ -88,12 +88,12 @@ pub(crate) const REDIAL_REFUSED: (Duration, Duration) = (Duration::from_secs(1),
 
 // === Requests ===
 
-/// Maximum time to open a stream: until a connection exists and the node has answered.
+/// Maximum time until a connection exists for a stream.
 pub(crate) const OPEN: Duration = Duration::from_secs(8);
+/// Maximum time until the node has answered: on a thin link with full queues, an answer takes long.
+pub(crate) const ANSWER: Duration = Duration::from_secs(16);
 /// Time for one connection to open a stream before another one is tried, if it is silent then. A dead connection is.
 pub(crate) const ATTEMPT: Duration = Duration::from_secs(4);
-/// The same for a connection that receives bytes: on a thin link with full queues, an answer may take this long.
-pub(crate) const SLOW_ATTEMPT: Duration = Duration::from_secs(16);
 /// Time for one connection to open a stream before a newer one is preferred.
 pub(crate) const GRACE: Duration = Duration::from_millis(500);
 /// Timeout of a connect from an edge gateway node to a node of its pool.
