@@ -17,8 +17,8 @@ use crate::{Running, SOON};
 const NOTICED: Duration = Duration::from_millis(5_000 + 300);
 /// Bytes that an idle site may cost in a month, L3 and L7 together.
 const MONTH: f64 = 60e6;
-/// A WireGuard session is renewed once in this time.
-const WINDOW: Duration = Duration::from_secs(120);
+/// The longest interval of what an idle site sends, the HTTP/2 pings: a shorter window has one too many or too few.
+const WINDOW: Duration = Duration::from_secs(300);
 
 /// A site's link that loses every packet, until it is dropped.
 struct Cut<'a>(&'a Namespace);
