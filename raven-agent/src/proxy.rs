@@ -5,8 +5,9 @@
 //! name, [`http`] a Host header); [`Directory`](crate::plan::proxy::Directory) finds the target node; [`router`]
 //! and [`connections`] open a stream to its site; there [`serve`] connects to the node; [`stream`] carries the
 //! bytes. TLS is not terminated. Proxy connections: [`dial`] opens them at the edge, [`accept`] admits them in the
-//! cloud, [`liveness`] notices dead ones, [`siblings`] dead cloud gateway nodes, [`identity`] and [`enrol`] provide certificates. [`fairness`] shares the
-//! streams among clients; [`limits`] has all windows, limits and timeouts; [`stats`] has the counters.
+//! cloud, [`liveness`] notices dead ones, [`siblings`] dead cloud gateway nodes, [`identity`] and [`enrol`] provide
+//! certificates. [`fairness`] shares the streams among clients; [`limits`] has all windows, limits and timeouts;
+//! [`stats`] has the counters.
 //!
 //! The L7 half does not depend on L3.
 

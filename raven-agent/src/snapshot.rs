@@ -16,11 +16,11 @@ pub fn save(path: &Path, inputs: &Inputs) -> io::Result<()> {
     }
 }
 
-/// Reads the snapshot; `None` if it does not exist. A file that does not parse is an error; the agent then
+/// Reads the snapshot, which is then [`lean`], whatever release wrote it; `None` if it does not exist. A file that does not parse is an error; the agent then
 /// starts without it.
 pub fn load(path: &Path) -> io::Result<Option<Inputs>> {
     match fs::read(path) {
-        Ok(bytes) => Ok(Some(serde_json::from_slice(&bytes)?)),
+        Ok(bytes) => Ok(Some(lean(serde_json::from_slice(&bytes)?))),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e),
     }

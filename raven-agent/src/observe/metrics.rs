@@ -64,8 +64,6 @@ pub(super) fn render(report: Option<&Report>, proxy: &Stats) -> Result<String, S
             "Planned prefixes of other pools",
             report.plan.state.remote.len(),
         );
-    }
-    if let Some(report) = report {
         neighbours(&mut registry, &report.neighbours);
     }
     let refused: Counter = Counter::default();

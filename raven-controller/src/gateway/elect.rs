@@ -17,7 +17,7 @@ use raven_api::proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID, CONFIG_PROXY_READY};
 
 use super::facts::{BalancerFacts, GatewayFacts, NodeFacts, NodeName};
 use super::inputs::Inputs;
-use super::keys::KeyHolders;
+use super::keys::{self, KeyHolders};
 use super::links::Links;
 use super::refusal::Refusal;
 
@@ -189,7 +189,8 @@ fn complete(
         EndpointType::Tunnel => {
             endpoint.config.insert(SWITCH_L3.to_owned(), inputs.switches.l3.to_string());
             // A key stays while its GatewayNode cannot be read or is recreated: tunnels must not end because of it.
-            let known = key_before(gateway, &endpoint.node_name);
+            let mut known = keys::in_status(gateway).filter(|(node, _)| *node == endpoint.node_name);
+            let known = known.next().map(|(_, key)| key.to_owned());
             let listed = endpoint.config.remove(CONFIG_PUBLIC_KEY);
             let (own, refused): (Vec<String>, Vec<String>) = [inputs.keys.get(&node.name).cloned(), listed, known]
                 .into_iter()
@@ -210,11 +211,4 @@ fn complete(
         }
     }
     endpoint
-}
-
-// The key of a tunnel node in the present status.
-fn key_before(gateway: &GatewayFacts, node: &str) -> Option<String> {
-    let before = gateway.resource.status.iter().flat_map(|status| &status.active_endpoints);
-    let mut tunnels = before.filter(|e| e.type_ == EndpointType::Tunnel && e.node_name == node);
-    tunnels.find_map(|endpoint| endpoint.config.get(CONFIG_PUBLIC_KEY).filter(|key| !key.is_empty()).cloned())
 }

@@ -5,12 +5,22 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use raven_api::gateway::{CONFIG_PUBLIC_KEY, Endpoint, EndpointType};
 
-use super::facts::{GatewayName, NodeName};
+use super::facts::{GatewayFacts, GatewayName, NodeName};
 use super::inputs::Inputs;
 use super::refusal::{Notice, Refusal};
 
 /// The keys in the present statuses.
 pub(crate) struct KeyHolders<'a>(BTreeMap<&'a str, Holder<'a>>);
+
+/// The tunnel nodes with a key in the present status of a Gateway, and their keys.
+pub(crate) fn in_status(gateway: &GatewayFacts) -> impl Iterator<Item = (&str, &str)> {
+    let active = gateway.resource.status.iter().flat_map(|status| &status.active_endpoints);
+    let tunnels = active.filter(|endpoint| endpoint.type_ == EndpointType::Tunnel);
+    tunnels.filter_map(|endpoint| {
+        let key = endpoint.config.get(CONFIG_PUBLIC_KEY).filter(|key| !key.is_empty())?;
+        Some((endpoint.node_name.as_str(), key.as_str()))
+    })
+}
 
 /// The node that a key belongs to.
 #[derive(Clone, Copy)]
@@ -27,13 +37,10 @@ impl<'a> KeyHolders<'a> {
         gateways.sort_by_key(|gateway| !exposed.contains(&gateway.name));
         let mut holders = BTreeMap::new();
         for gateway in gateways {
-            let active = gateway.resource.status.iter().flat_map(|status| &status.active_endpoints);
-            for endpoint in active.filter(|e| e.type_ == EndpointType::Tunnel) {
-                let node = endpoint.node_name.as_str();
+            for (node, key) in in_status(gateway) {
                 let name = NodeName::from(node);
-                let Some(key) = endpoint.config.get(CONFIG_PUBLIC_KEY).filter(|key| !key.is_empty()) else { continue };
                 if inputs.nodes.contains_key(&name) && inputs.keys.get(&name).is_none_or(|published| published == key) {
-                    holders.entry(key.as_str()).or_insert(Holder { node, gateway: &gateway.name });
+                    holders.entry(key).or_insert(Holder { node, gateway: &gateway.name });
                 }
             }
         }

@@ -31,11 +31,11 @@ pub(crate) fn ready<'a>(
             proxies.map(move |e| (e.node_name.as_str(), gateway))
         })
     };
-    let (clouds, edges): (BTreeMap<&str, &str>, BTreeMap<&str, &str>) =
-        (elected(true).collect(), elected(false).collect());
+    let clouds: BTreeMap<&str, &str> = elected(true).collect();
+    let edges: BTreeSet<&str> = elected(false).map(|(name, _)| name).collect();
     let proxies: Vec<_> = proxies.filter(|(_, proxy)| proxy.ready).collect();
     let mut edges_connected: BTreeMap<&str, usize> = BTreeMap::new();
-    for (_, edge) in proxies.iter().filter(|(name, _)| edges.contains_key(name)) {
+    for (_, edge) in proxies.iter().filter(|(name, _)| edges.contains(name)) {
         let named: BTreeSet<&str> =
             edge.tunnels.iter().map(String::as_str).filter(|name| clouds.contains_key(name)).collect();
         named.into_iter().for_each(|cloud| *edges_connected.entry(cloud).or_default() += 1);
@@ -136,6 +136,7 @@ mod tests {
         let reports = [("x1", names(&["a", "b"])), ("v1", names(&["a", "b"])), ("w1", names(&["b"]))];
         assert_eq!(ready_with(&gateways, &reports), ["a", "b"]);
     }
+
     #[test]
     fn proxy_that_another_one_cannot_reach_is_not_ready() {
         let gateways = [site("cloud", ExposeType::PublicIP, &["a", "b", "c"], "True"), edge("x", "True")];
