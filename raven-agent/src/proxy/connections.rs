@@ -31,7 +31,7 @@ use super::{
     abort::Abortable,
     fairness::{Share, Shares},
     limits::{self, Liveness},
-    liveness::{self, INTERVAL_HEADER, KEEPALIVE_HEADER, Link, Suspicion},
+    liveness::{self, INTERVAL_HEADER, KEEPALIVE_HEADER, Link, ROUND_TRIP_HEADER, RoundTrips, Suspicion},
     serve::{PROBE_URI, REASON_HEADER, STREAM_HEADER},
     stats::{ConnectionStats, Refusal, Stats, StreamSlot},
     stream::Stream,
@@ -181,7 +181,7 @@ impl Connections {
         let (number, stats) = (listed.number, listed.stats.clone());
         let io = TokioIo::new(Abortable::new(stats.count(io), abort.clone()));
         // The measurements below tell whether the edge answers.
-        stats.expect_bytes();
+        stats.set_quiet(liveness::quiet(Duration::ZERO));
         let (sender, http) = limits::client(self.liveness).handshake(io).await?;
         let span = tracing::info_span!("proxy_connection", edge = %edge.node, gateway = pool, connection = number);
         let idle = watch::Sender::new(liveness::cloud_interval(limits::KEEPALIVE));
@@ -434,10 +434,11 @@ async fn probe(
     idle: watch::Sender<Duration>,
 ) -> Infallible {
     let mut streams = stats.watch_streams();
+    let mut trips = RoundTrips::default();
     let mut sent = FuturesUnordered::new();
     loop {
         if sent.len() < limits::PROBES {
-            sent.push(measure(sender.clone(), &stats, &idle));
+            sent.push(measure(sender.clone(), trips.longest(), &idle));
         }
         let next = async {
             sleep(limits::PROBE).await;
@@ -448,27 +449,36 @@ async fn probe(
         loop {
             tokio::select! {
                 () = &mut next => break,
-                Some(()) = sent.next() => {}
+                Some(measured) = sent.next() => if let Some(measured) = measured {
+                    stats.set_rtt(measured);
+                    trips.add(measured);
+                    stats.set_quiet(liveness::quiet(trips.longest()));
+                }
             }
         }
     }
 }
 
-async fn measure(mut sender: SendRequest<Empty<Bytes>>, stats: &ConnectionStats, idle: &watch::Sender<Duration>) {
+/// Measures one round trip; `None` if the connection ended. `longest`: the estimate, for the edge.
+async fn measure(
+    mut sender: SendRequest<Empty<Bytes>>,
+    longest: Duration,
+    idle: &watch::Sender<Duration>,
+) -> Option<Duration> {
     let mut request = Request::new(Empty::new());
     *request.method_mut() = Method::OPTIONS;
     *request.uri_mut() = Uri::from_static(PROBE_URI);
     request.headers_mut().insert(INTERVAL_HEADER, HeaderValue::from(limits::PROBE.as_secs()));
+    request.headers_mut().insert(ROUND_TRIP_HEADER, HeaderValue::from(longest.as_millis() as u64));
     let begin = Instant::now();
-    if sender.ready().await.is_ok()
-        && let Ok(response) = sender.send_request(request).await
-    {
-        stats.set_rtt(begin.elapsed());
-        let seconds = response.headers().get(KEEPALIVE_HEADER).and_then(|text| text.to_str().ok()?.parse().ok());
-        let edge = seconds.map_or(limits::KEEPALIVE, Duration::from_secs);
-        let interval = liveness::cloud_interval(edge);
-        idle.send_if_modified(|have| std::mem::replace(have, interval) != interval);
-    }
+    sender.ready().await.ok()?;
+    let response = sender.send_request(request).await.ok()?;
+    let measured = begin.elapsed();
+    let seconds = response.headers().get(KEEPALIVE_HEADER).and_then(|text| text.to_str().ok()?.parse().ok());
+    let edge = seconds.map_or(limits::KEEPALIVE, Duration::from_secs);
+    let interval = liveness::cloud_interval(edge);
+    idle.send_if_modified(|have| std::mem::replace(have, interval) != interval);
+    Some(measured)
 }
 
 async fn request(connection: &Connection, stream: &Stream) -> Attempt {

@@ -43,9 +43,11 @@ pub(crate) const CONNECTION_LIFE: Duration = Duration::from_secs(3600);
 /// Interval of measurements of the round-trip time while streams are open. They also show each end that the other one
 /// works.
 pub(crate) const PROBE: Duration = Duration::from_secs(2);
-/// Time without a received byte after which a connection with open streams counts as silent: with [`CHECK`], a dead link is
-/// noticed within five seconds.
+/// Time without a received byte after which a connection with open streams counts as silent, on a link without delay: with
+/// [`CHECK`], a dead link is noticed within five seconds. See `liveness::quiet`.
 pub(crate) const SILENT: Duration = Duration::from_millis(3500);
+/// Maximum estimate of a round trip, which is added to [`SILENT`].
+pub(crate) const ROUND_TRIP: Duration = Duration::from_secs(10);
 /// Interval of that check.
 pub(crate) const CHECK: Duration = Duration::from_millis(500);
 /// Default time without an acknowledgement after which streams are ended.

@@ -3,8 +3,9 @@
 //! - **Idle**: the kernels exchange TCP keepalives, sparsely, because a site may pay for each byte. The edge sets the
 //!   interval and tells the cloud, which sends far fewer. A connection without answers is closed.
 //! - **With open streams**: the cloud sends a request every two seconds ([`limits::PROBE`]). An end that receives nothing for
-//!   [`limits::SILENT`] prefers other connections, and the edge dials a new one; but streams are not ended until nothing
-//!   was acknowledged for [`limits::Liveness::stream_timeout`], so that a short stall of the link does not end an `exec`.
+//!   [`limits::SILENT`] and a round trip prefers other connections, and the edge dials a new one; but streams are not ended
+//!   until nothing was acknowledged for [`limits::Liveness::stream_timeout`], so that a short stall of the link does not
+//!   end an `exec`.
 
 use std::{convert::Infallible, io, sync::Arc, time::Duration};
 
@@ -19,6 +20,8 @@ use super::{limits, stats::ConnectionStats};
 
 /// Header of the cloud's measurements: their interval in seconds while streams are open.
 pub(super) const INTERVAL_HEADER: &str = "raven-interval";
+/// Header of the cloud's measurements: by its estimate, an answer takes no longer than this number of milliseconds.
+pub(super) const ROUND_TRIP_HEADER: &str = "raven-round-trip";
 /// Header of the edge's answers to measurements: its keepalive interval in seconds.
 pub(super) const KEEPALIVE_HEADER: &str = "raven-keepalive";
 
@@ -28,6 +31,38 @@ pub(super) const KEEPALIVE_HEADER: &str = "raven-keepalive";
 /// are checked at once. (The kernel sends them even if the other end's keepalives arrive.)
 pub(super) fn cloud_interval(edge: Duration) -> Duration {
     limits::CLOUD * edge.clamp(Duration::from_secs(1), MAXIMUM / limits::CLOUD)
+}
+
+/// How long it is normal that nothing arrives on a connection with streams, from the estimate of its round trips. On a thin
+/// link with full queues, these take seconds, and the kernel sends nothing new while it repeats a lost packet.
+///
+/// The estimate is bounded, because the other end, which may be stolen, can delay its answers.
+pub(super) fn quiet(round_trip: Duration) -> Duration {
+    limits::SILENT + round_trip.min(limits::ROUND_TRIP)
+}
+
+/// Estimates how long a round trip takes at most, as TCP does for its retransmissions (RFC 6298 §2).
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct RoundTrips {
+    /// The smoothed round-trip time and its variation; `None` before the first measurement.
+    estimate: Option<(Duration, Duration)>,
+}
+
+impl RoundTrips {
+    /// Adds a measurement.
+    pub(super) fn add(&mut self, measured: Duration) {
+        self.estimate = Some(match self.estimate {
+            None => (measured, measured / 2),
+            Some((smoothed, variation)) => {
+                ((smoothed * 7 + measured) / 8, (variation * 3 + smoothed.abs_diff(measured)) / 4)
+            }
+        });
+    }
+
+    /// Zero before the first measurement.
+    pub(super) fn longest(self) -> Duration {
+        self.estimate.map_or(Duration::ZERO, |(smoothed, variation)| smoothed + variation * 4)
+    }
 }
 
 /// Longest interval of keepalives that the kernel accepts (MAX_TCP_KEEPIDLE).
@@ -131,7 +166,7 @@ async fn listen(stats: &ConnectionStats, suspicion: &Suspicion) -> Infallible {
         if stats.received() != received {
             (received, heard) = (stats.received(), Instant::now());
         }
-        let silent = stats.expects_bytes() && heard.elapsed() > limits::SILENT;
+        let silent = stats.quiet().is_some_and(|quiet| heard.elapsed() > quiet);
         if stats.set_silent(silent) && silent {
             suspicion.notify_waiters();
         }
@@ -153,5 +188,27 @@ mod tests {
         assert_eq!(cloud_interval(limits::KEEPALIVE), Duration::from_secs(300));
         assert_eq!(cloud_interval(Duration::ZERO), Duration::from_secs(20));
         assert_eq!(cloud_interval(Duration::from_secs(u64::MAX)), MAXIMUM);
+    }
+
+    #[test]
+    fn silence_is_relative_to_the_round_trips_of_the_link() {
+        let mut trips = RoundTrips::default();
+        assert_eq!(quiet(trips.longest()), limits::SILENT);
+        for _ in 0..50 {
+            trips.add(Duration::from_millis(50));
+        }
+        // A dead link with 50 ms is still noticed within five seconds.
+        assert!(quiet(trips.longest()) + limits::CHECK < Duration::from_secs(5), "{trips:?}");
+        // Its queues fill.
+        trips.add(Duration::from_millis(2500));
+        assert!(trips.longest() > Duration::from_millis(2500), "{trips:?}");
+        // And become empty again.
+        for _ in 0..50 {
+            trips.add(Duration::from_millis(50));
+        }
+        assert!(trips.longest() < Duration::from_millis(100), "{trips:?}");
+        // The other end delays its answers.
+        trips.add(Duration::from_secs(10_000));
+        assert_eq!(quiet(trips.longest()), limits::SILENT + limits::ROUND_TRIP);
     }
 }

@@ -17,7 +17,7 @@ use tracing::Instrument;
 
 use super::{
     limits::{self, Liveness},
-    liveness::{INTERVAL_HEADER, KEEPALIVE_HEADER},
+    liveness::{self, INTERVAL_HEADER, KEEPALIVE_HEADER, ROUND_TRIP_HEADER},
     stats::{ConnectionStats, Refusal, Stats},
     stream::{self, Stream},
 };
@@ -59,7 +59,7 @@ where
         async move {
             Ok::<_, Infallible>(if request.method() == Method::OPTIONS {
                 if request.headers().contains_key(INTERVAL_HEADER) {
-                    stats.expect_bytes();
+                    stats.set_quiet(liveness::quiet(round_trip(&request)));
                 }
                 measured(keepalive)
             } else {
@@ -73,6 +73,12 @@ where
         () = retire.cancelled() => connection.as_mut().graceful_shutdown(),
     }
     connection.await
+}
+
+/// The cloud's estimate of the round-trip time. Clouds of older releases send none.
+fn round_trip(measurement: &Request<Incoming>) -> Duration {
+    let text = measurement.headers().get(ROUND_TRIP_HEADER).and_then(|header| header.to_str().ok());
+    Duration::from_millis(text.and_then(|text| text.parse().ok()).unwrap_or_default())
 }
 
 /// The answer to a measurement.

@@ -91,8 +91,8 @@ pub(crate) struct ConnectionStats {
     /// Bytes of the connection.
     received: Arc<AtomicU64>,
     sent: Arc<AtomicU64>,
-    /// The other end sends something regularly while streams are open.
-    regular: AtomicBool,
+    /// Milliseconds without a received byte that are normal while streams are open; 0 if unknown.
+    quiet: AtomicU64,
     /// True if nothing arrives although streams are open.
     silent: watch::Sender<bool>,
     /// Round-trip time in microseconds; 0 if unknown.
@@ -123,14 +123,15 @@ impl ConnectionStats {
         let _ = self.silent.subscribe().wait_for(|silent| *silent == wanted).await;
     }
 
-    /// Records that the other end sends something regularly while streams are open. Clouds of older releases do not.
-    pub(super) fn expect_bytes(&self) {
-        self.regular.store(true, Ordering::Relaxed);
+    /// Records how long it is normal that nothing arrives while streams are open.
+    pub(super) fn set_quiet(&self, quiet: Duration) {
+        self.quiet.store(u64::try_from(quiet.as_millis()).unwrap_or(u64::MAX).max(1), Ordering::Relaxed);
     }
 
-    /// True after [`ConnectionStats::expect_bytes`].
-    pub(super) fn expects_bytes(&self) -> bool {
-        self.regular.load(Ordering::Relaxed)
+    /// How long it is normal that nothing arrives while streams are open. `None` if the other end sends nothing regularly,
+    /// as clouds of older releases.
+    pub(super) fn quiet(&self) -> Option<Duration> {
+        Some(self.quiet.load(Ordering::Relaxed)).filter(|ms| *ms > 0).map(Duration::from_millis)
     }
 
     /// Wraps the connection, so that its bytes are counted.
@@ -298,7 +299,7 @@ impl Stats {
             used: AtomicBool::new(false),
             received: Arc::default(),
             sent: Arc::default(),
-            regular: AtomicBool::new(false),
+            quiet: AtomicU64::new(0),
             silent: watch::Sender::default(),
             rtt: AtomicU64::new(0),
             retired: AtomicBool::new(false),
