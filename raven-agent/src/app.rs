@@ -36,6 +36,7 @@ use crate::{
     observe::{
         self,
         admin::{self, Paths},
+        secure::Access,
     },
     plan::{ProxyPlan, plan},
     proxy::{self, Liveness, Proxy, ProxySettings, stats::Stats},
@@ -112,6 +113,7 @@ pub async fn run(config: Run) -> Result<()> {
             stream_timeout: Duration::from_secs(config.proxy_stream_timeout.into()),
         },
     };
+    let access = metrics_access(&config, client.clone())?;
     let proxy = Proxy::new(proxy, client.clone(), plans.subscribe(), proxied.clone(), stats.clone(), intercepted);
     let proxy_runtime = ProxyRuntime::new()?;
     proxy_runtime.0.as_ref().map(|runtime| runtime.spawn(proxy.run()));
@@ -131,8 +133,8 @@ pub async fn run(config: Run) -> Result<()> {
     let drops = observe::Drops::default();
     tokio::spawn(drops.clone().read());
     let sources = admin::Sources { latest, proxy: proxied.subscribe(), drops, stats, outages };
-    tokio::spawn(admin::serve(config.metric_bind_addr, Paths::All, sources.clone()));
-    tokio::spawn(admin::serve(config.health_probe_addr, Paths::Health, sources));
+    tokio::spawn(admin::serve(config.metric_bind_addr, Paths::All, access, sources.clone()));
+    tokio::spawn(admin::serve(config.health_probe_addr, Paths::Health, None, sources));
     let work = Loop {
         reconciler,
         feed: Feed::new(inputs_seen),
@@ -185,6 +187,12 @@ pub async fn terminated() -> Result<()> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
     Ok(())
+}
+
+/// Who may read the metrics address; `None` if everyone may.
+fn metrics_access(config: &Run, client: Option<Client>) -> Result<Option<Access>> {
+    let access = || Access::new(client, &config.node_name, config.metrics_cert_dir.clone());
+    Ok(config.metrics_secure.then(access).transpose()?)
 }
 
 /// The client, and the API server's address, which must never enter the tunnel.

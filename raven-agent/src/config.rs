@@ -107,6 +107,14 @@ pub struct Run {
     /// Serve /metrics, /status, /drops and /connections at this address; `:PORT` means all addresses.
     #[arg(long, env = "METRIC_BIND_ADDR", default_value = ":10265", value_parser = listen_address)]
     pub metric_bind_addr: SocketAddr,
+    /// Serve the metrics address with TLS, and only with a bearer token whose owner may `get` the path
+    /// (deploy/metrics-secure). On the node itself, plain requests to the loopback address are still answered.
+    #[arg(long)]
+    pub metrics_secure: bool,
+    /// Use the certificate tls.crt and the key tls.key in this folder, which may change at any time [default: a
+    /// self-signed certificate].
+    #[arg(long, requires = "metrics_secure", value_name = "DIR")]
+    pub metrics_cert_dir: Option<PathBuf>,
     /// Serve /healthz and /readyz at this address; `:PORT` means all addresses.
     #[arg(long, default_value = raven_api::names::DEFAULT_HEALTH_PROBE_ADDR, value_parser = listen_address)]
     pub health_probe_addr: SocketAddr,

@@ -7,6 +7,7 @@ mod drops;
 mod events;
 mod metrics;
 mod publish;
+pub mod secure;
 mod status;
 
 pub use drops::Drops;

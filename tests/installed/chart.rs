@@ -63,17 +63,21 @@ fn chart_without_values_renders_the_objects_of_deploy() {
 }
 
 #[test]
-fn boot_unit_is_the_same_in_the_chart_and_in_its_component() {
-    let overlay = folder("target/boot-overlay");
-    std::fs::create_dir_all(&overlay).expect("create the folder");
-    let kustomization = "resources: [../../deploy]\ncomponents: [../../deploy/boot]\n";
-    std::fs::write(format!("{overlay}/kustomization.yaml"), kustomization).expect("write the overlay");
+fn components_are_the_same_in_the_chart() {
     let kubectl = Binaries::find_or_build().expect("find kubectl").kubectl;
-    let expected = objects(Command::new(kubectl).args(["kustomize", &overlay]));
-    let rendered = chart(&["agent.bootUnit=true"]);
-    assert_eq!(agent(&rendered, "raven-agent-ds"), agent(&expected, "raven-agent-ds"));
-    let arguments = &agent(&rendered, "raven-agent-ds")["containers"][0]["args"];
-    assert_eq!(arguments[1], "--boot-unit-dir=/host/systemd");
+    for (component, value, argument) in [
+        ("boot", "agent.bootUnit=true", "--boot-unit-dir=/host/systemd"),
+        ("metrics-secure", "agent.metricsSecure=true", "--metrics-secure"),
+    ] {
+        let overlay = folder(&format!("target/{component}-overlay"));
+        std::fs::create_dir_all(&overlay).expect("create the folder");
+        let kustomization = format!("resources: [../../deploy]\ncomponents: [../../deploy/{component}]\n");
+        std::fs::write(format!("{overlay}/kustomization.yaml"), kustomization).expect("write the overlay");
+        let expected = objects(Command::new(&kubectl).args(["kustomize", &overlay]));
+        let rendered = chart(&[value]);
+        assert_eq!(rendered, expected, "{component}");
+        assert_eq!(agent(&rendered, "raven-agent-ds")["containers"][0]["args"][1], argument);
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod certificates;
 mod edges;
 mod kubectl;
 mod liveness;
+mod metrics;
 mod outages;
 
 use std::time::Duration;

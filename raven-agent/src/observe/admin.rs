@@ -1,23 +1,41 @@
-//! HTTP for operators and machines: `/metrics`, `/status`, `/drops`, `/connections`, `/healthz` and `/readyz`.
+//! HTTP for operators and machines: `/metrics`, `/status`, `/drops`, `/connections`, `/healthz` and `/readyz`. With
+//! `--metrics-secure`, [`secure`](super::secure) decides who may read them.
 
 use std::{
     convert::Infallible,
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use http_body_util::Full;
-use hyper::{Request, Response, StatusCode, body::Bytes, server::conn::http1, service::service_fn};
+use hyper::{
+    Request, Response, StatusCode,
+    body::Bytes,
+    header::{HeaderValue, WWW_AUTHENTICATE},
+    server::conn::http1,
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    sync::watch,
+    time::timeout,
+};
 
-use super::{Drops, metrics, publish::Latest, status};
+use super::{
+    Drops, metrics,
+    publish::Latest,
+    secure::{Access, Refusal},
+    status,
+};
 use crate::{
     proxy::{ProxyReport, stats::Stats},
     watch::Outages,
 };
 
-/// Timeout for the head of a request.
+/// Timeout for a TLS handshake and for the head of a request.
 const HEAD: Duration = Duration::from_secs(5);
 
 /// Maximum age of the last run. A run takes seconds, and the next one starts within half a minute; after this time the
@@ -51,8 +69,10 @@ pub enum Paths {
     All,
 }
 
-/// Serves on `address` until the process ends. A failure to listen is logged and does not affect forwarding.
-pub async fn serve(address: SocketAddr, paths: Paths, sources: Sources) {
+/// Serves on `address` until the process ends, with `access` only to clients that it admits. A failure to listen is logged
+/// and does not affect forwarding.
+pub async fn serve(address: SocketAddr, paths: Paths, access: Option<Access>, sources: Sources) {
+    let access = access.map(Arc::new);
     let listener = match bind(address).await {
         Ok(listener) => listener,
         Err(e) => {
@@ -60,8 +80,8 @@ pub async fn serve(address: SocketAddr, paths: Paths, sources: Sources) {
         }
     };
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(e) => {
                 // Usually the limit of open files; it passes when connections end.
                 tracing::warn!(%address, error = %e, "cannot accept connections; retrying");
@@ -69,18 +89,64 @@ pub async fn serve(address: SocketAddr, paths: Paths, sources: Sources) {
                 continue;
             }
         };
-        let sources = sources.clone();
+        let (access, sources) = (access.clone(), sources.clone());
         tokio::spawn(async move {
-            let service = service_fn(move |request| {
-                let response = answer(&request, paths, &sources);
-                async move { Ok::<_, Infallible>(response) }
-            });
-            let mut builder = http1::Builder::new();
-            builder.timer(TokioTimer::new()).header_read_timeout(HEAD).keep_alive(false);
-            // Fails only if the client disconnects.
-            let _ = builder.serve_connection(TokioIo::new(stream), service).await;
+            match access {
+                Some(access) if !(from.ip().to_canonical().is_loopback() && is_plain(&stream).await) => {
+                    encrypted(stream, paths, access, sources).await;
+                }
+                _ => http(stream, paths, None, sources).await,
+            }
         });
     }
+}
+
+/// True if the client starts with anything but TLS, whose first record is a handshake (RFC 8446 §5.1).
+async fn is_plain(stream: &TcpStream) -> bool {
+    const HANDSHAKE: u8 = 22;
+    let mut first = [0];
+    matches!(timeout(HEAD, stream.peek(&mut first)).await, Ok(Ok(1))) && first != [HANDSHAKE]
+}
+
+async fn encrypted(stream: TcpStream, paths: Paths, access: Arc<Access>, sources: Sources) {
+    let acceptor = match access.acceptor() {
+        Ok(acceptor) => acceptor,
+        Err(e) => return tracing::warn!(error = %e, "cannot serve metrics"),
+    };
+    // A failed handshake is the client's: it sent plain HTTP, or does not trust the certificate.
+    if let Ok(Ok(stream)) = timeout(HEAD, acceptor.accept(stream)).await {
+        http(stream, paths, Some(access), sources).await;
+    }
+}
+
+/// Answers the request of a connection, with `access` only if the client may read the path.
+async fn http<S>(stream: S, paths: Paths, access: Option<Arc<Access>>, sources: Sources)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let service = service_fn(move |request| {
+        let (access, sources) = (access.clone(), sources.clone());
+        async move {
+            if let Some(access) = access
+                && let Err(refusal) = access.check(&request).await
+            {
+                return Ok::<_, Infallible>(refused(&refusal));
+            }
+            Ok(answer(&request, paths, &sources))
+        }
+    });
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD).keep_alive(false);
+    // Fails only if the client disconnects.
+    let _ = builder.serve_connection(TokioIo::new(stream), service).await;
+}
+
+fn refused(refusal: &Refusal) -> Response<Full<Bytes>> {
+    let mut response = text(refusal.status(), format!("{refusal}\n"));
+    if refusal.status() == StatusCode::UNAUTHORIZED {
+        response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    response
 }
 
 /// Binds `address`. A kernel without IPv6 refuses `[::]`; then all IPv4 addresses are used.
