@@ -178,7 +178,7 @@ fn concerns_us(payload: &NetlinkPayload<RouteNetlinkMessage>) -> bool {
         })
         .unwrap_or(false),
         NetlinkPayload::InnerMessage(NewRoute(route) | DelRoute(route)) => {
-            matches!(route::table_of(route), names::TABLE | names::INTERCEPTION_TABLE)
+            matches!(route::table_of(route), names::TABLE | names::INTERCEPTION_TABLE | names::PROXIES_TABLE)
         }
         NetlinkPayload::InnerMessage(NewRule(_) | DelRule(_)) | NetlinkPayload::Overrun(_) => true,
         _ => false,

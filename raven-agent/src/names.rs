@@ -22,7 +22,10 @@ pub const ROUTE_PROTOCOL: u8 = 152;
 
 /// Routing table of the interception: addresses of edge nodes, for kubelet ports only.
 pub const INTERCEPTION_TABLE: u32 = 9029;
-/// Priority of the rules for [`INTERCEPTION_TABLE`], one per port: before [`RULE_PRIORITY`], so that kubelet
+/// The same for proxies of other exposed pools, for the ports of the proxies' Service only: a table of its own, because
+/// these nodes' kubelets are not intercepted.
+pub const PROXIES_TABLE: u32 = 9030;
+/// Priority of the rules for both tables, one per port: before [`RULE_PRIORITY`], so that kubelet
 /// connections use the proxy and not the tunnel.
 pub const INTERCEPTION_PRIORITY: u32 = 99;
 

@@ -59,7 +59,7 @@ use self::{
     siblings::Siblings,
     stats::Stats,
 };
-use crate::plan::proxy::{ProxyPlan, ProxyRole};
+use crate::plan::proxy::{ByName, ProxyPlan, ProxyRole};
 
 /// Interval at which a listener that could not be opened is retried.
 const RETRY: Duration = Duration::from_secs(5);
@@ -252,10 +252,12 @@ impl Proxy {
                 let secure = plan.directory.ports.https.iter().map(|port| {
                     let listener =
                         if *port == KUBELET_PORT { self.settings.secure.port() } else { secure_listener(*port) };
-                    Part::Ingress(Kind::Secure(*port), here(self.settings.secure, listener))
+                    Part::Ingress(Kind::Named(ByName::Tls(*port)), here(self.settings.secure, listener))
                 });
-                let insecure =
-                    Part::Ingress(Kind::Insecure, here(self.settings.insecure, self.settings.insecure.port()));
+                let insecure = Part::Ingress(
+                    Kind::Named(ByName::Plain),
+                    here(self.settings.insecure, self.settings.insecure.port()),
+                );
                 [Part::EdgeListener(*port), insecure, Part::Siblings]
                     .into_iter()
                     .chain(intercepted.then_some(Part::Intercepted))

@@ -137,17 +137,27 @@ pub struct TunnelDevice {
     pub port: u16,
 }
 
-/// Interception: connections to kubelet ports of edge nodes, by address, are redirected to a proxy of this pool.
+/// Interception: connections by address that are redirected to a proxy of this pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interception {
     /// Where the connections go.
     pub to: InterceptTo,
+    /// Source address of connections that host processes open.
+    pub source: Ipv4Addr,
+    /// Kubelets of edge nodes.
+    pub kubelets: Intercepted,
+    /// Proxies of other exposed pools. The Service sends requests by name to any proxy, also to one that this node cannot
+    /// reach; the proxy of its own pool can answer all of them.
+    pub proxies: Intercepted,
+}
+
+/// Nodes and TCP ports to which connections are intercepted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Intercepted {
     /// Node names by address. Nodes that share an address are joined by " or ".
     pub nodes: BTreeMap<Ipv4Addr, String>,
     /// TCP ports.
     pub ports: BTreeSet<u16>,
-    /// Source address of connections that host processes open.
-    pub source: Ipv4Addr,
 }
 
 /// The destination of intercepted connections.

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod certificates;
+mod clouds;
 mod edges;
 mod kubectl;
 mod liveness;

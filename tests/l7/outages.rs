@@ -213,9 +213,9 @@ async fn requests_recover_after_link_and_agent_outages() {
             .lab
             .node("cloud-a")
             .ns
-            .sh("ss -Hltn | grep -E ':(1026[234]|20000) ' || true; ip rule | grep 9029 || true")?;
+            .sh("ss -Hltn | grep -E ':(1026[234]|20000) ' || true; ip rule | grep -e 9029 -e 9030 || true")?;
         ensure!(left.is_empty(), "{left}");
-        let left = running.lab.node("cloud-b").ns.sh("ip rule | grep 9029 || true")?;
+        let left = running.lab.node("cloud-b").ns.sh("ip rule | grep -e 9029 -e 9030 || true")?;
         ensure!(left.is_empty(), "{left}");
         let open = streams().await?;
         ensure!(open == 0, "{open} streams are open");

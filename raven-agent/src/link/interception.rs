@@ -1,8 +1,9 @@
 //! Routes and rules of the interception: on a cloud gateway node, connections to kubelet ports of edge nodes are
-//! delivered locally; on a member node of the cloud they go to the gateway node over the overlay.
+//! delivered locally; on a member node of the cloud they go to the gateway node over the overlay. The same holds for the
+//! ports of proxies of other exposed pools.
 //!
-//! A table of its own has one route per address, and one rule per port leads to it. Other ports of these addresses are
-//! not affected, and the lookup cost grows with the number of ports, not of sites.
+//! Each of the two kinds has a table with one route per address, and one rule per port leads to it. Other ports of these
+//! addresses are not affected, and the lookup cost grows with the number of ports, not of sites.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,7 +27,10 @@ use crate::{
 /// Index of `lo` in every network namespace.
 const LOOPBACK: u32 = 1;
 
-/// The output of every route in the table.
+/// The tables of the kubelets and of the proxies.
+const TABLES: [u32; 2] = [names::INTERCEPTION_TABLE, names::PROXIES_TABLE];
+
+/// The output of every route in the tables.
 #[derive(Clone, Copy)]
 struct Output {
     /// Index of the device.
@@ -37,84 +41,86 @@ struct Output {
 }
 
 impl Links {
-    /// Brings the table and its rules to the desired state; `None` removes them. `overlay`: index of `raven0`, without
+    /// Brings the tables and their rules to the desired state; `None` removes them. `overlay`: index of `raven0`, without
     /// which nothing is sent to another node.
     pub async fn ensure_interception(
         &self,
         want: Option<&Interception>,
         overlay: Option<u32>,
     ) -> Result<Change, Error> {
-        let want = want.and_then(|interception| Some((interception, Output::of(interception, overlay)?)));
-        let ports = want.map_or_else(BTreeSet::new, |(interception, _)| interception.ports.clone());
+        let want = want.and_then(|interception| Some(Tables::of(interception, Output::of(interception, overlay)?)));
+        let Tables { rules: ports, routes } = want.unwrap_or_default();
         // Rules lead to routes: they are added last and deleted first.
         let rules = self.interception_rules().await?;
         let mut change = Change::NONE;
-        for (port, rule) in rules.iter().filter(|(port, _)| !ports.contains(port)) {
-            let action = format!("delete the interception rule for TCP port {port}");
+        for ((table, port), rule) in rules.iter().filter(|(rule, _)| !ports.contains(rule)) {
+            let action = format!("delete the interception rule for TCP port {port} and table {table}");
             self.handle.rule().del(rule.clone()).execute().await.map_err(failed(action))?;
             change += Change::ONE;
         }
-        change += self.ensure_interception_routes(want).await?;
-        for port in ports.iter().filter(|port| !rules.contains_key(port)) {
-            self.add_interception_rule(*port).await?;
+        change += self.ensure_interception_routes(&routes).await?;
+        for (table, port) in ports.iter().filter(|rule| !rules.contains_key(rule)) {
+            self.add_interception_rule(*table, *port).await?;
             change += Change::ONE;
         }
         Ok(change)
     }
 
-    async fn ensure_interception_routes(&self, want: Option<(&Interception, Output)>) -> Result<Change, Error> {
+    async fn ensure_interception_routes(&self, want: &BTreeMap<(u32, Ipv4Addr), Output>) -> Result<Change, Error> {
         let routes = self.interception_routes().await?;
         let mut change = Change::NONE;
-        if let Some((interception, output)) = want {
-            for address in interception.nodes.keys().filter(|a| routes.get(a).is_none_or(|have| !output.matches(have)))
-            {
-                let action = format!("add route {address} to table {}", names::INTERCEPTION_TABLE);
-                self.handle.route().add(output.route(*address)).replace().execute().await.map_err(failed(action))?;
-                change += Change::ONE;
+        for (route, output) in want {
+            if routes.get(route).is_some_and(|have| output.matches(have)) {
+                continue;
             }
+            let (table, address) = *route;
+            let action = format!("add route {address} to table {table}");
+            self.handle.route().add(output.route(table, address)).replace().execute().await.map_err(failed(action))?;
+            change += Change::ONE;
         }
-        let wanted =
-            |address: &Ipv4Addr| want.is_some_and(|(interception, _)| interception.nodes.contains_key(address));
-        for (address, message) in routes.iter().filter(|(address, _)| !wanted(address)) {
-            let action = format!("delete route {address} from table {}", names::INTERCEPTION_TABLE);
+        for ((table, address), message) in routes.iter().filter(|(route, _)| !want.contains_key(route)) {
+            let action = format!("delete route {address} from table {table}");
             self.handle.route().del(message.clone()).execute().await.map_err(failed(action))?;
             change += Change::ONE;
         }
         Ok(change)
     }
 
-    async fn add_interception_rule(&self, port: u16) -> Result<(), Error> {
-        let rule =
-            self.handle.rule().add().v4().table_id(names::INTERCEPTION_TABLE).priority(names::INTERCEPTION_PRIORITY);
+    async fn add_interception_rule(&self, table: u32, port: u16) -> Result<(), Error> {
+        let rule = self.handle.rule().add().v4().table_id(table).priority(names::INTERCEPTION_PRIORITY);
         let mut request = rule.action(RuleAction::ToTable);
         let attributes = &mut request.message_mut().attributes;
         attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(names::ROUTE_PROTOCOL)));
         attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp));
         attributes.push(RuleAttribute::DestinationPortRange(RulePortRange { start: port, end: port }));
-        request.execute().await.map_err(failed(format!("add the interception rule for TCP port {port}")))
+        let action = format!("add the interception rule for TCP port {port} and table {table}");
+        request.execute().await.map_err(failed(action))
     }
 
-    async fn interception_rules(&self) -> Result<BTreeMap<u16, RuleMessage>, Error> {
+    async fn interception_rules(&self) -> Result<BTreeMap<(u32, u16), RuleMessage>, Error> {
         let mut found = BTreeMap::new();
         let mut stream = self.handle.rule().get(IpVersion::V4).execute();
         while let Some(rule) = stream.try_next().await.map_err(failed("list rules"))? {
-            let table = rule.attributes.contains(&RuleAttribute::Table(names::INTERCEPTION_TABLE));
-            if table && rule.attributes.contains(&RuleAttribute::Priority(names::INTERCEPTION_PRIORITY)) {
+            let table = TABLES.into_iter().find(|table| rule.attributes.contains(&RuleAttribute::Table(*table)));
+            if let Some(table) = table
+                && rule.attributes.contains(&RuleAttribute::Priority(names::INTERCEPTION_PRIORITY))
+            {
                 let port = rule
                     .attributes
                     .iter()
                     .find_map(|a| if let RuleAttribute::DestinationPortRange(r) = a { Some(r.start) } else { None });
-                found.insert(port.unwrap_or(0), rule);
+                found.insert((table, port.unwrap_or(0)), rule);
             }
         }
         Ok(found)
     }
 
-    async fn interception_routes(&self) -> Result<BTreeMap<Ipv4Addr, RouteMessage>, Error> {
+    async fn interception_routes(&self) -> Result<BTreeMap<(u32, Ipv4Addr), RouteMessage>, Error> {
         let mut found = BTreeMap::new();
         let mut stream = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
         while let Some(message) = stream.try_next().await.map_err(failed("list routes"))? {
-            if table_of(&message) != names::INTERCEPTION_TABLE {
+            let table = table_of(&message);
+            if !TABLES.contains(&table) {
                 continue;
             }
             let address = message.attributes.iter().find_map(|a| match a {
@@ -122,10 +128,33 @@ impl Links {
                 _ => None,
             });
             if let Some(address) = address {
-                found.insert(address, message);
+                found.insert((table, address), message);
             }
         }
         Ok(found)
+    }
+}
+
+/// The rules and routes of the interception.
+#[derive(Default)]
+struct Tables {
+    /// Table and TCP port.
+    rules: BTreeSet<(u32, u16)>,
+    /// By table and address.
+    routes: BTreeMap<(u32, Ipv4Addr), Output>,
+}
+
+impl Tables {
+    fn of(interception: &Interception, output: Output) -> Self {
+        let mut tables = Self::default();
+        for (table, wanted) in TABLES.into_iter().zip([&interception.kubelets, &interception.proxies]) {
+            // A rule to an empty table would only slow lookups down.
+            if !wanted.nodes.is_empty() {
+                tables.rules.extend(wanted.ports.iter().map(|port| (table, *port)));
+            }
+            tables.routes.extend(wanted.nodes.keys().map(|address| ((table, *address), output)));
+        }
+        tables
     }
 }
 
@@ -138,10 +167,10 @@ impl Output {
         Some(Self { device, kind, source: interception.source })
     }
 
-    fn route(self, address: Ipv4Addr) -> RouteMessage {
+    fn route(self, table: u32, address: Ipv4Addr) -> RouteMessage {
         let builder = RouteMessageBuilder::<Ipv4Addr>::new()
             .destination_prefix(address, 32)
-            .table_id(names::INTERCEPTION_TABLE)
+            .table_id(table)
             .protocol(RouteProtocol::Other(names::ROUTE_PROTOCOL))
             .pref_source(self.source)
             .output_interface(self.device)

@@ -1,5 +1,5 @@
-//! Interception: connections to kubelet ports of edge nodes, by address, that a cloud node redirects to a proxy
-//! of its pool.
+//! Interception: connections by address that a cloud node redirects to a proxy of its pool: those to kubelet ports of
+//! edge nodes, and those to proxies of other exposed pools.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,11 +7,12 @@ use std::{
 };
 
 use ipnet::IpNet;
+use raven_api::proxy::{INTERNAL_INSECURE_PORT, secure_listener};
 use raven_common::tables::Remote;
 
 use super::{me::Me, path::gateway_ids, rendezvous::weight};
 use crate::{
-    state::{InterceptTo, Interception},
+    state::{InterceptTo, Intercepted, Interception},
     topology::{Pool, Topology},
 };
 
@@ -30,15 +31,31 @@ pub(super) fn interception(
         return None;
     }
     let to = destination(own, me)?;
-    let candidates = edge_nodes(topology, me);
     let source = match to {
         InterceptTo::Here => outer,
         InterceptTo::Gateway(_) => own_v4.unwrap_or(outer),
     };
-    let names = |nodes: &[(&str, &str)]| nodes.iter().map(|(node, _)| *node).collect::<Vec<_>>().join(" or ");
-    let nodes = candidates.iter().map(|(address, nodes)| (*address, names(nodes))).collect();
-    let ports = topology.ports.https.union(&topology.ports.http).copied().collect();
-    Some((Interception { to, nodes, ports, source }, overlay_entries(topology, to, &candidates)))
+    let kubelets = edge_nodes(topology, me);
+    let proxies = if is_ready(own, me, to) { other_proxies(topology, own, me) } else { BTreeMap::new() };
+    let ports = &topology.ports;
+    let listeners = ports.https.iter().map(|port| secure_listener(*port)).chain([INTERNAL_INSECURE_PORT]);
+    let entries = kubelets.iter().chain(&proxies).map(|(address, nodes)| (*address, nodes.as_slice()));
+    let entries = overlay_entries(topology, to, entries);
+    let interception = Interception {
+        to,
+        source,
+        kubelets: Intercepted { nodes: names(&kubelets), ports: ports.https.union(&ports.http).copied().collect() },
+        proxies: Intercepted { nodes: names(&proxies), ports: listeners.collect() },
+    };
+    Some((interception, entries))
+}
+
+/// Nodes by address, as pairs of node and Gateway.
+type Nodes<'a> = BTreeMap<Ipv4Addr, Vec<(&'a str, &'a str)>>;
+
+fn names(nodes: &Nodes) -> BTreeMap<Ipv4Addr, String> {
+    let joined = |nodes: &[(&str, &str)]| nodes.iter().map(|(node, _)| *node).collect::<Vec<_>>().join(" or ");
+    nodes.iter().map(|(address, nodes)| (*address, joined(nodes))).collect()
 }
 
 /// The proxy on this node if it was elected, else a gateway node of the pool that runs one. The present choice is kept
@@ -56,12 +73,41 @@ fn destination(own: &Pool, me: &Me) -> Option<InterceptTo> {
     Some(InterceptTo::Gateway(chosen))
 }
 
-/// Edge nodes by address, as pairs of node and Gateway. An address that several nodes have is included, so that the
-/// client gets an error that names them.
+/// True if the proxy is reported ready that the connections go to. Otherwise the proxies of other pools, which clients can
+/// perhaps reach, are better.
+fn is_ready(own: &Pool, me: &Me, to: InterceptTo) -> bool {
+    let is_it = |node: &str| match to {
+        InterceptTo::Here => node == me.node,
+        InterceptTo::Gateway(address) => own.members.get(node).is_some_and(|member| member.outer == address),
+    };
+    own.proxies.iter().any(|(node, proxy)| proxy.ready && is_it(node))
+}
+
+/// Proxies of other exposed pools, except at addresses that this pool or this node needs itself: two clouds may have the
+/// same subnet.
+fn other_proxies<'a>(topology: &'a Topology, own: &Pool, me: &Me) -> Nodes<'a> {
+    let mut nodes = Nodes::new();
+    let is_own = |address: Ipv4Addr| own.members.values().any(|member| member.outer == address);
+    for (gateway, pool) in topology.pools.iter().filter(|(_, pool)| pool.exposed && !std::ptr::eq(*pool, own)) {
+        let proxies = pool.proxies.keys().filter_map(|node| Some((node, pool.members.get(node)?.outer)));
+        for (node, address) in proxies.filter(|(_, address)| is_free(*address, me) && !is_own(*address)) {
+            nodes.entry(address).or_default().push((node, gateway));
+        }
+    }
+    nodes
+}
+
+/// True if this node does not need the address itself.
+fn is_free(address: Ipv4Addr, me: &Me) -> bool {
+    let address = IpAddr::V4(address);
+    !me.addresses.contains(&address) && !me.protected.iter().chain(&me.subnets).any(|p| p.contains(&address))
+}
+
+/// Edge nodes by address. An address that several nodes have is included, so that the client gets an error that names them.
 ///
 /// Excluded, whatever address an edge node claims: nodes of exposed pools, API servers, and what this
 /// node needs itself.
-fn edge_nodes<'a>(topology: &'a Topology, me: &Me) -> BTreeMap<Ipv4Addr, Vec<(&'a str, &'a str)>> {
+fn edge_nodes<'a>(topology: &'a Topology, me: &Me) -> Nodes<'a> {
     let exposed = topology
         .pools
         .values()
@@ -71,14 +117,10 @@ fn edge_nodes<'a>(topology: &'a Topology, me: &Me) -> BTreeMap<Ipv4Addr, Vec<(&'
     let api_servers =
         topology.api_servers.iter().filter_map(|address| if let IpAddr::V4(v4) = address { Some(*v4) } else { None });
     let excluded: BTreeSet<Ipv4Addr> = exposed.chain(api_servers).collect();
-    let is_free = |address: Ipv4Addr| {
-        let needed = me.protected.iter().chain(&me.subnets).any(|p| p.contains(&IpAddr::V4(address)))
-            || me.addresses.contains(&IpAddr::V4(address));
-        !excluded.contains(&address) && !needed
-    };
-    let mut nodes: BTreeMap<Ipv4Addr, Vec<(&str, &str)>> = BTreeMap::new();
+    let mut nodes = Nodes::new();
     for (gateway, pool) in topology.pools.iter().filter(|(_, pool)| !pool.exposed && pool.l7) {
-        for (node, member) in pool.members.iter().filter(|(_, member)| is_free(member.outer)) {
+        let free = |address| is_free(address, me) && !excluded.contains(&address);
+        for (node, member) in pool.members.iter().filter(|(_, member)| free(member.outer)) {
             nodes.entry(member.outer).or_default().push((node, gateway));
         }
     }
@@ -87,16 +129,16 @@ fn edge_nodes<'a>(topology: &'a Topology, me: &Me) -> BTreeMap<Ipv4Addr, Vec<(&'
 
 /// On a member node, the overlay carries these connections to the gateway node. The gateway node has no such entries
 /// and hands the packets to its own stack.
-fn overlay_entries(
+fn overlay_entries<'a>(
     topology: &Topology,
     to: InterceptTo,
-    nodes: &BTreeMap<Ipv4Addr, Vec<(&str, &str)>>,
+    nodes: impl Iterator<Item = (Ipv4Addr, &'a [(&'a str, &'a str)])>,
 ) -> BTreeMap<IpNet, Remote> {
     let InterceptTo::Gateway(via) = to else { return BTreeMap::new() };
     let ids = gateway_ids(topology);
-    let entries = nodes.iter().filter_map(|(address, nodes)| {
+    let entries = nodes.filter_map(|(address, nodes)| {
         let (_, gateway) = nodes.first()?;
-        Some((IpNet::from(IpAddr::V4(*address)), Remote { gateway: *ids.get(*gateway)?, via: via.octets() }))
+        Some((IpNet::from(IpAddr::V4(address)), Remote { gateway: *ids.get(*gateway)?, via: via.octets() }))
     });
     entries.collect()
 }
@@ -105,7 +147,10 @@ fn overlay_entries(
 mod tests {
     use super::*;
     use crate::{
-        plan::fixture::{pool, three_sites},
+        plan::{
+            fixture::{pool, three_sites},
+            proxy::ByName,
+        },
         topology::{Member, ProxyPeer},
     };
 
@@ -127,14 +172,14 @@ mod tests {
     fn cloud_intercepts_edge_nodes_and_edges_intercept_nothing() {
         let topology = three_sites();
         let here = intercept(&topology, "c1", None).expect("a gateway node");
-        assert_eq!((here.to, here.ports), (InterceptTo::Here, BTreeSet::from([10250, 10255])));
-        assert_eq!(here.nodes[&Ipv4Addr::new(10, 1, 0, 1)], "x1");
+        assert_eq!((here.to, here.kubelets.ports), (InterceptTo::Here, BTreeSet::from([10250, 10255])));
+        assert_eq!(here.kubelets.nodes[&Ipv4Addr::new(10, 1, 0, 1)], "x1");
         assert_eq!(
-            here.nodes[&Ipv4Addr::new(192, 168, 0, 2)],
+            here.kubelets.nodes[&Ipv4Addr::new(192, 168, 0, 2)],
             "x2 or y2",
             "both, so that the client's error names them"
         );
-        assert!(!here.nodes.contains_key(&Ipv4Addr::new(10, 0, 0, 2)), "its own pool");
+        assert!(!here.kubelets.nodes.contains_key(&Ipv4Addr::new(10, 0, 0, 2)), "its own pool");
         assert_eq!(intercept(&topology, "c2", None).map(|i| i.to), Some(InterceptTo::Gateway([10, 0, 0, 1].into())));
         assert_eq!(intercept(&topology, "x1", None), None);
         let (_, entries) = planned(&topology, "c2", None).expect("a member node");
@@ -151,11 +196,50 @@ mod tests {
         for (name, address) in [("x3", [10, 9, 0, 1]), ("x4", [10, 9, 9, 9]), ("x5", [10, 1, 0, 5])] {
             edge.members.insert(name.to_owned(), Member::new(address.into()));
         }
-        let nodes = intercept(&topology, "c1", None).expect("a gateway node").nodes;
+        let nodes = intercept(&topology, "c1", None).expect("a gateway node").kubelets.nodes;
         let intercepted = |address: [u8; 4]| nodes.contains_key(&Ipv4Addr::from(address));
         assert!(!intercepted([10, 9, 0, 1]), "a node of another exposed pool");
         assert!(!intercepted([10, 9, 9, 9]), "the API server");
         assert!(intercepted([10, 1, 0, 5]));
+    }
+
+    #[test]
+    fn own_proxy_answers_for_the_proxies_of_other_exposed_pools() {
+        let mut topology = three_sites();
+        let nodes = [("d1", [10, 9, 0, 1]), ("d2", [10, 9, 0, 2])];
+        topology.pools.insert("cloud-2".to_owned(), pool(true, &nodes, "d1"));
+        let proxies = |topology: &Topology, node| intercept(topology, node, None).expect("a cloud node").proxies;
+        assert!(proxies(&topology, "c1").nodes.is_empty(), "its own proxy is not known to work");
+        for pool in topology.pools.values_mut().filter(|pool| pool.exposed) {
+            pool.proxies.values_mut().for_each(|proxy| proxy.ready = true);
+        }
+        for (node, other, name) in
+            [("c1", [10, 9, 0, 1], "d1"), ("c2", [10, 9, 0, 1], "d1"), ("d2", [10, 0, 0, 1], "c1")]
+        {
+            let expected = Intercepted {
+                nodes: BTreeMap::from([(other.into(), name.to_owned())]),
+                ports: BTreeSet::from([10263, 10264]),
+            };
+            assert_eq!(proxies(&topology, node), expected, "{node}");
+        }
+        let (interception, entries) = planned(&topology, "c2", None).expect("a member node");
+        let remote = Remote { gateway: gateway_ids(&topology)["cloud-2"], via: [10, 0, 0, 1] };
+        assert_eq!(entries[&"10.9.0.1/32".parse().expect("a prefix")], remote);
+        assert!(
+            !interception.kubelets.nodes.contains_key(&Ipv4Addr::new(10, 9, 0, 1)),
+            "its kubelet is not intercepted"
+        );
+        let directory = crate::plan::proxy::proxy(&topology, &Me { node: "c1".to_owned(), ..Me::default() }).directory;
+        let by = |address: [u8; 4], port| directory.service_port(IpAddr::V4(address.into()), port);
+        assert_eq!(
+            (by([10, 9, 0, 1], 10263), by([10, 9, 0, 1], 10264)),
+            (Some(ByName::Tls(10250)), Some(ByName::Plain))
+        );
+        assert_eq!((by([10, 9, 0, 1], 10250), by([10, 9, 0, 2], 10264), by([10, 0, 0, 1], 10264)), (None, None, None));
+        // The second cloud has the same subnet.
+        topology.pools.get_mut("cloud-2").expect("it is there").members.get_mut("d1").expect("it is there").outer =
+            [10, 0, 0, 2].into();
+        assert!(proxies(&topology, "c1").nodes.is_empty());
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{
     net::IpAddr,
 };
 
-use raven_api::proxy::Ports;
+use raven_api::proxy::{INTERNAL_INSECURE_PORT, Ports, secure_listener};
 
 use super::Me;
 use crate::topology::{Pool, Topology};
@@ -52,6 +52,8 @@ pub struct Directory {
     pub ports: Ports,
     nodes: BTreeMap<String, Target>,
     addresses: BTreeMap<IpAddr, BTreeSet<String>>,
+    /// Addresses of the proxies of other exposed pools.
+    others: BTreeSet<IpAddr>,
     /// This node and where it is, if not at the address of its Node object: after a change (DHCP, LTE), the object has the
     /// old one for a while.
     moved: Option<(String, IpAddr)>,
@@ -77,6 +79,15 @@ pub struct Target {
     pub pool: String,
     /// Its address inside its pool.
     pub address: IpAddr,
+}
+
+/// How a request names its target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ByName {
+    /// By TLS server name; the target port is fixed.
+    Tls(u16),
+    /// By the head of a plain HTTP request.
+    Plain,
 }
 
 /// Why a name or an address denotes no node that can be reached.
@@ -144,6 +155,10 @@ fn directory(topology: &Topology, own_pool: &str, me: &Me) -> Directory {
             let target = Target { node: node.clone(), pool: name.clone(), address };
             directory.nodes.insert(node.clone(), target);
         }
+        if pool.exposed && name != own_pool {
+            let proxies = pool.proxies.keys().filter_map(|node| pool.members.get(node));
+            directory.others.extend(proxies.map(|member| IpAddr::V4(member.outer)));
+        }
         if !pool.exposed {
             directory
                 .proxies
@@ -169,6 +184,18 @@ impl Directory {
             (1, Some(target)) => self.allowed(target, port),
             _ => Err(NotFound::Ambiguous { address, nodes: nodes.iter().cloned().collect() }),
         }
+    }
+
+    /// How requests by name are read that a client sent to this address and port, if these are a proxy of another exposed
+    /// pool and a port of the proxies' Service.
+    pub fn service_port(&self, address: IpAddr, port: u16) -> Option<ByName> {
+        if !self.others.contains(&address) {
+            return None;
+        }
+        if port == INTERNAL_INSECURE_PORT {
+            return Some(ByName::Plain);
+        }
+        self.ports.https.iter().find(|https| secure_listener(**https) == port).map(|https| ByName::Tls(*https))
     }
 
     fn allowed<'a>(&self, target: &'a Target, port: u16) -> Result<&'a Target, NotFound> {

@@ -322,7 +322,7 @@ fn zero_replicas_switch_a_half_off_on_both_sides() {
     inputs.gateways[0].status.as_mut().expect("a status").active_endpoints.push(proxy);
     let intercepted = |inputs: &Inputs| {
         let interception = plan(&build(inputs), &me(0, 0)).interception.expect("a proxy");
-        interception.nodes.contains_key(&[192, 168, 1, 10].into())
+        interception.kubelets.nodes.contains_key(&[192, 168, 1, 10].into())
     };
     assert!(intercepted(&inputs));
     inputs.gateways[1].spec.proxy_config = Some(ProxyConfig { replicas: 0, ..ProxyConfig::default() });
@@ -396,8 +396,14 @@ fn without_l3_the_overlay_carries_only_kubelet_connections() {
     }
     assert!(gateway.overlay.is_some() && member.overlay.is_some());
     assert!(member.state.routes.is_empty() && member.state.peers.is_empty(), "{:?}", member.state);
-    let kubelets: BTreeSet<IpNet> =
-        member.interception.expect("a member node").nodes.keys().map(|a| IpNet::from(IpAddr::V4(*a))).collect();
+    let kubelets: BTreeSet<IpNet> = member
+        .interception
+        .expect("a member node")
+        .kubelets
+        .nodes
+        .keys()
+        .map(|a| IpNet::from(IpAddr::V4(*a)))
+        .collect();
     assert_eq!(member.state.remote.keys().copied().collect::<BTreeSet<_>>(), kubelets);
     assert!(!kubelets.is_empty() && member.state.remote.values().all(|remote| remote.via == via));
 }

@@ -20,7 +20,7 @@ use super::{
     stats::Refusal,
     stream::{self, Stream},
 };
-use crate::plan::proxy::Target;
+use crate::plan::proxy::{ByName, Target};
 
 /// Accepts client connections; clones share the router.
 #[derive(Clone)]
@@ -29,10 +29,8 @@ pub(crate) struct Ingress(pub(crate) Router);
 /// How a listener finds the target of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Kind {
-    /// By TLS server name; the target port is fixed.
-    Secure(u16),
-    /// By the head of a plain HTTP request.
-    Insecure,
+    /// By the name in it.
+    Named(ByName),
     /// By the dialled address, whatever the protocol: an intercepted connection.
     Intercepted,
 }
@@ -68,11 +66,17 @@ impl Ingress {
             tasks.spawn(async move {
                 stream::prepare(&client);
                 match kind {
-                    Kind::Secure(port) => ingress.secure(client, from, port, slot).await,
-                    Kind::Insecure => http::serve(ingress.0, client, from.ip(), slot).await,
+                    Kind::Named(by) => ingress.named(client, from, by, slot).await,
                     Kind::Intercepted => ingress.intercepted(client, from, slot).await,
                 }
             });
+        }
+    }
+
+    async fn named(self, client: TcpStream, from: SocketAddr, by: ByName, slot: PendingSlot) {
+        match by {
+            ByName::Tls(port) => self.secure(client, from, port, slot).await,
+            ByName::Plain => http::serve(self.0, client, from.ip(), slot).await,
         }
     }
 
@@ -100,8 +104,14 @@ impl Ingress {
         }
     }
 
-    /// The dialled address determines the node; the bytes are not inspected.
-    async fn intercepted(&self, mut client: TcpStream, from: SocketAddr, slot: PendingSlot) {
+    /// The dialled address determines the node; the bytes are not inspected. A request to a proxy of another exposed pool is
+    /// answered as that proxy would.
+    async fn intercepted(self, mut client: TcpStream, from: SocketAddr, slot: PendingSlot) {
+        let Ok(to) = client.local_addr() else { return };
+        let by = self.0.plan.borrow().directory.service_port(to.ip().to_canonical(), to.port());
+        if let Some(by) = by {
+            return self.named(client, from, by, slot).await;
+        }
         // In TLS and HTTP the client sends first. A silent client occupies a pending slot, which can be evicted, and
         // not a stream of the site.
         let mut byte = [0];
@@ -116,7 +126,6 @@ impl Ingress {
                 return self.refuse(&mut client, from, Refusal::Slow, &[], "the client sent no byte in time").await;
             }
         }
-        let Ok(to) = client.local_addr() else { return };
         let found = self.0.plan.borrow().directory.by_address(to.ip().to_canonical(), to.port()).cloned();
         match found {
             Ok(target) => self.connect(client, from, &target, to.port(), &[]).await,

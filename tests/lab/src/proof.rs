@@ -558,9 +558,9 @@ pub fn nothing_left(node: &Node) -> Result<()> {
         ("a device", "ip -o link show | grep raven || true"),
         (
             "a route",
-            "for family in -4 -6; do ip $family route show table all; done | grep -e 'table 9027' -e 'table 9029' || true",
+            "for family in -4 -6; do ip $family route show table all; done | grep -e 'table 9027' -e 'table 9029' -e 'table 9030' || true",
         ),
-        ("a rule", "ip rule | grep -e 9027 -e 9029 || true; ip -6 rule | grep -e 9027 -e 9029 || true"),
+        ("a rule", "ip rule | grep -e 9027 -e 9029 -e 9030 || true; ip -6 rule | grep -e 9027 -e 9029 -e 9030 || true"),
         ("a netfilter table", "nft list tables | grep raven || true"),
         // maps.debug and progs.debug belong to the kernel.
         (

@@ -43,7 +43,10 @@ use super::super::{
     stream::Stream,
 };
 use crate::{
-    plan::{Me, ProxyPlan, plan, proxy::Target},
+    plan::{
+        Me, ProxyPlan, plan,
+        proxy::{ByName, Target},
+    },
     topology::{Member, Pool, ProxyPeer, Topology},
 };
 
@@ -218,8 +221,8 @@ impl Sites {
             edge: Mutex::default(),
             cloud_identity,
         };
-        tokio::spawn(sites.ingress().run(secure, Kind::Secure(port)));
-        tokio::spawn(sites.ingress().run(insecure, Kind::Insecure));
+        tokio::spawn(sites.ingress().run(secure, Kind::Named(ByName::Tls(port))));
+        tokio::spawn(sites.ingress().run(insecure, Kind::Named(ByName::Plain)));
         sites.start_edge();
         sites.connected().await;
         sites
