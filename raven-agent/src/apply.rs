@@ -102,6 +102,8 @@ pub struct Reconciler {
     uplinks: Uplinks,
     bpf: Bpf,
     key: PrivateKey,
+    /// Proof that this node has the key; made once, because each is another one.
+    key_proof: String,
     preshared: PresharedSource,
     tunnel: Option<Tunnel>,
     handshakes: Handshakes,
@@ -152,6 +154,7 @@ impl Reconciler {
         // An earlier agent may have stopped between a change of the maps and this call.
         bpf.next_generation()?;
         Ok(Self {
+            key_proof: tunnel::prove(&key, &settings.node),
             preshared: PresharedSource::new(settings.preshared_key),
             settings,
             links,
@@ -241,6 +244,7 @@ impl Reconciler {
             tier_reason: outcome.tier_reason,
             backend: self.tunnel.as_ref().map(Tunnel::backend),
             public_key: tunnel::public(&self.key),
+            key_proof: self.key_proof.clone(),
             rerun_after: outcome.rerun_after,
             ended: Instant::now(),
         })

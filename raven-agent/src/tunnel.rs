@@ -14,6 +14,7 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use ipnet::IpNet;
 use netlink_packet_route::link::InfoKind;
+use raven_api::key_proof;
 use wireguard_control::{Device, DeviceUpdate, InterfaceName, Key, PeerConfigBuilder, PeerInfo};
 
 pub use self::key::{load_or_create as load_or_create_key, load_preshared};
@@ -325,6 +326,11 @@ fn bytes(key: &Key) -> [u8; 32] {
 /// The public key of a private key.
 pub fn public(key: &Key) -> PublicKey {
     public_key(&key.get_public())
+}
+
+/// Proof that `node` has this private key.
+pub fn prove(key: &Key, node: &str) -> String {
+    key_proof::prove(bytes(key), node)
 }
 
 /// Ensures that the device exists. An existing one determines the backend; otherwise the kernel's WireGuard

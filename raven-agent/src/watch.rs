@@ -23,10 +23,11 @@ use futures::{
 use k8s_openapi::api::{core::v1::ConfigMap, discovery::v1::EndpointSlice};
 use kube::{
     Api, Client, Resource,
+    core::PartialObjectMeta,
     runtime::{WatchStreamExt, reflector, watcher},
 };
 use raven_api::{
-    Gateway, GatewayNode, Guarded,
+    Gateway, GatewayNode,
     names::{AGENT_CONFIG_MAP, API_SERVER_NAMESPACE, API_SERVER_SLICE, SWITCHES_CONFIG_MAP},
     proxy::{CA_KEY, CA_NAME},
 };
@@ -62,10 +63,11 @@ fn named(name: &str) -> watcher::Config {
     all().fields(&format!("metadata.name={name}"))
 }
 
-/// Records whether the GatewayNode of this node exists, until the process ends.
+/// Records whether the GatewayNode of this node exists, until the process ends. The object changes often, and this agent
+/// knows its content, so the API server sends only its metadata.
 pub async fn run_own(client: Client, node: &str, exists: watch::Sender<Option<bool>>) {
     // Its outages do not count: if the object is deleted meanwhile, it is created again a little later.
-    let api = Api::<Guarded<GatewayNode>>::all(client);
+    let api = Api::<PartialObjectMeta<GatewayNode>>::all(client);
     let (own, mut events) = reflected("own GatewayNode", api, named(node), strip, &Outages::default());
     while events.next().await.is_some() {
         exists.send_replace(Some(!own.is_empty()));

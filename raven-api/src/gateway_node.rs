@@ -41,6 +41,11 @@ pub struct GatewayNodeSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = r"^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw480]=$"))]
     pub public_key: Option<String>,
+    /// Proof that this node has the private key: its name, signed with it (XEdDSA), base64 of 64 bytes. A key that another
+    /// node publishes with a proof is not accepted from a node without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[A-Za-z0-9+/]{85}[AQgw]==$"))]
+    pub public_key_proof: Option<String>,
     /// UDP port that the L3 tunnel listens on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 65535))]

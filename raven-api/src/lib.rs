@@ -20,6 +20,7 @@ pub mod gateway;
 pub mod gateway_node;
 pub mod gateway_v1alpha1;
 pub mod guarded;
+pub mod key_proof;
 pub mod names;
 pub mod pool;
 pub mod prefix;

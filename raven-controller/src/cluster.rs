@@ -26,7 +26,7 @@ use tokio::time::sleep_until;
 use crate::gateway::agents::{self, Absences};
 use crate::gateway::facts::{
     AgentFacts, BalancerFacts, BlockFacts, GatewayFacts, GatewayName, LinkFacts, LinkReports, NodeFacts, NodeName,
-    PoolFacts, Switches, parse_prefix,
+    PoolFacts, PublishedKey, Switches, parse_prefix,
 };
 use crate::gateway::inputs::Inputs;
 use crate::gateway::links::Quarantine;
@@ -101,7 +101,7 @@ pub(crate) struct ObservedGatewayNode {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Published {
     /// Its WireGuard public key.
-    pub(crate) key: Option<String>,
+    pub(crate) key: Option<PublishedKey>,
     /// State of its proxy.
     pub(crate) proxy: Option<ProxyStatus>,
 }
@@ -113,7 +113,7 @@ impl ObservedGatewayNode {
         let links = object.0.as_ref().ok().and_then(LinkFacts::parse);
         let typed = typed_gateway_node(object);
         let published = typed.0.as_ref().ok().map(|node| Published {
-            key: node.spec.public_key.clone(),
+            key: PublishedKey::of(node),
             proxy: node.status.as_ref().and_then(|status| status.proxy.clone()),
         });
         (Self { name, links, published }, typed)

@@ -87,7 +87,7 @@ async fn deleted_gateway_node_is_recreated() {
             "gatewaynode",
             "x-a",
             "-o",
-            "jsonpath={.metadata.uid} {.spec.publicKey} {.status.peerSummary}",
+            "jsonpath={.metadata.uid} {.spec.publicKey} {.status.peerSummary} {.spec.publicKeyProof}",
         ])
     };
     let before = running.check(key());
@@ -99,7 +99,8 @@ async fn deleted_gateway_node_is_recreated() {
             let now = key()?;
             let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
             let (old, new) = (words(&before), words(&now));
-            anyhow::ensure!(new.len() == 3 && new[0] != old[0] && new[1] == old[1] && new[2] == "1/1", "{now}");
+            anyhow::ensure!(new.len() == 4 && new[0] != old[0] && new[1] == old[1] && new[2] == "1/1", "{now}");
+            anyhow::ensure!(raven_api::key_proof::is_proven(&new[1], "x-a", &new[3]), "{now}");
             Ok(())
         },
     );

@@ -57,6 +57,8 @@ pub struct Report {
     pub backend: Option<Backend>,
     /// This node's public key.
     pub public_key: PublicKey,
+    /// Proof that this node has the private key.
+    pub key_proof: String,
     /// The next run must start within this time, if nothing changes before.
     pub rerun_after: Option<Duration>,
     /// End of the run.

@@ -186,6 +186,8 @@ impl Publisher {
 }
 
 fn spec(report: &Report, proxied: Option<&ProxyReport>) -> GatewayNodeSpec {
+    // Agents of other pools configure every node with a key as a peer.
+    let is_gateway = report.plan.role == Role::Gateway;
     GatewayNodeSpec {
         gateway: report
             .plan
@@ -193,8 +195,8 @@ fn spec(report: &Report, proxied: Option<&ProxyReport>) -> GatewayNodeSpec {
             .clone()
             .or_else(|| proxied.map(|proxied| proxied.gateway.clone()))
             .unwrap_or_default(),
-        // Agents of other pools configure every node with a key as a peer.
-        public_key: (report.plan.role == Role::Gateway).then(|| report.public_key.to_string()),
+        public_key: is_gateway.then(|| report.public_key.to_string()),
+        public_key_proof: is_gateway.then(|| report.key_proof.clone()),
         listen_port: report.plan.tunnel.as_ref().map(|t| i32::from(t.port)),
         addresses: Some(report.plan.config.node)
             .filter(|a| !a.is_unspecified())

@@ -192,10 +192,11 @@ fn complete(
             let mut known = keys::in_status(gateway).filter(|(node, _)| *node == endpoint.node_name);
             let known = known.next().map(|(_, key)| key.to_owned());
             let listed = endpoint.config.remove(CONFIG_PUBLIC_KEY);
-            let (own, refused): (Vec<String>, Vec<String>) = [inputs.keys.get(&node.name).cloned(), listed, known]
-                .into_iter()
-                .flatten()
-                .partition(|key| holders.may_have(&node.name, key));
+            let (own, refused): (Vec<String>, Vec<String>) =
+                [inputs.keys.get(&node.name).map(|published| published.key.clone()), listed, known]
+                    .into_iter()
+                    .flatten()
+                    .partition(|key| holders.may_have(&node.name, key));
             // Agents keep a key that is missing, because a controller of an older release publishes none. An empty one says
             // that the node has none.
             let none = (!refused.is_empty()).then(String::new);

@@ -11,13 +11,15 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Pod, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ManagedFieldsEntry, ObjectMeta};
+use kube::ResourceExt;
 use kube::core::{DynamicObject, Selector};
-use raven_api::LABEL_GATEWAY;
 use raven_api::condition::ConditionType;
 use raven_api::gateway::{EndpointType, Gateway};
+use raven_api::gateway_node::GatewayNode;
 use raven_api::names::{LABEL_EDGE_WORKER, LABEL_MANAGED_BY, MANAGER_CONTROLLER, SWITCH_L3, SWITCH_L7};
 use raven_api::pool::{NodePoolSpec, NodePoolStatus};
 use raven_api::proxy::{LABEL_ENDPOINTS_NAME, LABEL_GATEWAY_TYPE};
+use raven_api::{LABEL_GATEWAY, key_proof};
 
 macro_rules! name_type {
     ($(#[$doc:meta])* $name:ident) => {
@@ -380,6 +382,25 @@ impl LinkFacts {
             EndpointType::Tunnel => &mut self.tunnel,
             EndpointType::Proxy => &mut self.proxy,
         }
+    }
+}
+
+/// A WireGuard public key that a node has published.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PublishedKey {
+    /// The key, base64.
+    pub(crate) key: String,
+    /// The node has proven that it has the private key. Agents of older releases publish no proof.
+    pub(crate) proven: bool,
+}
+
+impl PublishedKey {
+    /// `None` if the node publishes no key.
+    pub(crate) fn of(node: &GatewayNode) -> Option<Self> {
+        let key = node.spec.public_key.clone()?;
+        let proof = node.spec.public_key_proof.as_deref();
+        let proven = proof.is_some_and(|proof| key_proof::is_proven(&key, &node.name_any(), proof));
+        Some(Self { key, proven })
     }
 }
 

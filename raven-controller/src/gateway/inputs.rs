@@ -7,7 +7,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use super::facts::{
-    BalancerFacts, BlockFacts, GatewayFacts, GatewayName, LinkReports, NodeFacts, NodeName, PoolFacts, Switches,
+    BalancerFacts, BlockFacts, GatewayFacts, GatewayName, LinkReports, NodeFacts, NodeName, PoolFacts, PublishedKey,
+    Switches,
 };
 
 /// All facts of the cluster, by name: the result does not depend on the order in which objects arrived.
@@ -30,7 +31,7 @@ pub(crate) struct Inputs {
     /// Names of the readable GatewayNodes.
     pub(crate) gateway_nodes: BTreeSet<NodeName>,
     /// WireGuard public keys that nodes have published.
-    pub(crate) keys: BTreeMap<NodeName, String>,
+    pub(crate) keys: BTreeMap<NodeName, PublishedKey>,
     /// Nodes of exposed Gateways whose proxy works.
     pub(crate) ready_proxies: BTreeSet<NodeName>,
     /// Ranges of Service addresses.

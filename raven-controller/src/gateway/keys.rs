@@ -1,25 +1,29 @@
-//! Which node a WireGuard public key belongs to: the one that published it first. With the key of another node, a stolen
-//! node could cut that node off, because agents have one peer per key.
+//! Which node a WireGuard public key belongs to: the one that published it first, of those that prove that they have the
+//! private key, if there are any ([`raven_api::key_proof`]). With the key of another node, a stolen node could cut that node
+//! off, because agents have one peer per key.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use raven_api::gateway::{CONFIG_PUBLIC_KEY, Endpoint, EndpointType};
 
-use super::facts::{GatewayFacts, GatewayName, NodeName};
+use super::facts::{GatewayFacts, GatewayName, NodeName, PublishedKey};
 use super::inputs::Inputs;
 use super::refusal::{Notice, Refusal};
 
-/// The keys in the present statuses.
+/// The holders of all keys.
 pub(crate) struct KeyHolders<'a>(BTreeMap<&'a str, Holder<'a>>);
 
 /// The tunnel nodes with a key in the present status of a Gateway, and their keys.
 pub(crate) fn in_status(gateway: &GatewayFacts) -> impl Iterator<Item = (&str, &str)> {
-    let active = gateway.resource.status.iter().flat_map(|status| &status.active_endpoints);
-    let tunnels = active.filter(|endpoint| endpoint.type_ == EndpointType::Tunnel);
-    tunnels.filter_map(|endpoint| {
+    tunnels(gateway).filter_map(|endpoint| {
         let key = endpoint.config.get(CONFIG_PUBLIC_KEY).filter(|key| !key.is_empty())?;
         Some((endpoint.node_name.as_str(), key.as_str()))
     })
+}
+
+fn tunnels(gateway: &GatewayFacts) -> impl Iterator<Item = &Endpoint> {
+    let active = gateway.resource.status.iter().flat_map(|status| &status.active_endpoints);
+    active.filter(|endpoint| endpoint.type_ == EndpointType::Tunnel)
 }
 
 /// The node that a key belongs to.
@@ -30,19 +34,39 @@ struct Holder<'a> {
 }
 
 impl<'a> KeyHolders<'a> {
-    /// If several nodes have a key, one of an exposed Gateway holds it, or that of the Gateway with the strongest claims. A
-    /// node that was deleted, or that has published another key since, holds none.
+    /// If several nodes have an equal right to a key, one of an exposed Gateway holds it, or that of the Gateway with the
+    /// strongest claims. A node that was deleted, or that has published another key since, holds none.
     pub(crate) fn of(inputs: &'a Inputs, exposed: &BTreeSet<GatewayName>) -> Self {
         let mut gateways = inputs.by_seniority();
         gateways.sort_by_key(|gateway| !exposed.contains(&gateway.name));
+        let published = |node: &str| {
+            let node = NodeName::from(node);
+            inputs.nodes.contains_key(&node).then(|| inputs.keys.get(&node))
+        };
         let mut holders = BTreeMap::new();
-        for gateway in gateways {
-            for (node, key) in in_status(gateway) {
-                let name = NodeName::from(node);
-                if inputs.nodes.contains_key(&name) && inputs.keys.get(&name).is_none_or(|published| published == key) {
-                    holders.entry(key).or_insert(Holder { node, gateway: &gateway.name });
+        let mut hold = |gateway: &'a GatewayFacts, node: &'a str, key: &'a str| {
+            holders.entry(key).or_insert(Holder { node, gateway: &gateway.name });
+        };
+        // Proven keys that have been accepted, then those that have not, then accepted ones without a proof.
+        let accepted = gateways.iter().flat_map(|gateway| in_status(gateway).map(|(node, key)| (*gateway, node, key)));
+        let accepted: Vec<_> = accepted
+            .filter_map(|(gateway, node, key)| Some((gateway, node, key, published(node)?)))
+            .filter(|(_, _, key, published)| published.is_none_or(|published| published.key == *key))
+            .collect();
+        for (gateway, node, key, published) in &accepted {
+            if published.is_some_and(|published| published.proven) {
+                hold(gateway, node, key);
+            }
+        }
+        for gateway in &gateways {
+            for node in tunnels(gateway).map(|endpoint| endpoint.node_name.as_str()) {
+                if let Some(Some(PublishedKey { key, proven: true })) = published(node) {
+                    hold(gateway, node, key);
                 }
             }
+        }
+        for (gateway, node, key, _) in &accepted {
+            hold(gateway, node, key);
         }
         Self(holders)
     }
@@ -56,7 +80,7 @@ impl<'a> KeyHolders<'a> {
     pub(crate) fn refusals(&self, inputs: &Inputs, gateway: &GatewayName, elected: &[Endpoint]) -> Vec<Refusal> {
         let elected = elected.iter().map(|endpoint| NodeName::from(endpoint.node_name.as_str()));
         let refused = elected.filter_map(|node| {
-            let holder = self.other(inputs.keys.get(&node)?, &node)?;
+            let holder = self.other(&inputs.keys.get(&node)?.key, &node)?;
             let message = format!(
                 "node {node} has published the WireGuard key of node {} of Gateway {}, which is not accepted: if {node} was cloned from the other machine's disk, delete /var/lib/raven/wireguard.key on {node} and restart its agent; otherwise {node} may be stolen",
                 holder.node, holder.gateway

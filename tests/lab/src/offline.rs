@@ -91,6 +91,7 @@ fn snapshot(lab: &Lab, keys: &BTreeMap<String, String>) -> Result<Value> {
         let spec = GatewayNodeSpec {
             gateway: pool.spec.name.clone(),
             public_key: keys.get(&elected.name).cloned(),
+            public_key_proof: None,
             listen_port: Some(raven_api::DEFAULT_TUNNEL_PORT.into()),
             addresses: vec![elected.lan_v4.to_string()],
             version: "0".to_owned(),

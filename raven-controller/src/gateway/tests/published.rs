@@ -5,10 +5,15 @@ use raven_api::proxy::CONFIG_PROXY_READY;
 
 use super::build::*;
 use super::cases::two_pools;
+use crate::gateway::facts::PublishedKey;
 
 fn config<'a>(cluster: &'a Cluster, gateway: &str, type_: EndpointType, key: &str) -> Option<&'a str> {
     let endpoint = cluster.active(gateway).iter().find(|e| e.type_ == type_).expect("one is elected");
     endpoint.config.get(key).map(String::as_str)
+}
+
+fn key_of(key: &str, proven: bool) -> PublishedKey {
+    PublishedKey { key: key.to_owned(), proven }
 }
 
 #[test]
@@ -16,13 +21,13 @@ fn key_is_published_and_stays_while_its_gateway_node_cannot_be_read() {
     let key = |cluster: &Cluster| config(cluster, "edge", EndpointType::Tunnel, CONFIG_PUBLIC_KEY).map(str::to_owned);
     let mut cluster = two_pools().apply(1);
     assert_eq!(key(&cluster), None, "the agent has not published one");
-    cluster.0.keys.insert("e1".into(), "key-1".to_owned());
+    cluster.0.keys.insert("e1".into(), key_of("key-1", false));
     let mut cluster = cluster.apply(2);
     assert_eq!(key(&cluster).as_deref(), Some("key-1"));
     cluster.0.keys.clear();
     let mut cluster = cluster.apply(3);
     assert_eq!(key(&cluster).as_deref(), Some("key-1"));
-    cluster.0.keys.insert("e1".into(), "key-2".to_owned());
+    cluster.0.keys.insert("e1".into(), key_of("key-2", false));
     let cluster = cluster.apply(4);
     assert_eq!(key(&cluster).as_deref(), Some("key-2"));
     // Its successor does not inherit the key, nor does the node when it returns.
@@ -57,10 +62,10 @@ fn key_belongs_to_the_node_that_published_it_first() {
     let some = |key: &str| Some(key.to_owned());
     let mut cluster = two_pools().gateway(gateway("other", 3)).node(member("other", "o1", "10.3.1.0/24"));
     for (node, own) in [("c1", "key-c"), ("e1", "key-e"), ("o1", "key-o")] {
-        cluster.0.keys.insert(node.into(), own.to_owned());
+        cluster.0.keys.insert(node.into(), key_of(own, false));
     }
     let mut cluster = cluster.apply(1);
-    cluster.0.keys.insert("e1".into(), "key-o".to_owned());
+    cluster.0.keys.insert("e1".into(), key_of("key-o", false));
     let decided = cluster.decide();
     let notices: Vec<_> = decided.gateways[&"edge".into()].refusals.iter().filter_map(|r| r.notice.as_ref()).collect();
     assert_eq!(notices.len(), 1, "{notices:?}");
@@ -81,7 +86,7 @@ fn key_belongs_to_the_node_that_published_it_first() {
     let mut cluster = cluster.apply(3);
     assert_eq!((key(&cluster, "edge"), key(&cluster, "other")), (some("key-e"), some("key-o")));
     // It has another key: the first one is free.
-    cluster.0.keys.insert("o1".into(), "key-o2".to_owned());
+    cluster.0.keys.insert("o1".into(), key_of("key-o2", false));
     let cluster = cluster.apply(4).apply(5);
     assert_eq!((key(&cluster, "edge"), key(&cluster, "other")), (some("key-o"), some("key-o2")));
 }
@@ -94,9 +99,30 @@ fn key_that_two_nodes_publish_at_once_stays_with_the_exposed_gateway() {
         .node(member("edge", "e1", "10.2.1.0/24"))
         .node(member("cloud", "c1", "10.1.1.0/24"));
     for node in ["e1", "c1"] {
-        cluster.0.keys.insert(node.into(), "key".to_owned());
+        cluster.0.keys.insert(node.into(), key_of("key", false));
     }
     let cluster = cluster.apply(1).apply(2);
     let key = |gateway: &str| config(&cluster, gateway, EndpointType::Tunnel, CONFIG_PUBLIC_KEY);
     assert_eq!((key("edge"), key("cloud")), (Some(""), Some("key")), "agents keep a key that is only missing");
+}
+
+/// A thief knows the key of a node that was not elected when the thief published it.
+#[test]
+fn node_that_proves_its_key_takes_it_from_one_that_does_not() {
+    let key = |cluster: &Cluster, gateway: &str| {
+        config(cluster, gateway, EndpointType::Tunnel, CONFIG_PUBLIC_KEY).map(str::to_owned)
+    };
+    let some = |key: &str| Some(key.to_owned());
+    let mut cluster = two_pools().gateway(gateway("other", 3)).node(member("other", "o1", "10.3.1.0/24"));
+    cluster.0.keys.insert("e1".into(), key_of("key-o", false));
+    let mut cluster = cluster.apply(1).apply(2);
+    assert_eq!(key(&cluster, "edge"), some("key-o"), "the first, and no other claim");
+    cluster.0.keys.insert("o1".into(), key_of("key-o", true));
+    let mut cluster = cluster.apply(3);
+    assert_eq!((key(&cluster, "edge"), key(&cluster, "other")), (some(""), some("key-o")));
+    cluster.assert_condition("edge", "Accepted", "False", "PublicKeyTaken", "the WireGuard key of node o1");
+    // A clone of its disk can prove the key, too, and comes too late.
+    cluster.0.keys.insert("e1".into(), key_of("key-o", true));
+    let cluster = cluster.apply(4).apply(5);
+    assert_eq!((key(&cluster, "edge"), key(&cluster, "other")), (some(""), some("key-o")));
 }
