@@ -12,6 +12,7 @@
 //!   it, so chain `hosts` masquerades it with the device's address, which is inside the node's prefix.
 
 mod guard;
+mod watch;
 
 use std::{collections::BTreeSet, net::Ipv4Addr};
 
@@ -19,6 +20,7 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use self::guard::Guard;
+pub use self::watch::deletions;
 use crate::{names, nft, state::Change};
 
 /// nft failed, or is not installed.

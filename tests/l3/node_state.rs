@@ -43,25 +43,31 @@ async fn key_is_created_on_the_node_and_survives_restarts() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn deleted_routes_and_rules_are_restored() {
+async fn deleted_routes_rules_and_nft_table_are_restored() {
     require_root!();
     let running = Running::start().await.expect("start the lab");
     for node in ["x-a", "x-b"] {
         let ns = &running.lab.node(node).ns;
-        let show =
-            "ip rule show pref 100; ip -6 rule show pref 100; ip route show table 9027; ip -6 route show table 9027";
+        let show = "ip rule show pref 100; ip -6 rule show pref 100; ip route show table 9027; ip -6 route show table 9027; nft list table inet raven";
         let before = running.check(ns.sh(show));
         assert!(before.lines().count() >= 10, "{before}");
         running.check(ns.sh(
             "ip rule del pref 100; ip -6 rule del pref 100; ip route flush table 9027; ip -6 route flush table 9027",
         ));
-        let restored =
-            raven_tests::eventually(std::time::Duration::from_secs(5), "routes and rules are restored", || async {
-                let now = ns.sh(show)?;
-                anyhow::ensure!(now == before, "now: {now}\nbefore: {before}");
-                Ok(())
-            });
-        running.check(restored.await);
+        let restored = || async {
+            let now = ns.sh(show)?;
+            anyhow::ensure!(now == before, "now: {now}\nbefore: {before}");
+            Ok(())
+        };
+        const SOON: std::time::Duration = std::time::Duration::from_secs(5);
+        running.check(raven_tests::eventually(SOON, "routes and rules are restored", restored).await);
+        // As at a restart of nftables.service, and by hand.
+        for command in ["nft flush ruleset", "nft flush table inet raven"] {
+            running.check(ns.sh(command));
+            running.check(
+                raven_tests::eventually(SOON, &format!("the table is restored after {command}"), restored).await,
+            );
+        }
         // The counter increases at the end of a run that restored something without another cause. A run that also
         // applies a new topology does not count, so the rule is deleted again until it is counted.
         let counted =
