@@ -102,7 +102,7 @@ pub struct Reconciler {
     uplinks: Uplinks,
     bpf: Bpf,
     key: PrivateKey,
-    /// Proof that this node has the key; made once, because each is another one.
+    /// Proof that this node has the key; made once, because every proof is different.
     key_proof: String,
     preshared: PresharedSource,
     tunnel: Option<Tunnel>,

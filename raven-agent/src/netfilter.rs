@@ -82,8 +82,18 @@ impl Sources {
 
     /// Ensures that the table exists with its rules.
     pub async fn ensure(&self, without: Without) -> Ensured {
-        // Another program may have changed any part of the table. One that does not exist cannot be listed.
-        let have = nft::list(&["list", "table", "inet", names::NFT_TABLE]).await.unwrap_or_default();
+        // Another program may have changed any part of the table.
+        let have = match nft::list(&["list", "table", "inet", names::NFT_TABLE]).await {
+            Ok(have) => have,
+            // One that does not exist cannot be listed.
+            Err(nft::Error::Refused { .. }) => Value::default(),
+            // What is not known is not replaced: a replacement causes the next run.
+            Err(reason) => {
+                let consequence = "if its rules are missing, pods lose their source addresses";
+                let pods = Err(Error { action: "read", reason, consequence });
+                return Ensured { pods, hosts: Ok(Change::NONE), guard: Ok(Change::NONE) };
+            }
+        };
         let pods = self.ensure_chain(Chain::Postrouting, &have).await;
         let hosts = if without.hosts { Ok(Change::NONE) } else { self.ensure_chain(Chain::Hosts, &have).await };
         let guard = if without.guard { Ok(Change::NONE) } else { self.guard.ensure(&have).await };

@@ -4,8 +4,9 @@
 //! A node that has copied another's public key cannot make a proof, and that of the other node has the other's name.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
+use ed25519_dalek::{Signature, VerifyingKey};
 use xeddsa::{
-    Sign, Verify,
+    ConvertMont, Sign,
     xed25519::{PrivateKey, PublicKey},
 };
 
@@ -14,7 +15,7 @@ fn text(node: &str) -> String {
     format!("raven.openyurt.io: the WireGuard key of node {node}")
 }
 
-/// Makes a proof for `node`: base64 of 64 bytes. It contains random bytes, so each proof is another one.
+/// Makes a proof for `node`: base64 of 64 bytes. It contains random bytes, so every proof is different.
 pub fn prove(private_key: [u8; 32], node: &str) -> String {
     let proof: [u8; 64] = PrivateKey(private_key).sign(text(node).as_bytes(), rand::rng());
     STANDARD.encode(proof)
@@ -25,7 +26,10 @@ pub fn is_proven(public_key: &str, node: &str, proof: &str) -> bool {
     let decode = |text: &str| STANDARD.decode(text).ok();
     let key = decode(public_key).and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
     let proof = decode(proof).and_then(|bytes| <[u8; 64]>::try_from(bytes).ok());
-    key.zip(proof).is_some_and(|(key, proof)| PublicKey(key).verify(text(node).as_bytes(), &proof).is_ok())
+    // Strict, because for a point of low order anyone can make signatures.
+    let key = key.and_then(|key| VerifyingKey::from_bytes(&PublicKey(key).convert_mont(0).ok()?).ok());
+    key.zip(proof)
+        .is_some_and(|(key, proof)| key.verify_strict(text(node).as_bytes(), &Signature::from_bytes(&proof)).is_ok())
 }
 
 #[cfg(test)]
@@ -57,8 +61,12 @@ mod tests {
         let zeros = |n| STANDARD.encode(vec![0; n]);
         for proof in ["", "=", "not base64", &zeros(63), &zeros(64), &zeros(65)] {
             assert!(!is_proven(PUBLIC, "edge-7", proof), "{proof}");
-            // A point of low order.
-            assert!(!is_proven(&zeros(32), "edge-7", proof), "{proof}");
+        }
+        // For a key of low order, a signature that is the neutral point fits half of all names.
+        let mut neutral = [0; 64];
+        neutral[0] = 1;
+        for number in 0..32 {
+            assert!(!is_proven(&zeros(32), &format!("edge-{number}"), &STANDARD.encode(neutral)), "{number}");
         }
         assert!(!is_proven("not base64", "edge-7", &prove(PRIVATE, "edge-7")));
     }

@@ -1,7 +1,7 @@
 //! Notices at once when another program deletes Raven's table or a part of it, as `nft flush ruleset` does at each restart
 //! of nftables.service.
 
-use std::io;
+use std::{io, time::Duration};
 
 use futures::{Stream, stream};
 use nix::errno::Errno;
@@ -9,6 +9,7 @@ use rtnetlink::{
     packet_core::{NetlinkBuffer, NlasIterator},
     sys::{AsyncSocket, AsyncSocketExt, SocketAddr, TokioSocket, protocols::NETLINK_NETFILTER},
 };
+use tokio::time::{Instant, sleep_until};
 
 use crate::names;
 
@@ -22,6 +23,8 @@ const DELETIONS: [u16; 5] = [2, 5, 8, 11, 14];
 const TABLE_NAME: u16 = 1;
 /// Length of the family's header (struct nfgenmsg).
 const HEADER: usize = 4;
+/// Minimum time between two results: each leads to a run, which may change the table itself.
+const PAUSE: Duration = Duration::from_secs(2);
 /// Bytes of a buffer for notifications; the kernel sends up to a page at once.
 const BUFFER: usize = 32 << 10;
 
@@ -31,8 +34,8 @@ pub fn deletions() -> io::Result<impl Stream<Item = ()> + Unpin + Send> {
     let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
     socket.socket_mut().bind(&SocketAddr::new(0, 0))?;
     socket.socket_mut().add_membership(GROUP)?;
-    let state = (socket, Vec::with_capacity(BUFFER));
-    Ok(Box::pin(stream::unfold(state, |(socket, mut buffer)| async move {
+    let state = (socket, Vec::with_capacity(BUFFER), Instant::now());
+    Ok(Box::pin(stream::unfold(state, |(socket, mut buffer, earliest)| async move {
         loop {
             buffer.clear();
             match socket.recv(&mut buffer).await {
@@ -41,7 +44,10 @@ pub fn deletions() -> io::Result<impl Stream<Item = ()> + Unpin + Send> {
                     tracing::warn!(error = %e, "cannot watch nftables; a deleted table is noticed within half a minute");
                     return None;
                 }
-                _ => return Some(((), (socket, buffer))),
+                _ => {
+                    sleep_until(earliest).await;
+                    return Some(((), (socket, buffer, Instant::now() + PAUSE)));
+                }
             }
         }
     })))

@@ -111,7 +111,12 @@ async fn is_plain(stream: &TcpStream) -> bool {
 async fn encrypted(stream: TcpStream, paths: Paths, access: Arc<Access>, sources: Sources) {
     let acceptor = match access.acceptor() {
         Ok(acceptor) => acceptor,
-        Err(e) => return tracing::warn!(error = %e, "cannot serve metrics"),
+        Err(e) => {
+            if access.may_warn() {
+                tracing::warn!(error = %e, "cannot serve metrics");
+            }
+            return;
+        }
     };
     // A failed handshake is the client's: it sent plain HTTP, or does not trust the certificate.
     if let Ok(Ok(stream)) = timeout(HEAD, acceptor.accept(stream)).await {

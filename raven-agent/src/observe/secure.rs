@@ -21,6 +21,7 @@ use k8s_openapi::api::{
 };
 use kube::{Api, Client, api::PostParams};
 use sha2::{Digest, Sha256};
+use tokio::time::timeout;
 use tokio_rustls::{
     TlsAcceptor,
     rustls::{
@@ -35,11 +36,15 @@ use tokio_rustls::{
 
 /// Time for which a positive answer of the API server holds. A scrape every 30 s then costs a request in five minutes.
 const ALLOWED: Duration = Duration::from_secs(300);
+/// Time for which it counts after that if the API server does not answer: an outage must not end monitoring.
+const ALLOWED_IN_AN_OUTAGE: Duration = Duration::from_secs(3600);
 /// Time for which a negative answer holds.
 const DENIED: Duration = Duration::from_secs(30);
 /// Answers that are kept.
 const ANSWERS: usize = 256;
-/// Questions to the API server per second: a client can ask with any number of invalid tokens.
+/// Timeout of a question to the API server.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// Questions to the API server per second about new tokens: a client can ask with any number of invalid ones.
 const QUESTIONS: NonZeroU32 = NonZeroU32::new(5).expect("it is not zero");
 
 /// The address cannot be served with TLS.
@@ -112,6 +117,7 @@ pub struct Access {
     certificate: Certificate,
     answers: Mutex<Answers>,
     limit: DefaultDirectRateLimiter,
+    warnings: DefaultDirectRateLimiter,
 }
 
 /// The server's certificate.
@@ -127,8 +133,10 @@ impl Access {
     pub fn new(client: Option<Client>, node: &str, folder: Option<PathBuf>) -> Result<Self, Error> {
         let certificate = match folder {
             Some(folder) => {
-                // An error at the start is noticed at the rollout.
-                from_folder(&folder)?;
+                // Forwarding must not depend on it. Each connection reads the files again.
+                if let Err(e) = from_folder(&folder) {
+                    tracing::error!(error = %e, "metrics are not served until this is repaired");
+                }
                 Certificate::Folder(folder)
             }
             None => Certificate::SelfSigned(self_signed(node)?),
@@ -138,7 +146,13 @@ impl Access {
             certificate,
             answers: Mutex::default(),
             limit: RateLimiter::direct(Quota::per_second(QUESTIONS)),
+            warnings: RateLimiter::direct(Quota::per_minute(NonZeroU32::MIN)),
         })
+    }
+
+    /// True at most once a minute: connections cannot fill the log.
+    pub(super) fn may_warn(&self) -> bool {
+        self.warnings.check().is_ok()
     }
 
     /// Acceptor for one connection.
@@ -158,13 +172,25 @@ impl Access {
         let path = request.uri().path();
         let question = Question::new(token, path);
         let known = self.answers().get(&question, Instant::now());
-        if let Some(known) = known {
-            return known.into_result(path);
+        if let Some(Known { answer, fresh: true }) = known {
+            return answer.into_result(path);
         }
-        self.limit.check().map_err(|_| Refusal::TooMany)?;
+        // A token that was good is asked about again whatever others send.
+        if known.is_none() {
+            self.limit.check().map_err(|_| Refusal::TooMany)?;
+        }
         let client =
             self.client.as_ref().ok_or_else(|| Refusal::Unknown("the agent runs with --offline".to_owned()))?;
-        let answer = ask(client, token, path).await.map_err(|e| Refusal::Unknown(e.to_string()))?;
+        let answer = match timeout(TIMEOUT, ask(client, token, path)).await {
+            Ok(Ok(answer)) => answer,
+            failed => {
+                let reason = match failed {
+                    Ok(Err(e)) => e.to_string(),
+                    _ => format!("no answer within {} s", TIMEOUT.as_secs()),
+                };
+                return known.map_or(Err(Refusal::Unknown(reason)), |known| known.answer.into_result(path));
+            }
+        };
         self.answers().put(question, answer.clone(), Instant::now());
         answer.into_result(path)
     }
@@ -194,6 +220,11 @@ impl Answer {
     fn life(&self) -> Duration {
         if *self == Self::Allowed { ALLOWED } else { DENIED }
     }
+
+    /// How long it counts after its life, if the API server does not answer.
+    fn in_an_outage(&self) -> Option<Duration> {
+        (*self == Self::Allowed).then_some(ALLOWED_IN_AN_OUTAGE)
+    }
 }
 
 /// A token and a path, as a hash: tokens are not kept in memory.
@@ -207,19 +238,29 @@ impl Question {
     }
 }
 
-/// Answers that still hold.
+/// An answer that is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Known {
+    answer: Answer,
+    /// It still holds; else it counts only if the API server does not answer.
+    fresh: bool,
+}
+
+/// The answers, with the time until which they hold.
 #[derive(Default)]
 struct Answers(HashMap<Question, (Answer, Instant)>);
 
 impl Answers {
-    fn get(&self, question: &Question, now: Instant) -> Option<Answer> {
+    fn get(&self, question: &Question, now: Instant) -> Option<Known> {
         let (answer, ends) = self.0.get(question)?;
-        (*ends > now).then(|| answer.clone())
+        let counts = answer.in_an_outage().is_some_and(|longer| *ends + longer > now);
+        let fresh = *ends > now;
+        (fresh || counts).then(|| Known { answer: answer.clone(), fresh })
     }
 
     fn put(&mut self, question: Question, answer: Answer, now: Instant) {
         if self.0.len() >= ANSWERS {
-            self.0.retain(|_, (_, ends)| *ends > now);
+            self.0.retain(|_, (answer, ends)| *ends + answer.in_an_outage().unwrap_or_default() > now);
         }
         // Invalid tokens must not evict the valid ones.
         if self.0.len() >= ANSWERS {
@@ -300,9 +341,11 @@ mod tests {
             answers.put(Question::new(&format!("bad{number}"), "/metrics"), Answer::Unauthenticated, now);
         }
         assert!(answers.0.len() <= ANSWERS);
-        assert_eq!(answers.get(&good, now), Some(Answer::Allowed));
+        let known = |fresh| Some(Known { answer: Answer::Allowed, fresh });
+        assert_eq!(answers.get(&good, now), known(true));
         assert_eq!(answers.get(&Question::new("good", "/drops"), now), None, "another path is another question");
-        assert_eq!(answers.get(&good, now + ALLOWED), None);
+        assert_eq!(answers.get(&good, now + ALLOWED), known(false), "for an outage of the API server");
+        assert_eq!(answers.get(&good, now + ALLOWED + ALLOWED_IN_AN_OUTAGE), None);
         let bad = Question::new("bad", "/metrics");
         answers.put(bad.clone(), Answer::Unauthenticated, now);
         assert_eq!(answers.get(&bad, now + DENIED), None, "a new ClusterRoleBinding counts soon");
@@ -328,9 +371,10 @@ mod tests {
     }
 
     #[test]
-    fn certificate_in_a_folder_is_checked_at_the_start() {
+    fn certificate_in_a_folder_is_read_for_each_connection() {
         let folder = tempfile::tempdir().expect("a folder");
-        let error = || Access::new(None, "x-a", Some(folder.path().to_owned())).err().map(|e| e.to_string());
+        let access = Access::new(None, "x-a", Some(folder.path().to_owned())).expect("the agent starts without it");
+        let error = || access.acceptor().err().map(|e| e.to_string());
         assert!(error().is_some_and(|e| e.contains("tls.crt") && e.contains("kubernetes.io/tls")));
         let created = rcgen::generate_simple_self_signed(["raven".to_owned()]).expect("a certificate");
         fs::write(folder.path().join("tls.crt"), created.cert.pem()).expect("write");

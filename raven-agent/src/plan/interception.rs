@@ -36,7 +36,7 @@ pub(super) fn interception(
         InterceptTo::Gateway(_) => own_v4.unwrap_or(outer),
     };
     let kubelets = edge_nodes(topology, me);
-    let proxies = if is_ready(own, me, to) { other_proxies(topology, own, me) } else { BTreeMap::new() };
+    let proxies = if is_ready(own, to) { other_proxies(topology, own, me) } else { BTreeMap::new() };
     let ports = &topology.ports;
     let listeners = ports.https.iter().map(|port| secure_listener(*port)).chain([INTERNAL_INSECURE_PORT]);
     let entries = kubelets.iter().chain(&proxies).map(|(address, nodes)| (*address, nodes.as_slice()));
@@ -74,12 +74,10 @@ fn destination(own: &Pool, me: &Me) -> Option<InterceptTo> {
 }
 
 /// True if the proxy is reported ready that the connections go to. Otherwise the proxies of other pools, which clients can
-/// perhaps reach, are better.
-fn is_ready(own: &Pool, me: &Me, to: InterceptTo) -> bool {
-    let is_it = |node: &str| match to {
-        InterceptTo::Here => node == me.node,
-        InterceptTo::Gateway(address) => own.members.get(node).is_some_and(|member| member.outer == address),
-    };
+/// perhaps reach, are better. On the proxy's own node it need not be: open connections must outlive a wrong report.
+fn is_ready(own: &Pool, to: InterceptTo) -> bool {
+    let InterceptTo::Gateway(address) = to else { return true };
+    let is_it = |node: &String| own.members.get(node).is_some_and(|member| member.outer == address);
     own.proxies.iter().any(|(node, proxy)| proxy.ready && is_it(node))
 }
 
@@ -209,7 +207,8 @@ mod tests {
         let nodes = [("d1", [10, 9, 0, 1]), ("d2", [10, 9, 0, 2])];
         topology.pools.insert("cloud-2".to_owned(), pool(true, &nodes, "d1"));
         let proxies = |topology: &Topology, node| intercept(topology, node, None).expect("a cloud node").proxies;
-        assert!(proxies(&topology, "c1").nodes.is_empty(), "its own proxy is not known to work");
+        assert!(proxies(&topology, "c2").nodes.is_empty(), "its own pool's proxy is not known to work");
+        assert!(!proxies(&topology, "c1").nodes.is_empty(), "the proxy's node");
         for pool in topology.pools.values_mut().filter(|pool| pool.exposed) {
             pool.proxies.values_mut().for_each(|proxy| proxy.ready = true);
         }

@@ -442,13 +442,21 @@ async fn probe(
         }
         let next = async {
             sleep(limits::PROBE).await;
+            let begin = Instant::now();
             // The sender lives as long as `stats`.
             let _ = streams.wait_for(|open| *open > 0).await;
+            begin.elapsed() > limits::ESTIMATE_LIFE
         };
         let mut next = std::pin::pin!(next);
         loop {
             tokio::select! {
-                () = &mut next => break,
+                is_old = &mut next => {
+                    if is_old {
+                        trips = RoundTrips::default();
+                        stats.set_quiet(liveness::quiet(Duration::ZERO));
+                    }
+                    break;
+                }
                 Some(measured) = sent.next() => if let Some(measured) = measured {
                     stats.set_rtt(measured);
                     trips.add(measured);

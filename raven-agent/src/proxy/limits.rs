@@ -48,7 +48,9 @@ pub(crate) const PROBE: Duration = Duration::from_secs(2);
 pub(crate) const SILENT: Duration = Duration::from_millis(3500);
 /// Maximum estimate of a round trip, which is added to [`SILENT`].
 pub(crate) const ROUND_TRIP: Duration = Duration::from_secs(10);
-/// Interval of that check.
+/// Time without streams after which the estimate is too old: the link may have been busy, or failed since.
+pub(crate) const ESTIMATE_LIFE: Duration = Duration::from_secs(30);
+/// Interval of the check for silence.
 pub(crate) const CHECK: Duration = Duration::from_millis(500);
 /// Default time without an acknowledgement after which streams are ended.
 pub(crate) const STREAM_TIMEOUT: Duration = Duration::from_secs(30);
@@ -61,6 +63,9 @@ pub(crate) const SPARE: u32 = 4;
 pub(crate) const CLOUD: u32 = 20;
 /// Time without an answer to keepalives, which are then sent every second, after which an idle connection is closed.
 pub(crate) const UNANSWERED: Duration = Duration::from_secs(3);
+/// Time for which a suspected connection is checked for unacknowledged data: the kernel repeats that at intervals that double
+/// each time.
+pub(crate) const REPEATED: Duration = Duration::from_secs(30);
 /// Default interval of the edge's HTTP/2 pings on an idle connection.
 pub(crate) const PING: Duration = Duration::from_secs(300);
 /// Measurements of the round-trip time without an answer, at most.

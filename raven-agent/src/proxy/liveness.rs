@@ -149,8 +149,13 @@ impl Link {
             tokio::select! {
                 Ok(()) = interval.changed() => {}
                 () = suspicion.notified() => {
-                    self.set(Duration::from_secs(1), Duration::ZERO);
+                    const SECOND: Duration = Duration::from_secs(1);
+                    self.set(SECOND, Duration::ZERO);
                     sleep(limits::UNANSWERED * 2).await;
+                    // With unacknowledged data the kernel sends no keepalives. It repeats the data at growing intervals, and
+                    // compares the timeout each time. A living connection has answered keepalives by now.
+                    self.set(SECOND, limits::UNANSWERED);
+                    sleep(limits::REPEATED).await;
                 }
             }
         }

@@ -128,8 +128,8 @@ impl ConnectionStats {
         self.quiet.store(u64::try_from(quiet.as_millis()).unwrap_or(u64::MAX).max(1), Ordering::Relaxed);
     }
 
-    /// How long it is normal that nothing arrives while streams are open. `None` if the other end sends nothing regularly,
-    /// as clouds of older releases.
+    /// How long it is normal that nothing arrives while streams are open. `None` if the other end does not
+    /// send at regular intervals, like clouds of older releases.
     pub(super) fn quiet(&self) -> Option<Duration> {
         Some(self.quiet.load(Ordering::Relaxed)).filter(|ms| *ms > 0).map(Duration::from_millis)
     }
