@@ -149,12 +149,12 @@ impl Link {
             tokio::select! {
                 Ok(()) = interval.changed() => {}
                 () = suspicion.notified() => {
-                    const SECOND: Duration = Duration::from_secs(1);
-                    self.set(SECOND, Duration::ZERO);
+                    self.set(Duration::from_secs(1), Duration::ZERO);
                     sleep(limits::UNANSWERED * 2).await;
-                    // With unacknowledged data the kernel sends no keepalives. It repeats the data at growing intervals, and
-                    // compares the timeout each time. A living connection has answered keepalives by now.
-                    self.set(SECOND, limits::UNANSWERED);
+                    // With unacknowledged data the kernel has sent no keepalives. It repeats the data at growing intervals, and
+                    // compares the timeout each time. With that timeout, one lost keepalive would close the connection, so
+                    // none is sent meanwhile.
+                    self.set(sparse.max(limits::REPEATED * 2), limits::UNANSWERED);
                     sleep(limits::REPEATED).await;
                 }
             }
