@@ -20,12 +20,23 @@ use crate::{
     state::{Abilities, Device, Indexes, Role},
 };
 
+/// CNIs that can pass pods' packets to other nodes without the host's rules. For the host's own packets they have then a
+/// route to the other nodes' pods by a device of theirs, which shows that mode. Device, CNI and remedy.
+const BYPASSES: [(&str, &str, &str); 4] = [
+    ("cilium_host", "Cilium in tunnel mode", "set its routingMode to native"),
+    ("antrea-gw0", "Antrea in encap mode", "set its trafficEncapMode to noEncap"),
+    ("ovn-k8s-mp0", "OVN-Kubernetes", WITHOUT_L3),
+    ("ovn0", "Kube-OVN", WITHOUT_L3),
+];
+const WITHOUT_L3: &str = "Raven's L3 half cannot be used with it; set enable-l3-tunnel: \"false\" in ConfigMap raven-cfg to keep the L7 half";
+
 /// What stops packets, one sentence each.
 pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &str) -> Vec<String> {
     let is_address = |prefix: &IpNet| prefix.prefix_len() == prefix.max_prefix_len();
     let own: Vec<IpNet> = plan.own_prefixes().into_iter().filter(|prefix| !is_address(prefix)).collect();
     let mut complaints = forwarding(&own, |path| fs::read_to_string(path).ok());
     complaints.extend(overriding_routes(links, plan, indexes).await);
+    complaints.extend(bypasses(links, plan).await);
     match ruleset().await {
         Ok(ruleset) => {
             complaints.extend(forward_drops(&ruleset, &own));
@@ -100,6 +111,23 @@ async fn overriding_routes(links: &Links, plan: &Plan, indexes: Indexes) -> Vec<
                  compare `ip rule` and `ip route get {}`",
                 names::RULE_PRIORITY,
                 probe(prefix)
+            ));
+        }
+    }
+    complaints
+}
+
+/// CNIs that carry pods' packets for other pools themselves.
+async fn bypasses(links: &Links, plan: &Plan) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for (device, cni, remedy) in BYPASSES {
+        let Ok(Some(found)) = links.find(device).await else { continue };
+        let Ok(routes) = links.main_routes(found.index).await else { continue };
+        let overlaps = |prefix: &&IpNet| routes.iter().any(|route| route.contains(*prefix) || prefix.contains(route));
+        if let Some(prefix) = plan.state.routes.keys().find(overlaps) {
+            complaints.push(format!(
+                "{cni} carries pods' packets for {prefix} itself (device {device}), past this node's rules, so Raven does not forward them: \
+                 {remedy} (docs/cni.md)"
             ));
         }
     }

@@ -62,6 +62,21 @@ async fn obstacles_are_reported_with_remedy_until_removed() {
     running.run_on("x-a", "ip rule del pref 50");
     running.until_ready("no obstacle", |status, _| status == "True").await;
 
+    // A CNI that does not ask the host's rules. Its route shows it, although Raven's rule precedes it.
+    running.run_on("x-a", "ip link add cilium_host type veth peer cilium_net; ip link set cilium_host up");
+    running.run_on("x-a", "ip route add 10.244.77.0/24 dev cilium_host");
+    running.run_on("x-a", "sysctl -qw net.ipv4.ip_forward=0");
+    let not_named = |s: &str, m: &str| s == "False" && m.contains("ip_forward") && !m.contains("Cilium");
+    running.until_ready("its device and a route to other addresses are no problem", not_named).await;
+    running.run_on("x-a", "sysctl -qw net.ipv4.ip_forward=1; ip route add 10.244.1.0/24 dev cilium_host");
+    running
+        .until_ready("the tunnel mode", |s, m| {
+            s == "False" && m.contains("Cilium in tunnel mode") && m.contains("routingMode to native")
+        })
+        .await;
+    running.run_on("x-a", "ip link del cilium_host");
+    running.until_ready("no obstacle", |status, _| status == "True").await;
+
     running.run_on("x-a", "sysctl -qw net.ipv4.ip_forward=0");
     running.until_ready("disabled forwarding", |s, m| s == "False" && m.contains("net.ipv4.ip_forward=1")).await;
 

@@ -42,6 +42,23 @@ impl Links {
         Ok((routes, barriers))
     }
 
+    /// Destinations of the routes in table `main` that leave by this device.
+    pub async fn main_routes(&self, device: u32) -> Result<Vec<IpNet>, Error> {
+        /// RT_TABLE_MAIN of linux/rtnetlink.h.
+        const MAIN: u32 = 254;
+        let mut found = Vec::new();
+        for message in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
+        {
+            let mut stream = self.handle.route().get(message).execute();
+            while let Some(message) = stream.try_next().await.map_err(failed("list routes"))? {
+                if table_of(&message) == MAIN && message.attributes.contains(&RouteAttribute::Oif(device)) {
+                    found.extend(destination(&message));
+                }
+            }
+        }
+        Ok(found)
+    }
+
     /// Adds an unreachable route, behind the route to a device.
     pub async fn put_barrier(&self, prefix: IpNet) -> Result<(), Error> {
         let action = format!("add unreachable route {prefix} to table {}", names::TABLE);
