@@ -48,10 +48,11 @@ pub(crate) const PROBE: Duration = Duration::from_secs(2);
 pub(crate) const SILENT: Duration = Duration::from_millis(3500);
 /// Maximum estimate of a round trip, which is added to [`SILENT`].
 pub(crate) const ROUND_TRIP: Duration = Duration::from_secs(10);
-/// Time without streams after which the estimate is too old: the link may have been busy, or failed since.
-pub(crate) const ESTIMATE_LIFE: Duration = Duration::from_secs(30);
+/// Time without streams after which the estimate is forgotten: the link may have been busy before, and the first measurement
+/// includes the start of the connection.
+pub(crate) const ESTIMATE_LIFE: Duration = Duration::from_secs(1);
 /// Interval of the check for silence.
-pub(crate) const CHECK: Duration = Duration::from_millis(500);
+pub(crate) const CHECK: Duration = Duration::from_millis(250);
 /// Default time without an acknowledgement after which streams are ended.
 pub(crate) const STREAM_TIMEOUT: Duration = Duration::from_secs(30);
 /// Default interval of TCP keepalives on the first idle connection of an edge to a cloud gateway node. Two packets
