@@ -10,7 +10,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
-use futures::{Stream, StreamExt, stream};
+use futures::{StreamExt, stream};
 use ipnet::IpNet;
 use kube::{
     Client,
@@ -88,7 +88,7 @@ pub async fn run(config: Run) -> Result<()> {
     tracing::debug!(?settings, "settings");
     let key = tunnel::load_or_create_key(&config.state_dir.join(names::KEY_FILE))?;
     let (links, link_events) = Links::connect()?;
-    let kernel_events = stream::select(link_events, table_events());
+    let kernel_events = stream::select(link_events, netfilter::deletions());
     let intercepted = proxy::listen_for_intercepted()
         .inspect_err(
             |e| tracing::warn!(error = %e, "cannot listen for intercepted connections; kubelets of edge nodes are reachable by name only"),
@@ -188,15 +188,6 @@ pub async fn terminated() -> Result<()> {
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
     Ok(())
-}
-
-/// Yields when Raven's nft table, or a part of it, was deleted.
-fn table_events() -> impl Stream<Item = ()> + Unpin + Send {
-    let events = netfilter::deletions().inspect_err(
-        |e| tracing::warn!(error = %e, "cannot watch nftables; a deleted table is noticed within half a minute"),
-    );
-    // An ended stream ends only this half of the selection.
-    events.map_or_else(|_| stream::empty().left_stream(), StreamExt::right_stream)
 }
 
 /// Who may read the metrics address; `None` if everyone may.

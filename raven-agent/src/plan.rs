@@ -81,7 +81,7 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     let prefixes = pod_prefixes(member);
     let sources: Vec<IpAddr> = prefixes.iter().map(|prefix| routes::source(prefix, &me.addresses)).collect();
     let own_v4 = sources.iter().find_map(|s| if let IpAddr::V4(s) = s { Some(*s) } else { None });
-    let intercepted = interception::interception(topology, pool, me, member.outer, own_v4);
+    let intercepted = interception::interception(topology, (name, pool), me, member.outer, own_v4);
     if !l3 && intercepted.is_none() {
         return empty(me, proxy, Vec::new());
     }

@@ -132,6 +132,15 @@ impl Topology {
         dialled.filter(|(_, pool)| pool.exposed || !some_exposed).map(|(name, pool)| (name.as_str(), pool)).collect()
     }
 
+    /// Proxies of the exposed pools other than `own`: Gateway, node and address.
+    pub fn other_proxies(&self, own: &str) -> impl Iterator<Item = (&str, &str, Ipv4Addr)> {
+        let others = self.pools.iter().filter(move |(name, pool)| pool.exposed && *name != own);
+        others.flat_map(|(name, pool)| {
+            let nodes = pool.proxies.keys();
+            nodes.filter_map(move |node| Some((name.as_str(), node.as_str(), pool.members.get(node)?.outer)))
+        })
+    }
+
     /// Name and pool of the Gateway that a node belongs to.
     pub fn pool_of(&self, node: &str) -> Option<(&str, &Pool)> {
         self.pools.iter().find(|(_, pool)| pool.members.contains_key(node)).map(|(name, pool)| (name.as_str(), pool))

@@ -109,12 +109,12 @@ impl Bpf {
 }
 
 fn kubelets(interception: &Interception) -> impl Iterator<Item = (KubeletAddress, KubeletNode)> {
-    let entries = |Intercepted { nodes, ports }: &Intercepted| {
-        let key = |address: &Ipv4Addr, port: u16| KubeletAddress { address: address.octets(), port, _pad: 0 };
-        let all = nodes.iter().flat_map(|(address, name)| ports.iter().map(move |port| (address, *port, name)));
-        all.map(|(address, port, name)| (key(address, port), KubeletNode { node: fixed(name) })).collect::<Vec<_>>()
-    };
-    entries(&interception.kubelets).into_iter().chain(entries(&interception.proxies))
+    [&interception.kubelets, &interception.proxies].into_iter().flat_map(|Intercepted { nodes, ports }| {
+        nodes.iter().flat_map(|(address, name)| {
+            let key = |port: &u16| KubeletAddress { address: address.octets(), port: *port, _pad: 0 };
+            ports.iter().map(move |port| (key(port), KubeletNode { node: fixed(name) }))
+        })
+    })
 }
 
 /// The name, truncated to the field and padded with zeros.

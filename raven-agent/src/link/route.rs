@@ -24,38 +24,41 @@ impl Links {
     /// missing, is returned with a value that is in no plan, so that it is replaced or deleted.
     pub async fn routes(&self, indexes: Indexes) -> Result<(BTreeMap<IpNet, Route>, BTreeSet<IpNet>), Error> {
         let (mut routes, mut barriers) = (BTreeMap::new(), BTreeSet::new());
+        self.each_route(names::TABLE, |prefix, message| {
+            if is_barrier(message) {
+                barriers.insert(prefix);
+            } else {
+                routes.insert(prefix, as_route(message, indexes));
+            }
+        })
+        .await?;
+        Ok((routes, barriers))
+    }
+
+    /// Calls `each` for the routes of a table that have a destination, in both families.
+    async fn each_route(&self, table: u32, mut each: impl FnMut(IpNet, &RouteMessage)) -> Result<(), Error> {
         for message in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
         {
             let mut stream = self.handle.route().get(message).execute();
             while let Some(message) = stream.try_next().await.map_err(failed("list routes"))? {
-                if table_of(&message) == names::TABLE
+                if table_of(&message) == table
                     && let Some(prefix) = destination(&message)
                 {
-                    if is_barrier(&message) {
-                        barriers.insert(prefix);
-                    } else {
-                        routes.insert(prefix, as_route(&message, indexes));
-                    }
+                    each(prefix, &message);
                 }
             }
         }
-        Ok((routes, barriers))
+        Ok(())
     }
 
     /// Destinations of the routes in table `main` that leave by this device.
     pub async fn main_routes(&self, device: u32) -> Result<Vec<IpNet>, Error> {
         /// RT_TABLE_MAIN of linux/rtnetlink.h.
         const MAIN: u32 = 254;
+        let by = RouteAttribute::Oif(device);
         let mut found = Vec::new();
-        for message in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
-        {
-            let mut stream = self.handle.route().get(message).execute();
-            while let Some(message) = stream.try_next().await.map_err(failed("list routes"))? {
-                if table_of(&message) == MAIN && message.attributes.contains(&RouteAttribute::Oif(device)) {
-                    found.extend(destination(&message));
-                }
-            }
-        }
+        self.each_route(MAIN, |prefix, message| found.extend(message.attributes.contains(&by).then_some(prefix)))
+            .await?;
         Ok(found)
     }
 

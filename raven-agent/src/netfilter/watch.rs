@@ -3,7 +3,7 @@
 
 use std::{io, time::Duration};
 
-use futures::{Stream, stream};
+use futures::{Stream, StreamExt, TryFutureExt, TryStreamExt, future::ready, stream};
 use nix::errno::Errno;
 use rtnetlink::{
     packet_core::{NetlinkBuffer, NlasIterator},
@@ -28,29 +28,39 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// Bytes of a buffer for notifications; the kernel sends up to a page at once.
 const BUFFER: usize = 32 << 10;
 
-/// Yields at each deletion, also by Raven, and when notifications were lost. Another program may change many rules, so
-/// messages are read one by one from a fixed buffer.
-pub fn deletions() -> io::Result<impl Stream<Item = ()> + Unpin + Send> {
+/// Yields at each deletion, also by Raven, and when notifications were lost. Ends after an error, which is logged.
+pub fn deletions() -> impl Stream<Item = ()> + Unpin + Send {
+    let opened = open().map(|socket| (socket, Vec::with_capacity(BUFFER), Instant::now()));
+    let found = ready(opened).map_ok(|state| stream::try_unfold(state, next)).try_flatten_stream();
+    let logged = found.inspect_err(
+        |e| tracing::warn!(error = %e, "cannot watch nftables; a deleted table is noticed within half a minute"),
+    );
+    Box::pin(logged.filter_map(|found| ready(found.ok())))
+}
+
+fn open() -> io::Result<TokioSocket> {
     let mut socket = TokioSocket::new(NETLINK_NETFILTER)?;
     socket.socket_mut().bind(&SocketAddr::new(0, 0))?;
     socket.socket_mut().add_membership(GROUP)?;
-    let state = (socket, Vec::with_capacity(BUFFER), Instant::now());
-    Ok(Box::pin(stream::unfold(state, |(socket, mut buffer, earliest)| async move {
-        loop {
-            buffer.clear();
-            match socket.recv(&mut buffer).await {
-                Ok(()) if !contains_deletion(&buffer) => {}
-                Err(e) if e.raw_os_error() != Some(Errno::ENOBUFS as i32) => {
-                    tracing::warn!(error = %e, "cannot watch nftables; a deleted table is noticed within half a minute");
-                    return None;
-                }
-                _ => {
-                    sleep_until(earliest).await;
-                    return Some(((), (socket, buffer, Instant::now() + PAUSE)));
-                }
+    Ok(socket)
+}
+
+/// The socket, a buffer, and the earliest time of the next result.
+type State = (TokioSocket, Vec<u8>, Instant);
+
+/// Another program may change many rules, so messages are read one by one into a fixed buffer.
+async fn next((socket, mut buffer, earliest): State) -> io::Result<Option<((), State)>> {
+    loop {
+        buffer.clear();
+        match socket.recv(&mut buffer).await {
+            Ok(()) if !contains_deletion(&buffer) => {}
+            Err(e) if e.raw_os_error() != Some(Errno::ENOBUFS as i32) => return Err(e),
+            _ => {
+                sleep_until(earliest).await;
+                return Ok(Some(((), (socket, buffer, Instant::now() + PAUSE))));
             }
         }
-    })))
+    }
 }
 
 /// True if one of the messages is about a deletion in Raven's table.

@@ -7,10 +7,9 @@ use std::{
 };
 
 use ipnet::IpNet;
-use raven_api::proxy::{INTERNAL_INSECURE_PORT, secure_listener};
 use raven_common::tables::Remote;
 
-use super::{me::Me, path::gateway_ids, rendezvous::weight};
+use super::{me::Me, path::gateway_ids, proxy::service_ports, rendezvous::weight};
 use crate::{
     state::{InterceptTo, Intercepted, Interception},
     topology::{Pool, Topology},
@@ -22,7 +21,7 @@ use crate::{
 /// `outer`: this node's outer address. `own_v4`: its address inside its first IPv4 prefix.
 pub(super) fn interception(
     topology: &Topology,
-    own: &Pool,
+    (own_pool, own): (&str, &Pool),
     me: &Me,
     outer: Ipv4Addr,
     own_v4: Option<Ipv4Addr>,
@@ -36,9 +35,12 @@ pub(super) fn interception(
         InterceptTo::Gateway(_) => own_v4.unwrap_or(outer),
     };
     let kubelets = edge_nodes(topology, me);
-    let proxies = if is_ready(own, to) { other_proxies(topology, own, me) } else { BTreeMap::new() };
+    // Without a ready proxy here, those of other pools, which clients can perhaps reach, are better. On the proxy's own node
+    // it need not be ready: open connections must outlive a wrong report.
+    let ready = to == InterceptTo::Here || own.proxies.values().any(|proxy| proxy.ready);
+    let proxies = if ready { other_proxies(topology, own_pool, own, me) } else { Nodes::new() };
     let ports = &topology.ports;
-    let listeners = ports.https.iter().map(|port| secure_listener(*port)).chain([INTERNAL_INSECURE_PORT]);
+    let listeners = service_ports(ports).map(|(port, _)| port);
     let entries = kubelets.iter().chain(&proxies).map(|(address, nodes)| (*address, nodes.as_slice()));
     let entries = overlay_entries(topology, to, entries);
     let interception = Interception {
@@ -73,22 +75,13 @@ fn destination(own: &Pool, me: &Me) -> Option<InterceptTo> {
     Some(InterceptTo::Gateway(chosen))
 }
 
-/// True if the proxy is reported ready that the connections go to. Otherwise the proxies of other pools, which clients can
-/// perhaps reach, are better. On the proxy's own node it need not be: open connections must outlive a wrong report.
-fn is_ready(own: &Pool, to: InterceptTo) -> bool {
-    let InterceptTo::Gateway(address) = to else { return true };
-    let is_it = |node: &String| own.members.get(node).is_some_and(|member| member.outer == address);
-    own.proxies.iter().any(|(node, proxy)| proxy.ready && is_it(node))
-}
-
 /// Proxies of other exposed pools, except at addresses that this pool or this node needs itself: two clouds may have the
 /// same subnet.
-fn other_proxies<'a>(topology: &'a Topology, own: &Pool, me: &Me) -> Nodes<'a> {
+fn other_proxies<'a>(topology: &'a Topology, own_pool: &str, own: &Pool, me: &Me) -> Nodes<'a> {
     let mut nodes = Nodes::new();
     let is_own = |address: Ipv4Addr| own.members.values().any(|member| member.outer == address);
-    for (gateway, pool) in topology.pools.iter().filter(|(_, pool)| pool.exposed && !std::ptr::eq(*pool, own)) {
-        let proxies = pool.proxies.keys().filter_map(|node| Some((node, pool.members.get(node)?.outer)));
-        for (node, address) in proxies.filter(|(_, address)| is_free(*address, me) && !is_own(*address)) {
+    for (gateway, node, address) in topology.other_proxies(own_pool) {
+        if is_free(address, me) && !is_own(address) {
             nodes.entry(address).or_default().push((node, gateway));
         }
     }
@@ -161,9 +154,9 @@ mod tests {
         node: &str,
         present: Option<Ipv4Addr>,
     ) -> Option<(Interception, BTreeMap<IpNet, Remote>)> {
-        let (_, own) = topology.pool_of(node).expect("a node of the topology");
+        let (name, own) = topology.pool_of(node).expect("a node of the topology");
         let me = Me { node: node.to_owned(), intercepting_gateway: present, ..Me::default() };
-        interception(topology, own, &me, own.members[node].outer, None)
+        interception(topology, (name, own), &me, own.members[node].outer, None)
     }
 
     #[test]

@@ -90,6 +90,12 @@ pub enum ByName {
     Plain,
 }
 
+/// Ports of the proxies' Service at its endpoints.
+pub(super) fn service_ports(ports: &Ports) -> impl Iterator<Item = (u16, ByName)> {
+    let tls = ports.https.iter().map(|port| (secure_listener(*port), ByName::Tls(*port)));
+    tls.chain([(INTERNAL_INSECURE_PORT, ByName::Plain)])
+}
+
 /// Why a name or an address denotes no node that can be reached.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotFound {
@@ -148,16 +154,13 @@ fn directory(topology: &Topology, own_pool: &str, me: &Me) -> Directory {
     let mut directory =
         Directory { own_pool: own_pool.to_owned(), ports: topology.ports.clone(), ..Directory::default() };
     directory.moved = me.moved_to.map(|address| (me.node.clone(), address));
+    directory.others.extend(topology.other_proxies(own_pool).map(|(_, _, address)| IpAddr::V4(address)));
     for (name, pool) in &topology.pools {
         for (node, member) in &pool.members {
             let address = IpAddr::V4(member.outer);
             directory.addresses.entry(address).or_default().insert(node.clone());
             let target = Target { node: node.clone(), pool: name.clone(), address };
             directory.nodes.insert(node.clone(), target);
-        }
-        if pool.exposed && name != own_pool {
-            let proxies = pool.proxies.keys().filter_map(|node| pool.members.get(node));
-            directory.others.extend(proxies.map(|member| IpAddr::V4(member.outer)));
         }
         if !pool.exposed {
             directory
@@ -192,10 +195,7 @@ impl Directory {
         if !self.others.contains(&address) {
             return None;
         }
-        if port == INTERNAL_INSECURE_PORT {
-            return Some(ByName::Plain);
-        }
-        self.ports.https.iter().find(|https| secure_listener(**https) == port).map(|https| ByName::Tls(*https))
+        service_ports(&self.ports).find_map(|(listener, by)| (listener == port).then_some(by))
     }
 
     fn allowed<'a>(&self, target: &'a Target, port: u16) -> Result<&'a Target, NotFound> {

@@ -15,10 +15,12 @@ pub(crate) struct KeyHolders<'a>(BTreeMap<&'a str, Holder<'a>>);
 
 /// The tunnel nodes with a key in the present status of a Gateway, and their keys.
 pub(crate) fn in_status(gateway: &GatewayFacts) -> impl Iterator<Item = (&str, &str)> {
-    tunnels(gateway).filter_map(|endpoint| {
-        let key = endpoint.config.get(CONFIG_PUBLIC_KEY).filter(|key| !key.is_empty())?;
-        Some((endpoint.node_name.as_str(), key.as_str()))
-    })
+    tunnels(gateway).filter_map(|endpoint| Some((endpoint.node_name.as_str(), key_of(endpoint)?)))
+}
+
+/// The key in a status. An empty one says that the node has none.
+fn key_of(endpoint: &Endpoint) -> Option<&str> {
+    endpoint.config.get(CONFIG_PUBLIC_KEY).map(String::as_str).filter(|key| !key.is_empty())
 }
 
 fn tunnels(gateway: &GatewayFacts) -> impl Iterator<Item = &Endpoint> {
@@ -33,40 +35,47 @@ struct Holder<'a> {
     gateway: &'a GatewayName,
 }
 
+/// The right of a node to a key, the strongest first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Right {
+    /// The key was accepted, and the node has proven it.
+    Proven,
+    /// The node has proven it, and it is not accepted yet.
+    ProvenSince,
+    /// The key was accepted without a proof.
+    Accepted,
+}
+
 impl<'a> KeyHolders<'a> {
     /// If several nodes have an equal right to a key, one of an exposed Gateway holds it, or that of the Gateway with the
     /// strongest claims. A node that was deleted, or that has published another key since, holds none.
     pub(crate) fn of(inputs: &'a Inputs, exposed: &BTreeSet<GatewayName>) -> Self {
         let mut gateways = inputs.by_seniority();
         gateways.sort_by_key(|gateway| !exposed.contains(&gateway.name));
-        let published = |node: &str| {
-            let node = NodeName::from(node);
-            inputs.nodes.contains_key(&node).then(|| inputs.keys.get(&node))
-        };
-        let mut holders = BTreeMap::new();
-        let mut hold = |gateway: &'a GatewayFacts, node: &'a str, key: &'a str| {
-            holders.entry(key).or_insert(Holder { node, gateway: &gateway.name });
-        };
-        // Proven keys that have been accepted, then those that have not, then accepted ones without a proof.
-        let accepted = gateways.iter().flat_map(|gateway| in_status(gateway).map(|(node, key)| (*gateway, node, key)));
-        let accepted: Vec<_> = accepted
-            .filter_map(|(gateway, node, key)| Some((gateway, node, key, published(node)?)))
-            .filter(|(_, _, key, published)| published.is_none_or(|published| published.key == *key))
-            .collect();
-        for (gateway, node, key, published) in &accepted {
-            if published.is_some_and(|published| published.proven) {
-                hold(gateway, node, key);
-            }
-        }
-        for gateway in &gateways {
-            for node in tunnels(gateway).map(|endpoint| endpoint.node_name.as_str()) {
-                if let Some(Some(PublishedKey { key, proven: true })) = published(node) {
-                    hold(gateway, node, key);
+        let mut claims = Vec::new();
+        for gateway in gateways {
+            for endpoint in tunnels(gateway) {
+                let node = NodeName::from(endpoint.node_name.as_str());
+                if !inputs.nodes.contains_key(&node) {
+                    continue;
                 }
+                let accepted = key_of(endpoint);
+                let (right, key) = match (inputs.keys.get(&node), accepted) {
+                    (Some(PublishedKey { key, proven: true }), _) if accepted == Some(key) => {
+                        (Right::Proven, key.as_str())
+                    }
+                    (Some(PublishedKey { key, proven: true }), _) => (Right::ProvenSince, key.as_str()),
+                    (Some(published), Some(key)) if published.key != key => continue,
+                    (_, Some(key)) => (Right::Accepted, key),
+                    (_, None) => continue,
+                };
+                claims.push((right, key, Holder { node: &endpoint.node_name, gateway: &gateway.name }));
             }
         }
-        for (gateway, node, key, _) in &accepted {
-            hold(gateway, node, key);
+        claims.sort_by_key(|(right, ..)| *right);
+        let mut holders = BTreeMap::new();
+        for (_, key, holder) in claims {
+            holders.entry(key).or_insert(holder);
         }
         Self(holders)
     }
