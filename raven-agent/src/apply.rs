@@ -187,14 +187,14 @@ impl Reconciler {
         let preshared_changed = outcome.keep(self.preshared.read(&self.settings.preshared_key_file)).unwrap_or(false);
         let pool = topology.pool_of(&self.settings.node).map(|(_, pool)| pool);
         let member = pool.and_then(|pool| pool.members.get(&self.settings.node));
-        let address = self.settings.node_ip.or(member.map(|m| IpAddr::V4(m.outer)));
+        let address = self.settings.node_ip.or(member.map(|m| m.address));
         let others = pool.map(|pool| pool.neighbours(&self.settings.node)).unwrap_or_default();
         let found = match address {
             Some(address) => self.uplinks.find(&self.links, address, &others).await.map(Some),
             None => Ok(None),
         };
         let moved_to = match &found {
-            Err(link::Error::NoUplink(_)) => self.links.own_address().await,
+            Err(link::Error::NoUplink(former)) => self.links.own_address(*former).await,
             _ => None,
         };
         let uplink = outcome.keep(found).flatten();
@@ -286,12 +286,12 @@ impl Reconciler {
         if plan.role == Role::Member {
             self.remove_tunnel(outcome).await;
         }
-        outcome.surroundings.extend(surroundings::wrong_source(plan.role, plan.config.node, uplink, abilities));
+        outcome.surroundings.extend(surroundings::wrong_source(plan.role, plan.config.address, uplink, abilities));
         self.check_surroundings(plan, indexes, uplink, outcome).await;
     }
 
     async fn ensure_sources(&mut self, plan: &Plan, outcome: &mut Outcome) {
-        let sources = Sources::new(&plan.own_prefixes(), self.settings.masquerade_mark, plan.config.node);
+        let sources = Sources::new(&plan.own_prefixes(), self.settings.masquerade_mark, plan.config.address);
         let Ensured { pods, hosts, guard } = sources.ensure(self.without).await;
         outcome.take(pods);
         // Not failed steps: this kernel has not got the modules, and forwards pods all the same.
@@ -351,7 +351,7 @@ impl Reconciler {
             xdp: self.bpf.is_attached(Hook::UplinkXdp, uplink.index),
             // The kernel sends only from its own addresses.
             sets_source: self.settings.release.has_tunnel_source()
-                && uplink.node_addresses.contains(&plan.config.node.into()),
+                && uplink.node_addresses.contains(&plan.config.address),
             one_uplink: !uplink.scattered,
         }
     }

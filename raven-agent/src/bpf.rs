@@ -110,13 +110,15 @@ pub fn object() -> &'static [u8] {
 }
 
 /// Names of all maps in `raven-ebpf/src/maps.rs`.
-pub const MAPS: [&str; 18] = [
+pub const MAPS: [&str; 21] = [
     "CONFIG",
     "REMOTE4",
     "REMOTE6",
     "LOCAL4",
     "LOCAL6",
     "NODES",
+    "NODES6",
+    "OUTER6",
     "COUNTERS",
     "PATHS4",
     "PATHS6",
@@ -128,6 +130,7 @@ pub const MAPS: [&str; 18] = [
     "EVENTS",
     "SAMPLED",
     "KUBELETS",
+    "KUBELETS6",
     "PROXY",
 ];
 

@@ -7,7 +7,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
 };
 
 use ipnet::IpNet;
@@ -23,6 +23,10 @@ use crate::{
 pub enum Step {
     /// Add an unreachable route.
     PutBarrier(IpNet),
+    /// Set the address behind a stand-in.
+    PutOuter6(Ipv4Addr, Ipv6Addr),
+    /// Assign an IPv6 address to its node of the pool.
+    PutNode6(Ipv6Addr, Ipv4Addr),
     /// Admit a node of the pool.
     PutNode(Ipv4Addr, Node),
     /// Assign a prefix of this pool to its node.
@@ -48,12 +52,18 @@ pub enum Step {
     DeleteLocal(IpNet),
     /// Delete a node from the pool.
     DeleteNode(Ipv4Addr),
+    /// Delete an IPv6 address of a node of the pool.
+    DeleteNode6(Ipv6Addr),
+    /// Delete a stand-in.
+    DeleteOuter6(Ipv4Addr),
 }
 
 /// The steps from `have` to `want`, in the order described above; empty when they are equal.
 pub fn diff(have: &State, want: &State) -> Vec<Step> {
     let mut steps = Vec::new();
     steps.extend(want.barriers.difference(&have.barriers).map(|k| Step::PutBarrier(*k)));
+    steps.extend(changed(&have.outer6, &want.outer6).map(|(k, v)| Step::PutOuter6(*k, *v)));
+    steps.extend(changed(&have.nodes6, &want.nodes6).map(|(k, v)| Step::PutNode6(*k, *v)));
     steps.extend(changed(&have.nodes, &want.nodes).map(|(k, v)| Step::PutNode(*k, *v)));
     steps.extend(changed(&have.local, &want.local).map(|(k, v)| Step::PutLocal(*k, *v)));
     steps.extend(want.peers.iter().filter_map(|(key, peer)| put_peer(*key, have.peers.get(key), peer)));
@@ -66,6 +76,8 @@ pub fn diff(have: &State, want: &State) -> Vec<Step> {
     steps.extend(surplus(&have.peers, &want.peers).map(|k| Step::DeletePeer(*k)));
     steps.extend(surplus(&have.local, &want.local).map(|k| Step::DeleteLocal(*k)));
     steps.extend(surplus(&have.nodes, &want.nodes).map(|k| Step::DeleteNode(*k)));
+    steps.extend(surplus(&have.nodes6, &want.nodes6).map(|k| Step::DeleteNode6(*k)));
+    steps.extend(surplus(&have.outer6, &want.outer6).map(|k| Step::DeleteOuter6(*k)));
     steps
 }
 

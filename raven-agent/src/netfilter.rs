@@ -14,7 +14,7 @@
 mod guard;
 mod watch;
 
-use std::{collections::BTreeSet, net::Ipv4Addr};
+use std::{collections::BTreeSet, net::IpAddr};
 
 use ipnet::IpNet;
 use serde_json::{Value, json};
@@ -74,7 +74,7 @@ enum Chain {
 impl Sources {
     /// `own`: the prefixes of this node, whose addresses are kept. `mark`: the bits of kube-proxy's mark. `outer`: this
     /// node's source of overlay packets.
-    pub fn new(own: &[IpNet], mark: u32, outer: Ipv4Addr) -> Self {
+    pub fn new(own: &[IpNet], mark: u32, outer: IpAddr) -> Self {
         // nft refuses sets with overlapping prefixes.
         let own = IpNet::aggregate(&own.to_vec()).into_iter().collect();
         Self { own, mark, guard: Guard { own: outer } }

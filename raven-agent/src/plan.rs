@@ -23,7 +23,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use raven_common::{OVERLAY_OVERHEAD, TUNNEL_OVERHEAD};
+use raven_common::{OVERLAY_OVERHEAD, OVERLAY_OVERHEAD6, TUNNEL_OVERHEAD};
 
 use self::path::Protected;
 pub use self::{me::Me, path::gateway_ids, proxy::ProxyPlan};
@@ -80,8 +80,7 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     let member = &pool.members[&me.node];
     let prefixes = pod_prefixes(member);
     let sources: Vec<IpAddr> = prefixes.iter().map(|prefix| routes::source(prefix, &me.addresses)).collect();
-    let own_v4 = sources.iter().find_map(|s| if let IpAddr::V4(s) = s { Some(*s) } else { None });
-    let intercepted = interception::interception(topology, (name, pool), me, member.outer, own_v4);
+    let intercepted = interception::interception(topology, (name, pool), me, member, &sources);
     if !l3 && intercepted.is_none() {
         return empty(me, proxy, Vec::new());
     }
@@ -107,6 +106,8 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
         remote: maps::remote(&paths, role, &me.node, pool),
         local: maps::local(pool),
         nodes: maps::nodes(pool),
+        nodes6: maps::nodes6(pool),
+        outer6: maps::outer6(pool),
     };
     if !me.ipv6 {
         state.routes.retain(|prefix, _| prefix.addr().is_ipv4());
@@ -122,11 +123,12 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     Plan {
         role,
         pool: Some(name.to_owned()),
-        overlay: Some(Overlay { mtu: me.uplink_mtu.saturating_sub(OVERLAY_OVERHEAD as u32).max(MIN_MTU), addresses }),
+        overlay: Some(Overlay { mtu: overlay_mtu(member, me), addresses }),
         tunnel: own_gateway.map(|gateway| TunnelDevice { mtu, port: gateway.port }),
         state,
         config: Config {
             node: member.outer,
+            address: member.address,
             tunnel_mtu: mtu,
             relay: topology.relays().iter().any(|(relay, _)| *relay == name),
             tunnel_port: own_gateway.map_or(0, |g| g.port),
@@ -145,6 +147,12 @@ const MIN_MTU: u32 = 1280;
 /// Largest inner packet in bytes that fits into the tunnel of a node with this uplink.
 fn tunnel_mtu(uplink_mtu: u32) -> u32 {
     uplink_mtu.saturating_sub(TUNNEL_OVERHEAD as u32).max(MIN_MTU)
+}
+
+/// Largest inner packet in bytes that fits into an overlay packet on this node's uplink.
+fn overlay_mtu(member: &Member, me: &Me) -> u32 {
+    let overhead = if member.address.is_ipv6() { OVERLAY_OVERHEAD6 } else { OVERLAY_OVERHEAD };
+    me.uplink_mtu.saturating_sub(overhead as u32).max(MIN_MTU)
 }
 
 /// The prefixes of this node, without its own addresses: where node addresses are forwarded, other devices have those.
@@ -166,9 +174,8 @@ fn protected<'a>(topology: &Topology, pool: &Pool, me: &'a Me, own: &'a [IpNet])
     let proxies = proxies.filter_map(|(host, _)| host.parse().ok()).map(|ip: IpAddr| IpNet::from(ip));
     // Further addresses only on this LAN: a node may report any number of them.
     let on_lan = |address: &IpAddr| me.subnets.iter().any(|subnet| subnet.contains(address));
-    let addresses = |m: &Member| -> Vec<IpAddr> {
-        m.addresses.iter().filter(|a| **a == IpAddr::V4(m.outer) || on_lan(a)).copied().collect()
-    };
+    let addresses =
+        |m: &Member| -> Vec<IpAddr> { m.addresses.iter().filter(|a| **a == m.address || on_lan(a)).copied().collect() };
     let nodes = pool.members.values().flat_map(addresses).map(IpNet::from);
     let api_servers = topology.api_servers.iter().copied().map(IpNet::from);
     let prefixes =
@@ -207,6 +214,7 @@ fn empty(me: &Me, proxy: Arc<ProxyPlan>, problems: Vec<String>) -> Plan {
         state: State::default(),
         config: Config {
             node: Ipv4Addr::UNSPECIFIED,
+            address: Ipv4Addr::UNSPECIFIED.into(),
             tunnel_mtu: tunnel_mtu(me.uplink_mtu),
             relay: false,
             tunnel_port: 0,

@@ -35,7 +35,7 @@ pub use limits::Liveness;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -106,13 +106,22 @@ pub struct Proxy {
 /// and on loopback, so that no other connection reaches it.
 pub fn listen_for_intercepted() -> std::io::Result<std::net::TcpListener> {
     use socket2::{Domain, Socket, Type};
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    // One socket for both families; a kernel without IPv6 has only the other kind.
+    let (socket, loopback) = match Socket::new(Domain::IPV6, Type::STREAM, None) {
+        Ok(socket) => {
+            socket.set_only_v6(false)?;
+            // Not `[::1]`, which a node with `disable_ipv6` has not got.
+            (socket, IpAddr::from(Ipv4Addr::LOCALHOST.to_ipv6_mapped()))
+        }
+        Err(_) => (Socket::new(Domain::IPV4, Type::STREAM, None)?, IpAddr::from(Ipv4Addr::LOCALHOST)),
+    };
+    // Of an IPv6 socket, too: the kernel has one flag for both options.
     socket.set_ip_transparent_v4(true)?;
     // Accepted connections have the dialled port as their own. Without this option the node's own kubelet could not
     // listen on that port after a restart while such a connection exists or is in TIME_WAIT (EADDRINUSE).
     socket.set_reuse_address(true)?;
     socket.set_nonblocking(true)?;
-    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into())?;
+    socket.bind(&SocketAddr::new(loopback, 0).into())?;
     socket.listen(1024)?;
     Ok(socket.into())
 }

@@ -8,7 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     iter::Sum,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::AddAssign,
 };
 
@@ -33,6 +33,10 @@ pub struct State {
     pub local: BTreeMap<IpNet, Local>,
     /// Map `NODES`.
     pub nodes: BTreeMap<Ipv4Addr, Node>,
+    /// Map `NODES6`.
+    pub nodes6: BTreeMap<Ipv6Addr, Ipv4Addr>,
+    /// Map `OUTER6`.
+    pub outer6: BTreeMap<Ipv4Addr, Ipv6Addr>,
 }
 
 /// One of Raven's devices.
@@ -142,8 +146,9 @@ pub struct TunnelDevice {
 pub struct Interception {
     /// Where the connections go.
     pub to: InterceptTo,
-    /// Source address of connections that host processes open.
-    pub source: Ipv4Addr,
+    /// Source addresses of connections that host processes open, at most one per family. The other fields have addresses
+    /// of these families only.
+    pub sources: Vec<IpAddr>,
     /// Kubelets of edge nodes.
     pub kubelets: Intercepted,
     /// Proxies of other exposed pools. The Service sends requests by name to any proxy, also to one that this node cannot
@@ -155,7 +160,7 @@ pub struct Interception {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Intercepted {
     /// Node names by address. Nodes that share an address are joined by " or ".
-    pub nodes: BTreeMap<Ipv4Addr, String>,
+    pub nodes: BTreeMap<IpAddr, String>,
     /// TCP ports.
     pub ports: BTreeSet<u16>,
 }
@@ -165,15 +170,17 @@ pub struct Intercepted {
 pub enum InterceptTo {
     /// The proxy on this node.
     Here,
-    /// The proxy on this gateway node of the pool, over the overlay.
+    /// The proxy on the gateway node of the pool with this outer address, over the overlay.
     Gateway(Ipv4Addr),
 }
 
 /// The planned part of [`tables::Config`], the programs' view of this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Outer address of overlay packets.
+    /// Outer address of this node in maps.
     pub node: Ipv4Addr,
+    /// The address of this node inside its pool, the source of its overlay packets.
+    pub address: IpAddr,
     /// Largest inner packet in bytes.
     pub tunnel_mtu: u32,
     /// This node relays between other pools.
@@ -206,7 +213,8 @@ impl Config {
         let flags = flag(abilities.redirects_into_tunnel, tables::CONFIG_TUNNEL_REDIRECT)
             | flag(self.relay, tables::CONFIG_RELAY)
             | flag(!abilities.xdp, tables::CONFIG_TC_GUARD)
-            | flag(!abilities.one_uplink, tables::CONFIG_NO_WRAP)
+            | flag(!abilities.one_uplink || self.address.is_ipv6(), tables::CONFIG_NO_WRAP)
+            | flag(self.address.is_ipv6(), tables::CONFIG_OUTER6)
             | flag(abilities.sets_source, tables::CONFIG_TUNNEL_SOURCE);
         tables::Config {
             node: self.node.octets(),

@@ -3,11 +3,7 @@
 //!
 //! This module only reads. Raven's own objects are restored by the drivers.
 
-use std::{
-    collections::BTreeSet,
-    fs,
-    net::{IpAddr, Ipv4Addr},
-};
+use std::{collections::BTreeSet, fs, net::IpAddr};
 
 use ipnet::IpNet;
 use serde_json::Value;
@@ -48,16 +44,16 @@ pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &str) -
 }
 
 /// A node of the pool that gets this node's overlay packets with another source than it expects, and drops them.
-pub fn wrong_source(role: Role, own: Ipv4Addr, uplink: &Uplink, abilities: Abilities) -> Option<String> {
-    // A gateway node writes the outer header itself, unless it has several devices.
-    if abilities.sets_source || (role == Role::Gateway && abilities.one_uplink) {
+pub fn wrong_source(role: Role, own: IpAddr, uplink: &Uplink, abilities: Abilities) -> Option<String> {
+    // A gateway node writes an IPv4 outer header itself, unless it has several devices.
+    if abilities.sets_source || (role == Role::Gateway && abilities.one_uplink && own.is_ipv4()) {
         return None;
     }
     // An address of no device is one that a NAT gives it.
-    if !uplink.node_addresses.contains(&own.into()) {
+    if !uplink.node_addresses.contains(&own) {
         return None;
     }
-    let (other, source) = uplink.sources.iter().find(|(_, source)| *source != IpAddr::V4(own))?;
+    let (other, source) = uplink.sources.iter().find(|(_, source)| *source != own)?;
     Some(format!(
         "this kernel sends packets for node {other} from {source}, and that node accepts only {own}, the InternalIP of this node: add \
          `src {own}` to the route that `ip route get {other}` shows, or use Linux 5.19 or later, where Raven sets the source"
@@ -274,15 +270,15 @@ mod tests {
 
     #[test]
     fn wrong_source_is_reported_where_the_kernel_chooses_it() {
-        let own = Ipv4Addr::new(10, 0, 0, 2);
-        let right = ([10, 0, 0, 3].into(), own.into());
+        let own = IpAddr::from([10, 0, 0, 2]);
+        let right = ([10, 0, 0, 3].into(), own);
         let wrong = ([10, 0, 0, 1].into(), [10, 0, 0, 77].into());
         let uplink = Uplink {
             name: "eth0".into(),
             index: 2,
             mtu: 1500,
             subnets: BTreeSet::new(),
-            node_addresses: BTreeSet::from([own.into()]),
+            node_addresses: BTreeSet::from([own]),
             scattered: false,
             sources: vec![right, wrong],
         };

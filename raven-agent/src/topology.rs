@@ -57,9 +57,11 @@ pub struct Pool {
 /// One node of a pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
-    /// Outer address of overlay packets.
+    /// Its address inside the pool: overlay packets and kubelet connections go there.
+    pub address: IpAddr,
+    /// Its outer address in maps: `address`, or a stand-in where that is an IPv6 address.
     pub outer: Ipv4Addr,
-    /// Its own addresses of both families, with `outer`.
+    /// Its own addresses of both families, with `address`.
     pub addresses: BTreeSet<IpAddr>,
     /// Its prefixes of both families, with host bits zero; no prefix of another pool overlaps them. They include its own
     /// addresses if other pools can reach those.
@@ -120,7 +122,8 @@ pub struct ProxyPeer {
 impl Member {
     /// A node with one address and no prefixes.
     pub fn new(outer: Ipv4Addr) -> Self {
-        Self { outer, addresses: BTreeSet::from([outer.into()]), prefixes: BTreeSet::new() }
+        let address = outer.into();
+        Self { address, outer, addresses: BTreeSet::from([address]), prefixes: BTreeSet::new() }
     }
 }
 
@@ -132,12 +135,12 @@ impl Topology {
         dialled.filter(|(_, pool)| pool.exposed || !some_exposed).map(|(name, pool)| (name.as_str(), pool)).collect()
     }
 
-    /// Proxies of the exposed pools other than `own`: Gateway, node and address.
-    pub fn other_proxies(&self, own: &str) -> impl Iterator<Item = (&str, &str, Ipv4Addr)> {
+    /// Proxies of the exposed pools other than `own`: Gateway, name and node.
+    pub fn other_proxies(&self, own: &str) -> impl Iterator<Item = (&str, &str, &Member)> {
         let others = self.pools.iter().filter(move |(name, pool)| pool.exposed && *name != own);
         others.flat_map(|(name, pool)| {
             let nodes = pool.proxies.keys();
-            nodes.filter_map(move |node| Some((name.as_str(), node.as_str(), pool.members.get(node)?.outer)))
+            nodes.filter_map(move |node| Some((name.as_str(), node.as_str(), pool.members.get(node)?)))
         })
     }
 
@@ -167,13 +170,13 @@ impl Pool {
         self.gateways.iter().filter_map(|(name, peer)| Some((name.as_str(), peer.key?, peer)))
     }
 
-    /// Outer addresses of the nodes with which a node exchanges overlay packets: a gateway node with all others, a member
+    /// Addresses of the nodes with which a node exchanges overlay packets: a gateway node with all others, a member
     /// with the gateway nodes.
     pub fn neighbours(&self, node: &str) -> Vec<IpAddr> {
         let is_gateway = self.gateways.contains_key(node);
         let others = self.members.iter().filter(|(name, _)| *name != node);
         let wanted = others.filter(|(name, _)| is_gateway || self.gateways.contains_key(*name));
-        wanted.map(|(_, member)| member.outer.into()).collect()
+        wanted.map(|(_, member)| member.address).collect()
     }
 
     /// True if other pools can dial one of its gateway nodes.

@@ -29,8 +29,6 @@ pub trait Ip: Copy {
     fn source(&self) -> Self::Addr;
     /// Destination address, in network order.
     fn destination(&self) -> Self::Addr;
-    /// Reports whether the source is the IPv4 address `node`. Always false for IPv6.
-    fn is_from(&self, node: [u8; 4]) -> bool;
     /// Reports whether the destination is a multicast address (RFC 5771, RFC 4291 §2.7).
     fn is_multicast(&self) -> bool;
     /// TTL (IPv4) or hop limit (IPv6).
@@ -113,10 +111,6 @@ impl Ip for Ipv4 {
         self.destination
     }
     #[inline(always)]
-    fn is_from(&self, node: [u8; 4]) -> bool {
-        self.source == node
-    }
-    #[inline(always)]
     fn is_multicast(&self) -> bool {
         self.destination[0] & 0xf0 == 0xe0
     }
@@ -180,10 +174,6 @@ impl Ip for Ipv6 {
     #[inline(always)]
     fn destination(&self) -> [u8; 16] {
         self.destination
-    }
-    #[inline(always)]
-    fn is_from(&self, _: [u8; 4]) -> bool {
-        false
     }
     #[inline(always)]
     fn is_multicast(&self) -> bool {

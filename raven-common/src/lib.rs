@@ -21,6 +21,8 @@ pub const OVERLAY_VNI: u32 = 200;
 pub const OVERLAY_PORT: u16 = 4472;
 /// Encapsulation overhead of the overlay over IPv4 in bytes: IPv4 20, UDP 8, VXLAN 8, inner Ethernet 14.
 pub const OVERLAY_OVERHEAD: usize = 50;
+/// The same over IPv6, whose header has 40 bytes.
+pub const OVERLAY_OVERHEAD6: usize = 70;
 /// Encapsulation overhead of WireGuard over IPv6 in bytes: IPv6 40, UDP 8, WireGuard 32. IPv4 needs only 60; as in
 /// wg-quick, the larger number applies to both.
 pub const TUNNEL_OVERHEAD: usize = 80;

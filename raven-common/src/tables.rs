@@ -1,5 +1,9 @@
 //! Keys and values of the maps, as used by the eBPF programs and by user space. IP and MAC addresses are bytes in
 //! network order; numbers are in host order.
+//!
+//! A node of the pool is identified by its *outer address*, the IPv4 address that overlay packets have in their outer
+//! header. Where the nodes have no IPv4 addresses, a *stand-in* of 240.0.0.0/4 takes its place in all maps; `OUTER6` has
+//! the IPv6 address behind it. So every lookup is the same for both, and an IPv4 pool pays nothing for IPv6.
 
 /// Identifies a remote Gateway in maps and counters: a hash of the Gateway's name, computed by the
 /// agent's plan; never 0.
@@ -63,7 +67,7 @@ pub struct Config {
     /// Size of the largest inner packet that fits into the tunnel in bytes, from the IP header on.
     pub tunnel_mtu: u32,
     /// Bit set: [`CONFIG_TUNNEL_REDIRECT`], [`CONFIG_RELAY`], [`CONFIG_TC_GUARD`], [`CONFIG_NO_WRAP`],
-    /// [`CONFIG_TUNNEL_SOURCE`].
+    /// [`CONFIG_TUNNEL_SOURCE`], [`CONFIG_OUTER6`].
     pub flags: u32,
     /// UDP port of the tunnel; 0 on members.
     pub tunnel_port: u32,
@@ -104,11 +108,14 @@ pub const CONFIG_TUNNEL_REDIRECT: u32 = 1;
 /// Flag in [`Config::flags`]: this node is a relay; it forwards packets between other pools.
 pub const CONFIG_RELAY: u32 = 2;
 /// Flag in [`Config::flags`]: use a tunnel key on `raven0` instead of wrapping in place, where nodes of the pool are
-/// reached by several devices, and for comparison in benchmarks.
+/// reached by several devices or over IPv6, and for comparison in benchmarks.
 pub const CONFIG_NO_WRAP: u32 = 8;
 /// Flag in [`Config::flags`]: this kernel's tunnel keys have a source, which is [`Config::node`]. Its value is the number
 /// of bytes by which such a key is longer.
 pub const CONFIG_TUNNEL_SOURCE: u32 = 16;
+/// Flag in [`Config::flags`]: the nodes of the pool exchange overlay packets over IPv6, and outer addresses in maps are
+/// stand-ins.
+pub const CONFIG_OUTER6: u32 = 32;
 /// Flag in [`Config::flags`]: the guard runs at TC ingress of the uplink, because no XDP program of Raven
 /// is attached to it.
 pub const CONFIG_TC_GUARD: u32 = 4;
@@ -221,19 +228,19 @@ impl DropSample {
     }
 }
 
-/// Key of `KUBELETS`: connections to this address and TCP port are intercepted by a proxy of this pool.
+/// Key of `KUBELETS`/`KUBELETS6`: connections to this address and TCP port are intercepted by a proxy of this pool.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct KubeletAddress {
+pub struct KubeletAddress<A> {
     /// Address of a node of another pool, in network order.
-    pub address: [u8; 4],
+    pub address: A,
     /// TCP port in host order.
     pub port: u16,
     /// Padding; always zero.
     pub _pad: u16,
 }
 
-/// Value of `KUBELETS`.
+/// Value of `KUBELETS`/`KUBELETS6`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KubeletNode {
@@ -246,7 +253,11 @@ pub const SAMPLE_PERIOD_NS: u64 = 10_000_000;
 
 const _: () =
     assert!(size_of::<Config>() == 32 && size_of::<Path<[u8; 4]>>() == 20 && size_of::<Path<[u8; 16]>>() == 44);
-const _: () = assert!(size_of::<KubeletAddress>() == 8 && size_of::<KubeletNode>() == 64);
+const _: () = assert!(
+    size_of::<KubeletAddress<[u8; 4]>>() == 8
+        && size_of::<KubeletAddress<[u8; 16]>>() == 20
+        && size_of::<KubeletNode>() == 64
+);
 const _: () = assert!(size_of::<Handshakes>() == 16 && size_of::<DropSample>() == 64);
 const _: () = assert!(size_of::<CounterKey>() == 8 && size_of::<Count>() == 16 && size_of::<Unwrapped>() == 8);
 
@@ -280,9 +291,8 @@ mod pod {
         DropSample,
         Generator,
         Sender,
-        KubeletAddress,
         KubeletNode,
         Mac1Key
     );
-    pod!(PrefixKey<[u8; 4]>, PrefixKey<[u8; 16]>);
+    pod!(PrefixKey<[u8; 4]>, PrefixKey<[u8; 16]>, KubeletAddress<[u8; 4]>, KubeletAddress<[u8; 16]>);
 }

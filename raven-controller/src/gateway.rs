@@ -34,7 +34,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use raven_api::gateway::EndpointType;
 
-use facts::{GatewayFacts, GatewayName, NodeName};
+use facts::{Family, GatewayFacts, GatewayName, NodeFacts, NodeName};
 use inputs::Inputs;
 use keys::KeyHolders;
 use links::Links;
@@ -99,15 +99,18 @@ fn draft<'a>(
     exposed: &BTreeSet<GatewayName>,
 ) -> Draft<'a> {
     let (nodes, mut refusals) = membership.pool_of(inputs, gateway);
-    let (addressed, unaddressed): (Vec<_>, Vec<_>) = nodes.iter().copied().partition(|node| node.is_addressed());
+    let family = Family::of(&nodes);
+    let (addressed, unaddressed): (Vec<&NodeFacts>, Vec<_>) =
+        nodes.iter().partition(|node| node.address_of(family).is_some());
     let mut tunnel = elect::elect(inputs, gateway, EndpointType::Tunnel, &addressed, links, holders);
     let mut proxy = elect::elect(inputs, gateway, EndpointType::Proxy, &addressed, links, holders);
     tunnel.add_load_balancers(inputs, gateway);
     proxy.add_load_balancers(inputs, gateway);
-    refusals.extend(elect::refused_endpoints(inputs, gateway, &nodes));
+    refusals.extend(elect::refused_endpoints(inputs, gateway, family, &nodes, &unaddressed));
     refusals.extend(holders.refusals(inputs, &gateway.name, &tunnel.elected));
     Draft {
         gateway,
+        family,
         nodes: addressed.into_iter().map(|node| (node, Vec::new())).collect(),
         unaddressed: unaddressed.into_iter().map(|node| node.name.clone()).collect(),
         tunnel,

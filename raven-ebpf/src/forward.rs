@@ -1,15 +1,15 @@
 //! Forwarding: typed wrappers of the redirect and tunnel-key helpers, for which aya has no methods.
 
 use aya_ebpf::{
-    bindings::{BPF_F_DONT_FRAGMENT, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key},
+    bindings::{BPF_F_DONT_FRAGMENT, BPF_F_TUNINFO_IPV6, BPF_F_ZERO_CSUM_TX, bpf_tunnel_key},
     helpers::{bpf_redirect, bpf_redirect_neigh, bpf_skb_get_tunnel_key, bpf_skb_set_tunnel_key},
 };
 use raven_common::{
     OVERLAY_VNI,
-    tables::{CONFIG_TUNNEL_SOURCE, Config},
+    tables::{CONFIG_OUTER6, CONFIG_TUNNEL_SOURCE, Config},
 };
 
-use crate::parse::Skb;
+use crate::{maps, parse::Skb};
 
 /// Size of `bpf_tunnel_key` up to its IPv4 part. Kernels before 5.19 return EINVAL for a larger size.
 const TUNNEL_KEY_LEN: u32 = core::mem::offset_of!(bpf_tunnel_key, __bindgen_anon_3) as u32;
@@ -39,39 +39,67 @@ pub fn set_tunnel_key(skb: &Skb, config: &Config, to: [u8; 4], traffic_class: u8
     // SAFETY: all zero is a valid value of this struct of integers and unions of integers.
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
     key.tunnel_id = OVERLAY_VNI;
-    key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(to);
     key.tunnel_tos = traffic_class;
     key.tunnel_ttl = 64;
-    let flags = (BPF_F_ZERO_CSUM_TX | BPF_F_DONT_FRAGMENT) as u64;
-    // Outside the shorter size, so that it is ignored there.
-    key.__bindgen_anon_3.local_ipv4 = u32::from_be_bytes(config.node);
+    // The source is outside the shorter size, so that it is ignored there.
+    let flags = if config.flags & CONFIG_OUTER6 == 0 {
+        key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(to);
+        key.__bindgen_anon_3.local_ipv4 = u32::from_be_bytes(config.node);
+        BPF_F_ZERO_CSUM_TX | BPF_F_DONT_FRAGMENT
+    } else {
+        key.__bindgen_anon_1.remote_ipv6 = words(maps::outer6(&to).ok_or(())?);
+        key.__bindgen_anon_3.local_ipv6 = words(maps::outer6(&config.node).ok_or(())?);
+        // With a checksum, which IPv6 requires (RFC 8200 §8.1): Linux drops packets without one.
+        BPF_F_TUNINFO_IPV6 | BPF_F_DONT_FRAGMENT
+    };
     let len = TUNNEL_KEY_LEN + (config.flags & CONFIG_TUNNEL_SOURCE);
     // SAFETY: `key` outlives the call and has at least `len` bytes, all of them initialised.
-    match unsafe { bpf_skb_set_tunnel_key(skb.raw(), &raw mut key, len, flags) } {
+    match unsafe { bpf_skb_set_tunnel_key(skb.raw(), &raw mut key, len, flags.into()) } {
         0 => Ok(()),
         _ => Err(()),
     }
 }
 
+/// The words of an IPv6 address, each in network order, as `bpf_tunnel_key` has them.
+#[inline(always)]
+fn words(address: &[u8; 16]) -> [u32; 4] {
+    core::array::from_fn(|n| u32::from_ne_bytes(core::array::from_fn(|byte| address[4 * n + byte])))
+}
+
+/// The opposite of [`words`].
+#[inline(always)]
+pub fn bytes(words: [u32; 4]) -> [u8; 16] {
+    core::array::from_fn(|n| words[n / 4].to_ne_bytes()[n % 4])
+}
+
 /// Outer header fields of a received overlay packet.
 #[derive(Clone, Copy)]
 pub struct Outer {
-    /// Outer source address.
-    pub source: [u8; 4],
+    /// Outer address of the sender; `None` if no node of this pool has its IPv6 address.
+    pub source: Option<[u8; 4]>,
     /// VXLAN network identifier.
     pub vni: u32,
 }
 
-/// Returns the tunnel metadata that `raven0` attached to a received packet, or `None` if there is none.
+/// Returns the tunnel metadata that `raven0` attached to a received packet, or `None` if there is none, or of the other
+/// address family than this pool's.
 #[inline(always)]
-pub fn tunnel_key(skb: &Skb) -> Option<Outer> {
+pub fn tunnel_key(skb: &Skb, config: &Config) -> Option<Outer> {
     // SAFETY: as in `set_tunnel_key`.
     let mut key: bpf_tunnel_key = unsafe { core::mem::zeroed() };
+    let over_ipv6 = config.flags & CONFIG_OUTER6 != 0;
+    let flags = if over_ipv6 { BPF_F_TUNINFO_IPV6.into() } else { 0 };
     // SAFETY: `key` outlives the call and has at least TUNNEL_KEY_LEN bytes.
-    if unsafe { bpf_skb_get_tunnel_key(skb.raw(), &raw mut key, TUNNEL_KEY_LEN, 0) } != 0 {
+    if unsafe { bpf_skb_get_tunnel_key(skb.raw(), &raw mut key, TUNNEL_KEY_LEN, flags) } != 0 {
         return None;
     }
-    // SAFETY: without BPF_F_TUNINFO_IPV6 the kernel fills the IPv4 member or returns an error.
-    let source = unsafe { key.__bindgen_anon_1.remote_ipv4 };
-    Some(Outer { source: source.to_be_bytes(), vni: key.tunnel_id })
+    let source = if over_ipv6 {
+        // SAFETY: with BPF_F_TUNINFO_IPV6 the kernel fills the IPv6 member or returns an error. It is an address, in
+        // network order.
+        maps::node6(unsafe { &*(&raw const key.__bindgen_anon_1.remote_ipv6).cast() })
+    } else {
+        // SAFETY: without the flag it fills the IPv4 member or returns an error.
+        Some(unsafe { key.__bindgen_anon_1.remote_ipv4 }.to_be_bytes())
+    };
+    Some(Outer { source, vni: key.tunnel_id })
 }

@@ -19,8 +19,8 @@ use crate::maps::{self, HANDSHAKES};
 /// The fields of a UDP packet to the tunnel's port that the guard checks.
 #[derive(Clone, Copy)]
 pub struct Message {
-    /// Outer source address.
-    pub source: [u8; 4],
+    /// Outer source address, as [`HANDSHAKES`] has it.
+    pub source: [u8; 16],
     /// Message type, then three reserved zero bytes (WireGuard whitepaper §5.4).
     pub head: [u8; 4],
     /// Length of the UDP payload in bytes; of an aggregate, that of its first message. All but the last are as long.
@@ -71,9 +71,7 @@ fn is_flood(message: &Message) -> bool {
     let count = u64::from(message.count);
     // SAFETY: a helper call without arguments.
     let window = unsafe { bpf_ktime_get_ns() } >> 30;
-    let mut key = [0; 16];
-    key[..4].copy_from_slice(&message.source);
-    match HANDSHAKES.get_ptr_mut(&key) {
+    match HANDSHAKES.get_ptr_mut(&message.source) {
         Some(entry) => {
             // SAFETY: the map returned a pointer that is valid until the program ends. Other CPUs may update the entry
             // concurrently, or it may be reused for another source; both change the count by a few initiations at most.
@@ -85,7 +83,7 @@ fn is_flood(message: &Message) -> bool {
             entry.count > MAX_HANDSHAKES
         }
         None => {
-            let _ = HANDSHAKES.insert(&key, Handshakes { window, count }, 0);
+            let _ = HANDSHAKES.insert(&message.source, Handshakes { window, count }, 0);
             false
         }
     }

@@ -13,22 +13,33 @@ use aya_ebpf::{
     programs::SkLookupContext,
 };
 
-use crate::maps::{self, PROXY};
+use crate::{
+    forward,
+    maps::{self, PROXY},
+};
 
-/// `AF_INET` of linux/socket.h.
+/// `AF_INET` and `AF_INET6` of linux/socket.h.
 const INET: u32 = 2;
+const INET6: u32 = 10;
 const TCP: u32 = 6;
 
 /// Returns `SK_PASS` after assigning the listener or for other connections, `SK_DROP` if there is no listener.
 #[inline(always)]
 pub fn run(ctx: &SkLookupContext) -> u32 {
+    let lookup = ctx.lookup;
     // SAFETY: the kernel passes a valid context to the program; these are plain reads of it.
-    let (family, protocol, address, port) =
-        unsafe { ((*ctx.lookup).family, (*ctx.lookup).protocol, (*ctx.lookup).local_ip4, (*ctx.lookup).local_port) };
-    if family != INET || protocol != TCP {
+    let (family, protocol, port) = unsafe { ((*lookup).family, (*lookup).protocol, (*lookup).local_port as u16) };
+    if protocol != TCP {
         return SK_PASS;
     }
-    if !maps::is_kubelet(address.to_ne_bytes(), port as u16) {
+    let is_kubelet = match family {
+        // SAFETY: as above.
+        INET => maps::is_kubelet(unsafe { (*lookup).local_ip4 }.to_ne_bytes(), port),
+        // SAFETY: as above.
+        INET6 => maps::is_kubelet6(forward::bytes(unsafe { (*lookup).local_ip6 }), port),
+        _ => false,
+    };
+    if !is_kubelet {
         return SK_PASS;
     }
     match PROXY.redirect_sk_lookup(ctx, 0, 0) {

@@ -11,8 +11,8 @@ use raven_common::{
     header::{Ip, Ipv4, Ipv6},
     mac1::{Mac1Check, Mac1Key},
     tables::{
-        Config, Count, CounterKey, DropSample, Handshakes, KubeletAddress, KubeletNode, Local, Node, PATHS, Path,
-        Remote,
+        CONFIG_OUTER6, Config, Count, CounterKey, DropSample, Handshakes, KubeletAddress, KubeletNode, Local, Node,
+        PATHS, Path, Remote,
     },
 };
 
@@ -21,6 +21,8 @@ use raven_common::{
 const MAX_PREFIXES: usize = 131_072;
 /// Limit of nodes in one pool.
 const MAX_POOL_NODES: usize = 16_384;
+/// Limit of IPv6 addresses of the nodes in one pool.
+const MAX_NODE_ADDRESSES: usize = 2 * MAX_POOL_NODES;
 /// Limit of (Gateway, verdict) pairs: ten thousand Gateways with half a dozen verdicts each. Memory is allocated per
 /// entry. When the map is full, new pairs are not counted; forwarding is not affected.
 const MAX_COUNTERS: usize = 65_536;
@@ -46,6 +48,13 @@ static LOCAL6: LpmTrie<[u8; 16], Local, MAX_PREFIXES> = LpmTrie::new();
 /// Nodes of this pool by outer address (network order).
 #[btf_map]
 static NODES: HashMap<[u8; 4], Node, MAX_POOL_NODES> = HashMap::new();
+
+/// IPv6 addresses of this pool's nodes, with the node's outer address.
+#[btf_map]
+static NODES6: HashMap<[u8; 16], [u8; 4], MAX_NODE_ADDRESSES, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+/// Outer addresses in IPv6 by stand-in; empty where the nodes of the pool have IPv4 addresses.
+#[btf_map]
+static OUTER6: HashMap<[u8; 4], [u8; 16], MAX_POOL_NODES, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
 /// Packets and bytes per (remote Gateway, verdict) and CPU. Written by the programs, read by the agent.
 #[btf_map]
@@ -93,7 +102,12 @@ pub static SAMPLED: PerCpuArray<u64, 1> = PerCpuArray::new();
 /// member, of the gateway node to which the overlay carries the connection. Written by the agent. Full: the agent
 /// reports the nodes that do not fit; they are still reachable by name.
 #[btf_map]
-pub static KUBELETS: HashMap<KubeletAddress, KubeletNode, 131_072, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+static KUBELETS: HashMap<KubeletAddress<[u8; 4]>, KubeletNode, 131_072, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
+/// IPv6 addresses and ports of other pools' kubelets, as [`KUBELETS`].
+#[btf_map]
+static KUBELETS6: HashMap<KubeletAddress<[u8; 16]>, KubeletNode, 131_072, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
 
 /// The proxy's listener. The kernel removes the entry when the agent's socket is closed.
 #[btf_map]
@@ -126,12 +140,33 @@ pub fn node(outer: &[u8; 4]) -> Option<Node> {
     unsafe { NODES.get(outer) }.copied()
 }
 
+/// Returns the outer address of the node of this pool that has the IPv6 address `address`.
+#[inline(always)]
+pub fn node6(address: &[u8; 16]) -> Option<[u8; 4]> {
+    // SAFETY: as in `node`.
+    unsafe { NODES6.get(address) }.copied()
+}
+
+/// Returns the IPv6 address behind a stand-in. The reference may see the address of another node for one packet, if the
+/// entry is deleted meanwhile.
+#[inline(always)]
+pub fn outer6(stand_in: &[u8; 4]) -> Option<&'static [u8; 16]> {
+    // SAFETY: entries are never freed while a program runs (RCU).
+    unsafe { OUTER6.get(stand_in) }
+}
+
 /// Access to the tables of one address family.
 pub trait Tables: Ip {
     /// Looks up the remote prefix that contains `addr`.
     fn remote(addr: Self::Addr) -> Option<Remote>;
     /// Looks up the node of this pool that owns `addr`.
     fn local(addr: Self::Addr) -> Option<Local>;
+    /// Reports whether the source is an own address of the node with the outer address `outer`.
+    fn is_from(&self, outer: [u8; 4]) -> bool;
+    /// Reports whether the packet is for an own address of this node.
+    fn is_to(&self, config: &Config) -> bool;
+    /// Returns the source as the key of [`HANDSHAKES`].
+    fn sender(&self) -> [u8; 16];
     /// Returns this CPU's cache entry for the packet's addresses, for the path into the tunnel.
     fn path(&self) -> Option<*mut Path<Self::Addr>>;
     /// Returns this CPU's cache entry for the packet's addresses, for the path out of the tunnel.
@@ -139,6 +174,13 @@ pub trait Tables: Ip {
     /// Reports whether a proxy of this pool intercepts connections to the packet's destination and TCP
     /// port `port` (host order).
     fn is_for_proxy(&self, port: u16) -> bool;
+}
+
+/// Reports whether [`KUBELETS6`] contains this address and port.
+#[inline(always)]
+pub fn is_kubelet6(address: [u8; 16], port: u16) -> bool {
+    // SAFETY: as in `is_kubelet`.
+    unsafe { KUBELETS6.get(&KubeletAddress { address, port, _pad: 0 }) }.is_some()
 }
 
 /// Reports whether [`KUBELETS`] contains this address and port.
@@ -182,6 +224,21 @@ impl Tables for Ipv4 {
         LOCAL4.get(&Key::new(32, addr)).copied()
     }
     #[inline(always)]
+    fn is_from(&self, outer: [u8; 4]) -> bool {
+        self.source == outer
+    }
+    #[inline(always)]
+    fn is_to(&self, config: &Config) -> bool {
+        // A stand-in is no host's address.
+        config.flags & CONFIG_OUTER6 == 0 && self.destination == config.node
+    }
+    #[inline(always)]
+    fn sender(&self) -> [u8; 16] {
+        let mut sender = [0; 16];
+        sender[..4].copy_from_slice(&self.source);
+        sender
+    }
+    #[inline(always)]
     fn path(&self) -> Option<*mut Path<[u8; 4]>> {
         PATHS4.get_ptr_mut(slot(mix4(self)))
     }
@@ -205,6 +262,18 @@ impl Tables for Ipv6 {
         LOCAL6.get(&Key::new(128, addr)).copied()
     }
     #[inline(always)]
+    fn is_from(&self, outer: [u8; 4]) -> bool {
+        node6(&self.source) == Some(outer)
+    }
+    #[inline(always)]
+    fn is_to(&self, config: &Config) -> bool {
+        node6(&self.destination) == Some(config.node)
+    }
+    #[inline(always)]
+    fn sender(&self) -> [u8; 16] {
+        self.source
+    }
+    #[inline(always)]
     fn path(&self) -> Option<*mut Path<[u8; 16]>> {
         PATHS6.get_ptr_mut(slot(mix6(self)))
     }
@@ -213,7 +282,7 @@ impl Tables for Ipv6 {
         BACK6.get_ptr_mut(slot(mix6(self)))
     }
     #[inline(always)]
-    fn is_for_proxy(&self, _: u16) -> bool {
-        false
+    fn is_for_proxy(&self, port: u16) -> bool {
+        is_kubelet6(self.destination, port)
     }
 }

@@ -24,27 +24,28 @@ use crate::{
 /// Checks a packet and returns the verdict.
 #[inline(always)]
 pub fn run(skb: &Skb) -> Result<Decision, Decision> {
-    let outer = forward::tunnel_key(skb).ok_or(Verdict::DropNoTunnelKey)?;
+    let config = maps::config();
+    let outer = forward::tunnel_key(skb, &config).ok_or(Verdict::DropNoTunnelKey)?;
     if outer.vni != OVERLAY_VNI {
         return Err(Verdict::DropWrongVni.into());
     }
-    let node = maps::node(&outer.source).ok_or(Verdict::DropOuterNotInPool)?;
+    let source = outer.source.ok_or(Verdict::DropOuterNotInPool)?;
+    let node = maps::node(&source).ok_or(Verdict::DropOuterNotInPool)?;
     match skb.family()? {
-        Family::V4 => admit::<Ipv4>(skb, outer.source, node),
-        Family::V6 => admit::<Ipv6>(skb, outer.source, node),
+        Family::V4 => admit::<Ipv4>(skb, &config, source, node),
+        Family::V6 => admit::<Ipv6>(skb, &config, source, node),
     }
 }
 
 #[inline(always)]
-fn admit<I: Tables>(skb: &Skb, outer: [u8; 4], node: Node) -> Result<Decision, Decision> {
-    let config = maps::config();
+fn admit<I: Tables>(skb: &Skb, config: &Config, outer: [u8; 4], node: Node) -> Result<Decision, Decision> {
     let header: I = skb.ip(ETH_LEN)?;
     match I::local(header.source()) {
-        Some(owner) if owner.node == outer => from_member(skb, &config, &header),
+        Some(owner) if owner.node == outer => from_member(skb, config, &header),
         Some(_) => Err(Verdict::DropSpoofedInner.into()),
         // The node's own address may be used for connections to the proxy only.
         None if header.is_from(outer) && is_for_proxy(skb, &header) => Ok(Verdict::ToProxy.into()),
-        None => from_gateway(&config, &header, node),
+        None => from_gateway(config, &header, node),
     }
 }
 

@@ -61,6 +61,14 @@ fn fill4(sample: &mut DropSample, header: &Ipv4) {
 }
 
 #[inline(always)]
+fn fill6(sample: &mut DropSample, header: &Ipv6) {
+    sample.ethertype = ETH_P_IPV6;
+    sample.protocol = header.next_header;
+    sample.source = header.source;
+    sample.destination = header.destination;
+}
+
+#[inline(always)]
 fn fill_ports(sample: &mut DropSample, [a, b, c, d]: [u8; 4]) {
     (sample.source_port, sample.destination_port) = ([a, b], [c, d]);
 }
@@ -112,17 +120,26 @@ pub fn xdp(ctx: &XdpContext, decision: Decision) {
     let ifindex = unsafe { (*ctx.ctx).ingress_ifindex };
     let Some(mut entry) = EVENTS.reserve(0) else { return };
     let sample = begin(&mut entry, now, decision, ifindex, (ctx.data_end() - ctx.data()) as u32);
-    if let Some(ethernet) = frame::read::<Ethernet>(ctx, 0)
-        && ethernet.ethertype == ETH_P_IP.to_be_bytes()
-        && let Some(header) = frame::read::<Ipv4>(ctx, ETH_LEN)
-    {
-        fill4(sample, &header);
-        // XDP drops only packets without IP options.
-        if has_ports(sample.protocol)
-            && let Some(ports) = frame::read::<[u8; 4]>(ctx, ETH_LEN + Ipv4::LEN)
-        {
-            fill_ports(sample, ports);
+    let ethertype = frame::read::<Ethernet>(ctx, 0).map(|ethernet| u16::from_be_bytes(ethernet.ethertype));
+    // XDP drops only packets without IP options and extension headers.
+    let ports = match ethertype {
+        Some(ETH_P_IP) => {
+            if let Some(header) = frame::read::<Ipv4>(ctx, ETH_LEN) {
+                fill4(sample, &header);
+            }
+            frame::read::<[u8; 4]>(ctx, ETH_LEN + Ipv4::LEN)
         }
+        Some(ETH_P_IPV6) => {
+            if let Some(header) = frame::at::<Ipv6>(ctx, ETH_LEN) {
+                // SAFETY: `at` checked the bounds. Not by value, which would need the stack.
+                fill6(sample, unsafe { &*header });
+            }
+            frame::read::<[u8; 4]>(ctx, ETH_LEN + Ipv6::LEN)
+        }
+        _ => None,
+    };
+    if let Some(ports) = ports.filter(|_| has_ports(sample.protocol)) {
+        fill_ports(sample, ports);
     }
     entry.submit(0);
 }

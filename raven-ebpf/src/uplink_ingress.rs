@@ -6,7 +6,7 @@
 
 use raven_common::{
     OVERLAY_PORT, Verdict,
-    header::{ETH_LEN, IPPROTO_UDP, Ip, Ipv4},
+    header::{ETH_LEN, IPPROTO_UDP, Ip, Ipv4, Ipv6},
     tables::{CONFIG_TC_GUARD, GatewayId, UNWRAPPED_MAGIC, Unwrapped},
 };
 
@@ -14,7 +14,7 @@ use crate::{
     count::Decision,
     forward,
     guard::{self, Message},
-    maps,
+    maps::{self, Tables},
     parse::{Family, Skb},
 };
 
@@ -52,24 +52,46 @@ fn unwrapped(skb: &Skb) -> Option<GatewayId> {
 #[inline(always)]
 fn refuse(skb: &Skb) -> Option<Verdict> {
     let config = maps::config();
-    if config.flags & CONFIG_TC_GUARD == 0 || !matches!(skb.family(), Ok(Family::V4)) {
+    if config.flags & CONFIG_TC_GUARD == 0 {
         return None;
     }
-    let ip: Ipv4 = skb.ctx.load(ETH_LEN).ok()?;
-    if ip.version_ihl != 0x45 || ip.protocol != IPPROTO_UDP || ip.is_fragment() || ip.destination != config.node {
-        return None;
-    }
-    let udp = ETH_LEN + Ipv4::LEN;
-    let [_, _, high, low] = skb.ctx.load::<[u8; 4]>(udp).ok()?;
-    match u16::from_be_bytes([high, low]) {
-        OVERLAY_PORT => maps::node(&ip.source).is_none().then_some(Verdict::DropOuterNotInPool),
-        port if u32::from(port) == config.tunnel_port => {
-            let Ok(head) = skb.ctx.load(udp + 8) else { return Some(Verdict::DropNotWireguard) };
-            let alone = ip.total_len().wrapping_sub(Ipv4::LEN as u32 + 8);
-            let len = if skb.is_aggregate() { skb.gso_size() } else { alone } as u16;
-            let message = Message { source: ip.source, head, len, count: skb.segments() };
-            guard::refuse(&message, |initiation| skb.copy(udp + 8, initiation))
+    let (source, udp, len) = match skb.family() {
+        Ok(Family::V4) => {
+            let udp = ETH_LEN + Ipv4::LEN;
+            let ip: Ipv4 = skb.ctx.load(ETH_LEN).ok()?;
+            if ip.version_ihl != 0x45 || ip.protocol != IPPROTO_UDP || ip.is_fragment() || !ip.is_to(&config) {
+                return None;
+            }
+            match destination_port(skb, udp)? {
+                OVERLAY_PORT => return maps::node(&ip.source).is_none().then_some(Verdict::DropOuterNotInPool),
+                port if u32::from(port) == config.tunnel_port => {}
+                _ => return None,
+            }
+            (ip.sender(), udp, ip.total_len().wrapping_sub(Ipv4::LEN as u32))
         }
-        _ => None,
-    }
+        Ok(Family::V6) => {
+            let udp = ETH_LEN + Ipv6::LEN;
+            // Most packets end here, without a lookup.
+            if u32::from(destination_port(skb, udp)?) != config.tunnel_port {
+                return None;
+            }
+            let ip: Ipv6 = skb.ctx.load(ETH_LEN).ok()?;
+            if ip.next_header != IPPROTO_UDP || !ip.is_to(&config) {
+                return None;
+            }
+            (ip.sender(), udp, ip.total_len().wrapping_sub(Ipv6::LEN as u32))
+        }
+        Err(_) => return None,
+    };
+    let payload = udp + 8;
+    let Ok(head) = skb.ctx.load(payload) else { return Some(Verdict::DropNotWireguard) };
+    let len = if skb.is_aggregate() { skb.gso_size() } else { len.wrapping_sub(8) } as u16;
+    let message = Message { source, head, len, count: skb.segments() };
+    guard::refuse(&message, |initiation| skb.copy(payload, initiation))
+}
+
+/// Reads the destination port of the UDP header at `udp`, in host order.
+#[inline(always)]
+fn destination_port(skb: &Skb, udp: usize) -> Option<u16> {
+    skb.ctx.load::<[u8; 2]>(udp + 2).ok().map(u16::from_be_bytes)
 }

@@ -25,6 +25,8 @@ use crate::{
 
 /// Offset of the UDP header in an overlay frame whose outer IPv4 header has no options.
 const UDP: usize = ETH_LEN + Ipv4::LEN;
+/// Offset of the UDP header in a frame without IPv6 extension headers.
+const UDP6: usize = ETH_LEN + Ipv6::LEN;
 /// Length of a UDP header in bytes.
 const UDP_LEN: usize = 8;
 const INNER_ETHERNET: usize = OVERLAY_OVERHEAD;
@@ -50,10 +52,27 @@ fn drop<T>(verdict: Verdict) -> Result<T, Unchanged> {
 #[inline(always)]
 fn unwrap(ctx: &XdpContext) -> Result<(), Unchanged> {
     let config = maps::config();
-    let (outer, port) = udp_for_node(ctx, &config).ok_or(None)?;
-    if port == config.tunnel_port as u16 {
-        return Err(guard_tunnel(ctx, &outer).map(Decision::from));
+    // A member has no tunnel.
+    if config.tunnel_ifindex == 0 {
+        return Err(None);
     }
+    let ethertype = u16::from_be_bytes(frame::read::<Ethernet>(ctx, 0).ok_or(None)?.ethertype);
+    let message = match ethertype {
+        ETH_P_IPV6 => message_ipv6(ctx, &config),
+        ETH_P_IP => message_ipv4(ctx, &config),
+        _ => return Err(None),
+    };
+    // One call for both families, because the verifier follows the guard's many instructions for each call.
+    match message {
+        Some(message) => Err(guard_tunnel(ctx, &message).map(Decision::from)),
+        None if ethertype == ETH_P_IP => unwrap_ipv4(ctx, &config),
+        None => Err(None),
+    }
+}
+
+#[inline(always)]
+fn unwrap_ipv4(ctx: &XdpContext, config: &Config) -> Result<(), Unchanged> {
+    let (outer, port) = udp_for_node(ctx, config).ok_or(None)?;
     if port != OVERLAY_PORT {
         return Err(None);
     }
@@ -66,8 +85,8 @@ fn unwrap(ctx: &XdpContext) -> Result<(), Unchanged> {
         return Err(pass_if_from_pool(&outer).or(Some(Verdict::DropMalformed.into())));
     };
     match u16::from_be_bytes(ethernet.ethertype) {
-        ETH_P_IP => forward::<Ipv4>(ctx, &config, &outer),
-        ETH_P_IPV6 => forward::<Ipv6>(ctx, &config, &outer),
+        ETH_P_IP => forward::<Ipv4>(ctx, config, &outer),
+        ETH_P_IPV6 => forward::<Ipv6>(ctx, config, &outer),
         _ => Err(pass_if_from_pool(&outer).or(Some(Verdict::DropNotIp.into()))),
     }
 }
@@ -81,25 +100,56 @@ fn pass_if_from_pool(outer: &Ipv4) -> Unchanged {
 /// Returns outer header and destination port (host order) of a UDP packet for this gateway node.
 #[inline(always)]
 fn udp_for_node(ctx: &XdpContext, config: &Config) -> Option<(Ipv4, u16)> {
-    let ethernet: Ethernet = frame::read(ctx, 0)?;
-    if ethernet.ethertype != ETH_P_IP.to_be_bytes() {
-        return None;
-    }
     let ip: Ipv4 = frame::read(ctx, ETH_LEN)?;
-    if ip.version_ihl != 0x45 || ip.protocol != IPPROTO_UDP || ip.is_fragment() || ip.destination != config.node {
+    if ip.version_ihl != 0x45 || ip.protocol != IPPROTO_UDP || ip.is_fragment() || !ip.is_to(config) {
         return None;
     }
-    let ports: [u8; 4] = frame::read(ctx, UDP)?;
-    (config.tunnel_ifindex != 0).then_some((ip, u16::from_be_bytes([ports[2], ports[3]])))
+    Some((ip, destination_port(ctx, UDP)?))
+}
+
+/// A UDP packet to the tunnel's port.
+struct TunnelPacket {
+    source: [u8; 16],
+    /// Where its payload starts in the frame.
+    offset: usize,
+    /// Length of the payload in bytes.
+    len: u16,
+}
+
+#[inline(always)]
+fn message_ipv4(ctx: &XdpContext, config: &Config) -> Option<TunnelPacket> {
+    let (ip, _) = udp_for_node(ctx, config).filter(|(_, port)| *port == config.tunnel_port as u16)?;
+    let len = (ip.total_len() as u16).wrapping_sub((Ipv4::LEN + UDP_LEN) as u16);
+    Some(TunnelPacket { source: ip.sender(), offset: UDP + UDP_LEN, len })
+}
+
+#[inline(always)]
+fn message_ipv6(ctx: &XdpContext, config: &Config) -> Option<TunnelPacket> {
+    // Most packets end here, without a lookup.
+    if destination_port(ctx, UDP6)? != config.tunnel_port as u16 {
+        return None;
+    }
+    let ip: Ipv6 = frame::read(ctx, ETH_LEN)?;
+    if ip.next_header != IPPROTO_UDP || !ip.is_to(config) {
+        return None;
+    }
+    let len = u16::from_be_bytes(ip.payload_len).wrapping_sub(UDP_LEN as u16);
+    Some(TunnelPacket { source: ip.sender(), offset: UDP6 + UDP_LEN, len })
+}
+
+/// Reads the destination port of the UDP header at `udp`, in host order.
+#[inline(always)]
+fn destination_port(ctx: &XdpContext, udp: usize) -> Option<u16> {
+    frame::read::<[u8; 2]>(ctx, udp + 2).map(u16::from_be_bytes)
 }
 
 /// Returns the guard's reason to drop a packet to the tunnel's port, or `None`.
 #[inline(always)]
-fn guard_tunnel(ctx: &XdpContext, outer: &Ipv4) -> Option<Verdict> {
-    let Some(head) = frame::read(ctx, UDP + UDP_LEN) else { return Some(Verdict::DropNotWireguard) };
-    let len = (outer.total_len() as u16).wrapping_sub((Ipv4::LEN + UDP_LEN) as u16);
-    guard::refuse(&Message { source: outer.source, head, len, count: 1 }, |initiation| {
-        let from = frame::at(ctx, UDP + UDP_LEN)?;
+fn guard_tunnel(ctx: &XdpContext, packet: &TunnelPacket) -> Option<Verdict> {
+    let TunnelPacket { source, offset, len } = *packet;
+    let Some(head) = frame::read(ctx, offset) else { return Some(Verdict::DropNotWireguard) };
+    guard::refuse(&Message { source, head, len, count: 1 }, |initiation| {
+        let from = frame::at(ctx, offset)?;
         // SAFETY: `at` checked the bounds; the frame and the map's entry do not overlap. Not by value, which would need the stack.
         unsafe { core::ptr::copy_nonoverlapping(from, initiation, 1) };
         Some(())

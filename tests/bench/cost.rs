@@ -119,7 +119,7 @@ async fn measure() -> Result<(Vec<Row>, f64)> {
     let [tunnel, proxy] = [4500, 10262].map(|port| Meter::of_port(&lab.pool("edge-x").router, port));
     let (tunnel, proxy) = (tunnel?, proxy?);
     proof::ready(&measured).await?;
-    let api = lab.cluster().server_for(lab.site(), true);
+    let api = lab.cluster().server_for(lab.site(), lab.node("y-b"));
     let port = api.rsplit(':').next().context("the API server has a port")?;
     let received = Meter::start(&lab.node("y-b").ns, "api", "input", &[&format!("tcp sport {port}")])?;
 

@@ -17,6 +17,11 @@ async fn forged_packets_are_dropped_counted_and_listed() {
 async fn pods_cannot_send_overlay_packets() {
     require_root!();
     let running = Running::start().await.expect("start the lab");
+    pods_cannot_send(&running);
+}
+
+/// A pod of edge-x tries it with a node's address: by its CNI's masquerading, and by writing it itself.
+pub(crate) fn pods_cannot_send(running: &Running) {
     let lab = &running.lab;
     let (gateway, member) = (lab.node("x-a"), lab.node("x-b"));
     let (attacker, victim, cloud) = (lab.pod("x-a"), lab.pod("x-b"), lab.pod("cloud-b"));
@@ -30,9 +35,10 @@ async fn pods_cannot_send_overlay_packets() {
     running.check(proof::forged_overlay(&attacker.ns, member, cloud.v4, victim.v4));
     assert!(running.check(dropped("masqueraded")));
     // The pod writes a member's address, from which its gateway node takes packets of that member's pods.
-    running.check(attacker.ns.sh(&format!("ip addr add {}/32 dev lo", member.lan_v4)));
+    let address = member.addresses()[0];
+    running.check(attacker.ns.sh(&format!("ip addr add {address} dev lo")));
     let gateway_before = running.check(proof::counters(gateway));
-    let forged = proof::forged_overlay_from(&attacker.ns, member.lan_v4, gateway, victim.v4, cloud.v4);
+    let forged = proof::forged_overlay_from(&attacker.ns, address, gateway, victim.v4, cloud.v4);
     running.check(forged);
     assert!(running.check(dropped("spoofed")));
     // Neither has reached a program of Raven, not even to be dropped.

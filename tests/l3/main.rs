@@ -11,6 +11,7 @@ mod fail_closed;
 mod forged;
 mod gateway_failover;
 mod host_names;
+mod ipv6_only;
 mod live_changes;
 mod neighbours;
 mod node_addresses;

@@ -2,7 +2,7 @@
 //! gateway node and on a member of the cloud pool, with and without L3.
 
 use raven_tests::{
-    Lab, eventually,
+    Lab, PoolSpec, eventually,
     kubectl::{self, POD, SCRIPT},
     kubelet::{Prefer, SecondApiServer},
     proof::Check,
@@ -10,6 +10,29 @@ use raven_tests::{
 };
 
 use crate::{Running, SOON};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kubectl_reaches_pods_of_a_site_with_ipv6_only() {
+    require_root!();
+    let mut pools = PoolSpec::three();
+    pools[1].ipv6_only = true;
+    let running = Running::of(Lab::builder().pools(pools)).await.expect("start the lab");
+    let lab = &running.lab;
+    let _kubelet = running.check(lab.start_kubelet("x-b").await);
+    running.check(lab.run_pod("x-b", POD, SCRIPT).await);
+    for (node, prefer, path) in [
+        ("cloud-a", Prefer::InternalIP, "by IPv6 address, from the gateway node"),
+        ("cloud-b", Prefer::InternalIP, "by IPv6 address, from a member"),
+        ("cloud-b", Prefer::Hostname, "by name, from a member"),
+    ] {
+        let server = running.check(lab.api_server_on(node, prefer).await);
+        running.all(&server, path, 5).await;
+        running.check(server.kill());
+    }
+    let route = |port: u16| lab.node("cloud-a").ns.sh(&format!("ip -6 route get fd10:1::12 ipproto tcp dport {port}"));
+    assert!(running.check(route(10250)).contains("dev lo"), "the kubelet's port is intercepted");
+    assert!(running.check(route(22)).contains("dev eth0"), "other ports are not intercepted");
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn kubectl_reaches_edge_pod_by_name_and_address_with_and_without_l3() {

@@ -17,7 +17,10 @@ use raven_common::{
     },
 };
 
-use crate::topology::{GATEWAY, KUBELET, KUBELET_PORT, LOCAL, LOST, ME, MEMBER, Net, REMOTE};
+use crate::{
+    packet::node6,
+    topology::{GATEWAY, KUBELET, KUBELET_PORT, LOCAL, LOST, ME, MEMBER, Net, REMOTE},
+};
 
 /// Counters, summed over CPUs, without those that are zero.
 pub(crate) type Counters = BTreeMap<(GatewayId, Verdict), Count>;
@@ -112,10 +115,23 @@ impl Dataplane {
         for (node, flags) in [(ME, 0), (MEMBER, 0), (GATEWAY, NODE_IS_GATEWAY)] {
             nodes.insert(node, Node { flags }, 0).expect("write NODES");
         }
-        let mut kubelets: HashMap<_, KubeletAddress, KubeletNode> =
-            self.ebpf.map_mut("KUBELETS").expect("KUBELETS").try_into().expect("a hash");
-        let address = KubeletAddress { address: KUBELET.pod4(), port: KUBELET_PORT, _pad: 0 };
-        kubelets.insert(address, KubeletNode { node: [b'x'; 64] }, 0).expect("write KUBELETS");
+        let mut nodes6: HashMap<_, [u8; 16], [u8; 4]> =
+            self.ebpf.map_mut("NODES6").expect("NODES6").try_into().expect("a hash");
+        for node in [ME, MEMBER, GATEWAY] {
+            nodes6.insert(node6(node), node, 0).expect("write NODES6");
+        }
+        self.add_kubelet("KUBELETS", KUBELET.pod4());
+        self.add_kubelet("KUBELETS6", KUBELET.pod6());
+    }
+
+    fn add_kubelet<A>(&mut self, name: &str, address: A)
+    where
+        KubeletAddress<A>: aya::Pod,
+    {
+        let mut kubelets: HashMap<_, KubeletAddress<A>, KubeletNode> =
+            self.ebpf.map_mut(name).expect(name).try_into().expect("a hash");
+        let address = KubeletAddress { address, port: KUBELET_PORT, _pad: 0 };
+        kubelets.insert(address, KubeletNode { node: [b'x'; 64] }, 0).expect("write the map");
     }
 
     /// Routes connections to kubelets into the overlay, as on a member.

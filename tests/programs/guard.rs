@@ -3,7 +3,7 @@
 use raven_agent::bpf::Hook;
 use raven_common::{
     Verdict,
-    header::{ETH_P_IP, IPPROTO_UDP},
+    header::{ETH_P_IP, ETH_P_IPV6, IPPROTO_UDP},
     tables::{CONFIG_TC_GUARD, Config, MAX_HANDSHAKES},
 };
 use raven_tests::require_root;
@@ -11,24 +11,27 @@ use raven_tests::require_root;
 use crate::{
     case::{Case, check},
     dataplane::{Context, Dataplane},
-    packet::{Family, Overlay, ethernet, overlay, udp},
+    packet::{Family, Overlay, ethernet, node6, overlay, udp},
     topology::{self, EDGES, GATEWAY, ME, MEMBER, MEMBERS, NONE, OUTSIDER, TUNNEL_PORT},
 };
 
-/// Returns a UDP packet to a port of a node.
-fn datagram(from: [u8; 4], to: [u8; 4], port: u16, payload: &[u8]) -> Vec<u8> {
-    let mut ip = vec![0x45, 0];
-    ip.extend(((28 + payload.len()) as u16).to_be_bytes());
-    // The header's checksum is verified only in the stack, so it stays zero.
-    ip.extend([0, 0, 0, 0, 64, IPPROTO_UDP, 0, 0]);
-    ip.extend(from);
-    ip.extend(to);
+/// Returns a UDP packet to a port of a node, between the nodes' addresses of a family.
+fn datagram(family: Family, from: [u8; 4], to: [u8; 4], port: u16, payload: &[u8]) -> Vec<u8> {
+    let len = ((8 + payload.len()) as u16).to_be_bytes();
+    let mut ip = match family {
+        Family::V4 => {
+            let total = ((28 + payload.len()) as u16).to_be_bytes();
+            // The header's checksum is verified only in the stack, so it stays zero.
+            [&[0x45, 0][..], &total, &[0, 0, 0, 0, 64, IPPROTO_UDP, 0, 0], &from, &to].concat()
+        }
+        Family::V6 => [&[0x60, 0, 0, 0][..], &len, &[IPPROTO_UDP, 64], &node6(from), &node6(to)].concat(),
+    };
     ip.extend([0x9c, 0x40]);
     ip.extend(port.to_be_bytes());
-    ip.extend(((8 + payload.len()) as u16).to_be_bytes());
+    ip.extend(len);
     ip.extend([0, 0]);
     ip.extend(payload);
-    ethernet([2; 6], [4; 6], [0x08, 0x00], &ip)
+    ethernet([2; 6], [4; 6], family.ethertype(), &ip)
 }
 
 /// Returns a message with a valid WireGuard header and arbitrary content.
@@ -38,15 +41,20 @@ fn message(kind: u8, len: usize) -> Vec<u8> {
     message
 }
 
-fn to_tunnel(payload: &[u8]) -> Vec<u8> {
-    datagram(OUTSIDER, ME, TUNNEL_PORT, payload)
+fn to_tunnel(family: Family, payload: &[u8]) -> Vec<u8> {
+    datagram(family, OUTSIDER, ME, TUNNEL_PORT, payload)
 }
 
 /// Frames with their descriptions.
-type Named = Vec<(&'static str, Vec<u8>)>;
+type Named = Vec<(String, Vec<u8>)>;
 
 /// Returns the frames that the guard must pass and those that it must drop.
-fn messages() -> (Named, Named) {
+fn messages(family: Family) -> (Named, Named) {
+    let to_tunnel = |payload: &[u8]| to_tunnel(family, payload);
+    let datagram = |to, port| datagram(family, OUTSIDER, to, port, b"garbage");
+    let named = |list: Vec<(&str, Vec<u8>)>| -> Named {
+        list.into_iter().map(|(name, frame)| (format!("{family:?}: {name}"), frame)).collect()
+    };
     let reserved = {
         let mut m = message(4, 64);
         m[2] = 1;
@@ -59,8 +67,8 @@ fn messages() -> (Named, Named) {
         ("a keepalive", to_tunnel(&message(4, 32))),
         ("data", to_tunnel(&message(4, 32 + 1280))),
         ("data without padding, as some implementations send it", to_tunnel(&message(4, 92 + 5))),
-        ("an invalid message to another port", datagram(OUTSIDER, ME, TUNNEL_PORT + 1, b"garbage")),
-        ("an invalid message to another node", datagram(OUTSIDER, GATEWAY, TUNNEL_PORT, b"garbage")),
+        ("an invalid message to another port", datagram(ME, TUNNEL_PORT + 1)),
+        ("an invalid message to another node", datagram(GATEWAY, TUNNEL_PORT)),
     ];
     let refused = vec![
         ("an initiation too short", to_tunnel(&message(1, 147))),
@@ -75,6 +83,13 @@ fn messages() -> (Named, Named) {
         ("a NAT keepalive of IPsec", to_tunnel(&[0xff])),
         ("an empty payload", to_tunnel(&[])),
     ];
+    (named(passes), named(refused))
+}
+
+fn messages_of_both() -> (Named, Named) {
+    let [(mut passes, mut refused), (passes6, refused6)] = Family::BOTH.map(messages);
+    passes.extend(passes6);
+    refused.extend(refused6);
     (passes, refused)
 }
 
@@ -82,10 +97,16 @@ fn tc_guard() -> Config {
     Config { flags: topology::gateway().flags | CONFIG_TC_GUARD, ..topology::gateway() }
 }
 
+/// Returns the guard's two hooks for both families: configuration, and the action for a packet that passes.
+fn both_guards() -> impl Iterator<Item = (Family, (Hook, Config, u32))> {
+    let guards = [(Hook::UplinkXdp, topology::gateway(), 2), (Hook::UplinkIngress, tc_guard(), u32::MAX)];
+    Family::BOTH.into_iter().flat_map(move |family| guards.map(|guard| (family, guard)))
+}
+
 #[test]
 fn xdp_drops_packets_that_are_not_wireguard() {
     require_root!();
-    let (passes, refused) = messages();
+    let (passes, refused) = messages_of_both();
     let mut cases: Vec<Case> = passes.into_iter().map(|(name, packet)| Case::new(name, packet).xdp_passes()).collect();
     cases.extend(
         refused.into_iter().map(|(name, packet)| Case::new(name, packet).xdp_dropped(NONE, Verdict::DropNotWireguard)),
@@ -96,7 +117,7 @@ fn xdp_drops_packets_that_are_not_wireguard() {
 #[test]
 fn tc_drops_packets_that_are_not_wireguard_without_xdp() {
     require_root!();
-    let (passes, refused) = messages();
+    let (passes, refused) = messages_of_both();
     let mut cases: Vec<Case> = passes.into_iter().map(|(name, packet)| Case::new(name, packet)).collect();
     cases.extend(
         refused.into_iter().map(|(name, packet)| Case::new(name, packet).dropped(NONE, Verdict::DropNotWireguard)),
@@ -113,7 +134,10 @@ fn tc_drops_packets_that_are_not_wireguard_without_xdp() {
         let elsewhere = Overlay { to: GATEWAY, ..outsider };
         cases.push(Case::new(format!("{family:?}: from outside the pool to another node"), elsewhere.frame()));
     }
-    cases.push(Case::new("an aggregate of data", to_tunnel(&message(4, 2 * 1312))).aggregate(2, 1312));
+    for family in Family::BOTH {
+        let data = to_tunnel(family, &message(4, 2 * 1312));
+        cases.push(Case::new(format!("{family:?}: an aggregate of data"), data).aggregate(2, 1312));
+    }
     check(&Dataplane::load(tc_guard()), Hook::UplinkIngress, &cases);
 }
 
@@ -136,11 +160,10 @@ fn initiation_for(public: &[u8; 32], number: u8) -> Vec<u8> {
 fn initiations_for_another_key_are_dropped_and_count_for_no_limit() {
     require_root!();
     let (own, other) = ([0xa7; 32], [0xa8; 32]);
-    for (hook, config, pass) in [(Hook::UplinkXdp, topology::gateway(), 2), (Hook::UplinkIngress, tc_guard(), u32::MAX)]
-    {
+    for (family, (hook, config, pass)) in both_guards() {
         let mut dataplane = Dataplane::load(config);
         dataplane.set_handshake_key(&own);
-        let run = |payload: &[u8]| dataplane.run(hook, &to_tunnel(payload), Context::default()).action == pass;
+        let run = |payload: &[u8]| dataplane.run(hook, &to_tunnel(family, payload), Context::default()).action == pass;
         for number in 0..20 {
             assert!(run(&initiation_for(&own, number)), "a valid initiation, {number}");
         }
@@ -163,7 +186,7 @@ fn initiations_for_another_key_are_dropped_and_count_for_no_limit() {
         // GRO merges messages of one length, and the first one is checked.
         if hook == Hook::UplinkIngress {
             let aggregate = Context { gso_size: 148, gso_segs: 2 };
-            let merged = |first: &[u8]| to_tunnel(&[first, &valid].concat());
+            let merged = |first: &[u8]| to_tunnel(family, &[first, &valid].concat());
             assert_eq!(dataplane.run(hook, &merged(&valid), aggregate).action, pass);
             assert_ne!(dataplane.run(hook, &merged(&initiation_for(&other, 0)), aggregate).action, pass);
         }
@@ -177,10 +200,9 @@ fn initiations_for_another_key_are_dropped_and_count_for_no_limit() {
 #[test]
 fn handshake_flood_is_dropped_and_other_sources_pass() {
     require_root!();
-    for (hook, config, pass) in [(Hook::UplinkXdp, topology::gateway(), 2), (Hook::UplinkIngress, tc_guard(), u32::MAX)]
-    {
+    for (family, (hook, config, pass)) in both_guards() {
         let dataplane = Dataplane::load(config);
-        let initiation = |source| datagram(source, ME, TUNNEL_PORT, &message(1, 148));
+        let initiation = |source| datagram(family, source, ME, TUNNEL_PORT, &message(1, 148));
         let run = |source| dataplane.run(hook, &initiation(source), Context::default()).action == pass;
         let total = 10 * MAX_HANDSHAKES;
         let passed = (0..total).filter(|_| run(OUTSIDER)).count() as u64;
@@ -209,6 +231,17 @@ fn dropped_packets_are_sampled() {
         (ETH_P_IP, IPPROTO_UDP, 4472u16.to_be_bytes())
     );
     assert_eq!(sample.len as usize, outsider.len());
+
+    let garbage = to_tunnel(Family::V6, b"garbage");
+    let sampled = || {
+        dataplane.run(Hook::UplinkXdp, &garbage, Context::default());
+        dataplane.samples()
+    };
+    // The samples before have used up the time of some CPU.
+    let samples = std::iter::repeat_with(sampled).find(|samples| !samples.is_empty()).expect("repeated");
+    assert_eq!(samples[0].ethertype, ETH_P_IPV6, "{samples:?}");
+    assert_eq!((samples[0].source, samples[0].destination), (node6(OUTSIDER), node6(ME)));
+    assert_eq!(samples[0].destination_port, TUNNEL_PORT.to_be_bytes());
 
     // A flood of drops yields few samples, but all drops are counted.
     let many = 5_000;

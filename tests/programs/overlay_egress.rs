@@ -111,24 +111,27 @@ fn node_address_may_be_used_for_the_proxy_only() {
     let mut dataplane = Dataplane::load(topology::member());
     dataplane.intercept_kubelet(EDGE, GATEWAY);
     let frame = |packet: &Packet, source: [u8; 4]| sent_by(packet.frame(), source);
-    let segment = tcp(Family::V4, MINE, KUBELET, ACK, &[]);
-    let datagram = udp(Family::V4, MINE, KUBELET);
-    check(
-        &dataplane,
-        Hook::OverlayEgress,
-        &[
-            Case::new("the node's pod", segment.frame())
-                .passes(EDGE, Verdict::Encapsulated)
-                .becomes(segment.overlay_frame()),
-            Case::new("the node", frame(&segment, ME))
-                .passes(EDGE, Verdict::Encapsulated)
-                .becomes(sent_by(segment.overlay_frame(), ME)),
-            Case::new("another node", frame(&segment, MEMBER)).dropped(EDGE, Verdict::DropSourceNotMine),
-            Case::new("the node, not TCP", frame(&datagram, ME)).dropped(EDGE, Verdict::DropSourceNotMine),
-            Case::new("the node, to another pool's pod", frame(&tcp(Family::V4, MINE, EDGES, ACK, &[]), ME))
-                .dropped(EDGE, Verdict::DropSourceNotMine),
-        ],
-    );
+    for family in Family::BOTH {
+        let segment = tcp(family, MINE, KUBELET, ACK, &[]);
+        let datagram = udp(family, MINE, KUBELET);
+        let to_pod = tcp(family, MINE, EDGES, ACK, &[]);
+        let case = |name: &str, frame: Vec<u8>| Case::new(format!("{family:?}: {name}"), frame);
+        check(
+            &dataplane,
+            Hook::OverlayEgress,
+            &[
+                case("the node's pod", segment.frame())
+                    .passes(EDGE, Verdict::Encapsulated)
+                    .becomes(segment.overlay_frame()),
+                case("the node", frame(&segment, ME))
+                    .passes(EDGE, Verdict::Encapsulated)
+                    .becomes(sent_by(segment.overlay_frame(), ME)),
+                case("another node", frame(&segment, MEMBER)).dropped(EDGE, Verdict::DropSourceNotMine),
+                case("the node, not TCP", frame(&datagram, ME)).dropped(EDGE, Verdict::DropSourceNotMine),
+                case("the node, to another pool's pod", frame(&to_pod, ME)).dropped(EDGE, Verdict::DropSourceNotMine),
+            ],
+        );
+    }
 }
 
 /// Returns packets whose headers are inconsistent with each other or with the packet's length. They are dropped and

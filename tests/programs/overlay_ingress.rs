@@ -4,7 +4,7 @@
 use raven_agent::bpf::Hook;
 use raven_common::{
     Verdict,
-    tables::{CONFIG_TUNNEL_REDIRECT, Config, Count, GatewayId},
+    tables::{CONFIG_OUTER6, CONFIG_TUNNEL_REDIRECT, Config, Count, GatewayId},
 };
 use raven_tests::require_root;
 
@@ -211,6 +211,17 @@ fn malformed(good: &Overlay, family: Family) -> Vec<(&'static str, Overlay)> {
 }
 
 #[test]
+fn pool_with_ipv6_only_accepts_no_outer_ipv4() {
+    require_root!();
+    let node = Node::new(Config { flags: topology::gateway().flags | CONFIG_OUTER6, ..topology::gateway() });
+    for family in Family::BOTH {
+        // A node's stand-in in the maps looks like this source.
+        let packet = from_member(&udp(family, MEMBERS, EDGES));
+        node.check(&format!("{family:?}"), &packet, NONE, Verdict::DropNoTunnelKey);
+    }
+}
+
+#[test]
 fn packets_pass_to_stack_without_redirect_support() {
     require_root!();
     let node = Node::new(Config { flags: topology::gateway().flags & !CONFIG_TUNNEL_REDIRECT, ..topology::gateway() });
@@ -262,38 +273,41 @@ fn kubelet_connections_pass_to_proxy_with_and_without_tunnel() {
     {
         let node = Node::new(config);
         let inner = |packet: Packet| packet.overlay_frame();
-        let segment = tcp(Family::V4, MEMBERS, KUBELET, ACK, &[]);
         let from_node = |source: [u8; 4], packet: &Packet| sent_by(packet.overlay_frame(), source);
-        let table = [
-            ("from a member's pod", MEMBER, inner(segment.clone()), Verdict::ToProxy),
-            ("from the member's own address", MEMBER, from_node(MEMBER, &segment), Verdict::ToProxy),
-            (
-                "from a member with another node's address",
-                MEMBER,
-                from_node(GATEWAY, &segment),
-                Verdict::DropSpoofedInner,
-            ),
-            ("from a member with this node's address", MEMBER, from_node(ME, &segment), Verdict::DropSpoofedInner),
-            (
-                "from a member, source of another node's pod",
-                MEMBER,
-                inner(tcp(Family::V4, GATEWAYS, KUBELET, ACK, &[])),
-                Verdict::DropSpoofedInner,
-            ),
-            ("from outside the pool", OUTSIDER, inner(segment.clone()), Verdict::DropOuterNotInPool),
-            ("not TCP", MEMBER, inner(udp(Family::V4, MEMBERS, KUBELET)), otherwise),
-            ("a fragment without a port", MEMBER, inner(segment.clone().fragment(1)), otherwise),
-            ("to an unknown prefix", MEMBER, inner(tcp(Family::V4, MEMBERS, UNKNOWN, ACK, &[])), otherwise),
-            ("IPv6", MEMBER, inner(tcp(Family::V6, MEMBERS, KUBELET, ACK, &[])), otherwise),
-            (
-                "from the member's own address to an unknown prefix",
-                MEMBER,
-                from_node(MEMBER, &tcp(Family::V4, MEMBERS, UNKNOWN, ACK, &[])),
-                Verdict::DropSpoofedInner,
-            ),
-        ];
-        for (name, outer, frame, verdict) in table {
-            node.check(&format!("{name} ({otherwise:?})"), &overlay(outer, ME, frame), NONE, verdict);
+        for family in Family::BOTH {
+            let segment = tcp(family, MEMBERS, KUBELET, ACK, &[]);
+            let mut table = vec![
+                ("from a member's pod", MEMBER, inner(segment.clone()), Verdict::ToProxy),
+                ("from the member's own address", MEMBER, from_node(MEMBER, &segment), Verdict::ToProxy),
+                (
+                    "from a member with another node's address",
+                    MEMBER,
+                    from_node(GATEWAY, &segment),
+                    Verdict::DropSpoofedInner,
+                ),
+                ("from a member with this node's address", MEMBER, from_node(ME, &segment), Verdict::DropSpoofedInner),
+                (
+                    "from a member, source of another node's pod",
+                    MEMBER,
+                    inner(tcp(family, GATEWAYS, KUBELET, ACK, &[])),
+                    Verdict::DropSpoofedInner,
+                ),
+                ("from outside the pool", OUTSIDER, inner(segment.clone()), Verdict::DropOuterNotInPool),
+                ("not TCP", MEMBER, inner(udp(family, MEMBERS, KUBELET)), otherwise),
+                ("to an unknown prefix", MEMBER, inner(tcp(family, MEMBERS, UNKNOWN, ACK, &[])), otherwise),
+                (
+                    "from the member's own address to an unknown prefix",
+                    MEMBER,
+                    from_node(MEMBER, &tcp(family, MEMBERS, UNKNOWN, ACK, &[])),
+                    Verdict::DropSpoofedInner,
+                ),
+            ];
+            if family == Family::V4 {
+                table.push(("a fragment without a port", MEMBER, inner(segment.clone().fragment(1)), otherwise));
+            }
+            for (name, outer, frame, verdict) in table {
+                node.check(&format!("{family:?}: {name} ({otherwise:?})"), &overlay(outer, ME, frame), NONE, verdict);
+            }
         }
     }
 }

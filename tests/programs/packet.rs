@@ -249,15 +249,24 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     !(sum as u16)
 }
 
-/// Returns the frame of an IPv4 packet with another source address. Updates the header's checksum, but not that
+/// Returns the frame of a packet with a node's own address as source. Updates the header's checksum, but not that
 /// of TCP or UDP.
-pub(crate) fn sent_by(mut frame: Vec<u8>, source: [u8; 4]) -> Vec<u8> {
+pub(crate) fn sent_by(mut frame: Vec<u8>, node: [u8; 4]) -> Vec<u8> {
+    if frame[14] >> 4 == 6 {
+        frame[22..38].copy_from_slice(&node6(node));
+        return frame;
+    }
     let header = &mut frame[14..34];
     header[10..12].fill(0);
-    header[12..16].copy_from_slice(&source);
+    header[12..16].copy_from_slice(&node);
     let sum = checksum(&[header]);
     header[10..12].copy_from_slice(&sum.to_be_bytes());
     frame
+}
+
+/// Returns the IPv6 address of a node.
+pub(crate) fn node6([a, b, c, d]: [u8; 4]) -> [u8; 16] {
+    [0xfd, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d]
 }
 
 /// Returns an Ethernet frame.

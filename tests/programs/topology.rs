@@ -41,7 +41,7 @@ pub(crate) const FARS: Net = Net(102);
 pub(crate) const LOSTS: Net = Net(103);
 /// Prefix that is in no table.
 pub(crate) const UNKNOWN: Net = Net(200);
-/// Prefix that is only in the table of kubelets (IPv4).
+/// Prefix that is only in the tables of kubelets.
 pub(crate) const KUBELET: Net = Net(201);
 /// TCP port of the kubelet, which is the destination port of all segments in the tests.
 pub(crate) const KUBELET_PORT: u16 = 443;

@@ -3,7 +3,7 @@
 use raven_agent::bpf::Hook;
 use raven_common::{
     Verdict,
-    tables::{Config, GatewayId, UNWRAPPED_MAGIC},
+    tables::{CONFIG_OUTER6, Config, GatewayId, UNWRAPPED_MAGIC},
 };
 use raven_tests::require_root;
 
@@ -81,6 +81,16 @@ fn padding_behind_inner_packet_is_accepted() {
     let frame = ethernet(outer.macs[0], outer.macs[1], [0x08, 0x00], &inner.clone().ttl(inner.ttl - 1).bytes());
     let case = Case::new("padded", padded(outer.frame())).xdp_passes().with_meta(metadata).becomes(padded(frame));
     check(&Dataplane::load(topology::gateway()), Hook::UplinkXdp, &[case]);
+}
+
+#[test]
+fn ipv4_is_not_touched_in_a_pool_with_ipv6_only() {
+    require_root!();
+    let config = Config { flags: topology::gateway().flags | CONFIG_OUTER6, ..topology::gateway() };
+    let from = |node: [u8; 4]| overlay(node, ME, udp(Family::V4, MEMBERS, EDGES).overlay_frame()).frame();
+    let cases = [("a node's stand-in", MEMBER), ("another address", OUTSIDER)];
+    let cases = cases.map(|(name, node)| Case::new(name, from(node)).xdp_passes());
+    check(&Dataplane::load(config), Hook::UplinkXdp, &cases);
 }
 
 #[test]

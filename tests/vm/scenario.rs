@@ -9,7 +9,7 @@ use raven_common::Verdict;
 use raven_tests::agent::Agent;
 use raven_tests::probe::{self, Echo};
 use raven_tests::proof::{self, Check, FAMILIES};
-use raven_tests::{Lab, Node, eventually, kernel_log, offline as topology};
+use raven_tests::{Lab, Node, PoolSpec, eventually, kernel_log, offline as topology};
 
 use crate::interop::Interop;
 
@@ -90,7 +90,32 @@ async fn all(results: &mut Results) -> Result<()> {
     if result.is_err() || results.failed > before {
         show_logs(&lab);
     }
-    result
+    result?;
+    drop((agents, lab));
+    ipv6_only(results).await
+}
+
+/// A pool whose nodes have only IPv6 addresses.
+async fn ipv6_only(results: &mut Results) -> Result<()> {
+    let mut pools = PoolSpec::three();
+    pools[1].ipv6_only = true;
+    let lab = Lab::builder().without_kubernetes().pools(pools).up().await?;
+    topology::write(&lab)?;
+    let agents: Vec<Agent> =
+        lab.nodes.iter().map(|node| lab.start_agent_with(&node.name, offline(&[]))).collect::<Result<_>>()?;
+    let before = results.failed;
+    results.note("IPv6-only pool: the pools are connected", proof::converged(&lab).await);
+    results.note("IPv6-only pool: all agents report that the dataplane is as planned", all_ready(&agents).await);
+    let (cloud, edge) = (lab.pool("cloud").clone(), lab.pool("edge-x").clone());
+    for (n, family) in FAMILIES.iter().enumerate() {
+        let name = |what: &str| format!("IPv6-only pool: {family}: {what}");
+        results.note(&name("cloud ↔ edge-x"), proof::reach(&lab, &cloud, &edge, n).await);
+        results.note(&name("bulk, y-b to x-b, relayed"), proof::bulk(&lab, "y-b", "x-b", n, BULK).await);
+    }
+    if results.failed > before {
+        show_logs(&lab);
+    }
+    Ok(())
 }
 
 /// Raven's userspace engine with the kernel's WireGuard.

@@ -40,6 +40,10 @@ impl Reconciler {
         outcome.change += attached.unwrap_or_default();
         let obstacle = match self.settings.tier {
             Tier::Tc => Some("--tier=tc".to_owned()),
+            Tier::Auto if plan.config.address.is_ipv6() => Some(
+                "the nodes of this pool have only IPv6 addresses, and uplink_xdp handles overlay packets over IPv4"
+                    .to_owned(),
+            ),
             Tier::Auto if attached.is_none() => Some(format!("{} is not attached", Hook::UplinkIngress.program())),
             Tier::Auto => self.programs_before(Hook::UplinkIngress, &uplink.name, uplink.index).await,
         };

@@ -1,15 +1,16 @@
 //! The `kubelet_lookup` program, which hands connections to kubelets of edge nodes to the proxy: attached to the
-//! network namespace, pinned, with its two maps.
+//! network namespace, pinned, with its maps.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::{self, File},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     os::fd::AsRawFd,
     path::PathBuf,
 };
 
 use aya::{
+    Pod,
     maps::{HashMap, LpmTrie, MapData, SockMap, lpm_trie::Key},
     programs::{
         SkLookup,
@@ -76,12 +77,36 @@ impl Bpf {
         }
     }
 
-    /// Brings map `KUBELETS` to the addresses and ports of `want`; `None` empties it.
+    /// Brings maps `KUBELETS` and `KUBELETS6` to the addresses and ports of `want`; `None` empties them.
     pub fn set_kubelets(&mut self, want: Option<&Interception>) -> Result<Change, Error> {
-        let mut map: HashMap<_, KubeletAddress, KubeletNode> = self.map("KUBELETS")?;
-        let refused = |e: aya::maps::MapError| Error::Map { map: "KUBELETS", reason: chain(&e) };
-        let want: BTreeMap<KubeletAddress, KubeletNode> = want.into_iter().flat_map(kubelets).collect();
-        let have: BTreeMap<KubeletAddress, KubeletNode> = map.iter().flatten().collect();
+        let change = self.set_kubelets_of("KUBELETS", want, |address| match address {
+            IpAddr::V4(address) => Some(address.octets()),
+            IpAddr::V6(_) => None,
+        })?;
+        let change6 = self.set_kubelets_of("KUBELETS6", want, |address| match address {
+            IpAddr::V6(address) => Some(address.octets()),
+            IpAddr::V4(_) => None,
+        })?;
+        Ok([change, change6].into_iter().sum())
+    }
+
+    /// `bytes`: an address as the map has it; `None` if it is of the other family.
+    fn set_kubelets_of<A: Ord>(
+        &mut self,
+        name: &'static str,
+        want: Option<&Interception>,
+        bytes: impl Fn(&IpAddr) -> Option<A>,
+    ) -> Result<Change, Error>
+    where
+        KubeletAddress<A>: Pod + Ord,
+    {
+        let mut map: HashMap<_, KubeletAddress<A>, KubeletNode> = self.map(name)?;
+        let refused = |e: aya::maps::MapError| Error::Map { map: name, reason: chain(&e) };
+        let of_family =
+            |((address, port), node)| Some((KubeletAddress { address: bytes(address)?, port, _pad: 0 }, node));
+        let want: BTreeMap<KubeletAddress<A>, KubeletNode> =
+            want.into_iter().flat_map(kubelets).filter_map(of_family).collect();
+        let have: BTreeMap<KubeletAddress<A>, KubeletNode> = map.iter().flatten().collect();
         let mut change = Change::NONE;
         for (address, node) in want.iter().filter(|(address, node)| have.get(address) != Some(node)) {
             map.insert(address, node, 0).map_err(refused)?;
@@ -94,13 +119,23 @@ impl Bpf {
         Ok(change)
     }
 
-    /// The gateway node that intercepted connections go to at present, by the maps.
+    /// The outer address of the gateway node that intercepted connections go to at present, by the maps.
     pub fn intercepting_gateway(&mut self) -> Option<Ipv4Addr> {
-        let kubelets: HashMap<&mut MapData, KubeletAddress, KubeletNode> = self.map("KUBELETS").ok()?;
-        let (kubelet, _) = kubelets.iter().flatten().next()?;
-        let remote: LpmTrie<&mut MapData, [u8; 4], Remote> = self.map("REMOTE4").ok()?;
-        let via = remote.get(&Key::new(32, kubelet.address), 0).ok()?.via;
+        let via = self
+            .via_of::<[u8; 4]>("KUBELETS", "REMOTE4", 32)
+            .or_else(|| self.via_of::<[u8; 16]>("KUBELETS6", "REMOTE6", 128))?;
         (via != [0; 4]).then(|| via.into())
+    }
+
+    /// `via` of the first intercepted address.
+    fn via_of<A: Pod>(&mut self, kubelets: &'static str, remote: &'static str, bits: u32) -> Option<[u8; 4]>
+    where
+        KubeletAddress<A>: Pod,
+    {
+        let kubelets: HashMap<&mut MapData, KubeletAddress<A>, KubeletNode> = self.map(kubelets).ok()?;
+        let (kubelet, _) = kubelets.iter().flatten().next()?;
+        let remote: LpmTrie<&mut MapData, A, Remote> = self.map(remote).ok()?;
+        Some(remote.get(&Key::new(bits, kubelet.address), 0).ok()?.via)
     }
 
     fn lookup_pin(&self) -> PathBuf {
@@ -108,11 +143,11 @@ impl Bpf {
     }
 }
 
-fn kubelets(interception: &Interception) -> impl Iterator<Item = (KubeletAddress, KubeletNode)> {
+/// Addresses and ports, with the names of their nodes.
+fn kubelets(interception: &Interception) -> impl Iterator<Item = ((&IpAddr, u16), KubeletNode)> {
     [&interception.kubelets, &interception.proxies].into_iter().flat_map(|Intercepted { nodes, ports }| {
         nodes.iter().flat_map(|(address, name)| {
-            let key = |port: &u16| KubeletAddress { address: address.octets(), port: *port, _pad: 0 };
-            ports.iter().map(move |port| (key(port), KubeletNode { node: fixed(name) }))
+            ports.iter().map(move |port| ((address, *port), KubeletNode { node: fixed(name) }))
         })
     })
 }

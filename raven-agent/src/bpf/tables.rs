@@ -1,6 +1,6 @@
 //! Typed access to the maps that describe pools. The agent is their only writer.
 
-use std::{collections::BTreeMap, net::Ipv4Addr, path::Path};
+use std::{collections::BTreeMap, fmt::Display, path::Path};
 
 use aya::{
     Pod,
@@ -45,7 +45,10 @@ impl Bpf {
         remote.extend(self.trie6::<Remote>("REMOTE6")?);
         let mut local = self.trie4::<Local>("LOCAL4")?;
         local.extend(self.trie6::<Local>("LOCAL6")?);
-        Ok(State { remote, local, nodes: self.nodes()?, ..State::default() })
+        let nodes = self.entries::<[u8; 4], Node, _, _>("NODES")?;
+        let nodes6 = self.entries::<[u8; 16], [u8; 4], _, _>("NODES6")?;
+        let outer6 = self.entries::<[u8; 4], [u8; 16], _, _>("OUTER6")?;
+        Ok(State { remote, local, nodes, nodes6, outer6, ..State::default() })
     }
 
     /// Runs a step that changes a map, and no other.
@@ -55,14 +58,12 @@ impl Bpf {
             Step::PutLocal(prefix, value) => self.put(["LOCAL4", "LOCAL6"], prefix, *value)?,
             Step::DeleteRemote(prefix) => self.delete::<Remote>(["REMOTE4", "REMOTE6"], prefix)?,
             Step::DeleteLocal(prefix) => self.delete::<Local>(["LOCAL4", "LOCAL6"], prefix)?,
-            Step::PutNode(outer, node) => {
-                let mut map: HashMap<_, [u8; 4], Node> = self.map("NODES")?;
-                map.insert(outer.octets(), node, 0).map_err(|e| refused("NODES", outer, &e))?;
-            }
-            Step::DeleteNode(outer) => {
-                let mut map: HashMap<_, [u8; 4], Node> = self.map("NODES")?;
-                map.remove(&outer.octets()).map_err(|e| refused("NODES", outer, &e))?;
-            }
+            Step::PutNode(outer, node) => self.put_entry("NODES", outer, outer.octets(), *node)?,
+            Step::DeleteNode(outer) => self.delete_entry::<_, Node>("NODES", outer, outer.octets())?,
+            Step::PutNode6(address, outer) => self.put_entry("NODES6", address, address.octets(), outer.octets())?,
+            Step::DeleteNode6(address) => self.delete_entry::<_, [u8; 4]>("NODES6", address, address.octets())?,
+            Step::PutOuter6(outer, address) => self.put_entry("OUTER6", outer, outer.octets(), address.octets())?,
+            Step::DeleteOuter6(outer) => self.delete_entry::<_, [u8; 16]>("OUTER6", outer, outer.octets())?,
             _ => return Ok(Change::NONE),
         }
         Ok(Change::ONE)
@@ -107,7 +108,7 @@ impl Bpf {
     pub(super) fn map<'a, T>(&'a mut self, name: &'static str) -> Result<T, Error>
     where
         T: TryFrom<&'a mut Map>,
-        T::Error: std::fmt::Display,
+        T::Error: Display,
     {
         let map = self.ebpf.map_mut(name).ok_or(Error::Map { map: name, reason: "not in the object".to_owned() })?;
         T::try_from(map).map_err(|e| Error::Map { map: name, reason: e.to_string() })
@@ -125,9 +126,28 @@ impl Bpf {
         Ok(trie.iter().flatten().filter_map(|(key, value)| Some((prefix(key)?, value))).collect())
     }
 
-    fn nodes(&mut self) -> Result<BTreeMap<Ipv4Addr, Node>, Error> {
-        let map: HashMap<&mut MapData, [u8; 4], Node> = self.map("NODES")?;
-        Ok(map.iter().flatten().map(|(outer, node)| (Ipv4Addr::from(outer), node)).collect())
+    fn entries<K: Pod, V: Pod, A: From<K> + Ord, B: From<V>>(
+        &mut self,
+        name: &'static str,
+    ) -> Result<BTreeMap<A, B>, Error> {
+        let map: HashMap<&mut MapData, K, V> = self.map(name)?;
+        Ok(map.iter().flatten().map(|(key, value)| (key.into(), value.into())).collect())
+    }
+
+    fn put_entry<K: Pod, V: Pod>(
+        &mut self,
+        name: &'static str,
+        what: &dyn Display,
+        key: K,
+        value: V,
+    ) -> Result<(), Error> {
+        let mut map: HashMap<&mut MapData, K, V> = self.map(name)?;
+        map.insert(key, value, 0).map_err(|e| refused(name, what, &e))
+    }
+
+    fn delete_entry<K: Pod, V: Pod>(&mut self, name: &'static str, what: &dyn Display, key: K) -> Result<(), Error> {
+        let mut map: HashMap<&mut MapData, K, V> = self.map(name)?;
+        map.remove(&key).map_err(|e| refused(name, what, &e))
     }
 
     fn put<V: Pod>(&mut self, [v4, v6]: [&'static str; 2], prefix: &IpNet, value: V) -> Result<(), Error> {
@@ -159,7 +179,7 @@ impl Bpf {
     }
 }
 
-fn refused(map: &'static str, entry: &dyn std::fmt::Display, error: &dyn std::fmt::Display) -> Error {
+fn refused(map: &'static str, entry: &dyn Display, error: &dyn Display) -> Error {
     Error::Map {
         map,
         reason: format!(

@@ -12,6 +12,8 @@ use crate::{state::Device, topology::PresharedKey};
 fn apply(mut state: State, steps: &[Step]) -> State {
     for step in steps {
         match step.clone() {
+            Step::PutOuter6(k, v) => drop(state.outer6.insert(k, v)),
+            Step::PutNode6(k, v) => drop(state.nodes6.insert(k, v)),
             Step::PutNode(k, v) => drop(state.nodes.insert(k, v)),
             Step::PutLocal(k, v) => drop(state.local.insert(k, v)),
             Step::PutRemote(k, v) => drop(state.remote.insert(k, v)),
@@ -36,6 +38,8 @@ fn apply(mut state: State, steps: &[Step]) -> State {
             Step::DeletePeer(k) => drop(state.peers.remove(&k)),
             Step::DeleteLocal(k) => drop(state.local.remove(&k)),
             Step::DeleteNode(k) => drop(state.nodes.remove(&k)),
+            Step::DeleteNode6(k) => drop(state.nodes6.remove(&k)),
+            Step::DeleteOuter6(k) => drop(state.outer6.remove(&k)),
         }
     }
     state
@@ -83,22 +87,27 @@ fn peers() -> impl Strategy<Value = BTreeMap<PublicKey, Peer>> {
 fn state() -> impl Strategy<Value = State> {
     let remote = (0u32..4, 0u8..3).prop_map(|(gateway, n)| Remote { gateway, via: [10, 0, 0, n] });
     let local = (0u8..3).prop_map(|n| Local { node: [10, 0, 0, n] });
-    let node = (0u8..6).prop_map(|n| Ipv4Addr::new(10, 0, 0, n));
+    let node = || (0u8..6).prop_map(|n| Ipv4Addr::new(10, 0, 0, n));
+    let node6 = || (0u16..6).prop_map(|n| Ipv6Addr::new(0xfd10, 0, 0, 0, 0, 0, 0, n));
     (
         collection::btree_map(prefix(), route(), 0..8),
         peers(),
         collection::btree_map(prefix(), remote, 0..8),
         collection::btree_map(prefix(), local, 0..8),
-        collection::btree_map(node, (0u32..2).prop_map(|flags| Node { flags }), 0..6),
+        collection::btree_map(node(), (0u32..2).prop_map(|flags| Node { flags }), 0..6),
         collection::btree_set(prefix(), 0..8),
+        collection::btree_map(node6(), node(), 0..6),
+        collection::btree_map(node(), node6(), 0..6),
     )
-        .prop_map(|(routes, peers, remote, local, nodes, barriers)| State {
+        .prop_map(|(routes, peers, remote, local, nodes, barriers, nodes6, outer6)| State {
             routes,
             barriers,
             peers,
             remote,
             local,
             nodes,
+            nodes6,
+            outer6,
         })
 }
 
@@ -118,6 +127,8 @@ proptest! {
         prop_assert_eq!(&after.remote, &want.remote);
         prop_assert_eq!(&after.local, &want.local);
         prop_assert_eq!(&after.nodes, &want.nodes);
+        prop_assert_eq!(&after.nodes6, &want.nodes6);
+        prop_assert_eq!(&after.outer6, &want.outer6);
         prop_assert_eq!(after.peers.keys().collect::<Vec<_>>(), want.peers.keys().collect::<Vec<_>>());
         for (key, peer) in &want.peers {
             prop_assert_eq!(&after.peers[key].allowed, &peer.allowed);

@@ -7,18 +7,20 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::Ipv4Addr,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use futures::TryStreamExt;
+use ipnet::IpNet;
 use netlink_packet_route::{
     IpProtocol,
-    route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
+    route::{RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange},
 };
 use rtnetlink::{IpVersion, RouteMessageBuilder};
 
-use super::{Error, Links, failed, route::table_of};
+use super::{Error, Links, failed, route::versions};
 use crate::{
     names,
     state::{Change, InterceptTo, Interception},
@@ -37,7 +39,17 @@ struct Output {
     device: u32,
     /// `Local` delivers to this node; `Unicast` sends out of the device.
     kind: RouteType,
-    source: Ipv4Addr,
+    /// Sources, at most one per family.
+    sources: [Option<IpAddr>; 2],
+}
+
+/// A rule that leads to a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Rule {
+    table: u32,
+    /// TCP port.
+    port: u16,
+    ipv6: bool,
 }
 
 impl Links {
@@ -53,27 +65,27 @@ impl Links {
         // Rules lead to routes: they are added last and deleted first.
         let rules = self.interception_rules().await?;
         let mut change = Change::NONE;
-        for ((table, port), rule) in rules.iter().filter(|(rule, _)| !ports.contains(rule)) {
-            let action = format!("delete the interception rule for TCP port {port} and table {table}");
-            self.handle.rule().del(rule.clone()).execute().await.map_err(failed(action))?;
+        for (rule, message) in rules.iter().filter(|(rule, _)| !ports.contains(rule)) {
+            let action = format!("delete the interception {rule}");
+            self.handle.rule().del(message.clone()).execute().await.map_err(failed(action))?;
             change += Change::ONE;
         }
         change += self.ensure_interception_routes(&routes).await?;
-        for (table, port) in ports.iter().filter(|rule| !rules.contains_key(rule)) {
-            self.add_interception_rule(*table, *port).await?;
+        for rule in ports.iter().filter(|rule| !rules.contains_key(rule)) {
+            self.add_interception_rule(*rule).await?;
             change += Change::ONE;
         }
         Ok(change)
     }
 
-    async fn ensure_interception_routes(&self, want: &BTreeMap<(u32, Ipv4Addr), Output>) -> Result<Change, Error> {
+    async fn ensure_interception_routes(&self, want: &BTreeMap<(u32, IpAddr), Output>) -> Result<Change, Error> {
         let routes = self.interception_routes().await?;
         let mut change = Change::NONE;
         for (route, output) in want {
-            if routes.get(route).is_some_and(|have| output.matches(have)) {
+            let (table, address) = *route;
+            if routes.get(route).is_some_and(|have| output.matches(address, have)) {
                 continue;
             }
-            let (table, address) = *route;
             let action = format!("add route {address} to table {table}");
             self.handle.route().add(output.route(table, address)).replace().execute().await.map_err(failed(action))?;
             change += Change::ONE;
@@ -86,62 +98,60 @@ impl Links {
         Ok(change)
     }
 
-    async fn add_interception_rule(&self, table: u32, port: u16) -> Result<(), Error> {
-        let rule = self.handle.rule().add().v4().table_id(table).priority(names::INTERCEPTION_PRIORITY);
-        let mut request = rule.action(RuleAction::ToTable);
+    async fn add_interception_rule(&self, rule: Rule) -> Result<(), Error> {
+        let request = self.handle.rule().add().table_id(rule.table).priority(names::INTERCEPTION_PRIORITY);
+        let mut request = request.action(RuleAction::ToTable);
         let attributes = &mut request.message_mut().attributes;
         attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(names::ROUTE_PROTOCOL)));
         attributes.push(RuleAttribute::IpProtocol(IpProtocol::Tcp));
-        attributes.push(RuleAttribute::DestinationPortRange(RulePortRange { start: port, end: port }));
-        let action = format!("add the interception rule for TCP port {port} and table {table}");
-        request.execute().await.map_err(failed(action))
+        attributes.push(RuleAttribute::DestinationPortRange(RulePortRange { start: rule.port, end: rule.port }));
+        let added = if rule.ipv6 { request.v6().execute().await } else { request.v4().execute().await };
+        added.map_err(failed(format!("add the interception {rule}")))
     }
 
-    async fn interception_rules(&self) -> Result<BTreeMap<(u32, u16), RuleMessage>, Error> {
+    async fn interception_rules(&self) -> Result<BTreeMap<Rule, RuleMessage>, Error> {
         let mut found = BTreeMap::new();
-        let mut stream = self.handle.rule().get(IpVersion::V4).execute();
-        while let Some(rule) = stream.try_next().await.map_err(failed("list rules"))? {
-            let table = TABLES.into_iter().find(|table| rule.attributes.contains(&RuleAttribute::Table(*table)));
-            if let Some(table) = table
-                && rule.attributes.contains(&RuleAttribute::Priority(names::INTERCEPTION_PRIORITY))
-            {
-                let port = rule
-                    .attributes
-                    .iter()
-                    .find_map(|a| if let RuleAttribute::DestinationPortRange(r) = a { Some(r.start) } else { None });
-                found.insert((table, port.unwrap_or(0)), rule);
+        for version in versions() {
+            let ipv6 = matches!(version, IpVersion::V6);
+            let mut stream = self.handle.rule().get(version).execute();
+            while let Some(rule) = stream.try_next().await.map_err(failed("list rules"))? {
+                let table = TABLES.into_iter().find(|table| rule.attributes.contains(&RuleAttribute::Table(*table)));
+                if let Some(table) = table
+                    && rule.attributes.contains(&RuleAttribute::Priority(names::INTERCEPTION_PRIORITY))
+                {
+                    let range = |a: &RuleAttribute| match a {
+                        RuleAttribute::DestinationPortRange(range) => Some(range.start),
+                        _ => None,
+                    };
+                    let port = rule.attributes.iter().find_map(range).unwrap_or(0);
+                    found.insert(Rule { table, port, ipv6 }, rule);
+                }
             }
         }
         Ok(found)
     }
 
-    async fn interception_routes(&self) -> Result<BTreeMap<(u32, Ipv4Addr), RouteMessage>, Error> {
+    async fn interception_routes(&self) -> Result<BTreeMap<(u32, IpAddr), RouteMessage>, Error> {
         let mut found = BTreeMap::new();
-        let mut stream = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
-        while let Some(message) = stream.try_next().await.map_err(failed("list routes"))? {
-            let table = table_of(&message);
-            if !TABLES.contains(&table) {
-                continue;
-            }
-            let address = message.attributes.iter().find_map(|a| match a {
-                RouteAttribute::Destination(RouteAddress::Inet(address)) => Some(*address),
-                _ => None,
-            });
-            if let Some(address) = address {
-                found.insert((table, address), message);
-            }
-        }
+        let found_route = |table, to: IpNet, message| drop(found.insert((table, to.addr()), message));
+        self.each_route(&TABLES, found_route).await?;
         Ok(found)
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let family = if self.ipv6 { "IPv6" } else { "IPv4" };
+        write!(f, "rule ({family}) for TCP port {} and table {}", self.port, self.table)
     }
 }
 
 /// The rules and routes of the interception.
 #[derive(Default)]
 struct Tables {
-    /// Table and TCP port.
-    rules: BTreeSet<(u32, u16)>,
+    rules: BTreeSet<Rule>,
     /// By table and address.
-    routes: BTreeMap<(u32, Ipv4Addr), Output>,
+    routes: BTreeMap<(u32, IpAddr), Output>,
 }
 
 impl Tables {
@@ -149,9 +159,9 @@ impl Tables {
         let mut tables = Self::default();
         for (table, wanted) in TABLES.into_iter().zip([&interception.kubelets, &interception.proxies]) {
             // A rule to an empty table would only slow lookups down.
-            if !wanted.nodes.is_empty() {
-                tables.rules.extend(wanted.ports.iter().map(|port| (table, *port)));
-            }
+            let families: BTreeSet<bool> = wanted.nodes.keys().map(IpAddr::is_ipv6).collect();
+            let rules = families.iter().flat_map(|ipv6| wanted.ports.iter().map(|port| (*port, *ipv6)));
+            tables.rules.extend(rules.map(|(port, ipv6)| Rule { table, port, ipv6 }));
             tables.routes.extend(wanted.nodes.keys().map(|address| ((table, *address), output)));
         }
         tables
@@ -164,27 +174,45 @@ impl Output {
             InterceptTo::Here => (LOOPBACK, RouteType::Local),
             InterceptTo::Gateway(_) => (overlay?, RouteType::Unicast),
         };
-        Some(Self { device, kind, source: interception.source })
+        let source = |ipv4| interception.sources.iter().copied().find(|source| source.is_ipv4() == ipv4);
+        Some(Self { device, kind, sources: [true, false].map(source) })
     }
 
-    fn route(self, table: u32, address: Ipv4Addr) -> RouteMessage {
-        let builder = RouteMessageBuilder::<Ipv4Addr>::new()
-            .destination_prefix(address, 32)
-            .table_id(table)
-            .protocol(RouteProtocol::Other(names::ROUTE_PROTOCOL))
-            .pref_source(self.source)
-            .output_interface(self.device)
-            .kind(self.kind);
-        match self.kind {
-            RouteType::Local => builder.scope(RouteScope::Host).build(),
-            _ => builder.gateway(names::OVERLAY_NEXT_HOP4).onlink().build(),
-        }
+    fn source_for(self, address: IpAddr) -> Option<IpAddr> {
+        self.sources.into_iter().flatten().find(|source| source.is_ipv4() == address.is_ipv4())
     }
 
-    /// True if an existing route has this output.
-    fn matches(self, have: &RouteMessage) -> bool {
+    fn route(self, table: u32, to: IpAddr) -> RouteMessage {
+        let is_local = self.kind == RouteType::Local;
+        let mut message = match to {
+            IpAddr::V4(to) => {
+                let builder = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(to, 32);
+                match is_local {
+                    true => builder.scope(RouteScope::Host).build(),
+                    false => builder.gateway(names::OVERLAY_NEXT_HOP4).onlink().build(),
+                }
+            }
+            IpAddr::V6(to) => {
+                let builder = RouteMessageBuilder::<Ipv6Addr>::new().destination_prefix(to, 128);
+                match is_local {
+                    true => builder.build(),
+                    false => builder.gateway(names::OVERLAY_NEXT_HOP6).onlink().build(),
+                }
+            }
+        };
+        message.header.kind = self.kind;
+        message.header.protocol = RouteProtocol::Other(names::ROUTE_PROTOCOL);
+        message.attributes.push(RouteAttribute::Table(table));
+        message.attributes.push(RouteAttribute::Oif(self.device));
+        message.attributes.extend(self.source_for(to).map(|source| RouteAttribute::PrefSource(source.into())));
+        message
+    }
+
+    /// True if an existing route to `to` has this output.
+    fn matches(self, to: IpAddr, have: &RouteMessage) -> bool {
+        let source = self.source_for(to).map(|source| RouteAttribute::PrefSource(source.into()));
         have.header.kind == self.kind
             && have.attributes.contains(&RouteAttribute::Oif(self.device))
-            && have.attributes.contains(&RouteAttribute::PrefSource(RouteAddress::Inet(self.source)))
+            && source.is_none_or(|source| have.attributes.contains(&source))
     }
 }

@@ -24,27 +24,32 @@ impl Links {
     /// missing, is returned with a value that is in no plan, so that it is replaced or deleted.
     pub async fn routes(&self, indexes: Indexes) -> Result<(BTreeMap<IpNet, Route>, BTreeSet<IpNet>), Error> {
         let (mut routes, mut barriers) = (BTreeMap::new(), BTreeSet::new());
-        self.each_route(names::TABLE, |prefix, message| {
-            if is_barrier(message) {
+        self.each_route(&[names::TABLE], |_, prefix, message| {
+            if is_barrier(&message) {
                 barriers.insert(prefix);
             } else {
-                routes.insert(prefix, as_route(message, indexes));
+                routes.insert(prefix, as_route(&message, indexes));
             }
         })
         .await?;
         Ok((routes, barriers))
     }
 
-    /// Calls `each` for the routes of a table that have a destination, in both families.
-    async fn each_route(&self, table: u32, mut each: impl FnMut(IpNet, &RouteMessage)) -> Result<(), Error> {
+    /// Calls `each` for the routes of these tables that have a destination, in both families.
+    pub(super) async fn each_route(
+        &self,
+        tables: &[u32],
+        mut each: impl FnMut(u32, IpNet, RouteMessage),
+    ) -> Result<(), Error> {
         for message in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()]
         {
             let mut stream = self.handle.route().get(message).execute();
             while let Some(message) = stream.try_next().await.map_err(failed("list routes"))? {
-                if table_of(&message) == table
+                let table = table_of(&message);
+                if tables.contains(&table)
                     && let Some(prefix) = destination(&message)
                 {
-                    each(prefix, &message);
+                    each(table, prefix, message);
                 }
             }
         }
@@ -57,7 +62,7 @@ impl Links {
         const MAIN: u32 = 254;
         let by = RouteAttribute::Oif(device);
         let mut found = Vec::new();
-        self.each_route(MAIN, |prefix, message| found.extend(message.attributes.contains(&by).then_some(prefix)))
+        self.each_route(&[MAIN], |_, prefix, message| found.extend(message.attributes.contains(&by).then_some(prefix)))
             .await?;
         Ok(found)
     }
@@ -148,10 +153,7 @@ impl Links {
     /// Ensures that Raven's rule exists in both families.
     pub async fn ensure_rules(&self) -> Result<Change, Error> {
         let mut change = Change::NONE;
-        for version in [IpVersion::V4, IpVersion::V6] {
-            if matches!(version, IpVersion::V6) && !super::has_ipv6() {
-                continue;
-            }
+        for version in versions() {
             if !self.rules(version.clone()).await?.is_empty() {
                 continue;
             }
@@ -177,7 +179,7 @@ impl Links {
     /// Deletes Raven's rules.
     pub async fn delete_rules(&self) -> Result<Change, Error> {
         let mut change = Change::NONE;
-        for version in [IpVersion::V4, IpVersion::V6] {
+        for version in versions() {
             for rule in self.rules(version).await? {
                 self.handle
                     .rule()
@@ -193,9 +195,6 @@ impl Links {
 
     async fn rules(&self, version: IpVersion) -> Result<Vec<RuleMessage>, Error> {
         let mut found = Vec::new();
-        if matches!(version, IpVersion::V6) && !super::has_ipv6() {
-            return Ok(found);
-        }
         let mut stream = self.handle.rule().get(version).execute();
         while let Some(rule) = stream.try_next().await.map_err(failed("list rules"))? {
             if is_ours(&rule) {
@@ -204,6 +203,11 @@ impl Links {
         }
         Ok(found)
     }
+}
+
+/// The address families of this kernel.
+pub(super) fn versions() -> impl Iterator<Item = IpVersion> {
+    [IpVersion::V4].into_iter().chain(super::has_ipv6().then_some(IpVersion::V6))
 }
 
 /// True for a rule that is Raven's in every part. OpenYurt's Raven has a rule with the same priority and table that matches

@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use futures::TryStreamExt;
@@ -16,8 +16,6 @@ use tokio::time::{Duration, Instant};
 use super::{Error, Hop, Links, device::LOOPBACK, failed};
 use crate::names;
 
-/// An address that no host has (RFC 5737): its route is the default route.
-const ANYWHERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
 /// Routes are looked up again after this time, which is less than the period of runs. A pool with thousands of nodes needs
 /// a tenth of a second for it, and most runs are caused by changes elsewhere. A change of the uplink or of an address
 /// causes it at once.
@@ -88,7 +86,7 @@ impl Uplinks {
         let mut link = links.by_index(index).await?.ok_or_else(|| gone(index))?;
         if looked.hops.is_empty() && !link.has_wire() {
             // The default route leads to the other pools.
-            match links.lookup(ANYWHERE).await?.filter(|hop| hop.index != LOOPBACK) {
+            match links.lookup(anywhere(address)).await?.filter(|hop| hop.index != LOOPBACK) {
                 Some(hop) => {
                     index = hop.index;
                     link = links.by_index(index).await?.ok_or_else(|| gone(index))?;
@@ -123,6 +121,14 @@ impl Uplinks {
     }
 }
 
+/// An address that no host has (RFC 5737, RFC 3849), in the family of `address`: its route is the default route.
+fn anywhere(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(_) => Ipv4Addr::new(192, 0, 2, 1).into(),
+        IpAddr::V6(_) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
+    }
+}
+
 /// The device with the address, unless all others are reached by other devices: then the one with most of them.
 fn choose(own: u32, hops: &[(IpAddr, Hop)]) -> u32 {
     let mut counts = BTreeMap::new();
@@ -135,9 +141,9 @@ fn choose(own: u32, hops: &[(IpAddr, Hop)]) -> u32 {
 }
 
 impl Links {
-    /// The source of this node's packets to hosts beyond its LAN.
-    pub async fn own_address(&self) -> Option<IpAddr> {
-        self.lookup(ANYWHERE).await.ok().flatten().filter(|hop| hop.index != LOOPBACK)?.source
+    /// The source of this node's packets to hosts beyond its LAN, in the family of `former`.
+    pub async fn own_address(&self, former: IpAddr) -> Option<IpAddr> {
+        self.lookup(anywhere(former)).await.ok().flatten().filter(|hop| hop.index != LOOPBACK)?.source
     }
 
     /// The addresses of all devices.

@@ -5,7 +5,7 @@
 //! The fast tier receives packets before netfilter; but it receives only those that arrive at the uplink, and pods'
 //! packets leave there.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use raven_common::OVERLAY_PORT;
 use serde_json::{Value, json};
@@ -17,7 +17,7 @@ use crate::{nft, state::Change};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Guard {
     /// This node's outer address.
-    pub(super) own: Ipv4Addr,
+    pub(super) own: IpAddr,
 }
 
 /// A chain with its one rule.
@@ -40,9 +40,10 @@ impl Guard {
     }
 
     fn chains(self) -> [Chain; 2] {
+        let (family, source) = if self.own.is_ipv4() { ("ipv4", "ip saddr") } else { ("ipv6", "ip6 saddr") };
         let rule = |conditions: Vec<Value>| {
             let overlay = [
-                json!({ "match": { "op": "==", "left": { "meta": { "key": "nfproto" } }, "right": "ipv4" } }),
+                json!({ "match": { "op": "==", "left": { "meta": { "key": "nfproto" } }, "right": family } }),
                 json!({ "match": { "op": "==", "left": { "payload": { "protocol": "udp", "field": "dport" } },
                                    "right": OVERLAY_PORT } }),
             ];
@@ -66,7 +67,7 @@ impl Guard {
                 rule: rule(vec![
                     json!({ "match": { "op": "in", "left": { "ct": { "key": "status" } }, "right": "snat" } }),
                     json!({ "match": { "op": "!=", "right": self.own,
-                                       "left": { "ct": { "key": "ip saddr", "dir": "original" } } } }),
+                                       "left": { "ct": { "key": source, "dir": "original" } } } }),
                 ]),
             },
         ]

@@ -3,59 +3,67 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr},
+    net::IpAddr,
 };
 
 use ipnet::IpNet;
+use raven_api::prefix::is_routable;
 use raven_common::tables::Remote;
 
 use super::{me::Me, path::gateway_ids, proxy::service_ports, rendezvous::weight};
 use crate::{
     state::{InterceptTo, Intercepted, Interception},
-    topology::{Pool, Topology},
+    topology::{Member, Pool, Topology},
 };
 
 /// The interception of this node, and the map entries by which the overlay carries it; `None` where
 /// nothing is intercepted.
 ///
-/// `outer`: this node's outer address. `own_v4`: its address inside its first IPv4 prefix.
+/// `in_prefixes`: this node's addresses inside its pod prefixes.
 pub(super) fn interception(
     topology: &Topology,
     (own_pool, own): (&str, &Pool),
     me: &Me,
-    outer: Ipv4Addr,
-    own_v4: Option<Ipv4Addr>,
+    member: &Member,
+    in_prefixes: &[IpAddr],
 ) -> Option<(Interception, BTreeMap<IpNet, Remote>)> {
     if !own.exposed || !topology.settings.l7 {
         return None;
     }
     let to = destination(own, me)?;
-    let source = match to {
-        InterceptTo::Here => outer,
-        InterceptTo::Gateway(_) => own_v4.unwrap_or(outer),
-    };
-    let kubelets = edge_nodes(topology, me);
+    let sources = sources(to, me, member, in_prefixes);
+    let kubelets = edge_nodes(topology, me, &sources);
     // Without a ready proxy here, those of other pools, which clients can perhaps reach, are better. On the proxy's own node
     // it need not be ready: open connections must outlive a wrong report.
     let ready = to == InterceptTo::Here || own.proxies.values().any(|proxy| proxy.ready);
-    let proxies = if ready { other_proxies(topology, own_pool, own, me) } else { Nodes::new() };
+    let proxies = if ready { other_proxies(topology, own_pool, own, me, &sources) } else { Nodes::new() };
     let ports = &topology.ports;
     let listeners = service_ports(ports).map(|(port, _)| port);
     let entries = kubelets.iter().chain(&proxies).map(|(address, nodes)| (*address, nodes.as_slice()));
     let entries = overlay_entries(topology, to, entries);
     let interception = Interception {
         to,
-        source,
+        sources,
         kubelets: Intercepted { nodes: names(&kubelets), ports: ports.https.union(&ports.http).copied().collect() },
         proxies: Intercepted { nodes: names(&proxies), ports: listeners.collect() },
     };
     Some((interception, entries))
 }
 
-/// Nodes by address, as pairs of node and Gateway.
-type Nodes<'a> = BTreeMap<Ipv4Addr, Vec<(&'a str, &'a str)>>;
+/// The sources of host processes' connections, one per family: over the overlay, an address that the gateway node accepts
+/// from this node.
+fn sources(to: InterceptTo, me: &Me, member: &Member, in_prefixes: &[IpAddr]) -> Vec<IpAddr> {
+    let in_prefixes = if to == InterceptTo::Here { &[] } else { in_prefixes };
+    let own = member.addresses.iter().filter(|address| me.addresses.contains(address));
+    let candidates = || in_prefixes.iter().chain([&member.address]).chain(own.clone()).copied();
+    let of_family = |ipv4: bool| candidates().find(|address| address.is_ipv4() == ipv4);
+    [of_family(true), of_family(false).filter(|_| me.ipv6)].into_iter().flatten().collect()
+}
 
-fn names(nodes: &Nodes) -> BTreeMap<Ipv4Addr, String> {
+/// Nodes by address, as pairs of node and Gateway.
+type Nodes<'a> = BTreeMap<IpAddr, Vec<(&'a str, &'a str)>>;
+
+fn names(nodes: &Nodes) -> BTreeMap<IpAddr, String> {
     let joined = |nodes: &[(&str, &str)]| nodes.iter().map(|(node, _)| *node).collect::<Vec<_>>().join(" or ");
     nodes.iter().map(|(address, nodes)| (*address, joined(nodes))).collect()
 }
@@ -70,49 +78,47 @@ fn destination(own: &Pool, me: &Me) -> Option<InterceptTo> {
     let any_ready = own.proxies.values().any(|proxy| proxy.ready);
     let usable = own.proxies.iter().filter(|(_, proxy)| proxy.ready || !any_ready);
     let usable = usable.filter_map(|(proxy, _)| Some((proxy, own.members.get(proxy)?.outer)));
-    let (_, chosen) = usable
-        .max_by_key(|(proxy, address)| (me.intercepting_gateway == Some(*address), weight(&[&me.node, proxy])))?;
+    let (_, chosen) =
+        usable.max_by_key(|(proxy, outer)| (me.intercepting_gateway == Some(*outer), weight(&[&me.node, proxy])))?;
     Some(InterceptTo::Gateway(chosen))
 }
 
 /// Proxies of other exposed pools, except at addresses that this pool or this node needs itself: two clouds may have the
 /// same subnet.
-fn other_proxies<'a>(topology: &'a Topology, own_pool: &str, own: &Pool, me: &Me) -> Nodes<'a> {
+fn other_proxies<'a>(topology: &'a Topology, own_pool: &str, own: &Pool, me: &Me, sources: &[IpAddr]) -> Nodes<'a> {
     let mut nodes = Nodes::new();
-    let is_own = |address: Ipv4Addr| own.members.values().any(|member| member.outer == address);
-    for (gateway, node, address) in topology.other_proxies(own_pool) {
-        if is_free(address, me) && !is_own(address) {
-            nodes.entry(address).or_default().push((node, gateway));
+    let is_own = |address: &IpAddr| own.members.values().any(|member| member.addresses.contains(address));
+    for (gateway, node, proxy) in topology.other_proxies(own_pool) {
+        for address in proxy.addresses.iter().filter(|address| is_free(address, me, sources) && !is_own(address)) {
+            nodes.entry(*address).or_default().push((node, gateway));
         }
     }
     nodes
 }
 
-/// True if this node does not need the address itself.
-fn is_free(address: Ipv4Addr, me: &Me) -> bool {
-    let address = IpAddr::V4(address);
-    !me.addresses.contains(&address) && !me.protected.iter().chain(&me.subnets).any(|p| p.contains(&address))
+/// True if this node does not need the address itself, and has a source for connections to it.
+fn is_free(address: &IpAddr, me: &Me, sources: &[IpAddr]) -> bool {
+    sources.iter().any(|source| source.is_ipv4() == address.is_ipv4())
+        && is_routable(&IpNet::from(*address))
+        && !me.addresses.contains(address)
+        && !me.protected.iter().chain(&me.subnets).any(|p| p.contains(address))
 }
 
 /// Edge nodes by address. An address that several nodes have is included, so that the client gets an error that names them.
 ///
 /// Excluded, whatever address an edge node claims: nodes of exposed pools, API servers, and what this
 /// node needs itself.
-fn edge_nodes<'a>(topology: &'a Topology, me: &Me) -> Nodes<'a> {
-    let exposed = topology
-        .pools
-        .values()
-        .filter(|pool| pool.exposed)
-        .flat_map(|pool| pool.members.values())
-        .map(|member| member.outer);
-    let api_servers =
-        topology.api_servers.iter().filter_map(|address| if let IpAddr::V4(v4) = address { Some(*v4) } else { None });
-    let excluded: BTreeSet<Ipv4Addr> = exposed.chain(api_servers).collect();
+fn edge_nodes<'a>(topology: &'a Topology, me: &Me, sources: &[IpAddr]) -> Nodes<'a> {
+    let exposed = topology.pools.values().filter(|pool| pool.exposed).flat_map(|pool| pool.members.values());
+    let excluded: BTreeSet<IpAddr> =
+        exposed.flat_map(|member| &member.addresses).chain(&topology.api_servers).copied().collect();
+    let free = |address: &&IpAddr| is_free(address, me, sources) && !excluded.contains(*address);
     let mut nodes = Nodes::new();
     for (gateway, pool) in topology.pools.iter().filter(|(_, pool)| !pool.exposed && pool.l7) {
-        let free = |address| is_free(address, me) && !excluded.contains(&address);
-        for (node, member) in pool.members.iter().filter(|(_, member)| free(member.outer)) {
-            nodes.entry(member.outer).or_default().push((node, gateway));
+        for (node, member) in &pool.members {
+            for address in member.addresses.iter().filter(free) {
+                nodes.entry(*address).or_default().push((node, gateway));
+            }
         }
     }
     nodes
@@ -123,19 +129,21 @@ fn edge_nodes<'a>(topology: &'a Topology, me: &Me) -> Nodes<'a> {
 fn overlay_entries<'a>(
     topology: &Topology,
     to: InterceptTo,
-    nodes: impl Iterator<Item = (Ipv4Addr, &'a [(&'a str, &'a str)])>,
+    nodes: impl Iterator<Item = (IpAddr, &'a [(&'a str, &'a str)])>,
 ) -> BTreeMap<IpNet, Remote> {
     let InterceptTo::Gateway(via) = to else { return BTreeMap::new() };
     let ids = gateway_ids(topology);
     let entries = nodes.filter_map(|(address, nodes)| {
         let (_, gateway) = nodes.first()?;
-        Some((IpNet::from(IpAddr::V4(address)), Remote { gateway: *ids.get(*gateway)?, via: via.octets() }))
+        Some((IpNet::from(address), Remote { gateway: *ids.get(*gateway)?, via: via.octets() }))
     });
     entries.collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use super::*;
     use crate::{
         plan::{
@@ -156,7 +164,7 @@ mod tests {
     ) -> Option<(Interception, BTreeMap<IpNet, Remote>)> {
         let (name, own) = topology.pool_of(node).expect("a node of the topology");
         let me = Me { node: node.to_owned(), intercepting_gateway: present, ..Me::default() };
-        interception(topology, (name, own), &me, own.members[node].outer, None)
+        interception(topology, (name, own), &me, &own.members[node], &[])
     }
 
     #[test]
@@ -164,18 +172,46 @@ mod tests {
         let topology = three_sites();
         let here = intercept(&topology, "c1", None).expect("a gateway node");
         assert_eq!((here.to, here.kubelets.ports), (InterceptTo::Here, BTreeSet::from([10250, 10255])));
-        assert_eq!(here.kubelets.nodes[&Ipv4Addr::new(10, 1, 0, 1)], "x1");
+        assert_eq!(here.kubelets.nodes[&IpAddr::from([10, 1, 0, 1])], "x1");
         assert_eq!(
-            here.kubelets.nodes[&Ipv4Addr::new(192, 168, 0, 2)],
+            here.kubelets.nodes[&IpAddr::from([192, 168, 0, 2])],
             "x2 or y2",
             "both, so that the client's error names them"
         );
-        assert!(!here.kubelets.nodes.contains_key(&Ipv4Addr::new(10, 0, 0, 2)), "its own pool");
+        assert!(!here.kubelets.nodes.contains_key(&IpAddr::from([10, 0, 0, 2])), "its own pool");
         assert_eq!(intercept(&topology, "c2", None).map(|i| i.to), Some(InterceptTo::Gateway([10, 0, 0, 1].into())));
         assert_eq!(intercept(&topology, "x1", None), None);
         let (_, entries) = planned(&topology, "c2", None).expect("a member node");
         let remote = Remote { gateway: gateway_ids(&topology)["edge-x"], via: [10, 0, 0, 1] };
         assert_eq!(entries[&"10.1.0.1/32".parse().expect("a prefix")], remote);
+    }
+
+    #[test]
+    fn addresses_of_both_families_are_intercepted_where_this_node_has_a_source() {
+        let mut topology = three_sites();
+        let address = |text: &str| text.parse::<IpAddr>().expect("an address");
+        let member = |topology: &mut Topology, pool: &str, node: &str, own: &[&str]| {
+            let members = &mut topology.pools.get_mut(pool).expect("it is there").members;
+            members.get_mut(node).expect("it is there").addresses.extend(own.iter().map(|text| address(text)));
+        };
+        member(&mut topology, "edge-x", "x1", &["fd10:1::1", "fe80::1", "::1"]);
+        member(&mut topology, "cloud", "c1", &["fd10::1"]);
+        let intercepted = |node: &str, own: &[&str], in_prefixes: &[&str]| {
+            let (name, pool) = topology.pool_of(node).expect("a node of the topology");
+            let addresses = own.iter().map(|text| address(text)).collect();
+            let me = Me { node: node.to_owned(), addresses, ..Me::default() };
+            let in_prefixes: Vec<IpAddr> = in_prefixes.iter().map(|text| address(text)).collect();
+            interception(&topology, (name, pool), &me, &pool.members[node], &in_prefixes).expect("a cloud node")
+        };
+        let (here, _) = intercepted("c1", &["fd10::1"], &["10.244.1.1", "fd00::1"]);
+        assert_eq!(here.sources, [address("10.0.0.1"), address("fd10::1")], "the node's own");
+        let ipv6: Vec<&IpAddr> = here.kubelets.nodes.keys().filter(|a| a.is_ipv6()).collect();
+        assert_eq!(ipv6, [&address("fd10:1::1")], "not link-local, not loopback");
+        let (there, entries) = intercepted("c2", &[], &["10.244.2.1", "fd00::1"]);
+        assert_eq!(there.sources, [address("10.244.2.1"), address("fd00::1")], "the gateway node accepts these");
+        assert!(entries.contains_key(&"fd10:1::1/128".parse().expect("a prefix")));
+        let (without, entries) = intercepted("c2", &[], &["10.244.2.1"]);
+        assert!(without.kubelets.nodes.keys().all(IpAddr::is_ipv4) && entries.keys().all(|p| p.addr().is_ipv4()));
     }
 
     #[test]
@@ -188,7 +224,7 @@ mod tests {
             edge.members.insert(name.to_owned(), Member::new(address.into()));
         }
         let nodes = intercept(&topology, "c1", None).expect("a gateway node").kubelets.nodes;
-        let intercepted = |address: [u8; 4]| nodes.contains_key(&Ipv4Addr::from(address));
+        let intercepted = |address: [u8; 4]| nodes.contains_key(&IpAddr::from(address));
         assert!(!intercepted([10, 9, 0, 1]), "a node of another exposed pool");
         assert!(!intercepted([10, 9, 9, 9]), "the API server");
         assert!(intercepted([10, 1, 0, 5]));
@@ -209,7 +245,7 @@ mod tests {
             [("c1", [10, 9, 0, 1], "d1"), ("c2", [10, 9, 0, 1], "d1"), ("d2", [10, 0, 0, 1], "c1")]
         {
             let expected = Intercepted {
-                nodes: BTreeMap::from([(other.into(), name.to_owned())]),
+                nodes: BTreeMap::from([(IpAddr::from(other), name.to_owned())]),
                 ports: BTreeSet::from([10263, 10264]),
             };
             assert_eq!(proxies(&topology, node), expected, "{node}");
@@ -218,7 +254,7 @@ mod tests {
         let remote = Remote { gateway: gateway_ids(&topology)["cloud-2"], via: [10, 0, 0, 1] };
         assert_eq!(entries[&"10.9.0.1/32".parse().expect("a prefix")], remote);
         assert!(
-            !interception.kubelets.nodes.contains_key(&Ipv4Addr::new(10, 9, 0, 1)),
+            !interception.kubelets.nodes.contains_key(&IpAddr::from([10, 9, 0, 1])),
             "its kubelet is not intercepted"
         );
         let directory = crate::plan::proxy::proxy(&topology, &Me { node: "c1".to_owned(), ..Me::default() }).directory;
@@ -229,8 +265,12 @@ mod tests {
         );
         assert_eq!((by([10, 9, 0, 1], 10250), by([10, 9, 0, 2], 10264), by([10, 0, 0, 1], 10264)), (None, None, None));
         // The second cloud has the same subnet.
-        topology.pools.get_mut("cloud-2").expect("it is there").members.get_mut("d1").expect("it is there").outer =
-            [10, 0, 0, 2].into();
+        topology
+            .pools
+            .get_mut("cloud-2")
+            .expect("it is there")
+            .members
+            .insert("d1".to_owned(), Member::new([10, 0, 0, 2].into()));
         assert!(proxies(&topology, "c1").nodes.is_empty());
     }
 

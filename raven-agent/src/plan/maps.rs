@@ -1,6 +1,9 @@
 //! Contents of the eBPF maps that describe pools.
 
-use std::{collections::BTreeMap, net::Ipv4Addr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use ipnet::IpNet;
 use raven_common::tables::{Local, NODE_IS_GATEWAY, Node, Remote};
@@ -31,4 +34,19 @@ pub(super) fn local(own: &Pool) -> BTreeMap<IpNet, Local> {
 pub(super) fn nodes(own: &Pool) -> BTreeMap<Ipv4Addr, Node> {
     let flags = |name: &str| if own.gateways.contains_key(name) { NODE_IS_GATEWAY } else { 0 };
     own.members.iter().map(|(name, m)| (m.outer, Node { flags: flags(name) })).collect()
+}
+
+/// IPv6 addresses of this pool's nodes.
+pub(super) fn nodes6(own: &Pool) -> BTreeMap<Ipv6Addr, Ipv4Addr> {
+    let addresses = own.members.values().flat_map(|m| m.addresses.iter().map(|address| (*address, m.outer)));
+    addresses.filter_map(|(address, outer)| Some((ipv6(address)?, outer))).collect()
+}
+
+/// The addresses behind stand-ins.
+pub(super) fn outer6(own: &Pool) -> BTreeMap<Ipv4Addr, Ipv6Addr> {
+    own.members.values().filter_map(|m| Some((m.outer, ipv6(m.address)?))).collect()
+}
+
+fn ipv6(address: IpAddr) -> Option<Ipv6Addr> {
+    if let IpAddr::V6(address) = address { Some(address) } else { None }
 }

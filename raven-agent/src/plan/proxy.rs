@@ -139,7 +139,7 @@ pub(super) fn proxy(topology: &Topology, me: &Me) -> ProxyPlan {
 
 fn siblings(pool: &Pool, node: &str) -> BTreeMap<String, IpAddr> {
     let others = pool.proxies.keys().filter(|other| *other != node);
-    others.filter_map(|other| Some((other.clone(), IpAddr::V4(pool.members.get(other)?.outer)))).collect()
+    others.filter_map(|other| Some((other.clone(), pool.members.get(other)?.address))).collect()
 }
 
 fn cloud_proxies(topology: &Topology) -> BTreeMap<String, (String, u16)> {
@@ -154,12 +154,13 @@ fn directory(topology: &Topology, own_pool: &str, me: &Me) -> Directory {
     let mut directory =
         Directory { own_pool: own_pool.to_owned(), ports: topology.ports.clone(), ..Directory::default() };
     directory.moved = me.moved_to.map(|address| (me.node.clone(), address));
-    directory.others.extend(topology.other_proxies(own_pool).map(|(_, _, address)| IpAddr::V4(address)));
+    directory.others.extend(topology.other_proxies(own_pool).flat_map(|(_, _, proxy)| &proxy.addresses));
     for (name, pool) in &topology.pools {
         for (node, member) in &pool.members {
-            let address = IpAddr::V4(member.outer);
-            directory.addresses.entry(address).or_default().insert(node.clone());
-            let target = Target { node: node.clone(), pool: name.clone(), address };
+            for address in &member.addresses {
+                directory.addresses.entry(*address).or_default().insert(node.clone());
+            }
+            let target = Target { node: node.clone(), pool: name.clone(), address: member.address };
             directory.nodes.insert(node.clone(), target);
         }
         if !pool.exposed {

@@ -396,14 +396,8 @@ fn without_l3_the_overlay_carries_only_kubelet_connections() {
     }
     assert!(gateway.overlay.is_some() && member.overlay.is_some());
     assert!(member.state.routes.is_empty() && member.state.peers.is_empty(), "{:?}", member.state);
-    let kubelets: BTreeSet<IpNet> = member
-        .interception
-        .expect("a member node")
-        .kubelets
-        .nodes
-        .keys()
-        .map(|a| IpNet::from(IpAddr::V4(*a)))
-        .collect();
+    let kubelets: BTreeSet<IpNet> =
+        member.interception.expect("a member node").kubelets.nodes.keys().map(|a| IpNet::from(*a)).collect();
     assert_eq!(member.state.remote.keys().copied().collect::<BTreeSet<_>>(), kubelets);
     assert!(!kubelets.is_empty() && member.state.remote.values().all(|remote| remote.via == via));
 }

@@ -55,6 +55,7 @@ impl Ingress {
                     continue;
                 }
             };
+            let from = SocketAddr::new(from.ip().to_canonical(), from.port());
             let (slot, evicted) = pending.enter(from.ip());
             if evicted && self.0.stats.refused(Refusal::TooMany) {
                 tracing::warn!(

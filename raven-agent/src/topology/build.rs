@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use ipnet::IpNet;
@@ -145,8 +145,9 @@ impl Builder {
             l7: gateway.proxy_replicas() > 0,
             ..Pool::default()
         };
+        let mut stand_ins = StandIns::of(&status.nodes);
         for node in &status.nodes {
-            if let Some(member) = self.member(&name, node) {
+            if let Some(member) = self.member(&name, node, stand_ins.as_mut()) {
                 pool.members.insert(node.node_name.clone(), member);
             }
         }
@@ -154,9 +155,9 @@ impl Builder {
             if endpoint.config.get(SWITCH_L3).is_some_and(|v| v == "false") {
                 continue;
             }
-            match pool.members.get(&endpoint.node_name).map(|m| m.outer) {
-                Some(outer) => {
-                    let peer = self.peer(&name, endpoint, outer, pool.exposed);
+            match pool.members.get(&endpoint.node_name).map(|m| m.address) {
+                Some(address) => {
+                    let peer = self.peer(&name, endpoint, address, pool.exposed);
                     pool.gateways.insert(endpoint.node_name.clone(), peer);
                 }
                 None => self.problem(format!(
@@ -169,24 +170,30 @@ impl Builder {
         self.topology.pools.insert(name, pool);
     }
 
-    fn member(&mut self, gateway: &str, node: &NodeInfo) -> Option<Member> {
+    /// `stand_ins`: of a pool whose nodes exchange overlay packets over IPv6.
+    fn member(&mut self, gateway: &str, node: &NodeInfo, stand_ins: Option<&mut StandIns>) -> Option<Member> {
         if let Some(other) = self.nodes.get(&node.node_name) {
             let text = format!("Gateway {gateway}: node {} belongs to Gateway {other} already", node.node_name);
             self.problem(text);
             return None;
         }
-        let Ok(outer) = node.private_ip.parse::<Ipv4Addr>() else {
-            self.problem(format!(
-                "Gateway {gateway}: node {} has InternalIP {:?}; the overlay needs an IPv4 address, so the node is left out",
-                node.node_name, node.private_ip
-            ));
-            return None;
+        let (address, outer) = match (node.private_ip.parse::<IpAddr>(), stand_ins) {
+            (Ok(IpAddr::V4(address)), None) => (address.into(), address),
+            (Ok(IpAddr::V6(address)), Some(stand_ins)) => (address.into(), stand_ins.assign(address)),
+            (address, _) => {
+                let what = if address.is_ok() { "the other nodes of the pool have IPv4" } else { "that is no address" };
+                self.problem(format!(
+                    "Gateway {gateway}: node {} has InternalIP {:?}: {what}, so the node is left out",
+                    node.node_name, node.private_ip
+                ));
+                return None;
+            }
         };
         self.nodes.insert(node.node_name.clone(), gateway.to_owned());
         let prefixes = node.subnets.iter().filter_map(|text| self.prefix(gateway, &node.node_name, text)).collect();
         // The controller writes them, and omits those that are not addresses.
         let further = node.private_ips.iter().filter_map(|text| text.parse().ok());
-        Some(Member { prefixes, addresses: further.chain([IpAddr::V4(outer)]).collect(), outer })
+        Some(Member { prefixes, addresses: further.chain([address]).collect(), address, outer })
     }
 
     /// Makes each node's own addresses prefixes of it.
@@ -240,7 +247,7 @@ impl Builder {
         key.filter(|key| !key.is_empty()).cloned()
     }
 
-    fn peer(&mut self, gateway: &str, endpoint: &Endpoint, outer: Ipv4Addr, exposed: bool) -> GatewayPeer {
+    fn peer(&mut self, gateway: &str, endpoint: &Endpoint, address: IpAddr, exposed: bool) -> GatewayPeer {
         let key = self.key(gateway, endpoint);
         let public = endpoint.public_ip.as_deref().filter(|ip| !ip.is_empty()).and_then(|ip| ip.parse::<IpAddr>().ok());
         let port = endpoint.dialled_port();
@@ -251,7 +258,7 @@ impl Builder {
                 Some(Dial::Name { host: host.to_owned(), port, address: self.resolved.get(host).copied() })
             }
             // In an installation on one LAN, the node's own address is the one that other pools dial.
-            (None, None) if exposed => at(IpAddr::V4(outer)),
+            (None, None) if exposed => at(address),
             _ => None,
         };
         GatewayPeer { key, dial, port: endpoint.port_or_default() }
@@ -290,18 +297,51 @@ impl Builder {
     }
 }
 
+/// Stand-ins for the IPv6 addresses of a pool's nodes, in maps whose keys are IPv4 addresses. Each node chooses them for
+/// itself.
+struct StandIns(BTreeSet<Ipv4Addr>);
+
+impl StandIns {
+    /// The range of stand-ins, which has no hosts (RFC 1112 §4).
+    const RANGE: u32 = 0xf000_0000;
+
+    /// `None` if a node has an IPv4 address: a pool uses IPv6 only if it has nothing else, so that one node with a wrong
+    /// address does not move a pool.
+    fn of(nodes: &[NodeInfo]) -> Option<Self> {
+        let any_ipv4 = nodes.iter().any(|node| node.private_ip.parse::<Ipv4Addr>().is_ok());
+        (!any_ipv4).then(|| Self(BTreeSet::new()))
+    }
+
+    /// The words of the address added up, or the next one that is free: addresses that differ in one word differ here.
+    fn assign(&mut self, address: Ipv6Addr) -> Ipv4Addr {
+        let words = address
+            .octets()
+            .chunks_exact(4)
+            .map(|word| u32::from_be_bytes([word[0], word[1], word[2], word[3]]))
+            .fold(0, u32::wrapping_add);
+        let mut number = words;
+        loop {
+            let stand_in = Ipv4Addr::from(number | Self::RANGE);
+            if self.0.insert(stand_in) {
+                return stand_in;
+            }
+            number = number.wrapping_add(1);
+        }
+    }
+}
+
 /// Elected proxy nodes of a pool. An elected node outside the pool is ignored here; it is reported for the tunnel.
 fn proxies(pool: &Pool, active: &[Endpoint]) -> BTreeMap<String, ProxyPeer> {
     let elected = active.iter().filter(|e| e.type_ == EndpointType::Proxy);
     let on = elected.filter(|e| e.config.get(SWITCH_L7).is_none_or(|v| v != "false"));
     on.filter_map(|endpoint| {
-        let outer = pool.members.get(&endpoint.node_name)?.outer;
+        let address = pool.members.get(&endpoint.node_name)?.address;
         let text = |value: Option<&String>| value.filter(|v| !v.is_empty()).cloned();
         let host = text(endpoint.public_ip.as_ref())
             .map(|ip| canonical_host(&ip))
             .or_else(|| host_name(endpoint).map(str::to_owned));
         // In an installation on one LAN, the node's own address is the one that edges dial.
-        let host = pool.exposed.then(|| host.unwrap_or_else(|| outer.to_string()));
+        let host = pool.exposed.then(|| host.unwrap_or_else(|| address.to_string()));
         let dial = host.map(|host| (host, endpoint.dialled_port()));
         let ready = endpoint.config.get(CONFIG_PROXY_READY).is_some_and(|text| text == "true");
         Some((
@@ -350,6 +390,39 @@ mod tests {
         assert!(!overlaps("10.0.3.0/24"));
         assert!(overlaps("fd00::/48"));
         assert!(!overlaps("fd01::/48"));
+    }
+
+    #[test]
+    fn nodes_of_a_pool_with_ipv6_only_get_stand_ins() {
+        let built = |addresses: &[&str]| {
+            let node = |(n, address): (usize, &&str)| NodeInfo {
+                node_name: format!("n{n}"),
+                private_ip: (*address).to_owned(),
+                ..NodeInfo::default()
+            };
+            let mut gateway = Gateway::new("edge", Default::default());
+            let nodes = addresses.iter().enumerate().map(node).collect();
+            gateway.status = Some(raven_api::gateway::GatewayStatus { nodes, ..Default::default() });
+            build(&Inputs { gateways: vec![gateway], ..Inputs::default() })
+        };
+        // The first two have the same stand-in by their address alone.
+        let topology = built(&["fd10:1::11", "fd10:0:1::11:0:0", "fd10:1::12"]);
+        let members = &topology.pools["edge"].members;
+        let outer: Vec<Ipv4Addr> = members.values().map(|m| m.outer).collect();
+        assert_eq!(outer.iter().collect::<BTreeSet<_>>().len(), 3, "{outer:?}");
+        assert!(outer.iter().all(|outer| outer.octets()[0] >= 240), "{outer:?}");
+        assert_eq!(members["n0"].address, "fd10:1::11".parse::<IpAddr>().expect("an address"));
+        assert_eq!(topology.problems, Vec::<String>::new());
+
+        let topology = built(&["fd10:1::11", "10.1.0.12"]);
+        let members = &topology.pools["edge"].members;
+        assert_eq!(members.keys().collect::<Vec<_>>(), ["n1"]);
+        assert_eq!((members["n1"].outer, members["n1"].address), ([10, 1, 0, 12].into(), [10, 1, 0, 12].into()));
+        assert!(
+            topology.problems[0].contains("n0") && topology.problems[0].contains("IPv4"),
+            "{:?}",
+            topology.problems
+        );
     }
 
     #[test]

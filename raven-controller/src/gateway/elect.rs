@@ -15,7 +15,7 @@ use raven_api::gateway::{CONFIG_PUBLIC_KEY, Endpoint, EndpointType, ExposeType};
 use raven_api::names::{LABEL_GATEWAY, SWITCH_L3, SWITCH_L7};
 use raven_api::proxy::{CONFIG_HOSTNAME, CONFIG_NODE_UID, CONFIG_PROXY_READY};
 
-use super::facts::{BalancerFacts, GatewayFacts, NodeFacts, NodeName};
+use super::facts::{BalancerFacts, Family, GatewayFacts, NodeFacts, NodeName};
 use super::inputs::Inputs;
 use super::keys::{self, KeyHolders};
 use super::links::Links;
@@ -100,10 +100,16 @@ pub(crate) fn elect(
 }
 
 /// Returns refusals for endpoints of the spec that name a node outside the pool or a node without an address.
-pub(crate) fn refused_endpoints(inputs: &Inputs, gateway: &GatewayFacts, pool: &[&NodeFacts]) -> Vec<Refusal> {
+pub(crate) fn refused_endpoints(
+    inputs: &Inputs,
+    gateway: &GatewayFacts,
+    family: Family,
+    pool: &[&NodeFacts],
+    unaddressed: &[&NodeFacts],
+) -> Vec<Refusal> {
     let names: BTreeSet<&str> = gateway.resource.spec.endpoints.iter().map(|e| e.node_name.as_str()).collect();
     let unknown = names.into_iter().filter(|name| pool.iter().all(|node| node.name.as_str() != *name));
-    let unaddressed = names_without_address(gateway, pool);
+    let unaddressed = names_without_address(gateway, family, unaddressed);
     unknown
         .map(|name| {
             let message = if inputs.nodes.contains_key(&NodeName::from(name)) {
@@ -120,13 +126,14 @@ pub(crate) fn refused_endpoints(inputs: &Inputs, gateway: &GatewayFacts, pool: &
         .collect()
 }
 
-fn names_without_address(gateway: &GatewayFacts, pool: &[&NodeFacts]) -> Vec<Refusal> {
+fn names_without_address(gateway: &GatewayFacts, family: Family, unaddressed: &[&NodeFacts]) -> Vec<Refusal> {
     let listed = |node: &&&NodeFacts| gateway.resource.spec.endpoints.iter().any(|e| e.node_name == node.name.as_str());
-    let bare = pool.iter().filter(|node| !node.is_addressed()).filter(listed);
+    let bare = unaddressed.iter().filter(listed);
     bare.map(|node| {
         let message = format!(
-            "endpoint names node {}, which has no IPv4 InternalIP, so it cannot be elected: set --node-ip of its kubelet, or check the cloud provider",
-            node.name
+            "endpoint names node {}, which has no {} InternalIP, as this pool needs, so it cannot be elected: set --node-ip of its kubelet, or check the cloud provider",
+            node.name,
+            family.as_str()
         );
         Refusal::new("EndpointNodeUnaddressed", message)
     })

@@ -83,6 +83,33 @@ pub(crate) fn parse_prefix(text: &str) -> Result<IpNet, BadPrefix> {
         .map_err(|e| BadPrefix { text: text.trim().to_owned(), error: e.to_string() })
 }
 
+/// Address family of the packets between the nodes of a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Family {
+    /// IPv4.
+    Ipv4,
+    /// IPv6.
+    Ipv6,
+}
+
+impl Family {
+    /// The family of a pool with these nodes: IPv4, unless most of them have only IPv6. A single node, wherever it comes
+    /// from, does not move a pool from one family to the other.
+    pub(crate) fn of(pool: &[&NodeFacts]) -> Self {
+        // The first address is an IPv4 address if the node has one.
+        let first = |ipv4| pool.iter().filter(|node| node.address.is_some_and(|a| a.is_ipv4() == ipv4)).count();
+        if first(false) > first(true) { Self::Ipv6 } else { Self::Ipv4 }
+    }
+
+    /// Returns its name.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Ipv4 => "IPv4",
+            Self::Ipv6 => "IPv6",
+        }
+    }
+}
+
 /// Facts of a Node.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct NodeFacts {
@@ -130,9 +157,9 @@ impl NodeFacts {
         self.address.into_iter().chain(self.other_addresses.iter().copied())
     }
 
-    /// True if the node has an IPv4 InternalIP, the outer address of packets between the nodes of a pool.
-    pub(crate) fn is_addressed(&self) -> bool {
-        self.address.is_some_and(|address| address.is_ipv4())
+    /// Returns the first InternalIP of a family.
+    pub(crate) fn address_of(&self, family: Family) -> Option<IpAddr> {
+        self.addresses().find(|address| address.is_ipv4() == (family == Family::Ipv4))
     }
 
     /// Returns the value of a label; an empty value counts as absent.

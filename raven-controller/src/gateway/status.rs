@@ -15,7 +15,7 @@ use raven_api::names::{AGENT_PODS, ANNOTATION_EXTRA_CIDRS, LABEL_GATEWAY, SWITCH
 use raven_api::proxy::CONFIG_HOSTNAME;
 
 use super::elect::Election;
-use super::facts::{GatewayFacts, GatewayName, NodeFacts, NodeName, Switches};
+use super::facts::{Family, GatewayFacts, GatewayName, NodeFacts, NodeName, Switches};
 use super::inputs::Inputs;
 use super::refusal::Refusal;
 use super::text::{count, enumerate, join_capped, type_name};
@@ -30,9 +30,11 @@ pub(crate) const AGENT_NOT_READY: &str = "AgentNotReady";
 pub(crate) struct Draft<'a> {
     /// Facts of the Gateway.
     pub(crate) gateway: &'a GatewayFacts,
-    /// Nodes with an IPv4 address, sorted by name, each with the prefixes that it carries.
+    /// Address family of the packets between its nodes.
+    pub(crate) family: Family,
+    /// Nodes with an address of that family, sorted by name, each with the prefixes that it carries.
     pub(crate) nodes: Vec<(&'a NodeFacts, Vec<IpNet>)>,
-    /// Nodes without an IPv4 address, which are ignored.
+    /// Nodes without one, which are ignored.
     pub(crate) unaddressed: Vec<NodeName>,
     /// Election for the L3 tunnel.
     pub(crate) tunnel: Election,
@@ -103,8 +105,10 @@ impl Decision {
 
 /// The InternalIPs of a node that has several. A kubelet reports at most one per family, a cloud provider more; the
 /// number is limited because each agent receives them.
-fn several(node: &NodeFacts) -> Vec<String> {
-    let addresses: Vec<String> = node.addresses().take(8).map(|address| address.to_string()).collect();
+fn several(node: &NodeFacts, family: Family) -> Vec<String> {
+    let first = node.address_of(family);
+    let others = node.addresses().filter(|address| Some(*address) != first);
+    let addresses: Vec<String> = first.into_iter().chain(others).take(8).map(|address| address.to_string()).collect();
     if addresses.len() > 1 { addresses } else { Vec::new() }
 }
 
@@ -112,9 +116,11 @@ fn shared_addresses(inputs: &Inputs, drafts: &[Draft<'_>]) -> Owners {
     let mut by_address = Owners::new();
     let mut members = BTreeSet::new();
     for draft in drafts {
-        for (node, address) in draft.nodes.iter().filter_map(|(node, _)| Some((node, node.address?))) {
+        for (node, _) in &draft.nodes {
             members.insert(&node.name);
-            by_address.entry(address).or_default().push((Some(draft.gateway.name.clone()), node.name.clone()));
+            for address in node.addresses() {
+                by_address.entry(address).or_default().push((Some(draft.gateway.name.clone()), node.name.clone()));
+            }
         }
     }
     for node in inputs.nodes.values().filter(|node| !members.contains(&node.name)) {
@@ -131,8 +137,8 @@ impl Draft<'_> {
         let verdicts = vec![self.ready(cluster, switches), self.elected(), self.accepted()];
         let nodes = self.nodes.iter().map(|(node, subnets)| NodeInfo {
             node_name: node.name.to_string(),
-            private_ip: node.address.map(|a| a.to_string()).unwrap_or_default(),
-            private_ips: several(node),
+            private_ip: node.address_of(self.family).map(|a| a.to_string()).unwrap_or_default(),
+            private_ips: several(node, self.family),
             subnets: subnets.iter().map(IpNet::to_string).collect(),
         });
         let active_endpoints = [self.tunnel.elected, self.proxy.elected].concat();
@@ -234,7 +240,7 @@ impl Draft<'_> {
         if self.nodes.is_empty() {
             return Some((
                 "NoNodeAddress",
-                "no node of the pool has an IPv4 InternalIP, which packets between its nodes need: set --node-ip of the kubelets (with both families: IPv4,IPv6), or check the cloud provider"
+                "no node of the pool has an InternalIP, which packets between its nodes need: set --node-ip of the kubelets, or check the cloud provider"
                     .to_owned(),
             ));
         }
@@ -308,7 +314,8 @@ impl Draft<'_> {
             notes.push(format!("no publicIP is set for {}: other pools dial its InternalIP", enumerate(&without)));
         }
         if !self.unaddressed.is_empty() {
-            notes.push(format!("ignored because they have no IPv4 InternalIP: {}", enumerate(&self.unaddressed)));
+            let family = self.family.as_str();
+            notes.push(format!("ignored because they have no {family} InternalIP: {}", enumerate(&self.unaddressed)));
         }
         let without_prefix: Vec<&NodeName> =
             self.nodes.iter().filter(|(_, s)| s.is_empty()).map(|(n, _)| &n.name).collect();
@@ -334,10 +341,10 @@ impl Draft<'_> {
             .nodes
             .iter()
             .filter_map(|(node, _)| {
-                let address = node.address?;
                 let own = Some(&self.gateway.name);
-                let (gateway, other) =
-                    cluster.shared.get(&address)?.iter().find(|(gateway, _)| gateway.as_ref() != own)?;
+                let owner_of = |address: IpAddr| cluster.shared.get(&address)?.iter().find(|(g, _)| g.as_ref() != own);
+                let (address, (gateway, other)) =
+                    node.addresses().find_map(|address| Some((address, owner_of(address)?)))?;
                 let pool =
                     gateway.as_ref().map_or_else(|| "no Gateway".to_owned(), |gateway| format!("Gateway {gateway}"));
                 Some(format!("{} ({address} is also the address of node {other} of {pool})", node.name))

@@ -2,6 +2,7 @@
 //! CoreDNS: the components on the L7 path.
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -120,7 +121,8 @@ impl Lab {
     }
 
     fn kubelet(&self, node: &Node, dir: &Path, socket: &Path, binaries: &Programs) -> Result<Process> {
-        let names = vec![node.name.clone(), node.lan_v4.to_string()];
+        let addresses = node.addresses();
+        let names = addresses.iter().map(IpAddr::to_string).chain([node.name.clone()]).collect();
         let (certificate, key) = self.cluster().sign_server(&format!("system:node:{}", node.name), names)?;
         let file = |name: &str, content: &str| -> Result<PathBuf> {
             let path = dir.join(name);
@@ -128,8 +130,7 @@ impl Lab {
             Ok(path)
         };
         let (certificate, key) = (file("kubelet.crt", &certificate)?, file("kubelet.key", &key)?);
-        let edge = node.pool != self.cloud().spec.name;
-        let server = self.cluster().server_for(self, edge);
+        let server = self.cluster().server_for(self, node);
         let kubeconfig = file("kubeconfig", &self.cluster().admin_kubeconfig(&server))?;
         let config = json!({
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -154,7 +155,7 @@ impl Lab {
         let config = file("kubelet.json", &config.to_string())?;
         let mut command = node.ns.command(binaries.program("kubelet"));
         command.arg("--config").arg(config).arg("--kubeconfig").arg(kubeconfig);
-        command.arg("--hostname-override").arg(&node.name).arg("--node-ip").arg(node.lan_v4.to_string());
+        command.arg("--hostname-override").arg(&node.name).arg("--node-ip").arg(addresses[0].to_string());
         command.arg("--root-dir").arg(dir.join("root"));
         command.env("PATH", path_with(&binaries.dir));
         Process::start(format!("kubelet-{}", node.name), &self.logs(), command)
@@ -270,8 +271,7 @@ impl Lab {
     /// Starts kube-proxy on a node, with its files in `dir`.
     pub(crate) fn start_kube_proxy(&self, node: &Node, dir: &Path, binaries: &Programs) -> Result<Process> {
         let kubeconfig = dir.join("kube-proxy.kubeconfig");
-        let edge = node.pool != self.cloud().spec.name;
-        fs::write(&kubeconfig, self.cluster().admin_kubeconfig(&self.cluster().server_for(self, edge)))?;
+        fs::write(&kubeconfig, self.cluster().admin_kubeconfig(&self.cluster().server_for(self, node)))?;
         let mut kube_proxy = node.ns.command(binaries.program("kube-proxy"));
         kube_proxy.arg("--kubeconfig").arg(&kubeconfig).arg("--hostname-override").arg(&node.name).args([
             "--proxy-mode=nftables",

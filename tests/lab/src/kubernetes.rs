@@ -4,6 +4,7 @@
 //! Gateways as kubelets and users would, [`identity`] creates the tokens of agents and controller.
 
 use std::fs;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -16,7 +17,7 @@ use kube::{Client, Config};
 use crate::eventually;
 use crate::namespace::{Namespace, output};
 use crate::process::Process;
-use crate::site::{API_PORT, CONTROL_PLANE, Site};
+use crate::site::{API_PORT, CONTROL_PLANE, CONTROL_PLANE_V6, Node, Site};
 use binaries::Binaries;
 use certificates::Certificates;
 
@@ -54,17 +55,17 @@ impl Cluster {
         let binaries = tokio::task::spawn_blocking(Binaries::find_or_build).await??;
         let dir = site.dir.join("kubernetes");
         fs::create_dir_all(&dir)?;
-        let public = site.cloud().public_v4.to_string();
+        let public = [site.cloud().public_v4.to_string(), site.cloud().public_v6.to_string()];
         let cloud = site.nodes_of(&site.cloud().spec.name).map(|node| node.lan_v4.to_string());
         let names = [
             CONTROL_PLANE.to_string(),
-            public,
+            CONTROL_PLANE_V6.to_string(),
             site.host_link.control_plane.to_string(),
             "127.0.0.1".to_owned(),
             FIRST_SERVICE.to_owned(),
             "kubernetes.default.svc".to_owned(),
         ];
-        let certificates = Certificates::make(&dir, names.into_iter().chain(cloud).collect())?;
+        let certificates = Certificates::make(&dir, names.into_iter().chain(public).chain(cloud).collect())?;
         let kubeconfig = site.dir.join("kubeconfig");
         let server = format!("https://{}:{API_PORT}", site.host_link.control_plane);
         fs::write(&kubeconfig, certificates.admin_kubeconfig(&server))?;
@@ -100,9 +101,14 @@ impl Cluster {
     }
 
     /// Returns the URL by which a node reaches the API server.
-    pub fn server_for(&self, site: &Site, edge: bool) -> String {
-        let address = if edge { site.cloud().public_v4 } else { CONTROL_PLANE };
-        format!("https://{address}:{API_PORT}")
+    pub fn server_for(&self, site: &Site, node: &Node) -> String {
+        let cloud = site.cloud();
+        let (ipv4, ipv6) = match node.pool == cloud.spec.name {
+            true => (CONTROL_PLANE, CONTROL_PLANE_V6),
+            false => (cloud.public_v4, cloud.public_v6),
+        };
+        let address = if node.ipv6_only { IpAddr::V6(ipv6) } else { IpAddr::V4(ipv4) };
+        format!("https://{}", SocketAddr::new(address, API_PORT))
     }
 
     /// Returns the path of kubectl.

@@ -24,7 +24,7 @@ impl Lab {
         let dir = node.dir.join("metrics-server");
         std::fs::create_dir_all(&dir)?;
         let kubeconfig = dir.join("kubeconfig");
-        std::fs::write(&kubeconfig, self.cluster().admin_kubeconfig(&self.cluster().server_for(self, false)))?;
+        std::fs::write(&kubeconfig, self.cluster().admin_kubeconfig(&self.cluster().server_for(self, node)))?;
         let mut command = node.ns.command(metrics_server.program("metrics-server"));
         for flag in ["kubeconfig", "authentication-kubeconfig", "authorization-kubeconfig"] {
             command.arg(format!("--{flag}={}", kubeconfig.display()));

@@ -15,7 +15,9 @@ use anyhow::{Context, Result, anyhow};
 
 use crate::eventually;
 use crate::namespace::{Namespace, feed, output};
-use crate::site::{CLUSTER_V4, CLUSTER_V6, CONTROL_PLANE, Masquerade, MasqueradeBy, Nat, Node, Pod, Pool, Site};
+use crate::site::{
+    CLUSTER_V4, CLUSTER_V6, CONTROL_PLANE, CONTROL_PLANE_V6, Masquerade, MasqueradeBy, Nat, Node, Pod, Pool, Site,
+};
 
 /// Settings that devices inherit at their creation. Without duplicate address detection, an
 /// IPv6 address works immediately.
@@ -90,9 +92,7 @@ fn build_node(site: &Site, node: &Node) -> Result<()> {
         "link set lo up
 link add eth0 type veth peer name {name} netns {router}
 link set eth0 up
-addr add {lan4}/24 dev eth0
 addr add {lan6}/64 dev eth0 nodad
-route add default via {gw4} dev eth0
 route add default via {gw6} dev eth0
 link add cni0 type bridge
 link set cni0 up
@@ -101,19 +101,22 @@ addr add {pod6}/64 dev cni0 nodad
 ",
         name = node.name,
         router = site.pool(&node.pool).router.name,
-        lan4 = node.lan_v4,
         lan6 = node.lan_v6,
-        gw4 = pool.lan_v4(1),
         gw6 = pool.lan_v6(1),
         pod4 = node.pod_v4(1),
         pod6 = node.pod_v6(1),
     );
+    if !node.ipv6_only {
+        let (lan, gateway) = (node.lan_v4, pool.lan_v4(1));
+        writeln!(batch, "addr add {lan}/24 dev eth0\nroute add default via {gateway} dev eth0")?;
+    }
     for pod in &node.pods {
         let device = pod_device(node, pod);
         writeln!(batch, "link set {device} master cni0\nlink set {device} up")?;
     }
     for other in site.nodes_of(&node.pool).filter(|n| n.name != node.name) {
-        writeln!(batch, "route add {} via {} dev eth0", other.pod_cidr_v4(), other.lan_v4)?;
+        let hop = if other.ipv6_only { format!("inet6 {}", other.lan_v6) } else { other.lan_v4.to_string() };
+        writeln!(batch, "route add {} via {hop} dev eth0", other.pod_cidr_v4())?;
         writeln!(batch, "route add {} via {} dev eth0", other.pod_cidr_v6(), other.lan_v6)?;
     }
     node.ns.ip(&batch)?;
@@ -225,13 +228,16 @@ fn build_control_plane(site: &Site) -> Result<()> {
 link add eth0 type veth peer name cp netns {router}
 link set eth0 up
 addr add {CONTROL_PLANE}/24 dev eth0
+addr add {CONTROL_PLANE_V6}/64 dev eth0 nodad
 route add default via {gw} dev eth0
+route add default via {gw6} dev eth0
 link add host type veth peer name {device} netns {pid}
 link set host up
 addr add {here}/30 dev host
 ",
         router = site.cloud().router.name,
         gw = cloud.lan_v4(1),
+        gw6 = cloud.lan_v6(1),
         device = link.device,
         // The namespace of this process, which may differ from that of process 1.
         pid = std::process::id(),

@@ -93,7 +93,7 @@ fn snapshot(lab: &Lab, keys: &BTreeMap<String, String>) -> Result<Value> {
             public_key: keys.get(&elected.name).cloned(),
             public_key_proof: None,
             listen_port: Some(raven_api::DEFAULT_TUNNEL_PORT.into()),
-            addresses: vec![elected.lan_v4.to_string()],
+            addresses: vec![elected.addresses()[0].to_string()],
             version: "0".to_owned(),
         };
         announced.push(GatewayNode::new(&elected.name, spec));
@@ -104,7 +104,7 @@ fn snapshot(lab: &Lab, keys: &BTreeMap<String, String>) -> Result<Value> {
 fn info(node: &Node) -> NodeInfo {
     NodeInfo {
         node_name: node.name.clone(),
-        private_ip: node.lan_v4.to_string(),
+        private_ip: node.addresses()[0].to_string(),
         subnets: vec![node.pod_cidr_v4(), node.pod_cidr_v6()],
         ..NodeInfo::default()
     }

@@ -5,7 +5,7 @@ mod lossless;
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     time::{Duration, Instant},
 };
 
@@ -344,13 +344,14 @@ pub async fn unfragmented(lab: &Lab, bytes: u64) -> Result<String> {
 /// Sends a VXLAN packet (network 200) from a namespace to `node`, with an inner IPv4/UDP packet of the given addresses.
 /// The kernel builds the outer headers; the payload is forged.
 pub fn forged_overlay(from: &Namespace, node: &Node, source: Ipv4Addr, destination: Ipv4Addr) -> Result<()> {
-    forged_overlay_from(from, Ipv4Addr::UNSPECIFIED, node, source, destination)
+    let any = if node.ipv6_only { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    forged_overlay_from(from, any, node, source, destination)
 }
 
 /// The same with a chosen outer source, an address of the namespace.
 pub fn forged_overlay_from(
     from: &Namespace,
-    outer: Ipv4Addr,
+    outer: IpAddr,
     node: &Node,
     source: Ipv4Addr,
     destination: Ipv4Addr,
@@ -359,7 +360,7 @@ pub fn forged_overlay_from(
     let builder = builder.ipv4(source.octets(), destination.octets(), 64).udp(1, 9);
     let mut payload = vec![0x08, 0, 0, 0, 0, 0, 200, 0];
     builder.write(&mut payload, b"forged")?;
-    let target = SocketAddr::from((node.lan_v4, 4472));
+    let target = SocketAddr::new(node.addresses()[0], 4472);
     from.within(move || UdpSocket::bind((outer, 0)).and_then(|socket| socket.send_to(&payload, target)))??;
     Ok(())
 }

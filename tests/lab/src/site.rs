@@ -10,6 +10,8 @@ use crate::namespace::Namespace;
 
 /// Address of the control plane on the LAN of the cloud pool.
 pub const CONTROL_PLANE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 5);
+/// Its IPv6 address.
+pub const CONTROL_PLANE_V6: Ipv6Addr = Ipv6Addr::new(0xfd10, 0, 0, 0, 0, 0, 0, 5);
 /// Port of the API server, on its own address and on the cloud's public address.
 pub const API_PORT: u16 = 6443;
 /// IPv4 range of all pods of the cluster.
@@ -106,6 +108,8 @@ pub struct PoolSpec {
     pub nat: Nat,
     /// Number of the LAN if it differs from `number`. Two sites installed from one image have the same addresses.
     pub lan: Option<u8>,
+    /// Its nodes have no IPv4 addresses on the LAN. Their pods have both families.
+    pub ipv6_only: bool,
 }
 
 impl PoolSpec {
@@ -119,6 +123,7 @@ impl PoolSpec {
             forwards: Vec::new(),
             nat: Nat::default(),
             lan: None,
+            ipv6_only: false,
         }
     }
 
@@ -128,7 +133,13 @@ impl PoolSpec {
         cloud.forwards = vec![
             cloud.forward(Protocol::Udp, 4500, 0),
             cloud.forward(Protocol::Tcp, 10262, 0),
-            Forward { protocol: Protocol::Tcp, public_port: API_PORT, to: CONTROL_PLANE, to_v6: None, port: API_PORT },
+            Forward {
+                protocol: Protocol::Tcp,
+                public_port: API_PORT,
+                to: CONTROL_PLANE,
+                to_v6: Some(CONTROL_PLANE_V6),
+                port: API_PORT,
+            },
         ];
         vec![cloud, Self::new("edge-x", "x", 1, 20), Self::new("edge-y", "y", 2, 30)]
     }
@@ -185,7 +196,9 @@ pub struct Node {
     pub dir: PathBuf,
     /// Number of the node, unique in the lab. The pod prefixes are 10.244.N.0/24 and fd00:244:N::/64.
     pub number: u8,
-    /// IPv4 address on the LAN (device `eth0`): the InternalIP.
+    /// It has no IPv4 address on the LAN.
+    pub ipv6_only: bool,
+    /// IPv4 address on the LAN (device `eth0`): the InternalIP, unless [`Node::ipv6_only`].
     pub lan_v4: Ipv4Addr,
     /// IPv6 address on the LAN.
     pub lan_v6: Ipv6Addr,
@@ -194,6 +207,12 @@ pub struct Node {
 }
 
 impl Node {
+    /// Returns its InternalIPs, first the one by which the pool reaches it.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        let ipv4 = (!self.ipv6_only).then_some(IpAddr::from(self.lan_v4));
+        ipv4.into_iter().chain([self.lan_v6.into()]).collect()
+    }
+
     /// Returns the IPv4 pod prefix.
     pub fn pod_cidr_v4(&self) -> String {
         format!("10.244.{}.0/24", self.number)
@@ -322,6 +341,7 @@ impl Site {
             ns,
             dir,
             number,
+            ipv6_only: pool.ipv6_only,
             lan_v4: pool.lan_v4(host_of(index)),
             lan_v6: pool.lan_v6(host_of(index)),
             pods: Vec::new(),

@@ -206,6 +206,10 @@ impl Cluster {
         self.resource(gateway).status.as_ref().expect("applied").nodes.iter().map(|n| n.node_name.clone()).collect()
     }
 
+    pub(super) fn addresses(&self, gateway: &str) -> Vec<String> {
+        self.resource(gateway).status.as_ref().expect("applied").nodes.iter().map(|n| n.private_ip.clone()).collect()
+    }
+
     pub(super) fn subnets(&self, gateway: &str, node: &str) -> Vec<String> {
         let nodes = &self.resource(gateway).status.as_ref().expect("applied").nodes;
         nodes.iter().find(|n| n.node_name == node).map(|n| n.subnets.clone()).unwrap_or_default()

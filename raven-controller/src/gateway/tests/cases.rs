@@ -502,7 +502,7 @@ fn listed_node_without_an_address_is_refused() {
 }
 
 #[test]
-fn node_without_an_ipv4_address_is_ignored_and_reported() {
+fn node_without_the_pools_address_family_is_ignored_and_reported() {
     for address in [None, Some("2001:db8::1".parse().expect("an address"))] {
         let mut bare = member("edge", "e1", "10.2.1.0/24");
         bare.address = address;
@@ -510,8 +510,27 @@ fn node_without_an_ipv4_address_is_ignored_and_reported() {
         assert_eq!((cluster.nodes("edge"), cluster.tunnel("edge")), (vec!["e2".to_owned()], vec!["e2".to_owned()]));
         cluster.assert_condition("edge", "Ready", "True", "Degraded", "no IPv4 InternalIP: e1");
         let cluster = cluster.without_node("e2").apply(2);
-        cluster.assert_condition("edge", "Ready", "False", "NoNodeAddress", "--node-ip of the kubelets");
+        match address {
+            None => cluster.assert_condition("edge", "Ready", "False", "NoNodeAddress", "--node-ip of the kubelets"),
+            Some(_) => assert_eq!(cluster.tunnel("edge"), ["e1"], "a pool with IPv6 only"),
+        }
     }
+}
+
+#[test]
+fn most_nodes_decide_the_address_family_of_their_pool() {
+    let ipv6 = |n: u8| format!("fd10::{n}").parse::<std::net::IpAddr>().expect("an address");
+    let mut dual = member("edge", "e1", "10.2.1.0/24");
+    let ipv4 = dual.address.expect("an address").to_string();
+    dual.other_addresses = vec![ipv6(1)];
+    let mut only = member("edge", "e2", "10.2.2.0/24");
+    only.address = Some(ipv6(2));
+    let cluster = two_pools().node(dual).node(only.clone()).apply(1);
+    assert_eq!(cluster.addresses("edge"), [ipv4], "one of two");
+    only.name = "e3".into();
+    only.address = Some(ipv6(3));
+    let cluster = cluster.node(only).apply(2);
+    assert_eq!(cluster.addresses("edge"), ["fd10::1", "fd10::2", "fd10::3"], "two of three");
 }
 
 #[test]

@@ -16,7 +16,7 @@ use serde_json::json;
 
 use super::Cluster;
 use crate::eventually;
-use crate::site::{API_PORT, CONTROL_PLANE, Node, Site};
+use crate::site::{API_PORT, Node, Site};
 
 /// Name of the controller's service account.
 pub const CONTROLLER_SERVICE_ACCOUNT: &str = "raven-controller";
@@ -58,10 +58,8 @@ impl Cluster {
     pub async fn agent_kubeconfig(&self, site: &Site, node: &Node) -> Result<PathBuf> {
         let pod = self.agent_pod(node).await?;
         let token = self.token(AGENT_SERVICE_ACCOUNT, Some(&pod)).await?;
-        let cloud = site.cloud();
-        let address = if node.pool == cloud.spec.name { CONTROL_PLANE } else { cloud.public_v4 };
         let path = node.dir.join("kubeconfig");
-        fs::write(&path, self.certificates.token_kubeconfig(&format!("https://{address}:{API_PORT}"), &token))?;
+        fs::write(&path, self.certificates.token_kubeconfig(&self.server_for(site, node), &token))?;
         Ok(path)
     }
 

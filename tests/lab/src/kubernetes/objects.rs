@@ -80,11 +80,9 @@ impl Cluster {
         api.patch(&node.name, &parameters, &Patch::Apply(&object))
             .await
             .with_context(|| format!("apply Node {}", node.name))?;
-        let addresses = json!({"status": {"addresses": [
-            {"type": "InternalIP", "address": node.lan_v4.to_string()},
-            {"type": "InternalIP", "address": node.lan_v6.to_string()},
-            {"type": "Hostname", "address": node.name},
-        ]}});
+        let internal = node.addresses().into_iter().map(|ip| json!({"type": "InternalIP", "address": ip.to_string()}));
+        let all: Vec<Value> = internal.chain([json!({"type": "Hostname", "address": node.name})]).collect();
+        let addresses = json!({"status": {"addresses": all}});
         // A merge patch, as a kubelet sends it: server-side apply refuses two addresses of one type.
         api.patch_status(&node.name, &PatchParams::default(), &Patch::Merge(&addresses))
             .await
@@ -145,8 +143,11 @@ impl Cluster {
 }
 
 /// Returns the Gateway that a user would write for a pool: exposed, with the nodes to which the router maps UDP 4500.
-/// Without such a mapping: an edge behind NAT with all its nodes as candidates.
+/// Without such a mapping: an edge behind NAT with all its nodes as candidates. Where a pool has only IPv6, others are
+/// dialled by their IPv6 addresses.
 pub fn default_gateway(site: &Site, pool: &Pool) -> Gateway {
+    let ipv6 = site.nodes.iter().any(|node| node.ipv6_only);
+    let public_ip = if ipv6 { pool.public_v6.to_string() } else { pool.public_v4.to_string() };
     let nodes = || site.nodes_of(&pool.spec.name);
     let exposed: Vec<Endpoint> = pool
         .spec
@@ -158,7 +159,7 @@ pub fn default_gateway(site: &Site, pool: &Pool) -> Gateway {
             node_name: node.name.clone(),
             port: Some(f.port.into()),
             public_port: (f.public_port != f.port).then_some(f.public_port.into()),
-            public_ip: Some(pool.public_v4.to_string()),
+            public_ip: Some(public_ip.clone()),
             ..Endpoint::default()
         })
         .collect();
