@@ -13,11 +13,18 @@ use crate::namespace::{Namespace, output};
 use crate::process::Process;
 use crate::site::Site;
 
+/// Time limit for tcpdump's answers.
+const WITHIN: Duration = Duration::from_secs(10);
+
 /// A running tcpdump.
 #[derive(Debug)]
 pub struct Capture {
     process: Process,
     file: PathBuf,
+    /// Number of reports of its counts.
+    reports: usize,
+    /// Packets that arrived before the kernel had the filter: it counts them, and tcpdump does not write them.
+    unfiltered: u64,
 }
 
 impl Capture {
@@ -35,7 +42,7 @@ impl Capture {
             command.arg(filter);
         }
         let mut process = Process::start(format!("tcpdump-{name}"), &site.logs(), command)?;
-        eventually(Duration::from_secs(10), &format!("tcpdump is listening on {device}"), || {
+        eventually(WITHIN, &format!("tcpdump is listening on {device}"), || {
             let listens = process.ensure_running().and_then(|()| {
                 ensure!(process.output()?.contains("listening on"), "tcpdump has not reported that it is listening");
                 Ok(())
@@ -43,7 +50,16 @@ impl Capture {
             async { listens }
         })
         .await?;
-        Ok(Self { process, file })
+        let mut capture = Self { process, file, reports: 0, unfiltered: 0 };
+        if !filter.is_empty() {
+            let reported = eventually(WITHIN, "tcpdump reports its counts", || {
+                let counts = capture.counts();
+                async { counts }
+            });
+            let (captured, received) = reported.await?;
+            capture.unfiltered = received.saturating_sub(captured);
+        }
+        Ok(capture)
     }
 
     /// Starts to record the internet.
@@ -67,27 +83,39 @@ impl Capture {
     /// Waits until tcpdump has written all packets received so far: at SIGINT it discards the rest.
     async fn catch_up(&mut self) -> Result<()> {
         let mut wanted = None;
-        let mut reports = 0;
-        eventually(Duration::from_secs(10), "tcpdump catches up", || {
-            let result = self.check_written(&mut reports, &mut wanted);
+        eventually(WITHIN, "tcpdump catches up", || {
+            let result = self.check_written(&mut wanted);
             async { result }
         })
         .await
     }
 
-    /// Requests tcpdump's counts by SIGUSR1. The first report sets the number of packets to wait for.
-    fn check_written(&mut self, reports: &mut usize, wanted: &mut Option<u64>) -> Result<()> {
+    /// The first report sets the number of packets to wait for.
+    fn check_written(&mut self, wanted: &mut Option<u64>) -> Result<()> {
+        let (captured, received) = self.counts()?;
+        let wanted = *wanted.get_or_insert(received - self.unfiltered);
+        if captured < wanted {
+            self.process.signal(Signal::SIGUSR1)?;
+            bail!("{captured} packets are written of {wanted}");
+        }
+        Ok(())
+    }
+
+    /// Returns the numbers of packets that tcpdump has written and that it has received. Fails, and requests them by
+    /// SIGUSR1, if they have not been reported since the last call.
+    fn counts(&mut self) -> Result<(u64, u64)> {
         self.process.ensure_running()?;
         let log = self.process.output()?;
         let counts: Vec<&str> = log.lines().filter(|line| line.contains("received by filter")).collect();
-        let fresh = counts.len() > *reports;
-        *reports = counts.len();
-        let latest = counts.last().filter(|_| fresh).and_then(|line| parse_counts(line));
-        if latest.is_some_and(|(captured, received)| captured >= *wanted.get_or_insert(received)) {
-            return Ok(());
+        let fresh = counts.len() > self.reports;
+        self.reports = counts.len();
+        match counts.last().filter(|_| fresh).and_then(|line| parse_counts(line)) {
+            Some(counts) => Ok(counts),
+            None => {
+                self.process.signal(Signal::SIGUSR1)?;
+                bail!("last counts of tcpdump: {:?}", counts.last())
+            }
         }
-        self.process.signal(Signal::SIGUSR1)?;
-        bail!("last counts of tcpdump: {:?}; packets to be written: {wanted:?}", counts.last())
     }
 }
 
