@@ -70,20 +70,7 @@ pub async fn run(config: Run) -> Result<()> {
         probe::FLOOR
     );
     let (client, server) = connect(&config).await?;
-    let protected = config.protected.iter().copied().chain(server).chain(service_address()).collect();
-    let settings = Settings {
-        node: config.node_name.clone(),
-        node_ip: config.node_ip,
-        protected,
-        masquerade_mark: 1 << config.masquerade_bit,
-        release,
-        tc_attach: config.tc_attach,
-        tier: config.tier,
-        wireguard_engine: config.wireguard_engine,
-        ebpf_object: config.ebpf_object.clone(),
-        preshared_key_file: config.preshared_key_file.clone(),
-        preshared_key: config.preshared_key.as_deref().and_then(|text| PresharedKey::from_bytes(text.as_bytes())),
-    };
+    let settings = settings(&config, release, server);
     tracing::info!(node = settings.node, kernel = %release, version = env!("CARGO_PKG_VERSION"), "starting");
     tracing::debug!(?settings, "settings");
     let key = tunnel::load_or_create_key(&config.state_dir.join(names::KEY_FILE))?;
@@ -130,7 +117,7 @@ pub async fn run(config: Run) -> Result<()> {
         tokio::spawn(observe::publish_events(client.clone(), node, latest.clone(), inputs_seen.clone()));
         tokio::spawn(observe::publish(client, config.node_name.clone(), latest.clone(), proxied.subscribe(), own_seen));
     }
-    tokio::spawn(resolve::run(inputs, config.node_name.clone()));
+    tokio::spawn(resolve::run(inputs, config.node_name.clone(), latest.clone()));
     let drops = observe::Drops::default();
     tokio::spawn(drops.clone().read());
     let sources = admin::Sources { latest, proxy: proxied.subscribe(), drops, stats, outages };
@@ -152,6 +139,24 @@ pub async fn run(config: Run) -> Result<()> {
             tracing::info!("stopping; the kernel continues to forward");
             result
         }
+    }
+}
+
+/// `server`: the address of the API server, where the kubeconfig has one.
+fn settings(config: &Run, release: probe::Release, server: Option<IpNet>) -> Settings {
+    let protected = config.protected.iter().copied().chain(server).chain(service_address()).collect();
+    Settings {
+        node: config.node_name.clone(),
+        node_ip: config.node_ip,
+        protected,
+        masquerade_mark: 1 << config.masquerade_bit,
+        release,
+        tc_attach: config.tc_attach,
+        tier: config.tier,
+        wireguard_engine: config.wireguard_engine,
+        ebpf_object: config.ebpf_object.clone(),
+        preshared_key_file: config.preshared_key_file.clone(),
+        preshared_key: config.preshared_key.as_deref().and_then(|text| PresharedKey::from_bytes(text.as_bytes())),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     sync::Arc,
     time::Duration,
 };
@@ -15,7 +15,10 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use crate::topology::{Inputs, host_names};
+use crate::{
+    observe::Latest,
+    topology::{Inputs, host_names},
+};
 
 /// Pause between two lookups of all names. Names change without notice.
 const PERIOD: Duration = Duration::from_secs(20);
@@ -23,7 +26,8 @@ const PERIOD: Duration = Duration::from_secs(20);
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// Keeps the addresses in the inputs up to date, until the process ends. Where a lookup fails, the last address stays.
-pub async fn run(inputs: watch::Sender<Option<Arc<Inputs>>>, me: String) {
+/// `latest`: the agent's last run, by which is known whether a gateway node answers.
+pub async fn run(inputs: watch::Sender<Option<Arc<Inputs>>>, me: String, latest: watch::Receiver<Latest>) {
     let mut changes = inputs.subscribe();
     let mut failing = BTreeSet::new();
     loop {
@@ -32,7 +36,9 @@ pub async fn run(inputs: watch::Sender<Option<Arc<Inputs>>>, me: String) {
             None => Default::default(),
         };
         let mut resolved = BTreeMap::new();
-        for name in &wanted {
+        let last_run = latest.borrow().clone();
+        let silent = silent(last_run).await;
+        for (name, nodes) in &wanted {
             let last = known.get(name).copied();
             let found = lookup(name).await;
             match &found {
@@ -46,7 +52,8 @@ pub async fn run(inputs: watch::Sender<Option<Arc<Inputs>>>, me: String) {
                 }
                 Err(_) => {}
             }
-            let address = found.ok().and_then(|found| choose(last, found)).or(last);
+            let present = Present { address: last, is_silent: nodes.is_subset(&silent) };
+            let address = found.ok().and_then(|found| choose(present, found, has_route)).or(last);
             resolved.extend(address.map(|address| (name.clone(), address)));
         }
         inputs.send_if_modified(|inputs| match inputs {
@@ -85,10 +92,41 @@ async fn lookup(name: &str) -> Result<BTreeSet<IpAddr>, String> {
     }
 }
 
-/// The address to dial: the present one if it is among those found. Otherwise IPv4 comes first, because some sites have
-/// no IPv6.
-fn choose(present: Option<IpAddr>, found: BTreeSet<IpAddr>) -> Option<IpAddr> {
-    present.filter(|address| found.contains(address)).or_else(|| found.into_iter().min())
+/// Other pools' gateway nodes that have no session with this one, although it knows their keys.
+async fn silent(latest: Latest) -> BTreeSet<String> {
+    let Some((report, Some(tunnel))) = latest else { return BTreeSet::new() };
+    let peers = tunnel.peers().await.unwrap_or_default();
+    let silent = peers.iter().filter(|(_, peer)| !peer.alive).map(|(key, _)| key);
+    silent.filter_map(|key| report.plan.peer_names.get(key)).map(|name| name.node.clone()).collect()
+}
+
+/// The address that is dialled at present.
+#[derive(Clone, Copy, Default)]
+struct Present {
+    address: Option<IpAddr>,
+    /// No gateway node answers there.
+    is_silent: bool,
+}
+
+/// The address to dial, of those to which this node has a route: the present one while a gateway node answers there, then
+/// the next one. At first it is the lowest, and IPv4 before IPv6.
+fn choose(present: Present, found: BTreeSet<IpAddr>, has_route: impl Fn(&IpAddr) -> bool) -> Option<IpAddr> {
+    let routed: BTreeSet<IpAddr> = found.iter().copied().filter(has_route).collect();
+    // The default route may be missing for a moment.
+    let found = if routed.is_empty() { found } else { routed };
+    let first = found.first().copied();
+    match present.address.filter(|address| found.contains(address)) {
+        Some(silent) if present.is_silent => found.range(silent..).nth(1).copied().or(first),
+        Some(answers) => Some(answers),
+        None => first,
+    }
+}
+
+/// True if a packet to the address could be sent. Nothing is sent.
+fn has_route(address: &IpAddr) -> bool {
+    let any: IpAddr = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    // The port does not matter.
+    UdpSocket::bind((any, 0)).and_then(|socket| socket.connect((*address, 9))).is_ok()
 }
 
 #[cfg(test)]
@@ -96,11 +134,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn present_address_stays_while_the_name_has_it() {
-        let addresses = |texts: &[&str]| texts.iter().map(|text| text.parse().expect("an address")).collect();
-        let present: Option<IpAddr> = "192.0.2.2".parse().ok();
-        assert_eq!(choose(present, addresses(&["192.0.2.1", "192.0.2.2"])), present);
-        assert_eq!(choose(present, addresses(&["2001:db8::1", "192.0.2.3"])), "192.0.2.3".parse().ok());
-        assert_eq!(choose(present, addresses(&[])), None);
+    fn address_is_kept_while_it_answers_and_the_next_one_is_tried_otherwise() {
+        let address = |text: &str| text.parse::<IpAddr>().expect("an address");
+        let chosen = |present: &str, is_silent, found: &[&str], routed: fn(&IpAddr) -> bool| {
+            let present = Present { address: present.parse().ok(), is_silent };
+            choose(present, found.iter().map(|text| address(text)).collect(), routed)
+        };
+        let all = |_: &IpAddr| true;
+        let two = ["192.0.2.1", "192.0.2.2"];
+        assert_eq!(chosen("192.0.2.2", false, &two, all), Some(address("192.0.2.2")));
+        assert_eq!(chosen("192.0.2.1", true, &two, all), Some(address("192.0.2.2")));
+        assert_eq!(chosen("192.0.2.2", true, &two, all), Some(address("192.0.2.1")), "the first one again");
+        assert_eq!(chosen("192.0.2.1", true, &two[..1], all), Some(address("192.0.2.1")), "the only one");
+        assert_eq!(chosen("192.0.2.2", true, &["2001:db8::1", "192.0.2.3"], all), Some(address("192.0.2.3")));
+        assert_eq!(chosen("", false, &["2001:db8::1", "192.0.2.3"], IpAddr::is_ipv6), Some(address("2001:db8::1")));
+        assert_eq!(
+            chosen("", false, &["2001:db8::1"], IpAddr::is_ipv4),
+            Some(address("2001:db8::1")),
+            "no route at all"
+        );
+        assert_eq!(chosen("192.0.2.2", false, &[], all), None);
     }
 }

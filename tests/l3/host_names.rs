@@ -5,12 +5,41 @@ use std::time::Duration;
 use anyhow::ensure;
 use kube::{Api, api::PostParams};
 use raven_api::Gateway;
-use raven_tests::{eventually, proof, require_root};
+use raven_tests::{Lab, eventually, kubernetes::objects::default_gateway, proof, require_root};
 
 use crate::Running;
 
 /// The agents look names up every 20 s.
 const FOLLOWED: Duration = Duration::from_secs(40);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn next_address_of_a_name_is_dialled_if_the_first_one_does_not_answer() {
+    require_root!();
+    let lab = Lab::builder().up().await.expect("start the lab");
+    lab.cluster().apply_gateways(lab.site()).await.expect("apply the Gateways");
+    let mut gateway = default_gateway(lab.site(), lab.cloud());
+    by_name(&mut gateway);
+    lab.cluster().apply_gateway(&gateway).await.expect("change the cloud's Gateway");
+    for node in ["x-a", "y-a"] {
+        // No host has the first address, and the edges have no route to the second one.
+        let hosts = "printf '198.51.100.6 gw.example\n2001:db8:dead::1 gw.example\n198.51.100.10 gw.example\n' > /run/raven/hosts
+                     ip -6 route add unreachable 2001:db8:dead::/48
+                     mount --bind /run/raven/hosts /etc/hosts";
+        lab.node(node).ns.sh(hosts).expect("name the cloud's gateway node");
+    }
+    let controller = lab.start_controller().await.expect("start the controller");
+    let agents = lab.start_agents().await.expect("start the agents");
+    let running = Running { agents, _controller: controller, lab };
+    running.check(proof::converged(&running.lab).await);
+}
+
+/// Lets a Gateway be dialled by name only.
+fn by_name(gateway: &mut Gateway) {
+    for endpoint in &mut gateway.spec.endpoints {
+        endpoint.public_ip = None;
+        endpoint.config.insert("hostname".to_owned(), "gw.example".to_owned());
+    }
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn gateway_node_is_dialled_by_name_and_followed() {
@@ -49,10 +78,7 @@ async fn gateway_node_is_dialled_by_name_and_followed() {
     name_leads_to("198.51.100.10");
     let gateways: Api<Gateway> = Api::all(lab.cluster().client());
     let mut gateway = running.check(gateways.get("cloud").await.map_err(Into::into));
-    for endpoint in &mut gateway.spec.endpoints {
-        endpoint.public_ip = None;
-        endpoint.config.insert("hostname".to_owned(), "gw.example".to_owned());
-    }
+    by_name(&mut gateway);
     running.check(gateways.replace("cloud", &PostParams::default(), &gateway).await.map_err(Into::into));
     // The edges know the address by the name alone.
     let public = running.check(gateways.get("cloud").await.map_err(Into::into));

@@ -43,14 +43,20 @@ pub struct Inputs {
     pub resolved: BTreeMap<String, IpAddr>,
 }
 
-/// Names of other pools' gateway nodes that the gateway node `me` dials. Empty on other nodes.
-pub fn host_names(inputs: &Inputs, me: &str) -> BTreeSet<String> {
+/// Names by which the gateway node `me` dials other pools' gateway nodes, with those nodes. Empty on other nodes.
+pub fn host_names(inputs: &Inputs, me: &str) -> BTreeMap<String, BTreeSet<String>> {
     let is_mine = |gateway: &Gateway| tunnels(gateway).any(|endpoint| endpoint.node_name == me);
     if !inputs.gateways.iter().any(is_mine) {
-        return BTreeSet::new();
+        return BTreeMap::new();
     }
     let others = inputs.gateways.iter().filter(|gateway| gateway.is_exposed() && !is_mine(gateway));
-    others.flat_map(tunnels).filter_map(host_name).map(str::to_owned).collect()
+    let mut names: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for endpoint in others.flat_map(tunnels) {
+        if let Some(name) = host_name(endpoint) {
+            names.entry(name.to_owned()).or_default().insert(endpoint.node_name.clone());
+        }
+    }
+    names
 }
 
 /// The elected endpoints of a Gateway's tunnel.
@@ -452,14 +458,15 @@ mod tests {
         }
         assert_eq!(dial(&inputs).address(), None, "inside a pod prefix");
 
-        assert_eq!(host_names(&inputs, "c1"), BTreeSet::new(), "not of the own pool");
+        assert_eq!(host_names(&inputs, "c1"), BTreeMap::new(), "not of the own pool");
         let mut edge = Gateway::new("edge", Default::default());
         let endpoint = Endpoint { node_name: "e1".to_owned(), type_: EndpointType::Tunnel, ..Endpoint::default() };
         edge.status =
             Some(raven_api::gateway::GatewayStatus { active_endpoints: vec![endpoint], ..Default::default() });
         inputs.gateways.push(edge);
-        assert_eq!(host_names(&inputs, "e1"), BTreeSet::from(["lb.example".to_owned()]));
-        assert_eq!(host_names(&inputs, "e2"), BTreeSet::new(), "not a gateway node");
+        let dialled = BTreeMap::from([("lb.example".to_owned(), BTreeSet::from(["c1".to_owned()]))]);
+        assert_eq!(host_names(&inputs, "e1"), dialled);
+        assert_eq!(host_names(&inputs, "e2"), BTreeMap::new(), "not a gateway node");
     }
 
     #[test]
