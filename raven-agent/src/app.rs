@@ -150,6 +150,7 @@ fn settings(config: &Run, release: probe::Release, server: Option<IpNet>) -> Set
         node_ip: config.node_ip,
         protected,
         masquerade_mark: 1 << config.masquerade_bit,
+        tunnel_mtu: config.tunnel_mtu,
         release,
         tc_attach: config.tc_attach,
         tier: config.tier,

@@ -68,6 +68,8 @@ pub struct Settings {
     pub protected: Vec<IpNet>,
     /// The bits of kube-proxy's mark on packets that it masquerades.
     pub masquerade_mark: u32,
+    /// Largest packet in the tunnel in bytes, if it is limited.
+    pub tunnel_mtu: Option<u32>,
     /// Release of the running kernel.
     pub release: Release,
     /// How TC programs are attached.
@@ -207,6 +209,7 @@ impl Reconciler {
         Me {
             node: self.settings.node.clone(),
             uplink_mtu: uplink.map_or(default.uplink_mtu, |u| u.mtu),
+            tunnel_mtu: self.settings.tunnel_mtu,
             protected: self.settings.protected.iter().copied().collect(),
             subnets: uplink.map(|u| u.subnets.clone()).unwrap_or_default(),
             addresses: uplink.map(|u| u.node_addresses.clone()).unwrap_or_default(),

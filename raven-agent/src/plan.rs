@@ -98,7 +98,7 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     if role == Role::Gateway {
         problems.extend(paths.iter().flat_map(|(name, path)| unresolved(name, path.pool)));
     }
-    let mtu = tunnel_mtu(me.uplink_mtu);
+    let mtu = tunnel_mtu(me);
     let mut state = State {
         routes: routes::routes(&paths, role, &sources, mtu),
         barriers: BTreeSet::new(),
@@ -145,8 +145,9 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
 const MIN_MTU: u32 = 1280;
 
 /// Largest inner packet in bytes that fits into the tunnel of a node with this uplink.
-fn tunnel_mtu(uplink_mtu: u32) -> u32 {
-    uplink_mtu.saturating_sub(TUNNEL_OVERHEAD as u32).max(MIN_MTU)
+fn tunnel_mtu(me: &Me) -> u32 {
+    let fits = me.uplink_mtu.saturating_sub(TUNNEL_OVERHEAD as u32).max(MIN_MTU);
+    me.tunnel_mtu.map_or(fits, |limit| limit.min(fits))
 }
 
 /// Largest inner packet in bytes that fits into an overlay packet on this node's uplink.
@@ -215,7 +216,7 @@ fn empty(me: &Me, proxy: Arc<ProxyPlan>, problems: Vec<String>) -> Plan {
         config: Config {
             node: Ipv4Addr::UNSPECIFIED,
             address: Ipv4Addr::UNSPECIFIED.into(),
-            tunnel_mtu: tunnel_mtu(me.uplink_mtu),
+            tunnel_mtu: tunnel_mtu(me),
             relay: false,
             tunnel_port: 0,
         },

@@ -89,12 +89,20 @@ fn values_set_images_switches_and_flags() {
         r#"controller={"replicas":1,"args":["--agent-timeout=5m"],"serviceCIDRs":["10.96.0.0/12"]}"#,
         "wireguard.enabled=false",
         "agent.masqueradeBit=15",
+        "agent.tunnelMTU=1340",
+        "agent.metricsPort=19265",
+        "agent.healthPort=19275",
     ]);
     let spec = agent(&objects, "raven-agent-ds");
     assert_eq!(spec["containers"][0]["image"], "example.com/agent:9.9");
     assert_eq!(spec["containers"][0]["imagePullPolicy"], "Always");
     assert_eq!(spec["imagePullSecrets"], json!([{"name": "registry"}]));
-    assert_eq!(spec["containers"][0]["args"], json!(["--wireguard-engine=embedded", "--masquerade-bit=15"]));
+    let flags = ["embedded", "15", "1340", ":19265", ":19275"];
+    let names = ["--wireguard-engine", "--masquerade-bit", "--tunnel-mtu", "--metric-bind-addr", "--health-probe-addr"];
+    let args: Vec<String> = names.iter().zip(flags).map(|(name, value)| format!("{name}={value}")).collect();
+    assert_eq!(spec["containers"][0]["args"], json!(args));
+    assert_eq!(spec["containers"][0]["ports"][3], json!({"name": "metrics", "containerPort": 19265}));
+    assert_eq!(spec["containers"][0]["ports"][4], json!({"name": "health", "containerPort": 19275}));
     assert!(!objects.contains_key("DaemonSet kube-system/raven-wireguard"));
     assert_eq!(objects["ConfigMap kube-system/raven-cfg"]["data"], json!({"enable-l7-proxy": "false"}));
     assert_eq!(objects["ConfigMap kube-system/raven-agent-config"]["data"], json!({"forward-node-ip": "true"}));

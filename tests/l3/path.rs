@@ -67,3 +67,35 @@ async fn tcp_adapts_to_path_mtu_below_its_mss() {
     let recording = running.check(lan.stop().await);
     assert_eq!(running.check(recording.lines("")), Vec::<String>::new(), "there are fragments");
 }
+
+/// A site's link carries less than its nodes' uplinks. With the limit on the site's nodes only, packets of both directions
+/// fit, and no WireGuard packet is fragmented.
+#[tokio::test(flavor = "multi_thread")]
+async fn limited_tunnel_mtu_fits_a_narrow_link() {
+    require_root!();
+    const LIMIT: u32 = 1300;
+    let mut running = Running::start().await.expect("start the lab");
+    // As behind two providers' tunnels.
+    let router = running.lab.pool("edge-x").router.clone();
+    running.check(router.sh("ip link set wan mtu 1380"));
+    running.check(running.lab.inet.sh("ip link set edge-x mtu 1380"));
+    for node in ["x-a", "x-b"] {
+        let agent = running.agent(node);
+        agent.arguments.push(format!("--tunnel-mtu={LIMIT}"));
+        agent.restart().expect("restart the agent");
+        let ready = proof::ready(running.agent(node)).await;
+        running.check(ready);
+    }
+    let lab = &running.lab;
+    let device = running.check(lab.node("x-a").ns.run("ip", &["link", "show", "raven-wg0"]));
+    assert!(device.contains(&format!("mtu {LIMIT} ")), "{device}");
+    let route = running.check(lab.node("x-b").ns.run("ip", &["route", "show", "table", "9027", "type", "unicast"]));
+    assert!(route.lines().all(|line| line.contains(&format!("mtu {LIMIT}"))), "{route}");
+    let fragments = running.check(Capture::start(lab.site(), &lab.inet, "wire", proof::FRAGMENTS).await);
+    for family in 0..proof::FAMILIES.len() {
+        running.check(proof::bulk(lab, "x-b", "cloud-b", family, 5_000_000).await);
+        running.check(proof::bulk(lab, "cloud-b", "x-b", family, 5_000_000).await);
+    }
+    let recording = running.check(fragments.stop().await);
+    assert_eq!(running.check(recording.lines("")), Vec::<String>::new(), "there are fragments");
+}

@@ -16,6 +16,8 @@ pub struct Me {
     pub node: String,
     /// MTU of the uplink in bytes.
     pub uplink_mtu: u32,
+    /// Largest packet in the tunnel in bytes, if a setting limits it.
+    pub tunnel_mtu: Option<u32>,
     /// Prefixes that must never enter the tunnel, whatever a Gateway claims: the API server, the Service range.
     pub protected: BTreeSet<IpNet>,
     /// The subnets of the uplink. A prefix that contains one would take the node off its LAN.
@@ -37,6 +39,7 @@ impl Default for Me {
         Self {
             node: String::new(),
             uplink_mtu: 1500,
+            tunnel_mtu: None,
             protected: BTreeSet::new(),
             subnets: BTreeSet::new(),
             addresses: BTreeSet::new(),
