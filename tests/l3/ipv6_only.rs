@@ -1,11 +1,12 @@
 //! Tests of a pool whose nodes have only IPv6 addresses.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
+use anyhow::Context;
 use kube::{Api, api::ListParams};
 use raven_api::Gateway;
 use raven_common::Verdict;
-use raven_tests::{Lab, PoolSpec, proof, require_root};
+use raven_tests::{Lab, PoolSpec, eventually, probe, proof, require_root};
 
 use crate::{Running, forged};
 
@@ -61,6 +62,22 @@ async fn pool_with_ipv6_only_is_connected_in_both_families() {
             status.conditions.iter().map(|c| (c.type_.as_str(), c.reason.as_str())).collect();
         assert_eq!(reasons["Ready"], "Ready", "{:?}: {:?}", gateway.metadata.name, status.conditions);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn node_addresses_of_a_pool_with_ipv6_only_are_forwarded() {
+    require_root!();
+    let running = start(&["edge-x"]).await;
+    let lab = &running.lab;
+    running.check(lab.cluster().put_setting("raven-agent-config", "forward-node-ip", "true").await);
+    for (from, to) in [("cloud-b", "x-b"), ("x-b", "cloud-b"), ("y-b", "x-a"), ("x-a", "y-b")] {
+        let target = IpAddr::from(lab.node(to).lan_v6);
+        let answers = || async { probe::ping(&lab.node(from).ns, target).await?.context("no answer") };
+        running.check(eventually(Duration::from_secs(30), &format!("{target} answers {from}"), answers).await);
+    }
+    // The nodes of the pool still reach each other on their LAN.
+    let route = running.check(lab.node("x-b").ns.run("ip", &["-6", "route", "get", "fd10:1::11"]));
+    assert!(route.contains("dev eth0"), "{route}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
