@@ -323,7 +323,7 @@ impl Reconciler {
 
     async fn look_around(&self, plan: &Plan, indexes: Indexes, uplink: &Uplink, last: Option<Checked>) -> Checked {
         let start = Instant::now();
-        let found = surroundings::check(&self.links, plan, indexes, &uplink.name).await;
+        let found = surroundings::check(&self.links, plan, indexes, uplink).await;
         let mut overflowed = last.as_ref().map(|last| last.overflowed.clone()).unwrap_or_default();
         overflowed.retain(|_, at| at.elapsed() < OVERFLOW_SHOWN);
         let before = last.and_then(|last| last.neighbours);
@@ -351,11 +351,12 @@ impl Reconciler {
     fn abilities(&self, plan: &Plan, uplink: &Uplink) -> Abilities {
         Abilities {
             redirects_into_tunnel: self.may_redirect(),
-            xdp: self.bpf.is_attached(Hook::UplinkXdp, uplink.index),
+            guards_in_xdp: uplink.exit.is_none()
+                && uplink.ports().iter().all(|port| self.bpf.is_attached(Hook::UplinkXdp, port.index)),
             // The kernel sends only from its own addresses.
             sets_source: self.settings.release.has_tunnel_source()
                 && uplink.node_addresses.contains(&plan.config.address),
-            one_uplink: !uplink.scattered,
+            one_uplink: uplink.further.is_empty(),
         }
     }
 

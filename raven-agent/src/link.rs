@@ -28,7 +28,7 @@ pub use self::{
     device::Found,
     neighbours::{Losses, Neighbours},
     route::Hop,
-    uplink::{Uplink, Uplinks},
+    uplink::{Port, Uplink, Uplinks},
 };
 
 /// A netlink request failed.

@@ -212,7 +212,7 @@ impl Config {
         let flag = |set: bool, flag: u32| if set { flag } else { 0 };
         let flags = flag(abilities.redirects_into_tunnel, tables::CONFIG_TUNNEL_REDIRECT)
             | flag(self.relay, tables::CONFIG_RELAY)
-            | flag(!abilities.xdp, tables::CONFIG_TC_GUARD)
+            | flag(!abilities.guards_in_xdp, tables::CONFIG_TC_GUARD)
             | flag(!abilities.one_uplink || self.address.is_ipv6(), tables::CONFIG_NO_WRAP)
             | flag(self.address.is_ipv6(), tables::CONFIG_OUTER6)
             | flag(abilities.sets_source, tables::CONFIG_TUNNEL_SOURCE);
@@ -234,8 +234,8 @@ impl Config {
 pub struct Abilities {
     /// The kernel accepts a redirect from `raven0` into the tunnel.
     pub redirects_into_tunnel: bool,
-    /// Raven's XDP program is on the uplink.
-    pub xdp: bool,
+    /// Raven's XDP program is on every device by which packets for the tunnel's port and the overlay's arrive.
+    pub guards_in_xdp: bool,
     /// `raven0` can be given the source of the outer header. Otherwise the kernel chooses it by its routes.
     pub sets_source: bool,
     /// All other nodes of the pool are reached by the uplink. Otherwise the kernel chooses the device by its routes.

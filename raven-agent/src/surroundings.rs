@@ -27,7 +27,7 @@ const BYPASSES: [(&str, &str, &str); 4] = [
 const WITHOUT_L3: &str = "Raven's L3 half cannot be used with it; set enable-l3-tunnel: \"false\" in ConfigMap raven-cfg to keep the L7 half";
 
 /// What stops packets, one sentence each.
-pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &str) -> Vec<String> {
+pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &Uplink) -> Vec<String> {
     let is_address = |prefix: &IpNet| prefix.prefix_len() == prefix.max_prefix_len();
     let own: Vec<IpNet> = plan.own_prefixes().into_iter().filter(|prefix| !is_address(prefix)).collect();
     let mut complaints = forwarding(&own, |path| fs::read_to_string(path).ok());
@@ -36,7 +36,9 @@ pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &str) -
     match ruleset().await {
         Ok(ruleset) => {
             complaints.extend(forward_drops(&ruleset, &own));
-            complaints.extend(blocked_ports(&ruleset, uplink, plan.tunnel.as_ref().map(|t| t.port)));
+            let exit = uplink.exit.as_ref().map_or(&uplink.name, |exit| &exit.name);
+            let tunnel = plan.tunnel.as_ref().map(|tunnel| (tunnel.port, exit.as_str()));
+            complaints.extend(blocked_ports(&ruleset, (raven_common::OVERLAY_PORT, &uplink.name), tunnel));
         }
         Err(e) => tracing::warn!(error = %e, "cannot read this node's firewall rules; they are not checked"),
     }
@@ -208,15 +210,18 @@ fn matches_pods(condition: &Value, own: &[&IpNet]) -> bool {
     nft::prefix(right).is_some_and(|p| own.iter().all(|o| p.contains(*o)))
 }
 
-/// INPUT chains with policy DROP in whose table no rule opens Raven's ports.
-fn blocked_ports(ruleset: &Value, uplink: &str, tunnel: Option<u16>) -> Vec<String> {
+/// INPUT chains with policy DROP in whose table no rule opens Raven's ports. Each port has the device by which its packets
+/// arrive.
+fn blocked_ports(ruleset: &Value, overlay: (u16, &str), tunnel: Option<(u16, &str)>) -> Vec<String> {
     let drops: Vec<&Value> =
         objects(ruleset, "chain").filter(|c| c["hook"] == "input" && c["policy"] == "drop").collect();
-    let ports = [(raven_common::OVERLAY_PORT, "the overlay"), (tunnel.unwrap_or(0), "the WireGuard tunnel")];
+    let ports = [(Some(overlay), "the overlay"), (tunnel, "the WireGuard tunnel")];
+    let ports = ports.map(|(port, what)| port.map(|(port, device)| (port, device, what)));
     let mut complaints = Vec::new();
     for chain in drops.iter().filter(|c| c["family"] != "ip6") {
-        for (port, what) in ports.iter().filter(|(port, _)| *port != 0) {
-            if !accepts(ruleset, chain, |condition| opens(&condition["right"], *port) || condition["right"] == uplink) {
+        for (port, device, what) in ports.iter().flatten() {
+            if !accepts(ruleset, chain, |condition| opens(&condition["right"], *port) || condition["right"] == *device)
+            {
                 complaints.push(format!(
                     "chain {} of {} table {} drops incoming packets (policy DROP) and does not accept UDP port {port}, which {what} needs: \
                      iptables -I INPUT -p udp --dport {port} -j ACCEPT",
@@ -279,11 +284,12 @@ mod tests {
             mtu: 1500,
             subnets: BTreeSet::new(),
             node_addresses: BTreeSet::from([own]),
-            scattered: false,
+            further: Vec::new(),
+            exit: None,
             sources: vec![right, wrong],
         };
         let reported = |role, sets_source, one_uplink| {
-            let abilities = Abilities { redirects_into_tunnel: true, xdp: true, sets_source, one_uplink };
+            let abilities = Abilities { redirects_into_tunnel: true, guards_in_xdp: true, sets_source, one_uplink };
             wrong_source(role, own, &uplink, abilities)
         };
         let complaint = reported(Role::Member, false, true).expect("a complaint");
@@ -318,13 +324,16 @@ mod tests {
                             "expr": [{ "match": { "op": "==", "left": {}, "right": right } }, { "accept": null }] } },
             ] })
         };
-        assert_eq!(blocked_ports(&ruleset(json!(22)), "eth0", Some(4500)).len(), 2);
+        assert_eq!(blocked_ports(&ruleset(json!(22)), (4472, "eth0"), Some((4500, "eth0"))).len(), 2);
         assert_eq!(
-            blocked_ports(&ruleset(json!({ "set": [22, 4472, 4500] })), "eth0", Some(4500)),
+            blocked_ports(&ruleset(json!({ "set": [22, 4472, 4500] })), (4472, "eth0"), Some((4500, "eth0"))),
             Vec::<String>::new()
         );
-        assert_eq!(blocked_ports(&ruleset(json!({ "range": [4400, 4480] })), "eth0", Some(4500)).len(), 1);
-        assert_eq!(blocked_ports(&ruleset(json!(4472)), "eth0", None), Vec::<String>::new());
+        assert_eq!(
+            blocked_ports(&ruleset(json!({ "range": [4400, 4480] })), (4472, "eth0"), Some((4500, "eth0"))).len(),
+            1
+        );
+        assert_eq!(blocked_ports(&ruleset(json!(4472)), (4472, "eth0"), None), Vec::<String>::new());
     }
 
     #[test]

@@ -116,8 +116,8 @@ pub const CONFIG_TUNNEL_SOURCE: u32 = 16;
 /// Flag in [`Config::flags`]: the nodes of the pool exchange overlay packets over IPv6, and outer addresses in maps are
 /// stand-ins.
 pub const CONFIG_OUTER6: u32 = 32;
-/// Flag in [`Config::flags`]: the guard runs at TC ingress of the uplink, because no XDP program of Raven
-/// is attached to it.
+/// Flag in [`Config::flags`]: the guard runs at TC ingress, because on one of the devices no XDP program of Raven does. On
+/// the others it counts each initiation twice, so that their limit is half as high.
 pub const CONFIG_TC_GUARD: u32 = 4;
 
 /// Key of `COUNTERS`.

@@ -3,8 +3,9 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use raven_agent::bpf::probe as probe_kernel;
+use raven_common::Verdict;
 use raven_tests::{Lab, PoolSpec, eventually, probe, proof, require_root};
 
 use crate::Running;
@@ -23,6 +24,18 @@ impl Running {
         }
         let (cloud, edge) = (self.lab.pool("cloud").clone(), self.lab.pool("edge-x").clone());
         self.check(proof::reach(&self.lab, &cloud, &edge, 0).await);
+    }
+
+    /// Which of x-a's devices have the program `uplink_xdp`, and which `uplink_ingress`.
+    fn programs_of_gateway(&self) -> [Vec<String>; 2] {
+        let pinned = |program: &str| {
+            let links = format!(
+                "cd /sys/class/net; for dev in eth*; do test ! -e /sys/fs/bpf/raven/v1/links/{program}-$(cat $dev/ifindex) || echo $dev; done"
+            );
+            let devices = self.check(self.lab.node("x-a").ns.sh(&links));
+            devices.lines().map(str::to_owned).collect()
+        };
+        ["uplink_xdp", "uplink_ingress"].map(pinned)
     }
 
     /// Puts x-b behind x-a: a cable between their devices eth1, and x-a answers for x-b on its LAN.
@@ -94,6 +107,20 @@ async fn gateway_node_is_the_router_of_its_site() {
     let mut running = Running::start().await.expect("start the lab");
     running.put_behind_gateway_node();
     running.edge_is_connected().await;
+    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+    assert_eq!(running.programs_of_gateway(), [names(&["eth1"]), names(&["eth0", "eth1"])]);
+    // Not WireGuard, to the tunnel's port, from outside the site.
+    let gateway = running.lab.node("x-a");
+    let before = running.check(proof::counters(gateway));
+    let garbage = format!("for n in 1 2 3; do echo garbage > /dev/udp/{}/4500; done", gateway.lan_v4);
+    running.check(running.lab.pool("edge-x").router.run("bash", &["-c", &garbage]));
+    let dropped = || async {
+        let after = proof::counters(gateway)?;
+        let packets = proof::increase(&before, &after, Verdict::DropNotWireguard);
+        ensure!(packets == 3, "{packets} packets are dropped: {after:?}");
+        Ok(())
+    };
+    running.check(eventually(Duration::from_secs(5), "the guard drops them", dropped).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -106,6 +133,16 @@ async fn members_behind_several_devices_are_reached() {
     // x-c expects x-b on its LAN, where x-a answers for it.
     running.script("x-c", "ip neigh flush dev eth0");
     running.edge_is_connected().await;
+    let both = ["eth0", "eth1"].map(str::to_owned).to_vec();
+    assert_eq!(running.programs_of_gateway(), [both.clone(), both]);
+    let before = running.check(proof::counters(running.lab.node("x-a")));
+    for member in ["x-b", "x-c"] {
+        running.check(proof::bulk(&running.lab, member, "cloud-b", 0, 5_000_000).await);
+    }
+    let after = running.check(proof::counters(running.lab.node("x-a")));
+    let [fast, slow] =
+        [Verdict::ToTunnelFast, Verdict::ToTunnel].map(|verdict| proof::increase(&before, &after, verdict));
+    assert!(fast > 100 && fast > 10 * slow, "{fast} packets by XDP, {slow} not");
 }
 
 #[tokio::test(flavor = "multi_thread")]

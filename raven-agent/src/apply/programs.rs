@@ -4,7 +4,7 @@ use super::{Reconciler, report::Outcome};
 use crate::{
     bpf::{self, Hook},
     config::Tier,
-    link::Uplink,
+    link::{Port, Uplink},
     names,
     plan::Plan,
     state::{Indexes, Role},
@@ -27,6 +27,7 @@ impl Reconciler {
             (Hook::TunnelEgress, names::TUNNEL, indexes.tunnel),
         ] {
             let Some(index) = index else { continue };
+            self.bpf.detach_except(hook, &[index]);
             outcome.take(self.bpf.attach(hook, device, index));
             if let Some(before) = self.programs_before(hook, device, index).await {
                 outcome.surroundings.push(format!("{before}; keep other programs off {device}"));
@@ -35,26 +36,57 @@ impl Reconciler {
         if indexes.tunnel.is_none() || plan.role != Role::Gateway {
             return self.detach_gateway_programs(uplink);
         }
-        // `uplink_ingress` reads the metadata that `uplink_xdp` writes, so it is attached first.
-        let attached = outcome.keep(self.bpf.attach(Hook::UplinkIngress, &uplink.name, uplink.index));
-        outcome.change += attached.unwrap_or_default();
-        let obstacle = match self.settings.tier {
+        let ports = uplink.ports();
+        let guarded: Vec<&Port> = ports.iter().chain(&uplink.exit).collect();
+        let indexes = |ports: &[&Port]| -> Vec<u32> { ports.iter().map(|port| port.index).collect() };
+        // `uplink_ingress` reads the metadata that `uplink_xdp` writes, so it is attached first and detached last.
+        self.bpf.detach_except(Hook::UplinkXdp, &indexes(&ports.iter().collect::<Vec<_>>()));
+        self.bpf.detach_except(Hook::UplinkIngress, &indexes(&guarded));
+        let mut fast = Vec::new();
+        let mut obstacles = Vec::new();
+        for port in guarded {
+            let attached = outcome.keep(self.bpf.attach(Hook::UplinkIngress, &port.name, port.index));
+            outcome.change += attached.unwrap_or_default();
+            if !ports.contains(port) {
+                continue;
+            }
+            match self.obstacle(plan, port, attached.is_some()).await {
+                Some(obstacle) => obstacles.push(obstacle),
+                None => fast.push(port),
+            }
+        }
+        self.bpf.detach_except(Hook::UplinkXdp, &indexes(&fast));
+        for port in fast {
+            match self.bpf.attach(Hook::UplinkXdp, &port.name, port.index) {
+                Ok(change) => outcome.change += change,
+                // Not a failure: the fallback tier forwards.
+                Err(e) => obstacles.push(e.to_string()),
+            }
+        }
+        let fallback = if self.may_redirect() { "tc" } else { "stack" };
+        let is_fast = self.bpf.is_attached(Hook::UplinkXdp, uplink.index);
+        outcome.tier = Some(if is_fast { "xdp+tc" } else { fallback });
+        outcome.tier_reason = obstacles.into_iter().next();
+    }
+
+    /// Why the fast tier cannot be used on a device: packets that XDP decapsulates must reach `uplink_ingress`.
+    async fn obstacle(&self, plan: &Plan, port: &Port, has_ingress: bool) -> Option<String> {
+        match self.settings.tier {
             Tier::Tc => Some("--tier=tc".to_owned()),
             Tier::Auto if plan.config.address.is_ipv6() => Some(
                 "the nodes of this pool have only IPv6 addresses, and uplink_xdp handles overlay packets over IPv4"
                     .to_owned(),
             ),
-            Tier::Auto if attached.is_none() => Some(format!("{} is not attached", Hook::UplinkIngress.program())),
-            Tier::Auto => self.programs_before(Hook::UplinkIngress, &uplink.name, uplink.index).await,
-        };
-        self.choose_tier(uplink, obstacle, outcome);
+            Tier::Auto if !has_ingress => Some(format!("{} is not attached", Hook::UplinkIngress.program())),
+            Tier::Auto => self.programs_before(Hook::UplinkIngress, &port.name, port.index).await,
+        }
     }
 
     fn detach_gateway_programs(&mut self, uplink: &Uplink) {
         for hook in [Hook::UplinkXdp, Hook::UplinkIngress, Hook::TunnelIngress, Hook::TunnelEgress] {
             self.bpf.detach(hook);
             if !self.settings.tcx() && hook == Hook::UplinkIngress {
-                bpf::detach_filter(hook, &uplink.name);
+                uplink.ports().iter().chain(&uplink.exit).for_each(|port| bpf::detach_filter(hook, &port.name));
             }
         }
     }
@@ -74,23 +106,5 @@ impl Reconciler {
                 hook.program()
             )
         })
-    }
-
-    /// Uses the fast tier unless there is an obstacle: packets that XDP decapsulates must reach `uplink_ingress`.
-    fn choose_tier(&mut self, uplink: &Uplink, obstacle: Option<String>, outcome: &mut Outcome) {
-        let fallback = if self.may_redirect() { "tc" } else { "stack" };
-        if obstacle.is_some() {
-            self.bpf.detach(Hook::UplinkXdp);
-            (outcome.tier, outcome.tier_reason) = (Some(fallback), obstacle);
-            return;
-        }
-        match self.bpf.attach(Hook::UplinkXdp, &uplink.name, uplink.index) {
-            Ok(change) => {
-                outcome.change += change;
-                outcome.tier = Some("xdp+tc");
-            }
-            // Not a failure: the fallback tier forwards.
-            Err(e) => (outcome.tier, outcome.tier_reason) = (Some(fallback), Some(e.to_string())),
-        }
     }
 }

@@ -69,7 +69,7 @@ impl Hook {
 }
 
 impl Bpf {
-    /// Ensures that the program of `hook` is attached to the device.
+    /// Ensures that the program of `hook` is attached to the device. It stays on others, see [`Bpf::detach_except`].
     pub fn attach(&mut self, hook: Hook, device: &str, ifindex: u32) -> Result<Change, Error> {
         self.load(hook)?;
         let failed = |reason: String| Error::Program {
@@ -78,8 +78,6 @@ impl Bpf {
             place: format!(" to {device}"),
             reason,
         };
-        // A recreated device has another index, and its old link is stale.
-        self.unpin_other_devices(hook, ifindex);
         if hook != Hook::UplinkXdp && !self.tcx {
             let change = self.attach_filter(hook, device).map_err(|e| failed(chain(&e)))?;
             // An agent with other settings may have left a link.
@@ -105,7 +103,20 @@ impl Bpf {
 
     /// Detaches the program of `hook` from every device.
     pub fn detach(&mut self, hook: Hook) {
-        self.unpin_other_devices(hook, 0);
+        self.detach_except(hook, &[]);
+    }
+
+    /// Detaches the program of `hook` from every device that is not among these. A recreated device has another index, and
+    /// its old link is stale.
+    pub fn detach_except(&mut self, hook: Hook, keep: &[u32]) {
+        let keep: Vec<PathBuf> = keep.iter().map(|ifindex| self.pin(hook, *ifindex)).collect();
+        let Ok(entries) = fs::read_dir(self.pins.join("links")) else { return };
+        for path in entries.flatten().map(|e| e.path()).filter(|path| !keep.contains(path)) {
+            let name = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.rsplit_once('-'));
+            if name.is_some_and(|(program, _)| program == hook.program()) {
+                let _ = fs::remove_file(path);
+            }
+        }
     }
 
     /// True if the program is pinned to a device.
@@ -115,17 +126,6 @@ impl Bpf {
 
     fn pin(&self, hook: Hook, ifindex: u32) -> PathBuf {
         self.pins.join("links").join(format!("{}-{ifindex}", hook.program()))
-    }
-
-    fn unpin_other_devices(&self, hook: Hook, ifindex: u32) {
-        let keep = self.pin(hook, ifindex);
-        let Ok(entries) = fs::read_dir(self.pins.join("links")) else { return };
-        for path in entries.flatten().map(|e| e.path()).filter(|p| *p != keep) {
-            let name = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.rsplit_once('-'));
-            if name.is_some_and(|(program, _)| program == hook.program()) {
-                let _ = fs::remove_file(path);
-            }
-        }
     }
 
     /// Loads the program of `hook`, once per process.

@@ -81,6 +81,11 @@ impl Found {
         self.index != LOOPBACK && self.kind != Some(InfoKind::Dummy)
     }
 
+    /// True if its packets have an Ethernet header.
+    pub(super) fn is_ethernet(&self) -> bool {
+        self.mac.len() == 6
+    }
+
     /// True for a VXLAN device with the overlay's settings, which the kernel cannot change later.
     fn is_overlay(&self) -> bool {
         self.kind == Some(InfoKind::Vxlan)

@@ -13,7 +13,11 @@ use ipnet::IpNet;
 use netlink_packet_route::address::AddressAttribute;
 use tokio::time::{Duration, Instant};
 
-use super::{Error, Hop, Links, device::LOOPBACK, failed};
+use super::{
+    Error, Hop, Links,
+    device::{self, LOOPBACK},
+    failed,
+};
 use crate::names;
 
 /// Routes are looked up again after this time, which is less than the period of runs. A pool with thousands of nodes needs
@@ -34,10 +38,31 @@ pub struct Uplink {
     pub subnets: BTreeSet<IpNet>,
     /// The addresses of all devices.
     pub node_addresses: BTreeSet<IpAddr>,
-    /// Other nodes of the pool are reached by other devices, too.
-    pub scattered: bool,
+    /// Further devices by which other nodes of the pool are reached.
+    pub further: Vec<Port>,
+    /// The device that leads out of the site, if no node of the pool is reached by it: the node is its site's router, and
+    /// WireGuard's packets arrive there. `None` also if it is not an Ethernet device (PPP, LTE), which the programs do not
+    /// handle.
+    pub exit: Option<Port>,
     /// The other nodes, each with the source that the kernel would choose.
     pub sources: Vec<(IpAddr, IpAddr)>,
+}
+
+/// A device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Port {
+    /// Device name.
+    pub name: String,
+    /// Interface index.
+    pub index: u32,
+}
+
+impl Uplink {
+    /// The devices by which packets of the pool's other nodes arrive, the uplink first.
+    pub fn ports(&self) -> Vec<Port> {
+        let first = Port { name: self.name.clone(), index: self.index };
+        [first].into_iter().chain(self.further.iter().cloned()).collect()
+    }
 }
 
 /// Finds the uplink, and remembers the looked-up routes.
@@ -100,10 +125,20 @@ impl Uplinks {
         }
         let mut mtu = link.mtu;
         let mut used: BTreeSet<u32> = looked.hops.iter().map(|(_, hop)| hop.index).filter(|i| *i != index).collect();
-        let scattered = !used.is_empty();
+        let mut further = Vec::new();
         for other in &used {
-            mtu = links.by_index(*other).await?.map_or(mtu, |link| mtu.min(link.mtu));
+            if let Some(link) = links.by_index(*other).await? {
+                mtu = mtu.min(link.mtu);
+                further.push(Port { name: link.name, index: link.index });
+            }
         }
+        let exit = match links.lookup(anywhere(address)).await? {
+            Some(hop) if hop.index != LOOPBACK && hop.index != index && !used.contains(&hop.index) => {
+                let link = links.by_index(hop.index).await?.filter(device::Found::is_ethernet);
+                link.map(|link| Port { name: link.name, index: link.index })
+            }
+            _ => None,
+        };
         used.extend([own, index]);
         let source = |(other, hop): &(IpAddr, Hop)| Some((*other, hop.source?));
         let on_used = looked.addresses.iter().filter(|a| used.contains(&a.index));
@@ -113,7 +148,8 @@ impl Uplinks {
             mtu,
             subnets: on_used.filter_map(|a| Some(IpNet::new(a.ip, a.prefix_len).ok()?.trunc())).collect(),
             node_addresses: looked.addresses.iter().map(|a| a.ip).collect(),
-            scattered,
+            further,
+            exit,
             sources: looked.hops.iter().filter_map(source).collect(),
         };
         self.last = Some(looked);
