@@ -143,7 +143,7 @@ pub struct Run {
     pub masquerade_bit: u8,
     /// Send no packet into the tunnel that is larger than this, in bytes without WireGuard's headers; for links beyond the
     /// node that carry less than its uplink [default: the MTU of the uplink less 80].
-    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(1280..=65_535))]
+    #[arg(long, value_name = "BYTES", overrides_with = "tunnel_mtu", value_parser = clap::value_parser!(u32).range(1280..=65_535))]
     pub tunnel_mtu: Option<u32>,
     /// Install a systemd unit in this folder of the host: after a boot, it refuses packets for other pools until the agent
     /// runs.

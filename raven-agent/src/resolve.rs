@@ -26,7 +26,7 @@ const PERIOD: Duration = Duration::from_secs(20);
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// Keeps the addresses in the inputs up to date, until the process ends. Where a lookup fails, the last address stays.
-/// `latest`: the agent's last run, by which is known whether a gateway node answers.
+/// `latest`: the agent's last run, which shows whether a gateway node answers.
 pub async fn run(inputs: watch::Sender<Option<Arc<Inputs>>>, me: String, latest: watch::Receiver<Latest>) {
     let mut changes = inputs.subscribe();
     let mut failing = BTreeSet::new();
@@ -92,11 +92,12 @@ async fn lookup(name: &str) -> Result<BTreeSet<IpAddr>, String> {
     }
 }
 
-/// Other pools' gateway nodes that have no session with this one, although it knows their keys.
+/// Other pools' gateway nodes that should have a session with this one and have none. Without a keepalive, an idle peer
+/// has none and is not at fault.
 async fn silent(latest: Latest) -> BTreeSet<String> {
     let Some((report, Some(tunnel))) = latest else { return BTreeSet::new() };
     let peers = tunnel.peers().await.unwrap_or_default();
-    let silent = peers.iter().filter(|(_, peer)| !peer.alive).map(|(key, _)| key);
+    let silent = peers.iter().filter(|(_, peer)| peer.keepalive.is_some() && !peer.alive).map(|(key, _)| key);
     silent.filter_map(|key| report.plan.peer_names.get(key)).map(|name| name.node.clone()).collect()
 }
 
@@ -108,18 +109,18 @@ struct Present {
     is_silent: bool,
 }
 
-/// The address to dial, of those to which this node has a route: the present one while a gateway node answers there, then
-/// the next one. At first it is the lowest, and IPv4 before IPv6.
+/// The address to dial: the present one while the name has it and a gateway node answers there, else the next one to which
+/// this node has a route. At first it is the lowest, and IPv4 before IPv6.
 fn choose(present: Present, found: BTreeSet<IpAddr>, has_route: impl Fn(&IpAddr) -> bool) -> Option<IpAddr> {
+    let address = present.address.filter(|address| found.contains(address));
+    if address.is_some() && !present.is_silent {
+        return address;
+    }
     let routed: BTreeSet<IpAddr> = found.iter().copied().filter(has_route).collect();
     // The default route may be missing for a moment.
-    let found = if routed.is_empty() { found } else { routed };
-    let first = found.first().copied();
-    match present.address.filter(|address| found.contains(address)) {
-        Some(silent) if present.is_silent => found.range(silent..).nth(1).copied().or(first),
-        Some(answers) => Some(answers),
-        None => first,
-    }
+    let usable = if routed.is_empty() { found } else { routed };
+    let next = address.and_then(|silent| usable.range(silent..).find(|address| **address != silent));
+    next.or(usable.first()).copied()
 }
 
 /// True if a packet to the address could be sent. Nothing is sent.
@@ -152,6 +153,11 @@ mod tests {
             chosen("", false, &["2001:db8::1"], IpAddr::is_ipv4),
             Some(address("2001:db8::1")),
             "no route at all"
+        );
+        assert_eq!(
+            chosen("192.0.2.2", false, &["192.0.2.2", "2001:db8::1"], IpAddr::is_ipv6),
+            Some(address("192.0.2.2")),
+            "its route may return"
         );
         assert_eq!(chosen("192.0.2.2", false, &[], all), None);
     }

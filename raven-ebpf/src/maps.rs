@@ -76,7 +76,8 @@ static BACK4: PerCpuArray<Path<[u8; 4]>, PATHS> = PerCpuArray::new();
 #[btf_map]
 static BACK6: PerCpuArray<Path<[u8; 16]>, PATHS> = PerCpuArray::new();
 
-/// Handshake initiations by source address (IPv4 in the first four bytes). Written by the guard. Full: the least
+/// Handshake initiations by source: an IPv4 address in the first four bytes, or the first eight of an IPv6 address, of
+/// which a host may have as many as it wants behind them, and 6 in the last byte. Written by the guard. Full: the least
 /// recently used entry is evicted.
 #[btf_map]
 pub static HANDSHAKES: LruHashMap<[u8; 16], Handshakes, 8_192> = LruHashMap::new();
@@ -271,7 +272,10 @@ impl Tables for Ipv6 {
     }
     #[inline(always)]
     fn sender(&self) -> [u8; 16] {
-        self.source
+        let mut sender = [0; 16];
+        sender[..8].copy_from_slice(&self.source[..8]);
+        sender[15] = 6;
+        sender
     }
     #[inline(always)]
     fn path(&self) -> Option<*mut Path<[u8; 16]>> {

@@ -40,11 +40,15 @@ fn whole_numbers(value: &mut Value) {
 }
 
 fn chart(values: &[&str]) -> Objects {
+    objects(&mut template(values))
+}
+
+fn template(values: &[&str]) -> Command {
     let helm = HELM.find_or_build_with(&|_| ()).expect("find helm").program("helm");
     let mut command = Command::new(helm);
     command.args(["template", "raven", &folder("deploy/chart"), "--namespace=kube-system", "--include-crds"]);
     values.iter().for_each(|value| _ = command.args(["--set-json", value]));
-    objects(&mut command)
+    command
 }
 
 fn agent<'a>(objects: &'a Objects, name: &str) -> &'a Value {
@@ -112,6 +116,14 @@ fn values_set_images_switches_and_flags() {
         controller["template"]["spec"]["containers"][0]["args"],
         json!(["--log-format=json", "--service-cidr=10.96.0.0/12", "--agent-timeout=5m"])
     );
+}
+
+#[test]
+fn port_and_address_of_the_metrics_are_not_both_set() {
+    let both = template(&["agent.metricsPort=19265", r#"agentConfig={"metric-bind-addr":"127.0.0.1:10265"}"#]).output();
+    let output = both.expect("start helm");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && error.contains("either agent.metricsPort"), "{error}");
 }
 
 #[test]

@@ -90,7 +90,7 @@ async fn limited_tunnel_mtu_fits_a_narrow_link() {
     let device = running.check(lab.node("x-a").ns.run("ip", &["link", "show", "raven-wg0"]));
     assert!(device.contains(&format!("mtu {LIMIT} ")), "{device}");
     let route = running.check(lab.node("x-b").ns.run("ip", &["route", "show", "table", "9027", "type", "unicast"]));
-    assert!(route.lines().all(|line| line.contains(&format!("mtu {LIMIT}"))), "{route}");
+    assert!(!route.is_empty() && route.lines().all(|line| line.contains(&format!("mtu {LIMIT}"))), "{route}");
     let fragments = running.check(Capture::start(lab.site(), &lab.inet, "wire", proof::FRAGMENTS).await);
     for family in 0..proof::FAMILIES.len() {
         running.check(proof::bulk(lab, "x-b", "cloud-b", family, 5_000_000).await);

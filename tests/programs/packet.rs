@@ -264,9 +264,9 @@ pub(crate) fn sent_by(mut frame: Vec<u8>, node: [u8; 4]) -> Vec<u8> {
     frame
 }
 
-/// Returns the IPv6 address of a node.
+/// Returns the IPv6 address of a node. Nodes with another first byte have another prefix of 64 bits.
 pub(crate) fn node6([a, b, c, d]: [u8; 4]) -> [u8; 16] {
-    [0xfd, 0x10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, a, b, c, d]
+    [0xfd, 0x10, 0, 0, 0, 0, 0, a, 0, 0, 0, 0, a, b, c, d]
 }
 
 /// Returns an Ethernet frame.

@@ -61,38 +61,47 @@ impl Links {
         overlay: Option<u32>,
     ) -> Result<Change, Error> {
         let want = want.and_then(|interception| Some(Tables::of(interception, Output::of(interception, overlay)?)));
-        let Tables { rules: ports, routes } = want.unwrap_or_default();
+        let want = want.unwrap_or_default();
+        let (rules, routes) = (self.interception_rules().await?, self.interception_routes().await?);
+        // Each family by itself: where the kernel refuses IPv6 (disabled on a device, a tentative address), IPv4 works.
+        let mut changes = Vec::new();
+        for ipv6 in [false, true] {
+            changes.push(self.ensure_family(&want, ipv6, &rules, &routes).await);
+        }
+        changes.into_iter().sum()
+    }
+
+    async fn ensure_family(
+        &self,
+        want: &Tables,
+        ipv6: bool,
+        rules: &BTreeMap<Rule, RuleMessage>,
+        routes: &BTreeMap<(u32, IpAddr), RouteMessage>,
+    ) -> Result<Change, Error> {
         // Rules lead to routes: they are added last and deleted first.
-        let rules = self.interception_rules().await?;
         let mut change = Change::NONE;
-        for (rule, message) in rules.iter().filter(|(rule, _)| !ports.contains(rule)) {
+        for (rule, message) in rules.iter().filter(|(rule, _)| rule.ipv6 == ipv6 && !want.rules.contains(rule)) {
             let action = format!("delete the interception {rule}");
             self.handle.rule().del(message.clone()).execute().await.map_err(failed(action))?;
             change += Change::ONE;
         }
-        change += self.ensure_interception_routes(&routes).await?;
-        for rule in ports.iter().filter(|rule| !rules.contains_key(rule)) {
-            self.add_interception_rule(*rule).await?;
-            change += Change::ONE;
-        }
-        Ok(change)
-    }
-
-    async fn ensure_interception_routes(&self, want: &BTreeMap<(u32, IpAddr), Output>) -> Result<Change, Error> {
-        let routes = self.interception_routes().await?;
-        let mut change = Change::NONE;
-        for (route, output) in want {
-            let (table, address) = *route;
-            if routes.get(route).is_some_and(|have| output.matches(address, have)) {
+        for (route, output) in want.routes.iter().filter(|((_, to), _)| to.is_ipv6() == ipv6) {
+            let (table, to) = *route;
+            if routes.get(route).is_some_and(|have| output.matches(to, have)) {
                 continue;
             }
-            let action = format!("add route {address} to table {table}");
-            self.handle.route().add(output.route(table, address)).replace().execute().await.map_err(failed(action))?;
+            let action = format!("add route {to} to table {table}");
+            self.handle.route().add(output.route(table, to)).replace().execute().await.map_err(failed(action))?;
             change += Change::ONE;
         }
-        for ((table, address), message) in routes.iter().filter(|(route, _)| !want.contains_key(route)) {
-            let action = format!("delete route {address} from table {table}");
+        let is_surplus = |route: &(u32, IpAddr)| route.1.is_ipv6() == ipv6 && !want.routes.contains_key(route);
+        for ((table, to), message) in routes.iter().filter(|(route, _)| is_surplus(route)) {
+            let action = format!("delete route {to} from table {table}");
             self.handle.route().del(message.clone()).execute().await.map_err(failed(action))?;
+            change += Change::ONE;
+        }
+        for rule in want.rules.iter().filter(|rule| rule.ipv6 == ipv6 && !rules.contains_key(rule)) {
+            self.add_interception_rule(*rule).await?;
             change += Change::ONE;
         }
         Ok(change)

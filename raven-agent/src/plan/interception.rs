@@ -31,7 +31,7 @@ pub(super) fn interception(
         return None;
     }
     let to = destination(own, me)?;
-    let sources = sources(to, me, member, in_prefixes);
+    let sources = sources(to, own, me, member, in_prefixes);
     let kubelets = edge_nodes(topology, me, &sources);
     // Without a ready proxy here, those of other pools, which clients can perhaps reach, are better. On the proxy's own node
     // it need not be ready: open connections must outlive a wrong report.
@@ -50,14 +50,29 @@ pub(super) fn interception(
     Some((interception, entries))
 }
 
-/// The sources of host processes' connections, one per family: over the overlay, an address that the gateway node accepts
-/// from this node.
-fn sources(to: InterceptTo, me: &Me, member: &Member, in_prefixes: &[IpAddr]) -> Vec<IpAddr> {
-    let in_prefixes = if to == InterceptTo::Here { &[] } else { in_prefixes };
-    let own = member.addresses.iter().filter(|address| me.addresses.contains(address));
-    let candidates = || in_prefixes.iter().chain([&member.address]).chain(own.clone()).copied();
-    let of_family = |ipv4: bool| candidates().find(|address| address.is_ipv4() == ipv4);
-    [of_family(true), of_family(false).filter(|_| me.ipv6)].into_iter().flatten().collect()
+/// The sources of host processes' connections, one for each family that is intercepted. Over the overlay, it is an address
+/// that the gateway node accepts from this node.
+fn sources(to: InterceptTo, own_pool: &Pool, me: &Me, member: &Member, in_prefixes: &[IpAddr]) -> Vec<IpAddr> {
+    let own = || [&member.address].into_iter().chain(member.addresses.iter().filter(|a| me.addresses.contains(a)));
+    let candidates: Vec<IpAddr> = match to {
+        InterceptTo::Here => own().chain(in_prefixes).copied().collect(),
+        InterceptTo::Gateway(_) => in_prefixes.iter().chain(own()).copied().collect(),
+    };
+    let intercepted = |ipv4: bool| match to {
+        InterceptTo::Here => true,
+        InterceptTo::Gateway(via) => {
+            own_pool.members.values().filter(|gateway| gateway.outer == via).any(|gateway| has_family(gateway, ipv4))
+        }
+    };
+    let of_family = |ipv4: bool| candidates.iter().copied().find(|address| address.is_ipv4() == ipv4);
+    let usable = [true, false].into_iter().filter(|ipv4| (*ipv4 || me.ipv6) && intercepted(*ipv4));
+    usable.filter_map(of_family).collect()
+}
+
+/// True if the node has an address or a pod prefix of the family, so that its proxy can answer in it.
+fn has_family(node: &Member, ipv4: bool) -> bool {
+    let addresses = node.addresses.iter().map(IpAddr::is_ipv4);
+    addresses.chain(node.prefixes.iter().map(|prefix| prefix.addr().is_ipv4())).any(|is_ipv4| is_ipv4 == ipv4)
 }
 
 /// Nodes by address, as pairs of node and Gateway.
@@ -212,6 +227,16 @@ mod tests {
         assert!(entries.contains_key(&"fd10:1::1/128".parse().expect("a prefix")));
         let (without, entries) = intercepted("c2", &[], &["10.244.2.1"]);
         assert!(without.kubelets.nodes.keys().all(IpAddr::is_ipv4) && entries.keys().all(|p| p.addr().is_ipv4()));
+        let (from_pods, _) = intercepted("c1", &[], &["10.244.1.1", "fd00::1"]);
+        assert_eq!(from_pods.sources, [address("10.0.0.1"), address("fd00::1")], "no address of its own");
+        let gateway = topology.pools.get_mut("cloud").and_then(|pool| pool.members.get_mut("c1")).expect("it is there");
+        gateway.addresses.retain(IpAddr::is_ipv4);
+        let (name, pool) = topology.pool_of("c2").expect("a node of the topology");
+        let me = Me { node: "c2".to_owned(), ..Me::default() };
+        let in_prefixes = [address("10.244.2.1"), address("fd00::1")];
+        let planned = interception(&topology, (name, pool), &me, &pool.members["c2"], &in_prefixes);
+        let (member, _) = planned.expect("a cloud node");
+        assert!(member.kubelets.nodes.keys().all(IpAddr::is_ipv4), "the gateway node cannot answer");
     }
 
     #[test]

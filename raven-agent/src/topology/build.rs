@@ -311,8 +311,7 @@ impl StandIns {
     /// The range of stand-ins, which has no hosts (RFC 1112 §4).
     const RANGE: u32 = 0xf000_0000;
 
-    /// `None` if a node has an IPv4 address: a pool uses IPv6 only if it has nothing else, so that one node with a wrong
-    /// address does not move a pool.
+    /// `None` if a node has an IPv4 address. The controller writes addresses of one family.
     fn of(nodes: &[NodeInfo]) -> Option<Self> {
         let any_ipv4 = nodes.iter().any(|node| node.private_ip.parse::<Ipv4Addr>().is_ok());
         (!any_ipv4).then(|| Self(BTreeSet::new()))

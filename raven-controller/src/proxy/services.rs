@@ -38,7 +38,7 @@ pub(crate) fn desired(namespace: &str, gateways: &[Gateway], ready: &BTreeSet<No
             .flat_map(|g| elected(g, EndpointType::Proxy))
             .filter(|(e, _)| ready.contains(&NodeName::from(e.node_name.as_str())))
         {
-            let name = format!("{INTERNAL_SERVICE}-{}", node.node_name);
+            let name = slice_name(&format!("{INTERNAL_SERVICE}-{}", node.node_name), &address);
             objects.slices.insert(
                 name.clone(),
                 slice(namespace, &name, INTERNAL_SERVICE, node, &address, internal_ports(&ports)),
@@ -95,8 +95,17 @@ fn internal_ports(ports: &Ports) -> Vec<Value> {
     http.chain(https).collect()
 }
 
+/// The name of a slice of one family, because a slice cannot change its family.
+fn slice_name(name: &str, address: &str) -> String {
+    if is_ipv6(address) { format!("{name}-ipv6") } else { name.to_owned() }
+}
+
+fn is_ipv6(address: &str) -> bool {
+    address.contains(':')
+}
+
 fn slice(namespace: &str, name: &str, service: &str, node: &Endpoint, address: &str, ports: Vec<Value>) -> Value {
-    let family = if address.contains(':') { "IPv6" } else { "IPv4" };
+    let family = if is_ipv6(address) { "IPv6" } else { "IPv4" };
     json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
         "metadata": { "name": name, "namespace": namespace, "labels": {
@@ -138,7 +147,8 @@ fn add_load_balancer(
         },
     });
     let ports = vec![json!({ "name": type_, "port": port, "protocol": protocol })];
-    objects.slices.insert(name.clone(), slice(namespace, &name, &name, endpoint, address, ports));
+    let slice_name = slice_name(&name, address);
+    objects.slices.insert(slice_name.clone(), slice(namespace, &slice_name, &name, endpoint, address, ports));
     objects.services.insert(name, service);
 }
 

@@ -52,12 +52,17 @@ impl Capture {
         .await?;
         let mut capture = Self { process, file, reports: 0, unfiltered: 0 };
         if !filter.is_empty() {
-            let reported = eventually(WITHIN, "tcpdump reports its counts", || {
-                let counts = capture.counts();
+            // Packets that match may be on their way to the file.
+            let mut last = None;
+            let settled = eventually(WITHIN, "tcpdump has written what it has received", || {
+                let counts = capture.counts().and_then(|(captured, received)| {
+                    let missing = received.saturating_sub(captured);
+                    ensure!(last.replace(missing) == Some(missing), "{missing} packets are not written");
+                    Ok(missing)
+                });
                 async { counts }
             });
-            let (captured, received) = reported.await?;
-            capture.unfiltered = received.saturating_sub(captured);
+            capture.unfiltered = settled.await?;
         }
         Ok(capture)
     }

@@ -518,19 +518,27 @@ fn node_without_the_pools_address_family_is_ignored_and_reported() {
 }
 
 #[test]
-fn most_nodes_decide_the_address_family_of_their_pool() {
+fn most_nodes_decide_the_address_family_of_a_new_pool_and_it_stays() {
     let ipv6 = |n: u8| format!("fd10::{n}").parse::<std::net::IpAddr>().expect("an address");
     let mut dual = member("edge", "e1", "10.2.1.0/24");
     let ipv4 = dual.address.expect("an address").to_string();
     dual.other_addresses = vec![ipv6(1)];
-    let mut only = member("edge", "e2", "10.2.2.0/24");
-    only.address = Some(ipv6(2));
-    let cluster = two_pools().node(dual).node(only.clone()).apply(1);
-    assert_eq!(cluster.addresses("edge"), [ipv4], "one of two");
-    only.name = "e3".into();
-    only.address = Some(ipv6(3));
-    let cluster = cluster.node(only).apply(2);
-    assert_eq!(cluster.addresses("edge"), ["fd10::1", "fd10::2", "fd10::3"], "two of three");
+    let only = |name: &str, n| {
+        let mut node = member("edge", name, &format!("10.2.{n}.0/24"));
+        node.address = Some(ipv6(n));
+        node
+    };
+    let pool = || two_pools().node(dual.clone()).node(only("e2", 2));
+    let cluster = pool().apply(1);
+    assert_eq!(cluster.addresses("edge"), std::slice::from_ref(&ipv4), "one of two");
+    let cluster = cluster.node(only("e3", 3)).apply(2);
+    assert_eq!(cluster.addresses("edge"), [ipv4], "a change would stop the pool");
+    let cluster = pool().node(only("e3", 3)).apply(1);
+    assert_eq!(cluster.addresses("edge"), ["fd10::1", "fd10::2", "fd10::3"], "two of three have only IPv6");
+    let mut without = dual.clone();
+    without.other_addresses.clear();
+    let cluster = cluster.node(without).without_node("e3").apply(2);
+    assert_eq!(cluster.addresses("edge"), ["fd10::2"], "still IPv6");
 }
 
 #[test]
