@@ -35,6 +35,31 @@ async fn kubectl_reaches_pods_of_a_site_with_ipv6_only() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn kubelets_are_reached_by_address_from_a_cloud_with_ipv6_only() {
+    require_root!();
+    let mut pools = PoolSpec::three();
+    pools[0].ipv6_only = true;
+    let running = Running::of(Lab::builder().pools(pools)).await.expect("start the lab");
+    let lab = &running.lab;
+    let _kubelet = running.check(lab.start_kubelet("x-b").await);
+    let file = |name: &str| lab.cluster().file(name).display().to_string();
+    let (ca, certificate, key) = (file("ca.crt"), file("kubelet-client.crt"), file("kubelet-client.key"));
+    // Pods have both families, and the nodes only IPv6; a gateway node and a member.
+    for from in ["cloud-a", "cloud-b"] {
+        for address in ["10.1.0.12", "[fd10:1::12]"] {
+            let url = format!("https://{address}:10250/metrics/resource");
+            let scrape = format!("curl -sSg -m 5 --cacert {ca} --cert {certificate} --key {key} {url}");
+            let scraped = || async {
+                let metrics = lab.pod(from).ns.sh(&scrape)?;
+                anyhow::ensure!(metrics.contains("node_cpu_usage_seconds_total"), "{metrics}");
+                Ok(())
+            };
+            running.check(eventually(SOON, &format!("{from} reads metrics of {address}"), scraped).await);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn kubectl_reaches_edge_pod_by_name_and_address_with_and_without_l3() {
     require_root!();
     let running = Running::of(Lab::builder()).await.expect("start the lab");

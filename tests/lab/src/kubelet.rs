@@ -155,7 +155,11 @@ impl Lab {
         let config = file("kubelet.json", &config.to_string())?;
         let mut command = node.ns.command(binaries.program("kubelet"));
         command.arg("--config").arg(config).arg("--kubeconfig").arg(kubeconfig);
-        command.arg("--hostname-override").arg(&node.name).arg("--node-ip").arg(addresses[0].to_string());
+        command
+            .arg("--hostname-override")
+            .arg(&node.name)
+            .arg("--node-ip")
+            .arg(addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(","));
         command.arg("--root-dir").arg(dir.join("root"));
         command.env("PATH", path_with(&binaries.dir));
         Process::start(format!("kubelet-{}", node.name), &self.logs(), command)
