@@ -351,12 +351,12 @@ impl Reconciler {
     fn abilities(&self, plan: &Plan, uplink: &Uplink) -> Abilities {
         Abilities {
             redirects_into_tunnel: self.may_redirect(),
-            guards_in_xdp: uplink.exit.is_none()
-                && uplink.ports().iter().all(|port| self.bpf.is_attached(Hook::UplinkXdp, port.index)),
+            guards_in_xdp: uplink.wan.is_none()
+                && uplink.pool_devices().iter().all(|device| self.bpf.is_attached(Hook::UplinkXdp, device.index)),
             // The kernel sends only from its own addresses.
             sets_source: self.settings.release.has_tunnel_source()
                 && uplink.node_addresses.contains(&plan.config.address),
-            one_uplink: uplink.further.is_empty(),
+            one_uplink: uplink.other_devices.is_empty(),
         }
     }
 

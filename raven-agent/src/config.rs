@@ -141,8 +141,8 @@ pub struct Run {
     /// Leave packets with this bit of the mark to kube-proxy, which masquerades them: its `--iptables-masquerade-bit`.
     #[arg(long, env = "MASQUERADE_BIT", default_value_t = 14, value_parser = clap::value_parser!(u8).range(0..32))]
     pub masquerade_bit: u8,
-    /// Send no packet into the tunnel that is larger than this, in bytes without WireGuard's headers; for links beyond the
-    /// node that carry less than its uplink [default: the MTU of the uplink less 80].
+    /// Limit the tunnel's MTU to this many bytes, without WireGuard's headers, if a link of the site has a smaller MTU than
+    /// the uplink [default: the MTU of the uplink less 80, which is also the maximum].
     #[arg(long, value_name = "BYTES", overrides_with = "tunnel_mtu", value_parser = clap::value_parser!(u32).range(1280..=65_535))]
     pub tunnel_mtu: Option<u32>,
     /// Install a systemd unit in this folder of the host: after a boot, it refuses packets for other pools until the agent

@@ -28,7 +28,7 @@ pub use self::{
     device::Found,
     neighbours::{Losses, Neighbours},
     route::Hop,
-    uplink::{Port, Uplink, Uplinks},
+    uplink::{NetDevice, Uplink, Uplinks},
 };
 
 /// A netlink request failed.

@@ -106,16 +106,16 @@ pub struct Proxy {
 /// and on loopback, so that no other connection reaches it.
 pub fn listen_for_intercepted() -> std::io::Result<std::net::TcpListener> {
     use socket2::{Domain, Socket, Type};
-    // One socket for both families; a kernel without IPv6 has only the other kind.
+    // One dual-stack socket, or an IPv4 socket if the kernel has no IPv6.
     let (socket, loopback) = match Socket::new(Domain::IPV6, Type::STREAM, None) {
         Ok(socket) => {
             socket.set_only_v6(false)?;
-            // Not `[::1]`, which a node with `disable_ipv6` has not got.
+            // Not `[::1]`, which is missing if `disable_ipv6` is set.
             (socket, IpAddr::from(Ipv4Addr::LOCALHOST.to_ipv6_mapped()))
         }
         Err(_) => (Socket::new(Domain::IPV4, Type::STREAM, None)?, IpAddr::from(Ipv4Addr::LOCALHOST)),
     };
-    // Of an IPv6 socket, too: the kernel has one flag for both options.
+    // For an IPv6 socket, too: IP_TRANSPARENT and IPV6_TRANSPARENT set the same flag.
     socket.set_ip_transparent_v4(true)?;
     // Accepted connections have the dialled port as their own. Without this option the node's own kubelet could not
     // listen on that port after a restart while such a connection exists or is in TIME_WAIT (EADDRINUSE).

@@ -37,7 +37,7 @@ pub async fn run(inputs: watch::Sender<Option<Arc<Inputs>>>, me: String, latest:
         };
         let mut resolved = BTreeMap::new();
         let last_run = latest.borrow().clone();
-        let silent = silent(last_run).await;
+        let without_session = without_session(last_run).await;
         for (name, nodes) in &wanted {
             let last = known.get(name).copied();
             let found = lookup(name).await;
@@ -52,8 +52,8 @@ pub async fn run(inputs: watch::Sender<Option<Arc<Inputs>>>, me: String, latest:
                 }
                 Err(_) => {}
             }
-            let present = Present { address: last, is_silent: nodes.is_subset(&silent) };
-            let address = found.ok().and_then(|found| choose(present, found, has_route)).or(last);
+            let current = Current { address: last, has_session: !nodes.is_subset(&without_session) };
+            let address = found.ok().and_then(|found| choose(current, found, has_route)).or(last);
             resolved.extend(address.map(|address| (name.clone(), address)));
         }
         inputs.send_if_modified(|inputs| match inputs {
@@ -92,38 +92,38 @@ async fn lookup(name: &str) -> Result<BTreeSet<IpAddr>, String> {
     }
 }
 
-/// Other pools' gateway nodes that should have a session with this one and have none. Without a keepalive, an idle peer
-/// has none and is not at fault.
-async fn silent(latest: Latest) -> BTreeSet<String> {
+/// Gateway nodes of other pools whose peer has a keepalive and no live session. Without a keepalive, a peer has no session
+/// while it is idle.
+async fn without_session(latest: Latest) -> BTreeSet<String> {
     let Some((report, Some(tunnel))) = latest else { return BTreeSet::new() };
     let peers = tunnel.peers().await.unwrap_or_default();
     let silent = peers.iter().filter(|(_, peer)| peer.keepalive.is_some() && !peer.alive).map(|(key, _)| key);
     silent.filter_map(|key| report.plan.peer_names.get(key)).map(|name| name.node.clone()).collect()
 }
 
-/// The address that is dialled at present.
+/// The address that is dialled now.
 #[derive(Clone, Copy, Default)]
-struct Present {
+struct Current {
     address: Option<IpAddr>,
-    /// No gateway node answers there.
-    is_silent: bool,
+    /// A gateway node answers there.
+    has_session: bool,
 }
 
-/// The address to dial: the present one while the name has it and a gateway node answers there, else the next one to which
+/// The address to dial: the current one while the name has it and a gateway node answers there, else the next one to which
 /// this node has a route. At first it is the lowest, and IPv4 before IPv6.
-fn choose(present: Present, found: BTreeSet<IpAddr>, has_route: impl Fn(&IpAddr) -> bool) -> Option<IpAddr> {
-    let address = present.address.filter(|address| found.contains(address));
-    if address.is_some() && !present.is_silent {
+fn choose(current: Current, found: BTreeSet<IpAddr>, has_route: impl Fn(&IpAddr) -> bool) -> Option<IpAddr> {
+    let address = current.address.filter(|address| found.contains(address));
+    if address.is_some() && current.has_session {
         return address;
     }
     let routed: BTreeSet<IpAddr> = found.iter().copied().filter(has_route).collect();
     // The default route may be missing for a moment.
     let usable = if routed.is_empty() { found } else { routed };
-    let next = address.and_then(|silent| usable.range(silent..).find(|address| **address != silent));
+    let next = address.and_then(|current| usable.range(current..).find(|address| **address != current));
     next.or(usable.first()).copied()
 }
 
-/// True if a packet to the address could be sent. Nothing is sent.
+/// True if the kernel has a route to the address. Connecting a UDP socket sends no packet.
 fn has_route(address: &IpAddr) -> bool {
     let any: IpAddr = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     // The port does not matter.
@@ -137,28 +137,28 @@ mod tests {
     #[test]
     fn address_is_kept_while_it_answers_and_the_next_one_is_tried_otherwise() {
         let address = |text: &str| text.parse::<IpAddr>().expect("an address");
-        let chosen = |present: &str, is_silent, found: &[&str], routed: fn(&IpAddr) -> bool| {
-            let present = Present { address: present.parse().ok(), is_silent };
-            choose(present, found.iter().map(|text| address(text)).collect(), routed)
+        let chosen = |current: &str, has_session, found: &[&str], routed: fn(&IpAddr) -> bool| {
+            let current = Current { address: current.parse().ok(), has_session };
+            choose(current, found.iter().map(|text| address(text)).collect(), routed)
         };
         let all = |_: &IpAddr| true;
         let two = ["192.0.2.1", "192.0.2.2"];
-        assert_eq!(chosen("192.0.2.2", false, &two, all), Some(address("192.0.2.2")));
-        assert_eq!(chosen("192.0.2.1", true, &two, all), Some(address("192.0.2.2")));
-        assert_eq!(chosen("192.0.2.2", true, &two, all), Some(address("192.0.2.1")), "the first one again");
-        assert_eq!(chosen("192.0.2.1", true, &two[..1], all), Some(address("192.0.2.1")), "the only one");
-        assert_eq!(chosen("192.0.2.2", true, &["2001:db8::1", "192.0.2.3"], all), Some(address("192.0.2.3")));
-        assert_eq!(chosen("", false, &["2001:db8::1", "192.0.2.3"], IpAddr::is_ipv6), Some(address("2001:db8::1")));
+        assert_eq!(chosen("192.0.2.2", true, &two, all), Some(address("192.0.2.2")));
+        assert_eq!(chosen("192.0.2.1", false, &two, all), Some(address("192.0.2.2")));
+        assert_eq!(chosen("192.0.2.2", false, &two, all), Some(address("192.0.2.1")), "the first one again");
+        assert_eq!(chosen("192.0.2.1", false, &two[..1], all), Some(address("192.0.2.1")), "the only one");
+        assert_eq!(chosen("192.0.2.2", false, &["2001:db8::1", "192.0.2.3"], all), Some(address("192.0.2.3")));
+        assert_eq!(chosen("", true, &["2001:db8::1", "192.0.2.3"], IpAddr::is_ipv6), Some(address("2001:db8::1")));
         assert_eq!(
-            chosen("", false, &["2001:db8::1"], IpAddr::is_ipv4),
+            chosen("", true, &["2001:db8::1"], IpAddr::is_ipv4),
             Some(address("2001:db8::1")),
             "no route at all"
         );
         assert_eq!(
-            chosen("192.0.2.2", false, &["192.0.2.2", "2001:db8::1"], IpAddr::is_ipv6),
+            chosen("192.0.2.2", true, &["192.0.2.2", "2001:db8::1"], IpAddr::is_ipv6),
             Some(address("192.0.2.2")),
             "its route may return"
         );
-        assert_eq!(chosen("192.0.2.2", false, &[], all), None);
+        assert_eq!(chosen("192.0.2.2", true, &[], all), None);
     }
 }

@@ -177,7 +177,7 @@ pub enum InterceptTo {
 /// The planned part of [`tables::Config`], the programs' view of this node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// Outer address of this node in maps.
+    /// Outer address of this node in maps: `address`, or its stand-in.
     pub node: Ipv4Addr,
     /// The address of this node inside its pool, the source of its overlay packets.
     pub address: IpAddr,

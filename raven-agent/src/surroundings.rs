@@ -36,8 +36,8 @@ pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &Uplink
     match ruleset().await {
         Ok(ruleset) => {
             complaints.extend(forward_drops(&ruleset, &own));
-            let exit = uplink.exit.as_ref().map_or(&uplink.name, |exit| &exit.name);
-            let tunnel = plan.tunnel.as_ref().map(|tunnel| (tunnel.port, exit.as_str()));
+            let wan = uplink.wan.as_ref().map_or(&uplink.name, |wan| &wan.name);
+            let tunnel = plan.tunnel.as_ref().map(|tunnel| (tunnel.port, wan.as_str()));
             complaints.extend(blocked_ports(&ruleset, (raven_common::OVERLAY_PORT, &uplink.name), tunnel));
         }
         Err(e) => tracing::warn!(error = %e, "cannot read this node's firewall rules; they are not checked"),
@@ -284,8 +284,8 @@ mod tests {
             mtu: 1500,
             subnets: BTreeSet::new(),
             node_addresses: BTreeSet::from([own]),
-            further: Vec::new(),
-            exit: None,
+            other_devices: Vec::new(),
+            wan: None,
             sources: vec![right, wrong],
         };
         let reported = |role, sets_source, one_uplink| {

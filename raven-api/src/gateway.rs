@@ -234,8 +234,8 @@ pub struct GatewayStatus {
 pub struct NodeInfo {
     /// Kubernetes name of the node.
     pub node_name: String,
-    /// First InternalIP of the node in the pool's address family, the outer address of overlay packets. The
-    /// family is IPv4, unless most nodes of a new pool have only IPv6.
+    /// First InternalIP of the node in the pool's address family: the outer address of overlay packets. The family is
+    /// chosen when the pool first has nodes, and kept: IPv6 if most nodes have only IPv6, otherwise IPv4.
     #[serde(rename = "privateIP", default)]
     pub private_ip: String,
     /// All InternalIPs of a node that has several, privateIP first; at most 8.

@@ -2,8 +2,8 @@
 //! network order; numbers are in host order.
 //!
 //! A node of the pool is identified by its *outer address*, the IPv4 address that overlay packets have in their outer
-//! header. Where the nodes have no IPv4 addresses, a *stand-in* of 240.0.0.0/4 takes its place in all maps; `OUTER6` has
-//! the IPv6 address behind it. So every lookup is the same for both, and an IPv4 pool pays nothing for IPv6.
+//! header. If the pool's address family is IPv6, a *stand-in* from 240.0.0.0/4 replaces it in all maps; `OUTER6` maps the
+//! stand-in to the IPv6 address. So every lookup is the same for both, and an IPv4 pool pays nothing for IPv6.
 
 /// Identifies a remote Gateway in maps and counters: a hash of the Gateway's name, computed by the
 /// agent's plan; never 0.
@@ -113,11 +113,10 @@ pub const CONFIG_NO_WRAP: u32 = 8;
 /// Flag in [`Config::flags`]: this kernel's tunnel keys have a source, which is [`Config::node`]. Its value is the number
 /// of bytes by which such a key is longer.
 pub const CONFIG_TUNNEL_SOURCE: u32 = 16;
-/// Flag in [`Config::flags`]: the nodes of the pool exchange overlay packets over IPv6, and outer addresses in maps are
-/// stand-ins.
+/// Flag in [`Config::flags`]: the pool's address family is IPv6, and outer addresses in maps are stand-ins.
 pub const CONFIG_OUTER6: u32 = 32;
-/// Flag in [`Config::flags`]: the guard runs at TC ingress, because on one of the devices no XDP program of Raven does. On
-/// the others it counts each initiation twice, so that their limit is half as high.
+/// Flag in [`Config::flags`]: the guard also runs at TC ingress, because at least one device has no XDP program of Raven.
+/// Devices that have one count each initiation twice, which halves their limit.
 pub const CONFIG_TC_GUARD: u32 = 4;
 
 /// Key of `COUNTERS`.

@@ -99,7 +99,7 @@ fn draft<'a>(
     exposed: &BTreeSet<GatewayName>,
 ) -> Draft<'a> {
     let (nodes, mut refusals) = membership.pool_of(inputs, gateway);
-    let family = Family::of(&nodes, Family::present(&gateway.resource));
+    let family = Family::of(&nodes, Family::current(&gateway.resource));
     let (addressed, unaddressed): (Vec<&NodeFacts>, Vec<_>) =
         nodes.iter().partition(|node| node.address_of(family).is_some());
     let mut tunnel = elect::elect(inputs, gateway, EndpointType::Tunnel, &addressed, links, holders);

@@ -41,7 +41,7 @@ pub fn set_tunnel_key(skb: &Skb, config: &Config, to: [u8; 4], traffic_class: u8
     key.tunnel_id = OVERLAY_VNI;
     key.tunnel_tos = traffic_class;
     key.tunnel_ttl = 64;
-    // The source is outside the shorter size, so that it is ignored there.
+    // Kernels that take the shorter key ignore the source.
     let flags = if config.flags & CONFIG_OUTER6 == 0 {
         key.__bindgen_anon_1.remote_ipv4 = u32::from_be_bytes(to);
         key.__bindgen_anon_3.local_ipv4 = u32::from_be_bytes(config.node);
@@ -81,8 +81,8 @@ pub struct Outer {
     pub vni: u32,
 }
 
-/// Returns the tunnel metadata that `raven0` attached to a received packet, or `None` if there is none, or of the other
-/// address family than this pool's.
+/// Returns the tunnel metadata that `raven0` attached to a received packet, or `None` if there is none or its
+/// address family is not the pool's.
 #[inline(always)]
 pub fn tunnel_key(skb: &Skb, config: &Config) -> Option<Outer> {
     // SAFETY: as in `set_tunnel_key`.

@@ -33,9 +33,9 @@ pub fn run(ctx: &SkLookupContext) -> u32 {
         return SK_PASS;
     }
     let is_kubelet = match family {
-        // SAFETY: as above.
+        // SAFETY: a plain read of the valid context.
         INET => maps::is_kubelet(unsafe { (*lookup).local_ip4 }.to_ne_bytes(), port),
-        // SAFETY: as above.
+        // SAFETY: a plain read of the valid context.
         INET6 => maps::is_kubelet6(forward::bytes(unsafe { (*lookup).local_ip6 }), port),
         _ => false,
     };

@@ -52,7 +52,7 @@ static NODES: HashMap<[u8; 4], Node, MAX_POOL_NODES> = HashMap::new();
 /// IPv6 addresses of this pool's nodes, with the node's outer address.
 #[btf_map]
 static NODES6: HashMap<[u8; 16], [u8; 4], MAX_NODE_ADDRESSES, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
-/// Outer addresses in IPv6 by stand-in; empty where the nodes of the pool have IPv4 addresses.
+/// IPv6 address by stand-in; empty in an IPv4 pool.
 #[btf_map]
 static OUTER6: HashMap<[u8; 4], [u8; 16], MAX_POOL_NODES, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
@@ -76,9 +76,9 @@ static BACK4: PerCpuArray<Path<[u8; 4]>, PATHS> = PerCpuArray::new();
 #[btf_map]
 static BACK6: PerCpuArray<Path<[u8; 16]>, PATHS> = PerCpuArray::new();
 
-/// Handshake initiations by source: an IPv4 address in the first four bytes, or the first eight of an IPv6 address, of
-/// which a host may have as many as it wants behind them, and 6 in the last byte. Written by the guard. Full: the least
-/// recently used entry is evicted.
+/// Handshake initiations by source, written by the guard. Key: an IPv4 address in bytes 0 to 3; or the first 64 bits of an
+/// IPv6 address in bytes 0 to 7 and 6 in byte 15, because a host can use every address of its /64. Full: the least recently
+/// used entry is evicted.
 #[btf_map]
 pub static HANDSHAKES: LruHashMap<[u8; 16], Handshakes, 8_192> = LruHashMap::new();
 
@@ -148,8 +148,8 @@ pub fn node6(address: &[u8; 16]) -> Option<[u8; 4]> {
     unsafe { NODES6.get(address) }.copied()
 }
 
-/// Returns the IPv6 address behind a stand-in. The reference may see the address of another node for one packet, if the
-/// entry is deleted meanwhile.
+/// Returns the IPv6 address behind a stand-in. If the entry is deleted concurrently, the reference may yield another
+/// node's address for one packet.
 #[inline(always)]
 pub fn outer6(stand_in: &[u8; 4]) -> Option<&'static [u8; 16]> {
     // SAFETY: entries are never freed while a program runs (RCU).
@@ -162,9 +162,9 @@ pub trait Tables: Ip {
     fn remote(addr: Self::Addr) -> Option<Remote>;
     /// Looks up the node of this pool that owns `addr`.
     fn local(addr: Self::Addr) -> Option<Local>;
-    /// Reports whether the source is an own address of the node with the outer address `outer`.
+    /// Reports whether the source is one of the addresses of the node with the outer address `outer`.
     fn is_from(&self, outer: [u8; 4]) -> bool;
-    /// Reports whether the packet is for an own address of this node.
+    /// Reports whether the destination is one of this node's addresses.
     fn is_to(&self, config: &Config) -> bool;
     /// Returns the source as the key of [`HANDSHAKES`].
     fn sender(&self) -> [u8; 16];

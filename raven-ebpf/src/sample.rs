@@ -131,7 +131,7 @@ pub fn xdp(ctx: &XdpContext, decision: Decision) {
         }
         Some(ETH_P_IPV6) => {
             if let Some(header) = frame::at::<Ipv6>(ctx, ETH_LEN) {
-                // SAFETY: `at` checked the bounds. Not by value, which would need the stack.
+                // SAFETY: `at` checked the bounds. Passed by reference, to save stack.
                 fill6(sample, unsafe { &*header });
             }
             frame::read::<[u8; 4]>(ctx, ETH_LEN + Ipv6::LEN)

@@ -71,7 +71,7 @@ fn refuse(skb: &Skb) -> Option<Verdict> {
         }
         Ok(Family::V6) => {
             let udp = ETH_LEN + Ipv6::LEN;
-            // Most packets end here, without a lookup.
+            // The port comes first: most packets have another one and need no lookup.
             if u32::from(destination_port(skb, udp)?) != config.tunnel_port {
                 return None;
             }

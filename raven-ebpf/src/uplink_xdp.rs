@@ -62,7 +62,7 @@ fn unwrap(ctx: &XdpContext) -> Result<(), Unchanged> {
         ETH_P_IP => message_ipv4(ctx, &config),
         _ => return Err(None),
     };
-    // One call for both families, because the verifier follows the guard's many instructions for each call.
+    // A single call, because the verifier follows the guard's instructions for each one.
     match message {
         Some(message) => Err(guard_tunnel(ctx, &message).map(Decision::from)),
         None if ethertype == ETH_P_IP => unwrap_ipv4(ctx, &config),
@@ -125,7 +125,7 @@ fn message_ipv4(ctx: &XdpContext, config: &Config) -> Option<TunnelPacket> {
 
 #[inline(always)]
 fn message_ipv6(ctx: &XdpContext, config: &Config) -> Option<TunnelPacket> {
-    // Most packets end here, without a lookup.
+    // The port comes first: most packets have another one and need no lookup.
     if destination_port(ctx, UDP6)? != config.tunnel_port as u16 {
         return None;
     }

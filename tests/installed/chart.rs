@@ -119,7 +119,7 @@ fn values_set_images_switches_and_flags() {
 }
 
 #[test]
-fn port_and_address_of_the_metrics_are_not_both_set() {
+fn metrics_port_and_metric_bind_address_are_exclusive() {
     let both = template(&["agent.metricsPort=19265", r#"agentConfig={"metric-bind-addr":"127.0.0.1:10265"}"#]).output();
     let output = both.expect("start helm");
     let error = String::from_utf8_lossy(&output.stderr);

@@ -231,3 +231,26 @@ fn cpu_of_times(output: &str) -> anyhow::Result<f64> {
         Ok(sum + minutes.parse::<f64>()? * 60.0 + seconds.parse::<f64>()?)
     })
 }
+
+/// An administrator has disabled IPv6 on all devices but one, so the kernel refuses the IPv6 routes of the interception.
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_ipv6_does_not_stop_the_interception_of_ipv4() {
+    require_root!();
+    let mut running = Running::start().await.expect("start the lab");
+    running.agent("cloud-a").kill().expect("kill the agent");
+    running.run_on(
+        "cloud-a",
+        "ip route flush table 9029; while ip rule del lookup 9029 2>/dev/null; do :; done
+         ip -6 route flush table 9029; while ip -6 rule del lookup 9029 2>/dev/null; do :; done
+         sysctl -qw net.ipv6.conf.lo.disable_ipv6=1",
+    );
+    running.agent("cloud-a").restart().expect("restart the agent");
+    let intercepted = || async {
+        let route = running.lab.node("cloud-a").ns.sh("ip route get 10.1.0.12 ipproto tcp dport 10250")?;
+        ensure!(route.contains("dev lo"), "{route}");
+        Ok(())
+    };
+    running.check(eventually(SOON, "kubelets are intercepted by IPv4", intercepted).await);
+    let rules = running.run_on("cloud-a", "ip -6 rule show");
+    assert!(!rules.contains("lookup 9029"), "the kernel has not refused IPv6: {rules}");
+}

@@ -13,7 +13,7 @@ use crate::Running;
 const FOLLOWED: Duration = Duration::from_secs(40);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn next_address_of_a_name_is_dialled_if_the_first_one_does_not_answer() {
+async fn address_of_a_name_that_does_not_answer_is_replaced_by_the_next() {
     require_root!();
     let lab = Lab::builder().up().await.expect("start the lab");
     lab.cluster().apply_gateways(lab.site()).await.expect("apply the Gateways");

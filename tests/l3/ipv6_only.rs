@@ -18,7 +18,7 @@ async fn start(ipv6_only: &[&str]) -> Running {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn pools_with_ipv6_only_are_connected_by_a_cloud_with_ipv6_only() {
+async fn ipv6_pools_are_connected_through_an_ipv6_cloud() {
     require_root!();
     let running = start(&["cloud", "edge-x", "edge-y"]).await;
     for (a, b) in proof::pairs(&running.lab) {

@@ -6,8 +6,8 @@ use raven_tests::require_root;
 use crate::{dataplane::Dataplane, topology};
 
 /// Limit of instructions that the verifier follows per program; 33,700 are needed (Linux 6.18), most of them for the
-/// rounds of the guard's MAC, which it follows for each address family. A program with branches that it cannot prune needs a hundred times as many: seconds of
-/// each agent's start on a small node.
+/// rounds of the guard's MAC; in `uplink_ingress` it follows them for each address family. A program with branches that it
+/// cannot prune needs a hundred times as many, which adds seconds to each agent's start on a small node.
 const LIMIT: u32 = 40_000;
 
 #[test]

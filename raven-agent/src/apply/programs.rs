@@ -4,7 +4,7 @@ use super::{Reconciler, report::Outcome};
 use crate::{
     bpf::{self, Hook},
     config::Tier,
-    link::{Port, Uplink},
+    link::{NetDevice, Uplink},
     names,
     plan::Plan,
     state::{Indexes, Role},
@@ -36,28 +36,28 @@ impl Reconciler {
         if indexes.tunnel.is_none() || plan.role != Role::Gateway {
             return self.detach_gateway_programs(uplink);
         }
-        let ports = uplink.ports();
-        let guarded: Vec<&Port> = ports.iter().chain(&uplink.exit).collect();
-        let indexes = |ports: &[&Port]| -> Vec<u32> { ports.iter().map(|port| port.index).collect() };
+        let pool_devices = uplink.pool_devices();
+        let guarded: Vec<&NetDevice> = pool_devices.iter().chain(&uplink.wan).collect();
+        let indexes = |devices: &[&NetDevice]| -> Vec<u32> { devices.iter().map(|device| device.index).collect() };
         // `uplink_ingress` reads the metadata that `uplink_xdp` writes, so it is attached first and detached last.
-        self.bpf.detach_except(Hook::UplinkXdp, &indexes(&ports.iter().collect::<Vec<_>>()));
+        self.bpf.detach_except(Hook::UplinkXdp, &indexes(&pool_devices.iter().collect::<Vec<_>>()));
         self.bpf.detach_except(Hook::UplinkIngress, &indexes(&guarded));
         let mut fast = Vec::new();
         let mut obstacles = Vec::new();
-        for port in guarded {
-            let attached = outcome.keep(self.bpf.attach(Hook::UplinkIngress, &port.name, port.index));
+        for device in guarded {
+            let attached = outcome.keep(self.bpf.attach(Hook::UplinkIngress, &device.name, device.index));
             outcome.change += attached.unwrap_or_default();
-            if !ports.contains(port) {
+            if !pool_devices.contains(device) {
                 continue;
             }
-            match self.obstacle(plan, port, attached.is_some()).await {
+            match self.obstacle(plan, device, attached.is_some()).await {
                 Some(obstacle) => obstacles.push(obstacle),
-                None => fast.push(port),
+                None => fast.push(device),
             }
         }
         self.bpf.detach_except(Hook::UplinkXdp, &indexes(&fast));
-        for port in fast {
-            match self.bpf.attach(Hook::UplinkXdp, &port.name, port.index) {
+        for device in fast {
+            match self.bpf.attach(Hook::UplinkXdp, &device.name, device.index) {
                 Ok(change) => outcome.change += change,
                 // Not a failure: the fallback tier forwards.
                 Err(e) => obstacles.push(e.to_string()),
@@ -70,15 +70,14 @@ impl Reconciler {
     }
 
     /// Why the fast tier cannot be used on a device: packets that XDP decapsulates must reach `uplink_ingress`.
-    async fn obstacle(&self, plan: &Plan, port: &Port, has_ingress: bool) -> Option<String> {
+    async fn obstacle(&self, plan: &Plan, device: &NetDevice, has_ingress: bool) -> Option<String> {
         match self.settings.tier {
             Tier::Tc => Some("--tier=tc".to_owned()),
-            Tier::Auto if plan.config.address.is_ipv6() => Some(
-                "the nodes of this pool have only IPv6 addresses, and uplink_xdp handles overlay packets over IPv4"
-                    .to_owned(),
-            ),
+            Tier::Auto if plan.config.address.is_ipv6() => {
+                Some("the overlay of this pool uses IPv6, and uplink_xdp decapsulates only IPv4".to_owned())
+            }
             Tier::Auto if !has_ingress => Some(format!("{} is not attached", Hook::UplinkIngress.program())),
-            Tier::Auto => self.programs_before(Hook::UplinkIngress, &port.name, port.index).await,
+            Tier::Auto => self.programs_before(Hook::UplinkIngress, &device.name, device.index).await,
         }
     }
 
@@ -86,7 +85,8 @@ impl Reconciler {
         for hook in [Hook::UplinkXdp, Hook::UplinkIngress, Hook::TunnelIngress, Hook::TunnelEgress] {
             self.bpf.detach(hook);
             if !self.settings.tcx() && hook == Hook::UplinkIngress {
-                uplink.ports().iter().chain(&uplink.exit).for_each(|port| bpf::detach_filter(hook, &port.name));
+                let devices = uplink.pool_devices();
+                devices.iter().chain(&uplink.wan).for_each(|device| bpf::detach_filter(hook, &device.name));
             }
         }
     }

@@ -38,19 +38,18 @@ pub struct Uplink {
     pub subnets: BTreeSet<IpNet>,
     /// The addresses of all devices.
     pub node_addresses: BTreeSet<IpAddr>,
-    /// Further devices by which other nodes of the pool are reached.
-    pub further: Vec<Port>,
-    /// The device that leads out of the site, if no node of the pool is reached by it: the node is its site's router, and
-    /// WireGuard's packets arrive there. `None` also if it is not an Ethernet device (PPP, LTE), which the programs do not
-    /// handle.
-    pub exit: Option<Port>,
+    /// Other devices by which nodes of the pool are reached.
+    pub other_devices: Vec<NetDevice>,
+    /// The device of the default route, if no node of the pool is reached by it: this node is its site's router, and
+    /// WireGuard's packets arrive there. `None` if it has no Ethernet header (PPP, LTE), because the programs need one.
+    pub wan: Option<NetDevice>,
     /// The other nodes, each with the source that the kernel would choose.
     pub sources: Vec<(IpAddr, IpAddr)>,
 }
 
-/// A device.
+/// Name and index of a network device.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Port {
+pub struct NetDevice {
     /// Device name.
     pub name: String,
     /// Interface index.
@@ -59,9 +58,9 @@ pub struct Port {
 
 impl Uplink {
     /// The devices by which packets of the pool's other nodes arrive, the uplink first.
-    pub fn ports(&self) -> Vec<Port> {
-        let first = Port { name: self.name.clone(), index: self.index };
-        [first].into_iter().chain(self.further.iter().cloned()).collect()
+    pub fn pool_devices(&self) -> Vec<NetDevice> {
+        let first = NetDevice { name: self.name.clone(), index: self.index };
+        [first].into_iter().chain(self.other_devices.iter().cloned()).collect()
     }
 }
 
@@ -125,17 +124,17 @@ impl Uplinks {
         }
         let mut mtu = link.mtu;
         let mut used: BTreeSet<u32> = looked.hops.iter().map(|(_, hop)| hop.index).filter(|i| *i != index).collect();
-        let mut further = Vec::new();
+        let mut other_devices = Vec::new();
         for other in &used {
             if let Some(link) = links.by_index(*other).await? {
                 mtu = mtu.min(link.mtu);
-                further.push(Port { name: link.name, index: link.index });
+                other_devices.push(NetDevice { name: link.name, index: link.index });
             }
         }
-        let exit = match links.lookup(anywhere(address)).await? {
+        let wan = match links.lookup(anywhere(address)).await? {
             Some(hop) if hop.index != LOOPBACK && hop.index != index && !used.contains(&hop.index) => {
                 let link = links.by_index(hop.index).await?.filter(device::Found::is_ethernet);
-                link.map(|link| Port { name: link.name, index: link.index })
+                link.map(|link| NetDevice { name: link.name, index: link.index })
             }
             _ => None,
         };
@@ -148,8 +147,8 @@ impl Uplinks {
             mtu,
             subnets: on_used.filter_map(|a| Some(IpNet::new(a.ip, a.prefix_len).ok()?.trunc())).collect(),
             node_addresses: looked.addresses.iter().map(|a| a.ip).collect(),
-            further,
-            exit,
+            other_devices,
+            wan,
             sources: looked.hops.iter().filter_map(source).collect(),
         };
         self.last = Some(looked);

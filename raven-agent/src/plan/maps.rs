@@ -36,13 +36,13 @@ pub(super) fn nodes(own: &Pool) -> BTreeMap<Ipv4Addr, Node> {
     own.members.iter().map(|(name, m)| (m.outer, Node { flags: flags(name) })).collect()
 }
 
-/// IPv6 addresses of this pool's nodes. An address that a node has besides its own is not taken from the node to which
-/// packets are sent there.
+/// Outer address by IPv6 address of this pool's nodes. If two nodes list the same address, it is that of the node whose
+/// address inside the pool it is.
 pub(super) fn nodes6(own: &Pool) -> BTreeMap<Ipv6Addr, Ipv4Addr> {
     let members = || own.members.values();
-    let further = members().flat_map(|m| m.addresses.iter().map(|address| (*address, m.outer)));
+    let all = members().flat_map(|m| m.addresses.iter().map(|address| (*address, m.outer)));
     let first = members().map(|m| (m.address, m.outer));
-    further.chain(first).filter_map(|(address, outer)| Some((ipv6(address)?, outer))).collect()
+    all.chain(first).filter_map(|(address, outer)| Some((ipv6(address)?, outer))).collect()
 }
 
 /// The addresses behind stand-ins.

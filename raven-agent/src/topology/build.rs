@@ -187,11 +187,14 @@ impl Builder {
             (Ok(IpAddr::V4(address)), None) => (address.into(), address),
             (Ok(IpAddr::V6(address)), Some(stand_ins)) => (address.into(), stand_ins.assign(address)),
             (address, _) => {
-                let what = if address.is_ok() { "the other nodes of the pool have IPv4" } else { "that is no address" };
-                self.problem(format!(
-                    "Gateway {gateway}: node {} has InternalIP {:?}: {what}, so the node is left out",
-                    node.node_name, node.private_ip
-                ));
+                let ip = &node.private_ip;
+                let why = match address {
+                    Ok(_) => {
+                        format!("its InternalIP {ip} is IPv6 and the pool uses IPv4; set --node-ip of its kubelet")
+                    }
+                    Err(_) => format!("its InternalIP {ip:?} is not an IP address; check its kubelet's --node-ip"),
+                };
+                self.problem(format!("Gateway {gateway}: node {} is left out: {why}", node.node_name));
                 return None;
             }
         };
@@ -303,8 +306,8 @@ impl Builder {
     }
 }
 
-/// Stand-ins for the IPv6 addresses of a pool's nodes, in maps whose keys are IPv4 addresses. Each node chooses them for
-/// itself.
+/// Stand-ins for the IPv6 addresses of a pool's nodes, in maps whose keys are IPv4 addresses. They are local: each node assigns
+/// its own.
 struct StandIns(BTreeSet<Ipv4Addr>);
 
 impl StandIns {
@@ -317,7 +320,7 @@ impl StandIns {
         (!any_ipv4).then(|| Self(BTreeSet::new()))
     }
 
-    /// The words of the address added up, or the next one that is free: addresses that differ in one word differ here.
+    /// Returns the sum of the address's 32-bit words, with the top four bits set, or the next free number.
     fn assign(&mut self, address: Ipv6Addr) -> Ipv4Addr {
         let words = address
             .octets()

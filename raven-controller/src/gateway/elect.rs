@@ -131,9 +131,10 @@ fn names_without_address(gateway: &GatewayFacts, family: Family, unaddressed: &[
     let bare = unaddressed.iter().filter(listed);
     bare.map(|node| {
         let message = format!(
-            "endpoint names node {}, which has no {} InternalIP, as this pool needs, so it cannot be elected: set --node-ip of its kubelet, or check the cloud provider",
+            "endpoint names node {}, which cannot be elected: it has no {family} InternalIP, and {family} is the address family of this pool; \
+             set --node-ip of its kubelet, or check the cloud provider",
             node.name,
-            family.as_str()
+            family = family.as_str()
         );
         Refusal::new("EndpointNodeUnaddressed", message)
     })

@@ -93,11 +93,11 @@ pub(crate) enum Family {
 }
 
 impl Family {
-    /// The family of a pool with these nodes. It keeps its `present` one while a node has an address of it: a change stops
+    /// The family of a pool with these nodes. It keeps its `current` one while a node has an address of it: a change stops
     /// the pool until all of its agents have followed. At first it is IPv4, unless most nodes have only IPv6.
-    pub(crate) fn of(pool: &[&NodeFacts], present: Option<Self>) -> Self {
-        if let Some(present) = present.filter(|family| pool.iter().any(|node| node.address_of(*family).is_some())) {
-            return present;
+    pub(crate) fn of(pool: &[&NodeFacts], current: Option<Self>) -> Self {
+        if let Some(current) = current.filter(|family| pool.iter().any(|node| node.address_of(*family).is_some())) {
+            return current;
         }
         // The first address is an IPv4 address if the node has one.
         let first = |ipv4| pool.iter().filter(|node| node.address.is_some_and(|a| a.is_ipv4() == ipv4)).count();
@@ -105,7 +105,7 @@ impl Family {
     }
 
     /// The family of the addresses in a Gateway's status.
-    pub(crate) fn present(gateway: &Gateway) -> Option<Self> {
+    pub(crate) fn current(gateway: &Gateway) -> Option<Self> {
         let mut nodes = gateway.status.iter().flat_map(|status| &status.nodes);
         let address: IpAddr = nodes.find_map(|node| node.private_ip.parse().ok())?;
         Some(if address.is_ipv4() { Self::Ipv4 } else { Self::Ipv6 })

@@ -240,7 +240,7 @@ impl Draft<'_> {
         if self.nodes.is_empty() {
             return Some((
                 "NoNodeAddress",
-                "no node of the pool has an InternalIP, which packets between its nodes need: set --node-ip of the kubelets, or check the cloud provider"
+                "no node of the pool has an InternalIP, so they cannot exchange packets: set --node-ip of the kubelets, or check the cloud provider"
                     .to_owned(),
             ));
         }
@@ -315,7 +315,7 @@ impl Draft<'_> {
         }
         if !self.unaddressed.is_empty() {
             let family = self.family.as_str();
-            notes.push(format!("ignored because they have no {family} InternalIP: {}", enumerate(&self.unaddressed)));
+            notes.push(format!("nodes without an {family} InternalIP are ignored: {}", enumerate(&self.unaddressed)));
         }
         let without_prefix: Vec<&NodeName> =
             self.nodes.iter().filter(|(_, s)| s.is_empty()).map(|(n, _)| &n.name).collect();

@@ -217,6 +217,20 @@ mod tests {
     }
 
     #[test]
+    fn slices_of_each_address_family_have_their_own_names() {
+        let mut gateways = [gateway(ExposeType::LoadBalancer)];
+        let ready = BTreeSet::from(["a".into()]);
+        let before = desired("kube-system", &gateways, &ready, true);
+        for node in gateways[0].status.iter_mut().flat_map(|status| &mut status.nodes) {
+            node.private_ip = "fd10::1".to_owned();
+        }
+        let after = desired("kube-system", &gateways, &ready, true);
+        assert_eq!(before.services.keys().collect::<Vec<_>>(), after.services.keys().collect::<Vec<_>>());
+        assert!(after.slices.values().all(|slice| slice["addressType"] == "IPv6"), "{:?}", after.slices);
+        assert!(after.slices.keys().all(|name| !before.slices.contains_key(name)), "{:?}", after.slices.keys());
+    }
+
+    #[test]
     fn one_load_balancer_per_elected_node() {
         let gateways = [gateway(ExposeType::LoadBalancer)];
         let objects = desired("kube-system", &gateways, &BTreeSet::new(), true);

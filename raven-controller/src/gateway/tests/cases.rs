@@ -497,7 +497,7 @@ fn listed_node_without_an_address_is_refused() {
         "Accepted",
         "False",
         "EndpointNodeUnaddressed",
-        "endpoint names node e1, which has no IPv4 InternalIP",
+        "endpoint names node e1, which cannot be elected: it has no IPv4 InternalIP",
     );
 }
 
@@ -508,7 +508,7 @@ fn node_without_the_pools_address_family_is_ignored_and_reported() {
         bare.address = address;
         let cluster = two_pools().node(bare).apply(1);
         assert_eq!((cluster.nodes("edge"), cluster.tunnel("edge")), (vec!["e2".to_owned()], vec!["e2".to_owned()]));
-        cluster.assert_condition("edge", "Ready", "True", "Degraded", "no IPv4 InternalIP: e1");
+        cluster.assert_condition("edge", "Ready", "True", "Degraded", "without an IPv4 InternalIP are ignored: e1");
         let cluster = cluster.without_node("e2").apply(2);
         match address {
             None => cluster.assert_condition("edge", "Ready", "False", "NoNodeAddress", "--node-ip of the kubelets"),
@@ -518,7 +518,7 @@ fn node_without_the_pools_address_family_is_ignored_and_reported() {
 }
 
 #[test]
-fn most_nodes_decide_the_address_family_of_a_new_pool_and_it_stays() {
+fn new_pool_takes_the_majority_address_family_and_keeps_it() {
     let ipv6 = |n: u8| format!("fd10::{n}").parse::<std::net::IpAddr>().expect("an address");
     let mut dual = member("edge", "e1", "10.2.1.0/24");
     let ipv4 = dual.address.expect("an address").to_string();
