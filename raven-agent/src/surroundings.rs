@@ -215,11 +215,11 @@ fn matches_pods(condition: &Value, own: &[&IpNet]) -> bool {
 fn blocked_ports(ruleset: &Value, overlay: (u16, &str), tunnel: Option<(u16, &str)>) -> Vec<String> {
     let drops: Vec<&Value> =
         objects(ruleset, "chain").filter(|c| c["hook"] == "input" && c["policy"] == "drop").collect();
-    let ports = [(Some(overlay), "the overlay"), (tunnel, "the WireGuard tunnel")];
-    let ports = ports.map(|(port, what)| port.map(|(port, device)| (port, device, what)));
+    let tunnel = tunnel.map(|tunnel| (tunnel, "the WireGuard tunnel"));
+    let ports: Vec<_> = [(overlay, "the overlay")].into_iter().chain(tunnel).collect();
     let mut complaints = Vec::new();
     for chain in drops.iter().filter(|c| c["family"] != "ip6") {
-        for (port, device, what) in ports.iter().flatten() {
+        for ((port, device), what) in &ports {
             if !accepts(ruleset, chain, |condition| opens(&condition["right"], *port) || condition["right"] == *device)
             {
                 complaints.push(format!(

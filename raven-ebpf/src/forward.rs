@@ -94,9 +94,8 @@ pub fn tunnel_key(skb: &Skb, config: &Config) -> Option<Outer> {
         return None;
     }
     let source = if over_ipv6 {
-        // SAFETY: with BPF_F_TUNINFO_IPV6 the kernel fills the IPv6 member or returns an error. It is an address, in
-        // network order.
-        maps::node6(unsafe { &*(&raw const key.__bindgen_anon_1.remote_ipv6).cast() })
+        // SAFETY: with BPF_F_TUNINFO_IPV6 the kernel fills the IPv6 member or returns an error.
+        maps::node6(&bytes(unsafe { key.__bindgen_anon_1.remote_ipv6 }))
     } else {
         // SAFETY: without the flag it fills the IPv4 member or returns an error.
         Some(unsafe { key.__bindgen_anon_1.remote_ipv4 }.to_be_bytes())

@@ -57,37 +57,39 @@ fn unwrap(ctx: &XdpContext) -> Result<(), Unchanged> {
         return Err(None);
     }
     let ethertype = u16::from_be_bytes(frame::read::<Ethernet>(ctx, 0).ok_or(None)?.ethertype);
+    // A single call of the guard, because the verifier follows its instructions for each one.
     let message = match ethertype {
-        ETH_P_IPV6 => message_ipv6(ctx, &config),
-        ETH_P_IP => message_ipv4(ctx, &config),
+        ETH_P_IPV6 => message_ipv6(ctx, &config).ok_or(None)?,
+        ETH_P_IP => {
+            let (outer, port) = udp_for_node(ctx, &config).ok_or(None)?;
+            if port != config.tunnel_port as u16 {
+                return unwrap_ipv4(ctx, &config, &outer, port);
+            }
+            let len = (outer.total_len() as u16).wrapping_sub((Ipv4::LEN + UDP_LEN) as u16);
+            TunnelPacket { source: outer.sender(), offset: UDP + UDP_LEN, len }
+        }
         _ => return Err(None),
     };
-    // A single call, because the verifier follows the guard's instructions for each one.
-    match message {
-        Some(message) => Err(guard_tunnel(ctx, &message).map(Decision::from)),
-        None if ethertype == ETH_P_IP => unwrap_ipv4(ctx, &config),
-        None => Err(None),
-    }
+    Err(guard_tunnel(ctx, &message).map(Decision::from))
 }
 
 #[inline(always)]
-fn unwrap_ipv4(ctx: &XdpContext, config: &Config) -> Result<(), Unchanged> {
-    let (outer, port) = udp_for_node(ctx, config).ok_or(None)?;
+fn unwrap_ipv4(ctx: &XdpContext, config: &Config, outer: &Ipv4, port: u16) -> Result<(), Unchanged> {
     if port != OVERLAY_PORT {
         return Err(None);
     }
-    let Some(udp) = frame::read::<UdpVxlan>(ctx, UDP) else { return Err(pass_if_from_pool(&outer)) };
+    let Some(udp) = frame::read::<UdpVxlan>(ctx, UDP) else { return Err(pass_if_from_pool(outer)) };
     // The kernel's stack handles other network identifiers, and congestion marks, which must be merged (RFC 6040).
     if udp.vni() != OVERLAY_VNI || udp.flags != 0x08 || outer.tos & ECN_CE == ECN_CE {
-        return Err(pass_if_from_pool(&outer));
+        return Err(pass_if_from_pool(outer));
     }
     let Some(ethernet) = frame::read::<Ethernet>(ctx, INNER_ETHERNET) else {
-        return Err(pass_if_from_pool(&outer).or(Some(Verdict::DropMalformed.into())));
+        return Err(pass_if_from_pool(outer).or(Some(Verdict::DropMalformed.into())));
     };
     match u16::from_be_bytes(ethernet.ethertype) {
-        ETH_P_IP => forward::<Ipv4>(ctx, config, &outer),
-        ETH_P_IPV6 => forward::<Ipv6>(ctx, config, &outer),
-        _ => Err(pass_if_from_pool(&outer).or(Some(Verdict::DropNotIp.into()))),
+        ETH_P_IP => forward::<Ipv4>(ctx, config, outer),
+        ETH_P_IPV6 => forward::<Ipv6>(ctx, config, outer),
+        _ => Err(pass_if_from_pool(outer).or(Some(Verdict::DropNotIp.into()))),
     }
 }
 
@@ -114,13 +116,6 @@ struct TunnelPacket {
     offset: usize,
     /// Length of the payload in bytes.
     len: u16,
-}
-
-#[inline(always)]
-fn message_ipv4(ctx: &XdpContext, config: &Config) -> Option<TunnelPacket> {
-    let (ip, _) = udp_for_node(ctx, config).filter(|(_, port)| *port == config.tunnel_port as u16)?;
-    let len = (ip.total_len() as u16).wrapping_sub((Ipv4::LEN + UDP_LEN) as u16);
-    Some(TunnelPacket { source: ip.sender(), offset: UDP + UDP_LEN, len })
 }
 
 #[inline(always)]

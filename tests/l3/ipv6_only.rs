@@ -12,9 +12,7 @@ use crate::{Running, forged};
 
 /// Starts a lab in which the nodes of some pools have only IPv6 addresses.
 async fn start(ipv6_only: &[&str]) -> Running {
-    let mut pools = PoolSpec::three();
-    pools.iter_mut().for_each(|pool| pool.ipv6_only = ipv6_only.contains(&pool.name.as_str()));
-    Running::of(Lab::builder().pools(pools)).await.expect("start the lab")
+    Running::of(Lab::builder().pools(PoolSpec::three_with_ipv6_only(ipv6_only))).await.expect("start the lab")
 }
 
 #[tokio::test(flavor = "multi_thread")]

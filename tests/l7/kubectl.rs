@@ -14,8 +14,7 @@ use crate::{Running, SOON};
 #[tokio::test(flavor = "multi_thread")]
 async fn kubectl_reaches_pods_of_a_site_with_ipv6_only() {
     require_root!();
-    let mut pools = PoolSpec::three();
-    pools[1].ipv6_only = true;
+    let pools = PoolSpec::three_with_ipv6_only(&["edge-x"]);
     let running = Running::of(Lab::builder().pools(pools)).await.expect("start the lab");
     let lab = &running.lab;
     let _kubelet = running.check(lab.start_kubelet("x-b").await);
@@ -25,9 +24,7 @@ async fn kubectl_reaches_pods_of_a_site_with_ipv6_only() {
         ("cloud-b", Prefer::InternalIP, "by IPv6 address, from a member"),
         ("cloud-b", Prefer::Hostname, "by name, from a member"),
     ] {
-        let server = running.check(lab.api_server_on(node, prefer).await);
-        running.all(&server, path, 5).await;
-        running.check(server.kill());
+        running.all_from(node, prefer, path, 5).await;
     }
     let route = |port: u16| lab.node("cloud-a").ns.sh(&format!("ip -6 route get fd10:1::12 ipproto tcp dport {port}"));
     assert!(running.check(route(10250)).contains("dev lo"), "the kubelet's port is intercepted");
@@ -37,8 +34,7 @@ async fn kubectl_reaches_pods_of_a_site_with_ipv6_only() {
 #[tokio::test(flavor = "multi_thread")]
 async fn kubelets_are_reached_by_address_from_a_cloud_with_ipv6_only() {
     require_root!();
-    let mut pools = PoolSpec::three();
-    pools[0].ipv6_only = true;
+    let pools = PoolSpec::three_with_ipv6_only(&["cloud"]);
     let running = Running::of(Lab::builder().pools(pools)).await.expect("start the lab");
     let lab = &running.lab;
     let _kubelet = running.check(lab.start_kubelet("x-b").await);
@@ -73,9 +69,7 @@ async fn kubectl_reaches_edge_pod_by_name_and_address_with_and_without_l3() {
     running.top(&server, "by name", Prefer::Hostname).await;
     running.check(server.kill());
 
-    let server = running.check(lab.api_server_on("cloud-a", Prefer::Hostname).await);
-    running.all(&server, "by name, from the gateway node", 5).await;
-    running.check(server.kill());
+    running.all_from("cloud-a", Prefer::Hostname, "by name, from the gateway node", 5).await;
 
     let server = running.check(lab.api_server_on("cloud-a", Prefer::InternalIP).await);
     running.all(&server, "by address, from the gateway node", 10).await;
@@ -121,9 +115,7 @@ async fn kubectl_reaches_edge_pod_by_name_and_address_with_and_without_l3() {
         ("cloud-a", Prefer::InternalIP, "by address, from the gateway node, L3 off"),
         ("cloud-b", Prefer::InternalIP, "by address, from a member, L3 off"),
     ] {
-        let server = running.check(lab.api_server_on(node, prefer).await);
-        running.all(&server, path, 5).await;
-        running.check(server.kill());
+        running.all_from(node, prefer, path, 5).await;
     }
 }
 
@@ -132,6 +124,13 @@ impl Running {
     async fn all(&self, server: &SecondApiServer, path: &str, megabytes: usize) {
         self.check(eventually(SOON, &format!("the path works, {path}"), || async { kubectl::logs(server) }).await);
         report(self, &kubectl::all(server, path, megabytes));
+    }
+
+    /// Runs all checks with an API server on `node`.
+    async fn all_from(&self, node: &str, prefer: Prefer, path: &str, megabytes: usize) {
+        let server = self.check(self.lab.api_server_on(node, prefer).await);
+        self.all(&server, path, megabytes).await;
+        self.check(server.kill());
     }
 
     /// metrics-server on a member of the cloud pool reads the kubelet at the edge, and `kubectl

@@ -97,8 +97,7 @@ async fn all(results: &mut Results) -> Result<()> {
 
 /// A pool whose nodes have only IPv6 addresses.
 async fn ipv6_only(results: &mut Results) -> Result<()> {
-    let mut pools = PoolSpec::three();
-    pools[1].ipv6_only = true;
+    let pools = PoolSpec::three_with_ipv6_only(&["edge-x"]);
     let lab = Lab::builder().without_kubernetes().pools(pools).up().await?;
     topology::write(&lab)?;
     let agents: Vec<Agent> =

@@ -27,7 +27,7 @@ impl Reconciler {
             (Hook::TunnelEgress, names::TUNNEL, indexes.tunnel),
         ] {
             let Some(index) = index else { continue };
-            self.bpf.detach_except(hook, &[index]);
+            self.bpf.detach_except(hook, [index]);
             outcome.take(self.bpf.attach(hook, device, index));
             if let Some(before) = self.programs_before(hook, device, index).await {
                 outcome.surroundings.push(format!("{before}; keep other programs off {device}"));
@@ -36,26 +36,23 @@ impl Reconciler {
         if indexes.tunnel.is_none() || plan.role != Role::Gateway {
             return self.detach_gateway_programs(uplink);
         }
-        let pool_devices = uplink.pool_devices();
-        let guarded: Vec<&NetDevice> = pool_devices.iter().chain(&uplink.wan).collect();
-        let indexes = |devices: &[&NetDevice]| -> Vec<u32> { devices.iter().map(|device| device.index).collect() };
         // `uplink_ingress` reads the metadata that `uplink_xdp` writes, so it is attached first and detached last.
-        self.bpf.detach_except(Hook::UplinkXdp, &indexes(&pool_devices.iter().collect::<Vec<_>>()));
-        self.bpf.detach_except(Hook::UplinkIngress, &indexes(&guarded));
+        let pool_devices = uplink.pool_devices();
         let mut fast = Vec::new();
         let mut obstacles = Vec::new();
-        for device in guarded {
+        for device in &pool_devices {
             let attached = outcome.keep(self.bpf.attach(Hook::UplinkIngress, &device.name, device.index));
             outcome.change += attached.unwrap_or_default();
-            if !pool_devices.contains(device) {
-                continue;
-            }
             match self.obstacle(plan, device, attached.is_some()).await {
                 Some(obstacle) => obstacles.push(obstacle),
                 None => fast.push(device),
             }
         }
-        self.bpf.detach_except(Hook::UplinkXdp, &indexes(&fast));
+        if let Some(wan) = &uplink.wan {
+            outcome.take(self.bpf.attach(Hook::UplinkIngress, &wan.name, wan.index));
+        }
+        self.bpf.detach_except(Hook::UplinkXdp, fast.iter().map(|device| device.index));
+        self.bpf.detach_except(Hook::UplinkIngress, pool_devices.iter().chain(&uplink.wan).map(|device| device.index));
         for device in fast {
             match self.bpf.attach(Hook::UplinkXdp, &device.name, device.index) {
                 Ok(change) => outcome.change += change,

@@ -103,13 +103,13 @@ impl Bpf {
 
     /// Detaches the program of `hook` from every device.
     pub fn detach(&mut self, hook: Hook) {
-        self.detach_except(hook, &[]);
+        self.detach_except(hook, []);
     }
 
     /// Detaches the program of `hook` from every device that is not among these. A recreated device has another index, and
     /// its old link is stale.
-    pub fn detach_except(&mut self, hook: Hook, keep: &[u32]) {
-        let keep: Vec<PathBuf> = keep.iter().map(|ifindex| self.pin(hook, *ifindex)).collect();
+    pub fn detach_except(&mut self, hook: Hook, keep: impl IntoIterator<Item = u32>) {
+        let keep: Vec<PathBuf> = keep.into_iter().map(|ifindex| self.pin(hook, ifindex)).collect();
         let Ok(entries) = fs::read_dir(self.pins.join("links")) else { return };
         for path in entries.flatten().map(|e| e.path()).filter(|path| !keep.contains(path)) {
             let name = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.rsplit_once('-'));

@@ -56,6 +56,12 @@ pub struct NetDevice {
     pub index: u32,
 }
 
+impl From<device::Found> for NetDevice {
+    fn from(found: device::Found) -> Self {
+        Self { name: found.name, index: found.index }
+    }
+}
+
 impl Uplink {
     /// The devices by which packets of the pool's other nodes arrive, the uplink first.
     pub fn pool_devices(&self) -> Vec<NetDevice> {
@@ -108,11 +114,12 @@ impl Uplinks {
         let gone = |index: u32| Error::NoRoute { address, device: format!("device {index}, which is gone") };
         let mut index = choose(own, &looked.hops);
         let mut link = links.by_index(index).await?.ok_or_else(|| gone(index))?;
+        // The default route leads to the other pools.
+        let beyond = links.lookup(anywhere(address)).await?.map(|hop| hop.index).filter(|index| *index != LOOPBACK);
         if looked.hops.is_empty() && !link.has_wire() {
-            // The default route leads to the other pools.
-            match links.lookup(anywhere(address)).await?.filter(|hop| hop.index != LOOPBACK) {
-                Some(hop) => {
-                    index = hop.index;
+            match beyond {
+                Some(beyond) => {
+                    index = beyond;
                     link = links.by_index(index).await?.ok_or_else(|| gone(index))?;
                 }
                 None if others.is_empty() => {}
@@ -128,15 +135,12 @@ impl Uplinks {
         for other in &used {
             if let Some(link) = links.by_index(*other).await? {
                 mtu = mtu.min(link.mtu);
-                other_devices.push(NetDevice { name: link.name, index: link.index });
+                other_devices.push(link.into());
             }
         }
-        let wan = match links.lookup(anywhere(address)).await? {
-            Some(hop) if hop.index != LOOPBACK && hop.index != index && !used.contains(&hop.index) => {
-                let link = links.by_index(hop.index).await?.filter(device::Found::is_ethernet);
-                link.map(|link| NetDevice { name: link.name, index: link.index })
-            }
-            _ => None,
+        let wan = match beyond.filter(|beyond| *beyond != index && !used.contains(beyond)) {
+            Some(beyond) => links.by_index(beyond).await?.filter(device::Found::is_ethernet).map(NetDevice::from),
+            None => None,
         };
         used.extend([own, index]);
         let source = |(other, hop): &(IpAddr, Hop)| Some((*other, hop.source?));

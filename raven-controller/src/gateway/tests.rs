@@ -1,5 +1,6 @@
 //! Tests of [`decide`](super::decide): examples and properties.
 
+mod addresses;
 mod agents;
 mod build;
 mod cases;

@@ -144,6 +144,13 @@ impl PoolSpec {
         vec![cloud, Self::new("edge-x", "x", 1, 20), Self::new("edge-y", "y", 2, 30)]
     }
 
+    /// Returns [`PoolSpec::three`], of which these have only IPv6.
+    pub fn three_with_ipv6_only(names: &[&str]) -> Vec<Self> {
+        let mut pools = Self::three();
+        pools.iter_mut().for_each(|pool| pool.ipv6_only = names.contains(&pool.name.as_str()));
+        pools
+    }
+
     /// Returns a mapping of a public port to the same port of the pool's n-th node.
     pub fn forward(&self, protocol: Protocol, port: u16, node: usize) -> Forward {
         let (to, to_v6) = (self.lan_v4(host_of(node)), Some(self.lan_v6(host_of(node))));
