@@ -1,13 +1,126 @@
-//! Gateways as OpenYurt's users have stored them: v1alpha1 had no `exposeType`.
+//! Gateways as OpenYurt's users have them. They were stored under OpenYurt's CRD, and Raven's CRD is applied over it: every
+//! one can be read, edited and used.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::Api;
-use raven_api::{GatewayNode, gateway::ExposeType};
+use kube::api::{DeleteParams, PostParams};
+use raven_api::gateway::{Endpoint, EndpointType, ExposeType};
+use raven_api::schema::GATEWAY_CRD;
+use raven_api::{Gateway, GatewayNode, LABEL_GATEWAY};
 use raven_tests::{Lab, eventually, kubernetes::objects::default_gateway, proof, require_root};
+use serde_json::{Deserializer, Value, json};
 
 use crate::Running;
+
+/// Time limit for an election, with the start of the webhook.
+const SOON: Duration = Duration::from_secs(60);
+/// Where the API server reaches the webhook without a Service.
+const WEBHOOK: [&str; 2] = ["--webhook-bind-addr=10.0.0.5:9443", "--webhook-url=https://10.0.0.5:9443"];
+
+/// A form of Gateways, with what the controller makes of it.
+struct Form {
+    /// Name of the file in `tests/l3/upstream`.
+    file: &'static str,
+    /// Version in which the Gateways are written and stored.
+    version: &'static str,
+    /// The pools, in the order cloud, edge-x, edge-y.
+    pools: [Expected; 3],
+}
+
+/// A pool's Gateway: its name, and the nodes elected for the tunnel and for the proxy.
+struct Expected(&'static str, &'static str, &'static str);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn documented_v1alpha1_needs_only_the_address_of_the_cloud() {
+    require_root!();
+    let form = Form {
+        file: "documented-v1alpha1",
+        version: "v1alpha1",
+        pools: [
+            Expected("gw-cloud", "cloud-a", "cloud-a"),
+            Expected("gw-hangzhou", "x-a", "x-a"),
+            Expected("gw-qingdao", "y-a", "y-a"),
+        ],
+    };
+    let running = form.start().await.expect("start the lab");
+    running.check(form.is_elected(&running.lab).await);
+    for (gateway, type_, cause) in [
+        ("gw-cloud", "Ready", "no publicIP is set for cloud-a: other pools dial its InternalIP"),
+        ("gw-hangzhou", "Accepted", "endpoint names node x-gone, which does not exist"),
+    ] {
+        running.check(has_condition(&running.lab, gateway, type_, cause).await);
+    }
+    let endpoints = json!([{"nodeName": "cloud-a", "publicIP": "198.51.100.10"}, {"nodeName": "cloud-b"}]);
+    let patch = json!({"spec": {"endpoints": endpoints}}).to_string();
+    let patched =
+        running.lab.cluster().kubectl(&["patch", &form.resource(), "gw-cloud", "--type=merge", "--patch", &patch]);
+    running.check(patched);
+    running.check(form.works(&running.lab).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn documented_v1beta1_works() {
+    require_root!();
+    let form = Form {
+        file: "documented-v1beta1",
+        version: "v1beta1",
+        pools: [
+            Expected("gw-cloud", "cloud-a", "cloud-a"),
+            Expected("gw-hangzhou", "x-a", "x-a"),
+            Expected("gw-qingdao", "y-b", "y-a"),
+        ],
+    };
+    form.starts_and_works().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn live_v1alpha1_works() {
+    require_root!();
+    let form = Form {
+        file: "live-v1alpha1",
+        version: "v1alpha1",
+        pools: [
+            Expected("gw-cloud", "cloud-a", "cloud-a"),
+            Expected("gw-edge-x", "x-a", "x-a"),
+            Expected("gw-edge-y", "y-a", "y-a"),
+        ],
+    };
+    form.starts_and_works().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn edge_without_under_nat_works() {
+    require_root!();
+    let form = Form {
+        file: "edge-without-under-nat",
+        version: "v1beta1",
+        pools: [
+            Expected("cloud", "cloud-a", "cloud-a"),
+            Expected("gw-edge-x", "x-a", "x-a"),
+            Expected("edge-y", "y-a", "y-a"),
+        ],
+    };
+    form.starts_and_works().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn exported_v1beta1_works() {
+    require_root!();
+    let form = Form {
+        file: "exported-v1beta1",
+        version: "v1beta1",
+        pools: [
+            Expected("cloud", "cloud-a", "cloud-a"),
+            Expected("gw-edge-x", "x-a", "x-a"),
+            Expected("edge-y", "y-a", "y-a"),
+        ],
+    };
+    form.starts_and_works().await;
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn gateways_without_expose_type_relay_and_are_dialled() {
@@ -22,15 +135,147 @@ async fn gateways_without_expose_type_relay_and_are_dialled() {
     let agents = lab.start_agents().await.expect("start the agents");
     let running = Running { agents, _controller: controller, lab };
     running.check(proof::converged(&running.lab).await.map(drop));
-    let nodes: Api<GatewayNode> = Api::all(running.lab.cluster().client());
     for node in ["x-a", "y-a"] {
-        let connected = || async {
-            let status = nodes.get(node).await?.status.context("no status")?;
-            let of_proxy = status.conditions.iter().find(|condition| condition.type_ == "ProxyConnected");
-            ensure!(of_proxy.is_some_and(|condition| condition.status == "True"), "{of_proxy:?}");
-            Ok(())
-        };
-        let connected: Result<()> = eventually(Duration::from_secs(60), "the L7 half is connected", connected).await;
-        running.check(connected);
+        running.check(proxy_is_connected(&running.lab, node).await);
     }
+}
+
+impl Form {
+    async fn starts_and_works(&self) {
+        let running = self.start().await.expect("start the lab");
+        running.check(self.works(&running.lab).await);
+    }
+
+    /// Starts a lab in which the Gateways are stored under OpenYurt's CRD before Raven is installed over it.
+    async fn start(&self) -> Result<Running> {
+        let lab = Lab::builder().up().await?;
+        replace_crd(&lab, self.version).await?;
+        for (pool, Expected(gateway, ..)) in lab.site().pools.iter().zip(&self.pools) {
+            for node in lab.site().nodes_of(&pool.spec.name) {
+                let label = format!("{LABEL_GATEWAY}={gateway}");
+                lab.cluster().kubectl(&["label", "node", &node.name, "--overwrite", &label])?;
+            }
+        }
+        self.store(&lab)?;
+        lab.cluster().apply_crds().await?;
+        for (pool, Expected(gateway, ..)) in lab.site().pools.iter().zip(&self.pools) {
+            if *gateway == pool.spec.name {
+                lab.cluster().apply_gateway(&default_gateway(lab.site(), pool)).await?;
+            }
+        }
+        let controller = lab.start_controller_with(&WEBHOOK).await?;
+        let agents = lab.start_agents().await?;
+        Ok(Running { agents, _controller: controller, lab })
+    }
+
+    /// Writes the Gateways of the file as kubectl does, and their status as OpenYurt's controller does.
+    fn store(&self, lab: &Lab) -> Result<()> {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("l3/upstream/{}.yaml", self.file));
+        let path = path.to_string_lossy();
+        lab.cluster().kubectl(&["apply", "--filename", &path])?;
+        let objects = lab.cluster().kubectl(&["create", "--dry-run=client", "--output=json", "--filename", &path])?;
+        for object in Deserializer::from_str(&objects).into_iter::<Value>() {
+            let object = object?;
+            let Some(status) = object.get("status") else { continue };
+            let name = object["metadata"]["name"].as_str().context("the Gateway has no name")?;
+            let patch = json!({"status": status}).to_string();
+            let resource = self.resource();
+            let arguments = ["patch", &resource, name, "--subresource=status", "--type=merge", "--patch", &patch];
+            lab.cluster().kubectl(&arguments)?;
+        }
+        Ok(())
+    }
+
+    fn resource(&self) -> String {
+        format!("gateways.{}.raven.openyurt.io", self.version)
+    }
+
+    /// The nodes are elected as expected; pods of all pools and the tunnels of the kubelets are connected; clients of
+    /// both versions can change the Gateways.
+    async fn works(&self, lab: &Lab) -> Result<()> {
+        self.is_elected(lab).await?;
+        proof::converged(lab).await?;
+        for Expected(_, _, proxy) in &self.pools[1..] {
+            proxy_is_connected(lab, proxy).await?;
+        }
+        for Expected(gateway, ..) in &self.pools {
+            for version in ["v1alpha1", "v1beta1"] {
+                let resource = format!("gateways.{version}.raven.openyurt.io");
+                lab.cluster().kubectl(&["label", &resource, gateway, &format!("edited-as={version}"), "--overwrite"])?;
+            }
+        }
+        self.is_elected(lab).await
+    }
+
+    async fn is_elected(&self, lab: &Lab) -> Result<()> {
+        let gateways: Api<Gateway> = Api::all(lab.cluster().client());
+        for Expected(name, tunnel, proxy) in &self.pools {
+            eventually(SOON, &format!("the gateway nodes of {name} are elected"), async || {
+                let status = gateways.get(name).await?.status.context("no status")?;
+                let elected = |of: EndpointType| -> Vec<&str> {
+                    let nodes = status.active_endpoints.iter().filter(|active| active.type_ == of);
+                    nodes.map(|active: &Endpoint| active.node_name.as_str()).collect()
+                };
+                let is = (elected(EndpointType::Tunnel), elected(EndpointType::Proxy));
+                ensure!(is == (vec![tunnel], vec![proxy]), "{is:?}: {:?}", status.conditions);
+                Ok(())
+            })
+            .await?;
+        }
+        Ok(())
+    }
+}
+
+/// Replaces the CRD of Gateways by one with OpenYurt's names and versions, which accepts every field.
+async fn replace_crd(lab: &Lab, storage: &str) -> Result<()> {
+    let crds: Api<CustomResourceDefinition> = Api::all(lab.cluster().client());
+    crds.delete(GATEWAY_CRD, &DeleteParams::default()).await?;
+    let version = |name: &str| {
+        json!({
+            "name": name,
+            "served": true,
+            "storage": name == storage,
+            "subresources": {"status": {}},
+            "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}},
+        })
+    };
+    let crd: CustomResourceDefinition = serde_json::from_value(json!({
+        "metadata": {"name": GATEWAY_CRD},
+        "spec": {
+            "group": "raven.openyurt.io",
+            "names": {"kind": "Gateway", "listKind": "GatewayList", "plural": "gateways", "singular": "gateway", "shortNames": ["gw"]},
+            "scope": "Cluster",
+            "versions": [version("v1alpha1"), version("v1beta1")],
+        },
+    }))?;
+    eventually(SOON, "OpenYurt's CRD is accepted", async || {
+        crds.create(&PostParams::default(), &crd).await?;
+        Ok(())
+    })
+    .await?;
+    eventually(SOON, "OpenYurt's CRD is served", async || {
+        lab.cluster().kubectl(&["get", &format!("gateways.{storage}.raven.openyurt.io")]).map(drop)
+    })
+    .await
+}
+
+async fn has_condition(lab: &Lab, gateway: &str, type_: &str, cause: &str) -> Result<()> {
+    let gateways: Api<Gateway> = Api::all(lab.cluster().client());
+    eventually(SOON, &format!("{type_} of {gateway} has the message {cause:?}"), async || {
+        let conditions = gateways.get(gateway).await?.status.context("no status")?.conditions;
+        ensure!(conditions.iter().any(|c| c.type_ == type_ && c.message.contains(cause)), "{conditions:?}");
+        Ok(())
+    })
+    .await
+}
+
+async fn proxy_is_connected(lab: &Lab, node: &str) -> Result<()> {
+    let nodes: Api<GatewayNode> = Api::all(lab.cluster().client());
+    eventually(SOON, &format!("the L7 half of {node} is connected"), async || {
+        let status = nodes.get(node).await?.status.context("no status")?;
+        let of_proxy = status.conditions.iter().find(|condition| condition.type_ == "ProxyConnected");
+        ensure!(of_proxy.is_some_and(|condition| condition.status == "True"), "{of_proxy:?}");
+        Ok(())
+    })
+    .await
 }
