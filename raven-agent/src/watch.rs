@@ -22,12 +22,13 @@ use futures::{
 };
 use k8s_openapi::api::{core::v1::ConfigMap, discovery::v1::EndpointSlice};
 use kube::{
-    Api, Client, Resource,
+    Api, Client, Resource, ResourceExt,
     core::PartialObjectMeta,
     runtime::{WatchStreamExt, reflector, watcher},
 };
 use raven_api::{
     Gateway, GatewayNode,
+    guarded::{Guarded, UnreadableLog},
     names::{AGENT_CONFIG_MAP, API_SERVER_NAMESPACE, API_SERVER_SLICE, SWITCHES_CONFIG_MAP},
     proxy::{CA_KEY, CA_NAME},
 };
@@ -79,12 +80,14 @@ pub async fn run_own(client: Client, node: &str, exists: watch::Sender<Option<bo
 pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<Arc<Inputs>>>, outages: Outages) {
     let configs: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let slices: Api<EndpointSlice> = Api::namespaced(client.clone(), API_SERVER_NAMESPACE);
-    let (gateways, a) = reflected("Gateways", Api::<Gateway>::all(client), all(), snapshot::lean_gateway, &outages);
+    // Gateways may be older than Raven's CRD, which would have refused them.
+    let (gateways, a) = reflected("Gateways", Api::<Guarded<Gateway>>::all(client), all(), lean, &outages);
     let (switches, b) = reflected(SWITCHES_CONFIG_MAP, configs.clone(), named(SWITCHES_CONFIG_MAP), strip, &outages);
     let (agent, c) = reflected(AGENT_CONFIG_MAP, configs.clone(), named(AGENT_CONFIG_MAP), strip, &outages);
     let (ca, d) = reflected(CA_NAME, configs, named(CA_NAME), strip, &outages);
     // Its outages do not count, because the agent works without it.
     let (api_servers, e) = reflected(API_SERVERS, slices, named(API_SERVER_SLICE), strip, &Outages::default());
+    let mut log = UnreadableLog::new("Gateway");
     let mut incomplete = vec!["Gateways", SWITCHES_CONFIG_MAP, AGENT_CONFIG_MAP, CA_NAME];
     let mut events = stream::select_all([a, b, c, d, e]);
     while let Some(progress) = events.next().await {
@@ -99,9 +102,10 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<A
         let data = |store: &reflector::Store<ConfigMap>| {
             store.state().first().and_then(|c| c.data.clone()).unwrap_or_default()
         };
+        let gateways = readable(&gateways.state(), latest.borrow().as_deref(), &mut log);
         let inputs = snapshot::lean(Inputs {
             api_servers: api_servers.state().iter().flat_map(|slice| addresses(slice)).collect(),
-            gateways: gateways.state().iter().map(|object| (**object).clone()).collect(),
+            gateways,
             gateway_nodes: Vec::new(),
             settings: ClusterSettings::parse(&data(&switches), &data(&agent)),
             proxy_ca: data(&ca).remove(CA_KEY).unwrap_or_default(),
@@ -119,6 +123,30 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<A
             }
             changed
         });
+    }
+}
+
+/// The Gateways, with the last known version of those that are unreadable. Each of these is logged once.
+fn readable(objects: &[Arc<Guarded<Gateway>>], before: Option<&Inputs>, log: &mut UnreadableLog) -> Vec<Gateway> {
+    let known = |name: &str| before?.gateways.iter().find(|gateway| gateway.name_any() == name).cloned();
+    log.retain(objects.iter().map(Arc::as_ref));
+    let version = |object: &Arc<Guarded<Gateway>>| {
+        let name = object.name_any();
+        if let Some(error) = log.first_failure(object) {
+            tracing::warn!(
+                gateway = name,
+                error,
+                "Gateway is unreadable; its last known version, if any, stays in use (correct it with kubectl edit gateway)"
+            );
+        }
+        object.0.as_ref().ok().cloned().or_else(|| known(&name))
+    };
+    objects.iter().filter_map(version).collect()
+}
+
+fn lean(object: &mut Guarded<Gateway>) {
+    if let Ok(gateway) = &mut object.0 {
+        snapshot::lean_gateway(gateway);
     }
 }
 

@@ -5,6 +5,7 @@
 #![allow(unreachable_pub, reason = "kube's derive macros generate public items in private modules")]
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector};
 use kube::{CustomResource, KubeSchema};
@@ -190,6 +191,17 @@ impl Endpoint {
             EndpointType::Proxy => DEFAULT_PROXY_PORT,
         };
         port(self.port).unwrap_or(default)
+    }
+
+    /// `publicIP`, if it is set and can be dialled. The schema rejects any other value, but the object may be older.
+    pub fn public_address(&self) -> Option<IpAddr> {
+        let ip: IpAddr = self.public_ip.as_deref()?.parse().ok()?;
+        let special = ip.is_unspecified() || ip.is_loopback() || ip.is_multicast();
+        let local = match ip {
+            IpAddr::V4(v4) => v4.is_link_local() || v4.is_broadcast(),
+            IpAddr::V6(v6) => v6.is_unicast_link_local() || v6.to_ipv4_mapped().is_some(),
+        };
+        (!special && !local).then_some(ip)
     }
 
     /// Port that a peer outside the site dials.

@@ -21,7 +21,7 @@ pub struct Guarded<K>(pub Result<K, Unreadable>);
 /// An object that could not be parsed.
 #[derive(Clone, Debug)]
 pub struct Unreadable {
-    /// Message of the parser.
+    /// The field, and the message of the parser.
     pub error: String,
     /// Name, namespace, UID and resource version, as far as they are readable.
     pub metadata: ObjectMeta,
@@ -88,11 +88,23 @@ struct Names {
 impl<'de, K: DeserializeOwned> Deserialize<'de> for Guarded<K> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = Box::<RawValue>::deserialize(deserializer)?;
-        Ok(Self(
-            serde_json::from_str(text.get())
-                .map_err(|e| Unreadable { error: e.to_string(), metadata: metadata_of(text.get()) }),
-        ))
+        let parsed = serde_json::from_str(text.get());
+        Ok(Self(parsed.map_err(|e| Unreadable {
+            error: located::<K>(text.get()).unwrap_or_else(|| e.to_string()),
+            metadata: metadata_of(text.get()),
+        })))
     }
+}
+
+/// Parses again, and names the field instead of its line and column, which no reader of the object sees.
+fn located<K: DeserializeOwned>(text: &str) -> Option<String> {
+    let failure = serde_path_to_error::deserialize::<_, K>(&mut serde_json::Deserializer::from_str(text)).err()?;
+    let message = failure.inner().to_string();
+    let message = message.split_once(" at line ").map_or(message.as_str(), |(message, _)| message);
+    Some(match failure.path().to_string().as_str() {
+        "." => message.to_owned(),
+        path => format!("{path}: {message}"),
+    })
 }
 
 fn metadata_of(text: &str) -> ObjectMeta {
@@ -183,6 +195,18 @@ mod tests {
             let WatchEvent::Modified(object) = event else { panic!("{event:?}") };
             assert_eq!((object.name_any(), object.resource_version()), ("bad".to_owned(), Some("7".to_owned())));
         }
+    }
+
+    #[test]
+    fn error_names_the_field() {
+        let gateway =
+            r#"{"metadata":{"name":"g"},"spec":{"endpoints":[{"nodeName":"a"},{"nodeName":"b","type":"Tunnel"}]}}"#;
+        let read: Guarded<crate::Gateway> = serde_json::from_str(gateway).expect("never an error");
+        let Unreadable { error, .. } = read.0.expect_err("there is no type Tunnel");
+        assert_eq!(error, "spec.endpoints[1].type: unknown variant `Tunnel`, expected `tunnel` or `proxy`");
+        let empty: Guarded<crate::Gateway> =
+            serde_json::from_str(r#"{"metadata":{"name":"g"}}"#).expect("never an error");
+        assert_eq!(empty.0.expect_err("there is no spec").error, "missing field `spec`");
     }
 
     #[test]

@@ -8,16 +8,21 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Api, Client, Resource};
-use raven_api::condition::ConditionType;
-use raven_api::gateway::{Gateway, GatewayStatus};
+use raven_api::condition::{self, ConditionType, Verdict};
+use raven_api::gateway::{Gateway, GatewaySpec, GatewayStatus};
+use raven_api::guarded::Guarded;
 use raven_api::names::{GROUP, MANAGER_CONTROLLER};
 use raven_api::{GatewayNode, event};
 use serde_json::{Value, json};
 
+use crate::cluster::UnreadableGateway;
 use crate::gateway::events::Change;
-use crate::gateway::facts::NodeName;
+use crate::gateway::facts::{GatewayName, NodeName};
 use crate::gateway::status::{AGENT_NOT_READY, find_agents};
 use crate::lead::Leadership;
+
+/// Reason of condition Ready of a Gateway that cannot be parsed.
+const UNREADABLE: &str = "Unreadable";
 
 /// A write that failed.
 #[derive(Debug, thiserror::Error)]
@@ -167,6 +172,40 @@ impl Writer {
             Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => Ok(StatusWrite::Stale),
             Err(e) => Err(error("apply status of", gateway, e)),
         }
+    }
+
+    /// Reports that a Gateway cannot be parsed: as its condition Ready, and as an Event. The API server may refuse the
+    /// condition, because it validates the whole object.
+    pub(crate) async fn unreadable(
+        &self,
+        name: &GatewayName,
+        gateway: &UnreadableGateway,
+        now: Timestamp,
+    ) -> Result<(), Error> {
+        let failed =
+            |source| Error::Api { verb: "set the condition of", name: name.to_string(), source: Box::new(source) };
+        if !self.leadership.is_valid() {
+            return Err(Error::NotLeading { verb: "set the condition of", name: name.to_string() });
+        }
+        let message = format!(
+            "Raven cannot read this Gateway: {}. Correct it (kubectl edit gateway {name}); until then, its last version that \
+             could be read stays in use, if there is one",
+            gateway.error
+        );
+        let verdict = Verdict { type_: ConditionType::Ready, ok: false, reason: UNREADABLE, message: message.clone() };
+        let patch = json!({"status": {"conditions": condition::merge(&[], &[verdict], None, now)}});
+        let gateways: Api<Guarded<Gateway>> = Api::all(self.client.clone());
+        let params = PatchParams { field_manager: Some(MANAGER_CONTROLLER.to_owned()), ..Default::default() };
+        match gateways.patch_status(&name.to_string(), &params, &Patch::Merge(patch)).await {
+            Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(()),
+            Err(e) if !matches!(&e, kube::Error::Api(status) if status.is_invalid()) => return Err(failed(e)),
+            _ => {}
+        }
+        let mut reference = Gateway::new(&name.to_string(), GatewaySpec::default());
+        reference.metadata.uid.clone_from(&gateway.uid);
+        let change = Change { warning: true, reason: UNREADABLE.to_owned(), note: message };
+        self.event(&reference, &change, None).await;
+        Ok(())
     }
 
     /// Publishes an Event about a Gateway, with `cause` as the related object. A failure is logged only: the condition

@@ -43,7 +43,7 @@ const BATCH: usize = 1024;
 )]
 pub(crate) enum Update {
     /// Event of the watch of Gateways.
-    Gateway(Event<Gateway>),
+    Gateway(Event<Guarded<Gateway>>),
     /// Gateways as returned by the controller's own writes; the sender is notified once they are in
     /// the published snapshot.
     Written(Vec<Gateway>, oneshot::Sender<()>),
@@ -133,6 +133,21 @@ fn typed_gateway_node(object: Guarded<DynamicObject>) -> Guarded<GatewayNode> {
     })
 }
 
+/// A Gateway that cannot be parsed. The API server stored it before Raven's CRD was installed.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct UnreadableGateway {
+    /// The field and what is wrong with it.
+    pub(crate) error: String,
+    /// UID of the object.
+    pub(crate) uid: Option<String>,
+}
+
+impl From<Unreadable> for UnreadableGateway {
+    fn from(Unreadable { error, metadata }: Unreadable) -> Self {
+        Self { error, uid: metadata.uid }
+    }
+}
+
 type Facts<K, V> = Arc<BTreeMap<K, Arc<V>>>;
 
 // Facts of one kind, by name. A listing replaces them at once when it is complete.
@@ -194,6 +209,13 @@ impl<K: Ord + Clone, V: PartialEq> Cache<K, V> {
         self.facts.contains_key(key) && Arc::make_mut(&mut self.facts).remove(key).is_some()
     }
 
+    // Takes over the known facts of an object into the listing.
+    fn keep(&mut self, key: &K) {
+        if let Some(facts) = self.facts.get(key) {
+            self.listing.insert(key.clone(), facts.clone());
+        }
+    }
+
     // The kind is unavailable: the known facts stay valid.
     fn assume_complete(&mut self) -> bool {
         !std::mem::replace(&mut self.complete, true)
@@ -228,6 +250,7 @@ impl Default for DecisionSettings {
 #[derive(Debug)]
 pub(crate) struct Cluster {
     gateways: Cache<GatewayName, GatewayFacts>,
+    unreadable: Cache<GatewayName, UnreadableGateway>,
     nodes: Cache<NodeName, NodeFacts>,
     agents: Cache<String, AgentFacts>,
     absences: Absences,
@@ -250,6 +273,7 @@ impl Cluster {
     pub(crate) fn new(settings: DecisionSettings) -> Self {
         Self {
             gateways: Cache::new(),
+            unreadable: Cache::new(),
             nodes: Cache::new(),
             agents: Cache::new(),
             absences: Absences::new(settings.agent_timeout),
@@ -279,8 +303,7 @@ impl Cluster {
                 }
                 return changed;
             }
-            Update::Gateway(Event::Apply(gateway)) => self.absorb_gateway(gateway),
-            Update::Gateway(event) => self.gateways.absorb(event, parse_gateway),
+            Update::Gateway(event) => self.absorb_gateway_event(event),
             Update::Node(event) => self.nodes.absorb(event, |node| parse_guarded(node, |node| NodeFacts::parse(&node))),
             Update::Agent(event) => self.agents.absorb(event, |pod| parse_guarded(pod, |pod| AgentFacts::parse(&pod))),
             Update::AgentsUnavailable => self.agents.clear(),
@@ -310,6 +333,23 @@ impl Cluster {
         };
         self.revision += u64::from(changed);
         changed
+    }
+
+    // The last known version of an unreadable Gateway stays in use: its pool keeps its gateway nodes and prefixes.
+    fn absorb_gateway_event(&mut self, event: Event<Guarded<Gateway>>) -> bool {
+        let reported = self.unreadable.absorb(event.clone(), |gateway| {
+            (gateway.name_any().as_str().into(), gateway.0.err().map(UnreadableGateway::from))
+        });
+        let changed = match event {
+            Event::Apply(Guarded(Ok(gateway))) => self.absorb_gateway(gateway),
+            Event::Apply(Guarded(Err(_))) => false,
+            Event::InitApply(Guarded(Err(unreadable))) => {
+                self.gateways.keep(&unreadable.metadata.name.unwrap_or_default().as_str().into());
+                false
+            }
+            event => self.gateways.absorb(event, |gateway| parse_guarded(gateway, GatewayFacts::parse)),
+        };
+        changed || reported
     }
 
     // A watch event may be older than the result of an own write, and must not undo it: the next election would not see
@@ -365,6 +405,7 @@ impl Cluster {
                 && published.listed
                 && internal_service.listed,
             gateways: gateways.facts.clone(),
+            unreadable: self.unreadable.facts.clone(),
             nodes: nodes.facts.clone(),
             pools: pools.facts.clone(),
             blocks: blocks.facts.clone(),
@@ -398,6 +439,8 @@ pub(crate) struct Snapshot {
     /// All kinds that the L7 half needs were listed.
     pub(crate) proxies_complete: bool,
     gateways: Facts<GatewayName, GatewayFacts>,
+    /// Gateways that cannot be parsed, by name.
+    pub(crate) unreadable: Facts<GatewayName, UnreadableGateway>,
     nodes: Facts<NodeName, NodeFacts>,
     pools: Facts<String, PoolFacts>,
     blocks: Facts<String, BlockFacts>,

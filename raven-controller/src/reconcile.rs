@@ -2,7 +2,7 @@
 //!
 //! Each run decides for the whole cluster. A run without differences writes nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::apply::{Error, StatusWrite, Writer};
-use crate::cluster::{Snapshot, Update};
-use crate::gateway::facts::GatewayFacts;
+use crate::cluster::{Snapshot, UnreadableGateway, Update};
+use crate::gateway::facts::{GatewayFacts, GatewayName};
 use crate::gateway::inputs::Inputs;
 use crate::gateway::status::Decision;
 use crate::gateway::{Decisions, decide, events};
@@ -42,6 +42,7 @@ pub(crate) struct Reconciler {
     updates: mpsc::Sender<Update>,
     leadership: Leadership,
     strays: BTreeSet<String>,
+    unreadable: BTreeMap<GatewayName, UnreadableGateway>,
     runs: u64,
 }
 
@@ -53,7 +54,7 @@ impl Reconciler {
         updates: mpsc::Sender<Update>,
         leadership: Leadership,
     ) -> Self {
-        Self { writer, snapshots, updates, leadership, strays: BTreeSet::new(), runs: 0 }
+        Self { writer, snapshots, updates, leadership, strays: BTreeSet::new(), unreadable: BTreeMap::new(), runs: 0 }
     }
 
     /// Reconciles until `stop` is cancelled.
@@ -114,14 +115,32 @@ impl Reconciler {
     }
 
     async fn reconcile(&mut self) -> Tally {
-        let inputs = self.snapshots.borrow().inputs();
+        let (inputs, unreadable) = {
+            let snapshot = self.snapshots.borrow();
+            (snapshot.inputs(), snapshot.unreadable.clone())
+        };
         let decisions = decide(&inputs);
         self.log_strays(&decisions);
         // Statuses first: existing Gateways take precedence over creations and deletions.
         let mut tally = Tally::default();
         self.write_statuses(&inputs, &decisions, &mut tally).await;
         self.write_gateways(&inputs, &decisions, &mut tally).await;
+        self.write_unreadable(&unreadable, &mut tally).await;
         tally
+    }
+
+    // Each defect is reported once. The present conditions of the Gateway are unknown, so a new leader reports it again.
+    async fn write_unreadable(&mut self, found: &BTreeMap<GatewayName, Arc<UnreadableGateway>>, tally: &mut Tally) {
+        self.unreadable.retain(|name, reported| found.get(name).is_some_and(|found| **found == *reported));
+        for (name, gateway) in found {
+            if self.unreadable.contains_key(name) {
+                continue;
+            }
+            match self.writer.unreadable(name, gateway, Timestamp::now()).await {
+                Ok(()) => drop(self.unreadable.insert(name.clone(), (**gateway).clone())),
+                Err(e) => self.account(vec![Err(e)], tally).await,
+            }
+        }
     }
 
     async fn write_statuses(&self, inputs: &Inputs, decisions: &Decisions, tally: &mut Tally) {

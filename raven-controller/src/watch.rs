@@ -76,7 +76,7 @@ pub(crate) fn tasks(
     let named = |name: &str| watcher::Config::default().fields(&format!("metadata.name={name}"));
     let (client, send) = (|| client.clone(), || updates.clone());
     let services = || Api::<Service>::namespaced(client(), namespace);
-    let gateways = events(Api::<Gateway>::all(client()), all());
+    let gateways = guarded("Gateway", Api::<Guarded<Gateway>>::all(client()), all());
     let nodes = guarded("Node", Api::<Guarded<Node>>::all(client()), all());
     let agents = guarded(
         "Pod",
@@ -132,8 +132,8 @@ pub(crate) fn tasks(
     ]
 }
 
-/// Watches objects that users and controllers write. They are readable, unless there is a defect; the watch then fails
-/// until it is fixed.
+/// Watches objects of kinds that the API server validates. They are readable, unless there is a defect; the watch then
+/// fails until it is fixed.
 fn events<K>(api: Api<K>, config: watcher::Config) -> impl Stream<Item = watcher::Result<Event<K>>> + Send + use<K>
 where
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
@@ -141,8 +141,8 @@ where
     watcher(api, config).default_backoff()
 }
 
-/// Watches objects that a node writes about itself (agent, kubelet, CNI). An unreadable object is logged once and
-/// counts as absent.
+/// Watches objects that a node writes about itself (agent, kubelet, CNI), and Gateways, which may be older than Raven's
+/// CRD. An unreadable object is logged once.
 pub(crate) fn guarded<K>(
     kind: &'static str,
     api: Api<Guarded<K>>,
@@ -166,7 +166,7 @@ fn log_unreadable<K: Resource>(log: &mut UnreadableLog, object: &Guarded<K>) {
             kind = log.kind(),
             name,
             error,
-            "object is unreadable and is ignored; inspect the node that wrote it"
+            "object is unreadable and is ignored; inspect who wrote it, and correct it (kubectl edit)"
         );
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::Api;
-use kube::api::{DeleteParams, PostParams};
+use kube::api::{ApiResource, DeleteParams, DynamicObject, PostParams};
 use raven_api::gateway::{Endpoint, EndpointType, ExposeType};
 use raven_api::schema::GATEWAY_CRD;
 use raven_api::{Gateway, GatewayNode, LABEL_GATEWAY};
@@ -123,6 +123,36 @@ async fn exported_v1beta1_works() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn invalid_values_affect_only_their_own_gateway() {
+    require_root!();
+    let form = Form {
+        file: "invalid-values",
+        version: "v1beta1",
+        pools: [
+            Expected("gw-cloud", "cloud-a", "cloud-a"),
+            Expected("gw-hangzhou", "x-a", "x-a"),
+            Expected("gw-qingdao", "y-a", "y-a"),
+        ],
+    };
+    let running = form.start().await.expect("start the lab");
+    running.check(form.works(&running.lab).await);
+    for (gateway, type_, cause) in [
+        ("gw-qingdao", "Accepted", "publicIP 47.xxx.xxx.xxx of the endpoint of node y-a is ignored"),
+        ("gw-empty", "Ready", "no node in the pool"),
+        ("gw-wrong", "Ready", "Raven cannot read this Gateway: spec.endpoints[1].type: unknown variant `Tunnel`"),
+        ("gw-nothing", "Ready", "Raven cannot read this Gateway: missing field `spec`"),
+    ] {
+        running.check(has_condition(&running.lab, gateway, type_, cause).await);
+    }
+    // A person corrects one of them.
+    let patch =
+        json!({"spec": {"exposeType": "", "endpoints": [], "proxyConfig": null, "tunnelConfig": null}}).to_string();
+    let edited = ["patch", "gateway", "gw-wrong", "--type=merge", "--patch", &patch];
+    running.check(running.lab.cluster().kubectl(&edited));
+    running.check(has_condition(&running.lab, "gw-wrong", "Ready", "no node in the pool").await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn gateways_without_expose_type_relay_and_are_dialled() {
     require_root!();
     let lab = Lab::builder().up().await.expect("start the lab");
@@ -201,7 +231,13 @@ impl Form {
         for Expected(gateway, ..) in &self.pools {
             for version in ["v1alpha1", "v1beta1"] {
                 let resource = format!("gateways.{version}.raven.openyurt.io");
-                lab.cluster().kubectl(&["label", &resource, gateway, &format!("edited-as={version}"), "--overwrite"])?;
+                lab.cluster().kubectl(&[
+                    "label",
+                    &resource,
+                    gateway,
+                    &format!("edited-as={version}"),
+                    "--overwrite",
+                ])?;
             }
         }
         self.is_elected(lab).await
@@ -260,10 +296,11 @@ async fn replace_crd(lab: &Lab, storage: &str) -> Result<()> {
 }
 
 async fn has_condition(lab: &Lab, gateway: &str, type_: &str, cause: &str) -> Result<()> {
-    let gateways: Api<Gateway> = Api::all(lab.cluster().client());
+    let gateways: Api<DynamicObject> = Api::all_with(lab.cluster().client(), &ApiResource::erase::<Gateway>(&()));
     eventually(SOON, &format!("{type_} of {gateway} has the message {cause:?}"), async || {
-        let conditions = gateways.get(gateway).await?.status.context("no status")?.conditions;
-        ensure!(conditions.iter().any(|c| c.type_ == type_ && c.message.contains(cause)), "{conditions:?}");
+        let conditions = gateways.get(gateway).await?.data["status"]["conditions"].take();
+        let matches = |c: &Value| c["type"] == type_ && c["message"].as_str().is_some_and(|text| text.contains(cause));
+        ensure!(conditions.as_array().is_some_and(|all| all.iter().any(matches)), "{conditions}");
         Ok(())
     })
     .await

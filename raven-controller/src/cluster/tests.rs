@@ -14,32 +14,64 @@ fn gateway(name: &str, version: &str) -> Gateway {
     Gateway { metadata, spec: GatewaySpec::default(), status: None }
 }
 
+fn readable(name: &str, version: &str) -> Guarded<Gateway> {
+    Guarded(Ok(gateway(name, version)))
+}
+
+fn unreadable(name: &str) -> Guarded<Gateway> {
+    let metadata = ObjectMeta { name: Some(name.into()), ..Default::default() };
+    Guarded(Err(Unreadable { error: "spec.exposeType: unknown variant".into(), metadata }))
+}
+
+#[test]
+fn last_known_version_of_an_unreadable_gateway_stays_in_use() {
+    let mut cluster = cluster();
+    let names = |cluster: &Cluster| {
+        let snapshot = cluster.snapshot();
+        let names = |keys: Vec<&GatewayName>| keys.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
+        (names(snapshot.inputs().gateways.keys().collect()), names(snapshot.unreadable.keys().collect()))
+    };
+    cluster.absorb(Update::Gateway(Event::Apply(readable("a", "1"))));
+    assert!(cluster.absorb(Update::Gateway(Event::Apply(unreadable("a")))), "it has to be reported");
+    assert_eq!(names(&cluster), ("a".to_owned(), "a".to_owned()));
+    let listing = [unreadable("a"), unreadable("new"), readable("b", "2")];
+    cluster.absorb(Update::Gateway(Event::Init));
+    for gateway in listing {
+        cluster.absorb(Update::Gateway(Event::InitApply(gateway)));
+    }
+    cluster.absorb(Update::Gateway(Event::InitDone));
+    assert_eq!(names(&cluster), ("a b".to_owned(), "a new".to_owned()));
+    cluster.absorb(Update::Gateway(Event::Apply(readable("a", "3"))));
+    cluster.absorb(Update::Gateway(Event::Delete(unreadable("new"))));
+    assert_eq!(names(&cluster), ("a b".to_owned(), String::new()));
+}
+
 #[test]
 fn watch_event_older_than_an_own_write_is_ignored() {
     let mut cluster = cluster();
-    assert!(cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "5")))));
+    assert!(cluster.absorb(Update::Gateway(Event::Apply(readable("a", "5")))));
     assert!(cluster.absorb(Update::Written(vec![gateway("a", "10")], oneshot::channel().0)));
-    assert!(!cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "7")))));
-    assert!(cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "11")))));
+    assert!(!cluster.absorb(Update::Gateway(Event::Apply(readable("a", "7")))));
+    assert!(cluster.absorb(Update::Gateway(Event::Apply(readable("a", "11")))));
 }
 
 #[test]
 fn own_writes_do_not_advance_the_revision() {
     let mut cluster = cluster();
-    cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "5"))));
+    cluster.absorb(Update::Gateway(Event::Apply(readable("a", "5"))));
     let before = cluster.snapshot().revision;
     assert!(cluster.absorb(Update::Written(vec![gateway("a", "10")], oneshot::channel().0)));
     assert_eq!(cluster.snapshot().revision, before);
-    assert!(cluster.absorb(Update::Gateway(Event::Apply(gateway("a", "11")))));
+    assert!(cluster.absorb(Update::Gateway(Event::Apply(readable("a", "11")))));
     assert_eq!(cluster.snapshot().revision, before + 1);
 }
 
 #[test]
 fn listing_replaces_all_facts_at_once() {
     let mut cluster = cluster();
-    cluster.absorb(Update::Gateway(Event::Apply(gateway("gone", "1"))));
+    cluster.absorb(Update::Gateway(Event::Apply(readable("gone", "1"))));
     assert!(!cluster.absorb(Update::Gateway(Event::Init)));
-    assert!(!cluster.absorb(Update::Gateway(Event::InitApply(gateway("new", "2")))));
+    assert!(!cluster.absorb(Update::Gateway(Event::InitApply(readable("new", "2")))));
     assert!(cluster.snapshot().inputs().gateways.contains_key(&"gone".into()));
     assert!(cluster.absorb(Update::Gateway(Event::InitDone)));
     assert_eq!(cluster.snapshot().inputs().gateways.keys().map(GatewayName::as_str).collect::<Vec<_>>(), ["new"]);

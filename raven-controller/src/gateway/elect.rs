@@ -123,7 +123,27 @@ pub(crate) fn refused_endpoints(
             Refusal::new("EndpointNodeUnknown", message)
         })
         .chain(unaddressed)
+        .chain(without_valid_address(gateway))
         .collect()
+}
+
+fn without_valid_address(gateway: &GatewayFacts) -> impl Iterator<Item = Refusal> {
+    let endpoints: BTreeSet<(&str, &str)> = gateway
+        .resource
+        .spec
+        .endpoints
+        .iter()
+        .filter(|endpoint| endpoint.public_address().is_none())
+        .filter_map(|endpoint| Some((endpoint.node_name.as_str(), endpoint.public_ip.as_deref()?)))
+        .filter(|(_, ip)| !ip.is_empty())
+        .collect();
+    endpoints.into_iter().map(|(node, ip)| {
+        let message = format!(
+            "publicIP {ip} of the endpoint of node {node} is ignored, because other pools cannot dial it: set an IPv4 or IPv6 address, or \
+             config.hostname for a DNS name, or remove it"
+        );
+        Refusal::new("EndpointAddressInvalid", message)
+    })
 }
 
 fn names_without_address(gateway: &GatewayFacts, family: Family, unaddressed: &[&NodeFacts]) -> Vec<Refusal> {
@@ -190,6 +210,9 @@ fn complete(
     holders: &KeyHolders<'_>,
 ) -> Endpoint {
     endpoint.port = Some(i32::from(endpoint.port_or_default()));
+    // The API server would refuse the whole status because of a value that it stored before Raven's CRD.
+    endpoint.public_ip = endpoint.public_address().map(|ip| ip.to_string());
+    endpoint.public_port = endpoint.public_port.filter(|port| (1..=i32::from(u16::MAX)).contains(port));
     // Always observed, never values from the spec.
     endpoint.config.remove(CONFIG_NODE_UID);
     endpoint.config.remove(CONFIG_PROXY_READY);

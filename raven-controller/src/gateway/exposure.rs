@@ -31,5 +31,5 @@ fn is_in_cloud(inputs: &Inputs, gateway: &GatewayFacts) -> bool {
 }
 
 fn has_address(gateway: &GatewayFacts) -> bool {
-    gateway.resource.spec.endpoints.iter().any(|e| e.public_ip.as_deref().is_some_and(|ip| !ip.is_empty()))
+    gateway.resource.spec.endpoints.iter().any(|e| e.public_address().is_some())
 }

@@ -57,8 +57,17 @@ fn convert(object: Value, desired: &str) -> Result<Value, Error> {
     let malformed = |source| Error::Malformed { name: name.clone(), version: version.clone(), source };
     match (from.as_deref(), to.as_deref()) {
         (Some("v1alpha1"), Some("v1beta1")) => {
-            let old: gateway_v1alpha1::Gateway = serde_json::from_value(object).map_err(malformed)?;
-            json(&to_v1beta1(old)).map_err(malformed)
+            // In a cluster that stored v1alpha1, one object that cannot be converted would make all Gateways unreadable. Every
+            // field of v1alpha1 that users write exists in v1beta1, whose readers report the defect.
+            match serde_json::from_value::<gateway_v1alpha1::Gateway>(object.clone()) {
+                Ok(old) => json(&to_v1beta1(old)).map_err(malformed),
+                Err(e) => {
+                    tracing::warn!(gateway = name, error = %e, "Gateway is unreadable; it is passed on as v1beta1 without changes");
+                    let mut object = object;
+                    object["apiVersion"] = Value::from(desired);
+                    Ok(object)
+                }
+            }
         }
         (Some("v1beta1"), Some("v1alpha1")) => {
             let new: gateway::Gateway = serde_json::from_value(object).map_err(malformed)?;
@@ -116,13 +125,25 @@ mod tests {
     }
 
     #[test]
-    fn invalid_object_fails_the_request_and_is_named() {
+    fn unreadable_old_object_does_not_affect_the_others() {
         let mut bad = old();
         bad["spec"]["endpoints"] = json!("none");
-        let foreign =
-            json!({"apiVersion": "raven.openyurt.io/v1beta1", "kind": "GatewayNode", "metadata": {"name": "x"}});
-        for (object, words) in [(bad, "Gateway g of raven.openyurt.io/v1alpha1"), (foreign, "GatewayNode x")] {
-            let answer = review("raven.openyurt.io/v1beta1", json!([old(), object]));
+        let answer = review("raven.openyurt.io/v1beta1", json!([bad, old()]));
+        assert_eq!(answer["response"]["result"]["status"], json!("Success"));
+        bad["apiVersion"] = json!("raven.openyurt.io/v1beta1");
+        assert_eq!(answer["response"]["convertedObjects"][0], bad);
+        assert_eq!(answer["response"]["convertedObjects"][1]["spec"]["endpoints"][0]["type"], json!("tunnel"));
+    }
+
+    #[test]
+    fn invalid_object_fails_the_request_and_is_named() {
+        let new = |kind: &str, name: &str| json!({"apiVersion": "raven.openyurt.io/v1beta1", "kind": kind, "metadata": {"name": name}});
+        // A client of the old version that wrote such an object would lose the fields that v1alpha1 lacks.
+        for (object, words) in [
+            (new("Gateway", "g"), "Gateway g of raven.openyurt.io/v1beta1: missing field `spec`"),
+            (new("GatewayNode", "x"), "GatewayNode x"),
+        ] {
+            let answer = review("raven.openyurt.io/v1alpha1", json!([old(), object]));
             assert_eq!(answer["response"]["result"]["status"], json!("Failure"));
             let message = answer["response"]["result"]["message"].as_str().unwrap_or_default();
             assert!(message.contains(words), "{message}");

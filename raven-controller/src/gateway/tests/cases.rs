@@ -233,6 +233,22 @@ fn endpoint_with_an_unknown_or_foreign_node_is_refused() {
     cluster.assert_condition("cloud", "Accepted", "True", "Accepted", "");
 }
 
+// Values that only an older CRD admits. The API server would refuse a status that repeats them.
+#[test]
+fn values_that_the_schema_refuses_are_in_no_status() {
+    for ip in ["47.xxx.xxx.xxx", "edge.example.com", "127.0.0.1", "169.254.1.1", "::ffff:198.51.100.1", "10.0.0.1/24"] {
+        let mut edge = listing(gateway("edge", 2), EndpointType::Tunnel, &["e1"]);
+        let endpoint = &mut edge.spec.endpoints[0];
+        (endpoint.public_ip, endpoint.port, endpoint.public_port) = (Some(ip.to_owned()), Some(0), Some(70_000));
+        let cluster = two_pools().gateway(edge).apply(1);
+        let active = &cluster.resource("edge").status.as_ref().expect("applied").active_endpoints;
+        let values = active.iter().map(|e| (e.public_ip.as_deref(), e.port, e.public_port));
+        assert_eq!(values.collect::<Vec<_>>(), [(None, Some(4500), None), (None, Some(10262), None)], "{ip}");
+        let cause = format!("publicIP {ip} of the endpoint of node e1 is ignored");
+        cluster.assert_condition("edge", "Accepted", "False", "EndpointAddressInvalid", &cause);
+    }
+}
+
 #[test]
 fn older_of_two_selecting_gateways_keeps_the_node() {
     let cluster = Cluster::new()
