@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use raven_tests::kubernetes::binaries::{Binaries, HELM, METRICS, Module, NODE, WIREGUARD, WORKLOADS};
+use raven_tests::kubernetes::binaries::{
+    Binaries, FLANNEL, HELM, KUBE_ROUTER, METRICS, Module, NODE, WIREGUARD, WORKLOADS,
+};
 
 use crate::debian_kernel::{self, Series};
 use crate::progress::{self, Task};
@@ -45,6 +47,7 @@ impl Setup {
             ensure!(missing.is_empty(), "missing: {}", missing.join(", "));
         } else {
             ensure(&all)?;
+            build_cnis();
             fetch_kernels();
         }
         println!("eBPF toolchain: {}", toolchain::find().map_or("none".to_owned(), |found| found.to_string()));
@@ -52,6 +55,16 @@ impl Setup {
         println!("Kubernetes: {}", Binaries::find()?.map_or("none".to_owned(), |found| found.origin));
         println!("nothing is missing");
         Ok(())
+    }
+}
+
+/// Builds other people's CNIs for tests. One that cannot be built is reported here, and its tests are skipped.
+fn build_cnis() {
+    for module in [&FLANNEL, &KUBE_ROUTER] {
+        match module.find_or_build_with(&|text| println!("  {}: {text}", module.names)) {
+            Ok(found) => println!("{}: {}", module.names, found.dir.display()),
+            Err(error) => println!("{}: none ({error:#})", module.names),
+        }
     }
 }
 

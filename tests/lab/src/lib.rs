@@ -4,7 +4,7 @@
 //! - [`site`] describes a lab; `network` creates its namespaces, links, routes and NAT.
 //! - [`kubernetes`] starts etcd and the API server and writes the objects; [`kubelet`] starts real kubelets and further
 //!   API servers; [`agent`] starts the Raven binaries, each as a [`process`]. [`real_nodes`] starts everything that real
-//!   Pods need on all nodes, instead.
+//!   Pods need on all nodes, instead. [`cni`] starts flannel and kube-router.
 //! - [`probe`] and [`capture`] measure, [`eventually()`] retries until a deadline, [`proof`] combines them into checks.
 //! - [`evidence`] saves the state of a failed test; [`teardown`] removes a lab, also after its process was killed.
 //! - [`cli`] implements `raven-lab` and `cargo xtask lab`.
@@ -26,6 +26,7 @@ pub mod bare;
 pub mod capture;
 pub mod cargo;
 pub mod cli;
+pub mod cni;
 pub mod eventually;
 pub mod evidence;
 pub mod flood;

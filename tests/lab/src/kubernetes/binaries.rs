@@ -2,7 +2,7 @@
 //!
 //! etcd, kube-apiserver and kubectl come from `KUBEBUILDER_ASSETS` (the envtest convention), else from the cache, else
 //! they are built from Go modules (tests/kubernetes/go.mod). All other programs come from the cache or are built
-//! (tests/kubernetes/{node,workloads,helm,metrics,wireguard}/go.mod). Official release archives are not used,
+//! (tests/kubernetes/{node,workloads,helm,metrics,wireguard,flannel,kube-router}/go.mod). Official release archives are not used,
 //! because the development environment reaches package registries only, so a download could not be tested.
 
 use std::fs::{self, File};
@@ -102,6 +102,8 @@ pub struct Module {
     pub names: &'static str,
     /// File names of the programs.
     programs: &'static [&'static str],
+    /// The programs contain C.
+    cgo: bool,
 }
 
 const CONTROL_PLANE: Module = Module {
@@ -110,6 +112,7 @@ const CONTROL_PLANE: Module = Module {
     suffix: "",
     names: "etcd, kube-apiserver and kubectl",
     programs: &["server", "kube-apiserver", "kubectl"],
+    cgo: false,
 };
 /// The programs of a node with a kubelet.
 pub const NODE: Module = Module {
@@ -118,6 +121,7 @@ pub const NODE: Module = Module {
     suffix: "-node",
     names: "kubelet, containerd, kube-proxy and CoreDNS",
     programs: &["kubelet", "containerd", "containerd-shim-runc-v2", "ctr", "kube-proxy", "coredns"],
+    cgo: false,
 };
 /// The programs that run DaemonSets and Deployments.
 pub const WORKLOADS: Module = Module {
@@ -126,6 +130,7 @@ pub const WORKLOADS: Module = Module {
     suffix: "-workloads",
     names: "kube-controller-manager and kube-scheduler",
     programs: &["kube-controller-manager", "kube-scheduler"],
+    cgo: false,
 };
 /// helm, with which the chart is tested.
 pub const HELM: Module = Module {
@@ -134,6 +139,7 @@ pub const HELM: Module = Module {
     suffix: "-helm",
     names: "helm",
     programs: &["helm"],
+    cgo: false,
 };
 /// metrics-server, which only tests use.
 pub const METRICS: Module = Module {
@@ -142,6 +148,7 @@ pub const METRICS: Module = Module {
     suffix: "-metrics-server",
     names: "metrics-server",
     programs: &["metrics-server"],
+    cgo: false,
 };
 /// wireguard-go, against which Raven's engine is measured and tested.
 pub const WIREGUARD: Module = Module {
@@ -150,6 +157,25 @@ pub const WIREGUARD: Module = Module {
     suffix: "-wireguard",
     names: "wireguard-go",
     programs: &["wireguard"],
+    cgo: false,
+};
+/// flannel, which only tests use.
+pub const FLANNEL: Module = Module {
+    folder: "kubernetes/flannel",
+    versioned: "github.com/flannel-io/flannel",
+    suffix: "-flannel",
+    names: "flannel",
+    programs: &["flannel"],
+    cgo: true,
+};
+/// kube-router, which only tests use.
+pub const KUBE_ROUTER: Module = Module {
+    folder: "kubernetes/kube-router",
+    versioned: "github.com/cloudnativelabs/kube-router/v2",
+    suffix: "-kube-router",
+    names: "kube-router",
+    programs: &["kube-router"],
+    cgo: false,
 };
 const KUBERNETES: &str = "k8s.io/kubernetes";
 
@@ -258,7 +284,7 @@ impl Module {
         // With low priority, because a lab may run beside the build.
         let mut go = Command::new("nice");
         go.args(["-n", "10", "go"]);
-        go.current_dir(self.folder()).env("CGO_ENABLED", "0").stdin(Stdio::null());
+        go.current_dir(self.folder()).env("CGO_ENABLED", if self.cgo { "1" } else { "0" }).stdin(Stdio::null());
         go
     }
 }
