@@ -145,10 +145,16 @@ pub enum EndpointType {
 /// published in its GatewayNode, so that agents need to watch only Gateways.
 pub const CONFIG_PUBLIC_KEY: &str = "publicKey";
 
+/// CEL: `publicIP` looks like an address that can be dialled. The functions for addresses exist only from Kubernetes 1.31 on,
+/// so this admits some IPv6 addresses that are malformed; the controller refuses those ([`Endpoint::public_address`]).
+pub(crate) const PUBLIC_IP_RULE: &str = "!has(self.publicIP) || size(self.publicIP) == 0 || (\
+    self.publicIP.matches(r'^(((25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])[.]){3}(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])|[0-9a-fA-F]*:[0-9a-fA-F:]*:[0-9a-fA-F]*)$') && \
+    !self.publicIP.matches(r'^(0[.]0[.]0[.]0$|127[.]|169[.]254[.]|22[4-9][.]|23[0-9][.]|255[.]255[.]255[.]255$|::1?$|[fF][eE][89abAB]|[fF][fF])'))";
+
 /// A gateway node: a candidate in `spec`, elected in `status`.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("!has(self.publicIP) || size(self.publicIP) == 0 || (isIP(self.publicIP) && ip(self.publicIP).isGlobalUnicast())")
+#[x_kube(validation = Rule::new(PUBLIC_IP_RULE)
         .message("publicIP must be an IPv4 or IPv6 address that other pools can dial, not a name or a prefix, and not a loopback, link-local or multicast address"))]
 pub struct Endpoint {
     /// Kubernetes name of the node.

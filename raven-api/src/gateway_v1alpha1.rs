@@ -12,7 +12,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::gateway::ExposeType;
+use crate::gateway::{ExposeType, PUBLIC_IP_RULE};
 
 /// Desired pool in v1alpha1.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
@@ -52,7 +52,7 @@ pub struct GatewaySpec {
 /// A candidate for the gateway node in v1alpha1.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("!has(self.publicIP) || size(self.publicIP) == 0 || (isIP(self.publicIP) && ip(self.publicIP).isGlobalUnicast())")
+#[x_kube(validation = Rule::new(PUBLIC_IP_RULE)
         .message("publicIP must be an IPv4 or IPv6 address that other pools can dial, not a name or a prefix, and not a loopback, link-local or multicast address"))]
 pub struct Endpoint {
     /// Kubernetes name of the node.

@@ -71,6 +71,16 @@ pub(crate) enum Error {
     },
 }
 
+impl Error {
+    /// Name of the Gateway whose stored spec makes the API server refuse its status, and the reason: it validates the whole
+    /// object, and before Kubernetes 1.31 also what has not changed.
+    pub(crate) fn invalid(&self) -> Option<(&str, &str)> {
+        let Self::Api { name, source, .. } = self else { return None };
+        let kube::Error::Api(status) = &**source else { return None };
+        status.is_invalid().then_some((name.as_str(), status.message.as_str()))
+    }
+}
+
 /// Writes Gateways and Events to the API server.
 #[derive(Clone)]
 pub(crate) struct Writer {

@@ -17,6 +17,7 @@ use tracing::Instrument;
 
 use crate::apply::{Error, StatusWrite, Writer};
 use crate::cluster::{Snapshot, UnreadableGateway, Update};
+use crate::gateway::events::Change;
 use crate::gateway::facts::{GatewayFacts, GatewayName};
 use crate::gateway::inputs::Inputs;
 use crate::gateway::status::Decision;
@@ -43,6 +44,8 @@ pub(crate) struct Reconciler {
     leadership: Leadership,
     strays: BTreeSet<String>,
     unreadable: BTreeMap<GatewayName, UnreadableGateway>,
+    // Generations of the Gateways whose status the API server refuses, as reported.
+    refused: BTreeMap<GatewayName, Option<i64>>,
     runs: u64,
 }
 
@@ -54,7 +57,16 @@ impl Reconciler {
         updates: mpsc::Sender<Update>,
         leadership: Leadership,
     ) -> Self {
-        Self { writer, snapshots, updates, leadership, strays: BTreeSet::new(), unreadable: BTreeMap::new(), runs: 0 }
+        Self {
+            writer,
+            snapshots,
+            updates,
+            leadership,
+            strays: BTreeSet::new(),
+            unreadable: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            runs: 0,
+        }
     }
 
     /// Reconciles until `stop` is cancelled.
@@ -143,7 +155,7 @@ impl Reconciler {
         }
     }
 
-    async fn write_statuses(&self, inputs: &Inputs, decisions: &Decisions, tally: &mut Tally) {
+    async fn write_statuses(&mut self, inputs: &Inputs, decisions: &Decisions, tally: &mut Tally) {
         let now = Timestamp::now();
         let mut writes = Vec::new();
         for (name, decision) in &decisions.gateways {
@@ -156,7 +168,25 @@ impl Reconciler {
             }
         }
         let results: Vec<_> = futures::stream::iter(writes).buffer_unordered(CONCURRENT_WRITES).collect().await;
+        self.report_refused(inputs, results.iter().filter_map(|result| result.as_ref().err())).await;
         self.account(results, tally).await;
+    }
+
+    // A Gateway without a status says nothing, so that an Event names the cause, once per generation.
+    async fn report_refused(&mut self, inputs: &Inputs, errors: impl Iterator<Item = &Error>) {
+        for (name, message) in errors.filter_map(Error::invalid) {
+            let name = GatewayName::from(name);
+            let Some(facts) = inputs.gateways.get(&name) else { continue };
+            let generation = facts.resource.metadata.generation;
+            if self.refused.insert(name.clone(), generation) == Some(generation) {
+                continue;
+            }
+            let note = format!(
+                "the API server refuses the status of this Gateway because of its spec: correct it (kubectl edit gateway {name}); {message}"
+            );
+            let change = Change { warning: true, reason: "StatusRefused".to_owned(), note };
+            self.writer.event(&facts.resource, &change, None).await;
+        }
     }
 
     async fn write_gateways(&self, inputs: &Inputs, decisions: &Decisions, tally: &mut Tally) {

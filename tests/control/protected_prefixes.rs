@@ -18,13 +18,17 @@ async fn protected_prefixes_are_rejected_without_side_effects() {
     run(test_name!(), async |fixture| {
         fixture.put_two_pools().await?;
         fixture.put_node("nobodys", 9, &[]).await?;
-        let _controller = fixture.controller("one", &["--auto-gateways=false", "--service-cidr=10.111.0.0/16"]).await?;
+        let mut arguments = vec!["--auto-gateways=false", "--service-cidr=10.111.0.0/16"];
+        if !has_service_cidrs(fixture) {
+            arguments.extend(["--service-cidr=10.96.0.0/16", "--service-cidr=fd00:96::/112"]);
+        }
+        let _controller = fixture.controller("one", &arguments).await?;
         fixture.two_pools_are_ready().await?;
         let cloud = fixture.raw("cloud").await?;
         let own = ["10.244.3.0/24", "fd00:244:3::/64"];
 
-        // Includes addresses that the API server publishes: its own (EndpointSlice) and
-        // the Service ranges (ServiceCIDRs).
+        // Includes addresses that the API server publishes: its own (EndpointSlice) and, from Kubernetes 1.33 on, the
+        // Service ranges (ServiceCIDRs).
         let refused = [
             ("0.0.0.0/0", "is the whole address space"),
             ("::/0", "is the whole address space"),
@@ -185,4 +189,8 @@ async fn put_block(blocks: &Api<DynamicObject>, node: &str, cidr: &str, state: &
         Ok(blocks.create(&PostParams::default(), &block).await.map(drop)?)
     })
     .await
+}
+
+fn has_service_cidrs(fixture: &Fixture) -> bool {
+    fixture.lab.cluster().kubectl(&["get", "servicecidrs"]).is_ok()
 }

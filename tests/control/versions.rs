@@ -196,6 +196,46 @@ async fn webhook_survives_restarts_and_reapplied_manifests() {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn values_stored_before_the_crd_affect_only_their_own_gateway() {
+    run(test_name!(), async |fixture| {
+        fixture.lab.cluster().apply_foreign_crd("v1beta1").await?;
+        fixture.put_two_pools().await?;
+        fixture.put_node("o-a", 4, &[(LABEL_GATEWAY, "odd")]).await?;
+        let endpoint = json!({"nodeName": "o-a", "type": "tunnel", "underNAT": true, "publicIP": "47.xxx.xxx.xxx"});
+        fixture.put_gateway("odd", json!({"endpoints": [endpoint]})).await?;
+        let unknown = json!({
+            "apiVersion": "raven.openyurt.io/v1beta1", "kind": "Gateway", "metadata": {"name": "unknown"},
+            "spec": {"exposeType": "Public"},
+        });
+        kubectl(fixture, &["apply", "-f", &file(fixture, "unknown", &unknown.to_string())?])?;
+        fixture.lab.cluster().apply_crds().await?;
+        let _controller = fixture.controller("one", &[]).await?;
+        fixture.two_pools_are_ready().await?;
+
+        let note = "Raven cannot read this Gateway: spec.exposeType: unknown variant `Public`";
+        assert_eq!(fixture.event("unknown", "Unreadable", note).await?, "Warning");
+        // Before Kubernetes 1.31, the API server refuses a status beside a spec that breaks the schema's rules.
+        let version: Value = serde_json::from_str(&kubectl(fixture, &["version", "--output=json"])?)?;
+        let (reason, part) = match version["serverVersion"]["minor"].as_str() {
+            Some("30") => ("StatusRefused", "spec.endpoints[0]: Invalid value"),
+            _ => ("EndpointAddressInvalid", "publicIP 47.xxx.xxx.xxx of the endpoint of node o-a is ignored"),
+        };
+        assert_eq!(fixture.event("odd", reason, part).await?, "Warning");
+
+        // A person corrects both.
+        let endpoint = json!({"nodeName": "o-a", "type": "tunnel", "underNAT": true});
+        fixture.put_gateway("odd", json!({"endpoints": [endpoint]})).await?;
+        fixture.put_gateway("unknown", json!({"exposeType": ""})).await?;
+        fixture.until("odd", "elects its node", |g| crate::fixture::elects(g, &["o-a"])).await?;
+        fixture
+            .until("unknown", "has no node", |g| crate::fixture::has_condition(g, "Ready", "False", "NoNode", ""))
+            .await?;
+        Ok(())
+    })
+    .await;
+}
+
 async fn old_is_served(fixture: &Fixture) -> Result<()> {
     // Usually within a second. In some runs, the API server uses the old address for about 25 s after
     // the CRD has changed.

@@ -5,11 +5,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::Api;
-use kube::api::{ApiResource, DeleteParams, DynamicObject, PostParams};
+use kube::api::{ApiResource, DynamicObject};
 use raven_api::gateway::{Endpoint, EndpointType, ExposeType};
-use raven_api::schema::GATEWAY_CRD;
 use raven_api::{Gateway, GatewayNode, LABEL_GATEWAY};
 use raven_tests::{Lab, eventually, kubernetes::objects::default_gateway, proof, require_root};
 use serde_json::{Deserializer, Value, json};
@@ -179,7 +177,7 @@ impl Form {
     /// Starts a lab in which the Gateways are stored under OpenYurt's CRD before Raven is installed over it.
     async fn start(&self) -> Result<Running> {
         let lab = Lab::builder().up().await?;
-        replace_crd(&lab, self.version).await?;
+        lab.cluster().apply_foreign_crd(self.version).await?;
         for (pool, Expected(gateway, ..)) in lab.site().pools.iter().zip(&self.pools) {
             for node in lab.site().nodes_of(&pool.spec.name) {
                 let label = format!("{LABEL_GATEWAY}={gateway}");
@@ -260,39 +258,6 @@ impl Form {
         }
         Ok(())
     }
-}
-
-/// Replaces the CRD of Gateways by one with OpenYurt's names and versions, which accepts every field.
-async fn replace_crd(lab: &Lab, storage: &str) -> Result<()> {
-    let crds: Api<CustomResourceDefinition> = Api::all(lab.cluster().client());
-    crds.delete(GATEWAY_CRD, &DeleteParams::default()).await?;
-    let version = |name: &str| {
-        json!({
-            "name": name,
-            "served": true,
-            "storage": name == storage,
-            "subresources": {"status": {}},
-            "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}},
-        })
-    };
-    let crd: CustomResourceDefinition = serde_json::from_value(json!({
-        "metadata": {"name": GATEWAY_CRD},
-        "spec": {
-            "group": "raven.openyurt.io",
-            "names": {"kind": "Gateway", "listKind": "GatewayList", "plural": "gateways", "singular": "gateway", "shortNames": ["gw"]},
-            "scope": "Cluster",
-            "versions": [version("v1alpha1"), version("v1beta1")],
-        },
-    }))?;
-    eventually(SOON, "OpenYurt's CRD is accepted", async || {
-        crds.create(&PostParams::default(), &crd).await?;
-        Ok(())
-    })
-    .await?;
-    eventually(SOON, "OpenYurt's CRD is served", async || {
-        lab.cluster().kubectl(&["get", &format!("gateways.{storage}.raven.openyurt.io")]).map(drop)
-    })
-    .await
 }
 
 async fn has_condition(lab: &Lab, gateway: &str, type_: &str, cause: &str) -> Result<()> {

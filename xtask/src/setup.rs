@@ -10,7 +10,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use raven_tests::kubernetes::binaries::{
-    Binaries, FLANNEL, HELM, KUBE_ROUTER, METRICS, Module, NODE, WIREGUARD, WORKLOADS,
+    Binaries, FLANNEL, HELM, KUBE_ROUTER, METRICS, Module, NODE, OLDEST, WIREGUARD, WORKLOADS,
 };
 
 use crate::debian_kernel::{self, Series};
@@ -47,7 +47,7 @@ impl Setup {
             ensure!(missing.is_empty(), "missing: {}", missing.join(", "));
         } else {
             ensure(&all)?;
-            build_cnis();
+            build_optional();
             fetch_kernels();
         }
         println!("eBPF toolchain: {}", toolchain::find().map_or("none".to_owned(), |found| found.to_string()));
@@ -58,9 +58,9 @@ impl Setup {
     }
 }
 
-/// Builds other people's CNIs for tests. One that cannot be built is reported here, and its tests are skipped.
-fn build_cnis() {
-    for module in [&FLANNEL, &KUBE_ROUTER] {
+/// Builds the oldest API server and other people's CNIs. What cannot be built is reported here, and its tests are skipped.
+fn build_optional() {
+    for module in [&OLDEST, &FLANNEL, &KUBE_ROUTER] {
         match module.find_or_build_with(&|text| println!("  {}: {text}", module.names)) {
             Ok(found) => println!("{}: {}", module.names, found.dir.display()),
             Err(error) => println!("{}: none ({error:#})", module.names),

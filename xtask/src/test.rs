@@ -1,6 +1,7 @@
 //! `cargo xtask test`: runs all tests that this machine supports and reports the others as skipped.
 
 use anyhow::{Context, Result, bail};
+use raven_tests::kubernetes::binaries::{API_SERVER, OLDEST};
 
 use crate::{
     build,
@@ -32,6 +33,8 @@ enum Level {
     Bpf,
     /// Lab tests: pools as namespaces, a real API server, the real binaries. Requires root.
     Lab,
+    /// The tests of the controller with the oldest API server that Raven supports. Requires root.
+    Oldest,
     /// L3 tests on other kernels in QEMU.
     Kernel,
     /// The images and manifests, installed on real kubelets. Only if it is named. Requires root.
@@ -39,11 +42,12 @@ enum Level {
 }
 
 impl Level {
-    const ALL: [Self; 5] = [Self::Unit, Self::Bpf, Self::Lab, Self::Kernel, Self::Installed];
+    const ALL: [Self; 6] = [Self::Unit, Self::Bpf, Self::Lab, Self::Oldest, Self::Kernel, Self::Installed];
 
     fn needs(self) -> &'static [Need] {
         match self {
             Self::Unit | Self::Bpf => &[Need::Build, Need::Ebpf],
+            Self::Oldest => &[Need::Build, Need::Ebpf, Need::Lab, Need::Kubernetes],
             // Level `kernel` checks its needs itself and is skipped if they cannot be installed.
             Self::Kernel => &[],
             Self::Lab => {
@@ -83,6 +87,7 @@ impl Level {
                 "--",
                 "--test-threads=1",
             ],
+            Self::Oldest => &["--test", "control", "--", "--test-threads=1"],
             Self::Kernel => &[],
             Self::Installed => &["--test", "installed", "--", "--nocapture"],
         }
@@ -93,6 +98,7 @@ impl Level {
             Self::Unit => "unit",
             Self::Bpf => "bpf",
             Self::Lab => "lab",
+            Self::Oldest => "oldest",
             Self::Kernel => "kernel",
             Self::Installed => "installed",
         }
@@ -103,8 +109,10 @@ impl Level {
         let root = nix::unistd::geteuid().is_root();
         match self {
             Self::Unit => None,
-            Self::Bpf | Self::Lab | Self::Installed if !root => Some("it needs root (namespaces and BPF)".to_owned()),
-            Self::Bpf | Self::Lab | Self::Kernel | Self::Installed => None,
+            Self::Bpf | Self::Lab | Self::Oldest | Self::Installed if !root => {
+                Some("it needs root (namespaces and BPF)".to_owned())
+            }
+            Self::Bpf | Self::Lab | Self::Oldest | Self::Kernel | Self::Installed => None,
         }
     }
 }
@@ -191,14 +199,16 @@ fn run(level: Level) -> Result<Outcome> {
         build::tracing_object()?;
     }
     println!("\n=== {} ===", level.name());
-    let status = raven_tests::cargo::command()
-        .current_dir(workspace())
-        .arg("test")
-        .args(PACKAGES)
-        .args(level.arguments())
-        .env("RAVEN_IMAGES", image::folder())
-        .status()
-        .context("start cargo test")?;
+    let mut test = raven_tests::cargo::command();
+    test.current_dir(workspace()).arg("test").args(PACKAGES).args(level.arguments());
+    test.env("RAVEN_IMAGES", image::folder());
+    if level == Level::Oldest {
+        match OLDEST.find_or_build_with(&|text| println!("  {text}")) {
+            Ok(found) => test.env(API_SERVER, found.program("kube-apiserver")),
+            Err(error) => return Ok(Outcome::Skipped(format!("{} cannot be built: {error:#}", OLDEST.names))),
+        };
+    }
+    let status = test.status().context("start cargo test")?;
     Ok(if status.success() { Outcome::Passed } else { Outcome::Failed })
 }
 
@@ -206,6 +216,8 @@ fn report(outcomes: &[(Level, Outcome)]) {
     println!("\n=== what was tested ===");
     println!("kernel: {} (this machine's)", kernel());
     println!("API server: {}", api_server());
+    let oldest = OLDEST.find().ok().flatten().map_or("none".to_owned(), |found| found.dir.display().to_string());
+    println!("oldest API server: {oldest}");
     for (level, outcome) in outcomes {
         match outcome {
             Outcome::Passed => println!("{:<9} passed", level.name()),

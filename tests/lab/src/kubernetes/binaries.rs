@@ -2,7 +2,7 @@
 //!
 //! etcd, kube-apiserver and kubectl come from `KUBEBUILDER_ASSETS` (the envtest convention), else from the cache, else
 //! they are built from Go modules (tests/kubernetes/go.mod). All other programs come from the cache or are built
-//! (tests/kubernetes/{node,workloads,helm,metrics,wireguard,flannel,kube-router}/go.mod). Official release archives are not used,
+//! (tests/kubernetes/{node,workloads,oldest,helm,metrics,wireguard,flannel,kube-router}/go.mod). Official release archives are not used,
 //! because the development environment reaches package registries only, so a download could not be tested.
 
 use std::fs::{self, File};
@@ -15,6 +15,9 @@ use sha2::{Digest, Sha256};
 
 /// Receives a description of a build's progress, such as "120 of 1500 packages".
 pub type Report<'a> = &'a (dyn Fn(&str) + Sync);
+
+/// Environment variable: path of a kube-apiserver that takes the place of the one that was found.
+pub const API_SERVER: &str = "RAVEN_API_SERVER";
 
 /// The programs of the control plane.
 #[derive(Clone, Debug)]
@@ -61,11 +64,12 @@ impl Binaries {
     }
 
     fn inside(dir: &Path, etcd: &str, origin: &str) -> Option<Self> {
+        let own = std::env::var_os(API_SERVER).map(PathBuf::from);
         let binaries = Self {
             etcd: dir.join(etcd),
-            api_server: dir.join("kube-apiserver"),
+            origin: format!("{origin} ({})", own.as_deref().unwrap_or(dir).display()),
+            api_server: own.unwrap_or_else(|| dir.join("kube-apiserver")),
             kubectl: dir.join("kubectl"),
-            origin: format!("{origin} ({})", dir.display()),
         };
         let all = [&binaries.etcd, &binaries.api_server, &binaries.kubectl];
         all.iter().all(|path| path.is_file()).then_some(binaries)
@@ -112,6 +116,15 @@ const CONTROL_PLANE: Module = Module {
     suffix: "",
     names: "etcd, kube-apiserver and kubectl",
     programs: &["server", "kube-apiserver", "kubectl"],
+    cgo: false,
+};
+/// The API server of the oldest Kubernetes that Raven supports.
+pub const OLDEST: Module = Module {
+    folder: "kubernetes/oldest",
+    versioned: KUBERNETES,
+    suffix: "-oldest",
+    names: "the oldest supported kube-apiserver",
+    programs: &["kube-apiserver"],
     cgo: false,
 };
 /// The programs of a node with a kubelet.

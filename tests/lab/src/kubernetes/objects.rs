@@ -7,9 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::api::core::v1::{ConfigMap, Node as NodeObject};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{Api, DeleteParams, Patch, PatchParams};
+use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use raven_api::gateway::{Endpoint, ExposeType, Gateway, GatewaySpec};
-use raven_api::{LABEL_EDGE_WORKER, LABEL_GATEWAY};
+use raven_api::schema::GATEWAY_CRD;
+use raven_api::{GROUP, LABEL_EDGE_WORKER, LABEL_GATEWAY};
 use serde_json::{Value, json};
 
 use super::Cluster;
@@ -46,6 +47,41 @@ impl Cluster {
             .await?;
         }
         Ok(())
+    }
+
+    /// Replaces the CRD of Gateways by one with OpenYurt's names and versions, which accepts every field and stores the
+    /// given version. [`Cluster::apply_crds`] then applies Raven's over it.
+    pub async fn apply_foreign_crd(&self, storage: &str) -> Result<()> {
+        let crds: Api<CustomResourceDefinition> = Api::all(self.client());
+        crds.delete(GATEWAY_CRD, &DeleteParams::default()).await?;
+        let version = |name: &str| {
+            json!({
+                "name": name,
+                "served": true,
+                "storage": name == storage,
+                "subresources": {"status": {}},
+                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": true}},
+            })
+        };
+        let names = json!({
+            "kind": "Gateway", "listKind": "GatewayList", "plural": "gateways", "singular": "gateway", "shortNames": ["gw"],
+        });
+        let crd: CustomResourceDefinition = serde_json::from_value(json!({
+            "metadata": {"name": GATEWAY_CRD},
+            "spec": {
+                "group": GROUP, "names": names, "scope": "Cluster",
+                "versions": [version("v1alpha1"), version("v1beta1")],
+            },
+        }))?;
+        eventually(SOON, "the CRD is replaced", async || {
+            crds.create(&PostParams::default(), &crd).await?;
+            Ok(())
+        })
+        .await?;
+        eventually(SOON, "the CRD is served", async || {
+            self.kubectl(&["get", &format!("gateways.{storage}.{GROUP}")]).map(drop)
+        })
+        .await
     }
 
     /// Applies the manifests of `deploy/` except workloads, which need kubelets: RBAC and the admission policy.
