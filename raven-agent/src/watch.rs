@@ -195,3 +195,34 @@ where
         .boxed();
     (store, events)
 }
+
+#[cfg(test)]
+mod tests {
+    use raven_api::guarded::Unreadable;
+
+    use super::*;
+
+    #[test]
+    fn last_known_version_of_an_unreadable_gateway_stays_in_use() {
+        let gateway = |name: &str, node: &str| {
+            let mut gateway = Gateway::new(name, raven_api::GatewaySpec::default());
+            gateway.spec.endpoints =
+                vec![raven_api::gateway::Endpoint { node_name: node.to_owned(), ..Default::default() }];
+            gateway
+        };
+        let unreadable = |name: &str| {
+            let metadata = gateway(name, "").metadata;
+            Arc::new(Guarded(Err(Unreadable { error: "missing field `spec`".to_owned(), metadata })))
+        };
+        let before = Inputs { gateways: vec![gateway("a", "old"), gateway("b", "old")], ..Inputs::default() };
+        let objects = [unreadable("a"), Arc::new(Guarded(Ok(gateway("b", "new")))), unreadable("c")];
+        let mut log = UnreadableLog::new("Gateway");
+        let mut read = |before| readable(&objects, before, &mut log);
+        let nodes = |gateways: Vec<Gateway>| -> Vec<(String, String)> {
+            gateways.into_iter().map(|g| (g.name_any(), g.spec.endpoints[0].node_name.clone())).collect()
+        };
+        let pair = |name: &str, node: &str| (name.to_owned(), node.to_owned());
+        assert_eq!(nodes(read(Some(&before))), [pair("a", "old"), pair("b", "new")]);
+        assert_eq!(nodes(read(None)), [pair("b", "new")]);
+    }
+}

@@ -149,7 +149,7 @@ pub const CONFIG_PUBLIC_KEY: &str = "publicKey";
 /// so this admits some IPv6 addresses that are malformed; the controller refuses those ([`Endpoint::public_address`]).
 pub(crate) const PUBLIC_IP_RULE: &str = "!has(self.publicIP) || size(self.publicIP) == 0 || (\
     self.publicIP.matches(r'^(((25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])[.]){3}(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])|[0-9a-fA-F]*:[0-9a-fA-F:]*:[0-9a-fA-F]*)$') && \
-    !self.publicIP.matches(r'^(0[.]0[.]0[.]0$|127[.]|169[.]254[.]|22[4-9][.]|23[0-9][.]|255[.]255[.]255[.]255$|::1?$|[fF][eE][89abAB]|[fF][fF])'))";
+    !self.publicIP.matches(r'^(0[.]0[.]0[.]0$|127[.]|169[.]254[.]|22[4-9][.]|23[0-9][.]|255[.]255[.]255[.]255$|::1?$|[fF][eE][89abAB][0-9a-fA-F]:|[fF][fF][0-9a-fA-F][0-9a-fA-F]:)'))";
 
 /// A gateway node: a candidate in `spec`, elected in `status`.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, Debug, Default, PartialEq)]

@@ -218,9 +218,9 @@ impl Writer {
         Ok(())
     }
 
-    /// Publishes an Event about a Gateway, with `cause` as the related object. A failure is logged only: the condition
-    /// has the same content.
-    pub(crate) async fn event(&self, gateway: &Gateway, change: &Change, cause: Option<&Gateway>) {
+    /// Publishes an Event about a Gateway, with `cause` as the related object. Returns false after a failure, which is
+    /// logged: usually a condition has the same content.
+    pub(crate) async fn event(&self, gateway: &Gateway, change: &Change, cause: Option<&Gateway>) -> bool {
         let event = Event {
             type_: if change.warning { EventType::Warning } else { EventType::Normal },
             reason: change.reason.clone(),
@@ -231,9 +231,11 @@ impl Writer {
         // A new recorder per Event: a recorder aggregates Events of the same reason and keeps the first note, so a
         // second replacement within minutes would be published with the nodes of the first one.
         let recorder = Recorder::new(self.client.clone(), self.reporter.clone());
-        if let Err(e) = recorder.publish(&event, &gateway.object_ref(&())).await {
+        let published = recorder.publish(&event, &gateway.object_ref(&())).await;
+        if let Err(e) = &published {
             tracing::warn!(gateway = name_of(gateway), reason = %change.reason, error = %e, "cannot publish an Event (check that RBAC allows it)");
         }
+        published.is_ok()
     }
 
     fn require_leadership(&self, verb: &'static str, gateway: &Gateway) -> Result<(), Error> {

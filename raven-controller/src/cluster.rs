@@ -335,7 +335,8 @@ impl Cluster {
         changed
     }
 
-    // The last known version of an unreadable Gateway stays in use: its pool keeps its gateway nodes and prefixes.
+    // The last known version of an unreadable Gateway stays in use, so that other Gateways cannot claim its nodes and
+    // prefixes. Its status stays as it is.
     fn absorb_gateway_event(&mut self, event: Event<Guarded<Gateway>>) -> bool {
         let reported = self.unreadable.absorb(event.clone(), |gateway| {
             (gateway.name_any().as_str().into(), gateway.0.err().map(UnreadableGateway::from))
@@ -462,6 +463,7 @@ impl Snapshot {
         let links = LinkReports::clone(&self.links);
         Inputs {
             gateways: BTreeMap::clone(&self.gateways),
+            unreadable: self.unreadable.keys().cloned().collect(),
             nodes: BTreeMap::clone(&self.nodes),
             pools: BTreeMap::clone(&self.pools),
             switches: self.switches,

@@ -73,6 +73,7 @@ pub(crate) fn decide(inputs: &Inputs) -> Decisions {
         gateways.map(|gateway| draft(inputs, gateway, &membership, &links, &holders, &exposed)).collect();
 
     prefixes::assign(inputs, &mut drafts);
+    relay_edges(&mut drafts);
 
     let cluster = ClusterView::of(inputs, &drafts);
     let gateways =
@@ -87,6 +88,15 @@ pub(crate) fn decide(inputs: &Inputs) -> Decisions {
         orphans,
         silent,
         strays: membership.strays,
+    }
+}
+
+// The publicIP of an edge may be that of its site's NAT: `underNAT` may have been left out, and OpenYurt's agent writes the
+// address that it observes. Other edges would dial it in vain, although a pool relays. Decided here, so that all agents
+// choose the same paths.
+fn relay_edges(drafts: &mut [Draft<'_>]) {
+    if drafts.iter().any(|draft| draft.exposed && draft.tunnel.can_relay(draft.gateway)) {
+        drafts.iter_mut().filter(|draft| !draft.exposed).for_each(|draft| draft.tunnel.be_relayed());
     }
 }
 

@@ -26,6 +26,8 @@ use crate::lead::Leadership;
 
 // Coalesces a `kubectl apply` of a directory into one run; too short to be noticed by users.
 const COALESCE: Duration = Duration::from_millis(200);
+// The API server keeps Events for an hour by default.
+const REPUBLISH: Duration = Duration::from_mins(40);
 // Concurrent status writes: after an outage there may be hundreds.
 const CONCURRENT_WRITES: usize = 8;
 
@@ -44,8 +46,8 @@ pub(crate) struct Reconciler {
     leadership: Leadership,
     strays: BTreeSet<String>,
     unreadable: BTreeMap<GatewayName, UnreadableGateway>,
-    // Generations of the Gateways whose status the API server refuses, as reported.
-    refused: BTreeMap<GatewayName, Option<i64>>,
+    // Gateways whose status the API server refuses: the reported generation, and when it was reported.
+    refused: BTreeMap<GatewayName, (Option<i64>, Instant)>,
     runs: u64,
 }
 
@@ -158,7 +160,8 @@ impl Reconciler {
     async fn write_statuses(&mut self, inputs: &Inputs, decisions: &Decisions, tally: &mut Tally) {
         let now = Timestamp::now();
         let mut writes = Vec::new();
-        for (name, decision) in &decisions.gateways {
+        // The known version of an unreadable Gateway is older than the object, so that a write would be rejected.
+        for (name, decision) in decisions.gateways.iter().filter(|(name, _)| !inputs.unreadable.contains(*name)) {
             let Some(facts) = inputs.gateways.get(name) else {
                 continue;
             };
@@ -168,24 +171,34 @@ impl Reconciler {
             }
         }
         let results: Vec<_> = futures::stream::iter(writes).buffer_unordered(CONCURRENT_WRITES).collect().await;
-        self.report_refused(inputs, results.iter().filter_map(|result| result.as_ref().err())).await;
+        let (refused, results): (Vec<_>, Vec<_>) =
+            results.into_iter().partition(|result| result.as_ref().is_err_and(|e| e.invalid().is_some()));
+        self.report_refused(inputs, refused.into_iter().filter_map(Result::err), tally).await;
         self.account(results, tally).await;
     }
 
-    // A Gateway without a status says nothing, so that an Event names the cause, once per generation.
-    async fn report_refused(&mut self, inputs: &Inputs, errors: impl Iterator<Item = &Error>) {
-        for (name, message) in errors.filter_map(Error::invalid) {
+    // A Gateway without a status says nothing, so an Event names the cause. The write is repeated after a change, and not
+    // with the backoff of writes that may succeed later.
+    async fn report_refused(&mut self, inputs: &Inputs, errors: impl Iterator<Item = Error>, tally: &mut Tally) {
+        for error in errors {
+            let Some((name, message)) = error.invalid() else { continue };
             let name = GatewayName::from(name);
             let Some(facts) = inputs.gateways.get(&name) else { continue };
             let generation = facts.resource.metadata.generation;
-            if self.refused.insert(name.clone(), generation) == Some(generation) {
+            let reported = self.refused.get(&name);
+            if reported.is_some_and(|(of, at)| *of == generation && at.elapsed() < REPUBLISH) {
                 continue;
             }
+            tracing::warn!(gateway = %name, error = message, "the API server refuses the status of a Gateway because of its spec");
             let note = format!(
                 "the API server refuses the status of this Gateway because of its spec: correct it (kubectl edit gateway {name}); {message}"
             );
             let change = Change { warning: true, reason: "StatusRefused".to_owned(), note };
-            self.writer.event(&facts.resource, &change, None).await;
+            if self.writer.event(&facts.resource, &change, None).await {
+                self.refused.insert(name, (generation, Instant::now()));
+            } else {
+                tally.failed += 1;
+            }
         }
     }
 

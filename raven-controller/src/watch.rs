@@ -142,7 +142,7 @@ where
 }
 
 /// Watches objects that a node writes about itself (agent, kubelet, CNI), and Gateways, which may be older than Raven's
-/// CRD. An unreadable object is logged once.
+/// CRD. An unreadable object is logged once; all but Gateways then count as absent.
 pub(crate) fn guarded<K>(
     kind: &'static str,
     api: Api<Guarded<K>>,
@@ -162,12 +162,21 @@ where
 fn log_unreadable<K: Resource>(log: &mut UnreadableLog, object: &Guarded<K>) {
     if let Some(error) = log.first_failure(object) {
         let name = object.name_any();
-        tracing::warn!(
-            kind = log.kind(),
-            name,
-            error,
-            "object is unreadable and is ignored; inspect who wrote it, and correct it (kubectl edit)"
-        );
+        match log.kind() {
+            "Gateway" => tracing::warn!(
+                name,
+                error,
+                "Gateway is unreadable; its last known version, if any, stays in use (correct it with kubectl edit gateway)"
+            ),
+            kind => {
+                tracing::warn!(
+                    kind,
+                    name,
+                    error,
+                    "object is unreadable and is ignored; inspect the node that wrote it"
+                );
+            }
+        }
     }
 }
 

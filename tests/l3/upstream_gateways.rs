@@ -229,13 +229,10 @@ impl Form {
         for Expected(gateway, ..) in &self.pools {
             for version in ["v1alpha1", "v1beta1"] {
                 let resource = format!("gateways.{version}.raven.openyurt.io");
-                lab.cluster().kubectl(&[
-                    "label",
-                    &resource,
-                    gateway,
-                    &format!("edited-as={version}"),
-                    "--overwrite",
-                ])?;
+                let label = format!("edited-as={version}");
+                lab.cluster().kubectl(&["label", &resource, gateway, &label, "--overwrite"])?;
+                // The list contains also those that Raven cannot read.
+                lab.cluster().kubectl(&["get", &resource])?;
             }
         }
         self.is_elected(lab).await

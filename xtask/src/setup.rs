@@ -58,9 +58,12 @@ impl Setup {
     }
 }
 
+/// Programs without which only their own tests are skipped.
+pub(crate) const OPTIONAL: [&Module; 3] = [&OLDEST, &FLANNEL, &KUBE_ROUTER];
+
 /// Builds the oldest API server and other people's CNIs. What cannot be built is reported here, and its tests are skipped.
-fn build_optional() {
-    for module in [&OLDEST, &FLANNEL, &KUBE_ROUTER] {
+pub(crate) fn build_optional() {
+    for module in OPTIONAL {
         match module.find_or_build_with(&|text| println!("  {}: {text}", module.names)) {
             Ok(found) => println!("{}: {}", module.names, found.dir.display()),
             Err(error) => println!("{}: none ({error:#})", module.names),

@@ -197,6 +197,7 @@ fn run(level: Level) -> Result<Outcome> {
     setup::ensure_and_build(level.needs(), builds)?;
     if level == Level::Lab {
         build::tracing_object()?;
+        setup::build_optional();
     }
     println!("\n=== {} ===", level.name());
     let mut test = raven_tests::cargo::command();
@@ -216,8 +217,11 @@ fn report(outcomes: &[(Level, Outcome)]) {
     println!("\n=== what was tested ===");
     println!("kernel: {} (this machine's)", kernel());
     println!("API server: {}", api_server());
-    let oldest = OLDEST.find().ok().flatten().map_or("none".to_owned(), |found| found.dir.display().to_string());
-    println!("oldest API server: {oldest}");
+    for module in setup::OPTIONAL {
+        let found = module.find().ok().flatten();
+        let found = found.map_or("none; its tests were SKIPPED".to_owned(), |found| found.dir.display().to_string());
+        println!("{}: {found}", module.names);
+    }
     for (level, outcome) in outcomes {
         match outcome {
             Outcome::Passed => println!("{:<9} passed", level.name()),

@@ -27,7 +27,7 @@ pub(super) struct Path<'a> {
 /// The peers that carry the packets between two pools.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PathKind {
-    /// The gateway nodes of the other pool: one of the two pools relays, or can be dialled where no pool relays.
+    /// The gateway nodes of the other pool: at least one of the two pools can be dialled.
     Direct,
     /// A gateway node of a pool that relays, by its key.
     Relay(PublicKey),
@@ -106,15 +106,7 @@ fn allowed<'a>(
 }
 
 fn path_kind(relays: &[(&str, &Pool)], own: (&str, &Pool), other: (&str, &Pool)) -> PathKind {
-    // The address of an edge may be that of its site's NAT. Where a pool relays, edges are therefore not dialled by each
-    // other. Both ends decide this from the same facts.
-    let relays_itself = |(name, _): (&str, &Pool)| relays.iter().any(|(relay, _)| *relay == name);
-    let is_direct = if relays.is_empty() {
-        own.1.dialable() || other.1.dialable()
-    } else {
-        relays_itself(own) || relays_itself(other)
-    };
-    if is_direct {
+    if own.1.dialable() || other.1.dialable() {
         return PathKind::Direct;
     }
     // Both ends must choose the same relay, so the pair of names is hashed in a fixed order.

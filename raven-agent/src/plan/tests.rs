@@ -213,21 +213,6 @@ fn edge_gateway_has_one_peer_that_relays_the_other_edge() {
 }
 
 #[test]
-fn edge_with_an_address_is_relayed_because_that_may_be_of_its_nat() {
-    let mut inputs = inputs(&three_pools());
-    for endpoint in &mut inputs.gateways[2].status.as_mut().expect("a status").active_endpoints {
-        (endpoint.public_ip, endpoint.under_nat) = (Some("198.51.100.3".to_owned()), false);
-    }
-    let topology = build(&inputs);
-    for edge in [1, 2] {
-        let peers = plan(&topology, &me(edge, 0)).state.peers;
-        let endpoints: Vec<_> = peers.values().filter_map(|peer| peer.endpoint).collect();
-        assert_eq!(endpoints, ["198.51.100.0:4500".parse().expect("an endpoint")], "edge {edge} dials only the cloud");
-        assert_eq!(peers.len(), 1, "edge {edge}: {peers:?}");
-    }
-}
-
-#[test]
 fn cloud_gateway_dials_neither_edge_and_relays() {
     let plan = plan(&build(&inputs(&three_pools())), &me(0, 0));
     assert!(plan.config.relay);

@@ -44,6 +44,18 @@ impl Election {
         if self.kept { 0 } else { self.elected.len() }
     }
 
+    /// True if gateway nodes of other pools can dial one of an exposed Gateway's elected nodes.
+    pub(crate) fn can_relay(&self, gateway: &GatewayFacts) -> bool {
+        let balanced = gateway.resource.spec.expose_type == ExposeType::LoadBalancer;
+        let addressed = |e: &Endpoint| e.public_ip.is_some() || e.config.contains_key(CONFIG_HOSTNAME);
+        self.elected.iter().any(|endpoint| !balanced || addressed(endpoint))
+    }
+
+    /// Publishes the elected nodes as nodes that are not dialled.
+    pub(crate) fn be_relayed(&mut self) {
+        self.elected.iter_mut().for_each(|endpoint| endpoint.under_nat = true);
+    }
+
     /// Adds the address of the load balancer to each elected endpoint without `publicIP`, if the Gateway is exposed
     /// by load balancers.
     pub(crate) fn add_load_balancers(&mut self, inputs: &Inputs, gateway: &GatewayFacts) {
@@ -210,7 +222,7 @@ fn complete(
     holders: &KeyHolders<'_>,
 ) -> Endpoint {
     endpoint.port = Some(i32::from(endpoint.port_or_default()));
-    // The API server would refuse the whole status because of a value that it stored before Raven's CRD.
+    // The API server would refuse the whole status because of a value that it stored before Raven's CRD was installed.
     endpoint.public_ip = endpoint.public_address().map(|ip| ip.to_string());
     endpoint.public_port = endpoint.public_port.filter(|port| (1..=i32::from(u16::MAX)).contains(port));
     // Always observed, never values from the spec.

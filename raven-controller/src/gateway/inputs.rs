@@ -16,6 +16,8 @@ use super::facts::{
 pub(crate) struct Inputs {
     /// Gateways that are not being deleted.
     pub(crate) gateways: BTreeMap<GatewayName, Arc<GatewayFacts>>,
+    /// Gateways that cannot be parsed. The last known version, if there is one, is among `gateways`.
+    pub(crate) unreadable: BTreeSet<GatewayName>,
     /// Nodes that are readable.
     pub(crate) nodes: BTreeMap<NodeName, Arc<NodeFacts>>,
     /// NodePools; empty if the CRD is not installed.

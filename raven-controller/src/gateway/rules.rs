@@ -41,8 +41,10 @@ impl fmt::Display for Rule {
     }
 }
 
-/// Applies the rules to `free`, the nodes that no Gateway claims.
+/// Applies the rules to `free`, the nodes that no Gateway claims. A Gateway that cannot be parsed and has no known version
+/// may claim any of them, so nothing is created or deleted then.
 pub(super) fn apply(inputs: &Inputs, free: &[&NodeFacts], membership: &mut Membership) {
+    let all_known = inputs.unreadable.iter().all(|name| inputs.gateways.contains_key(name));
     let mut required: BTreeMap<Rule, Vec<&NodeFacts>> = BTreeMap::new();
     for node in free {
         match rule_for(inputs, node) {
@@ -60,7 +62,7 @@ pub(super) fn apply(inputs: &Inputs, free: &[&NodeFacts], membership: &mut Membe
         };
         if inputs.gateways.contains_key(&name) {
             nodes.iter().for_each(|node| membership.add(&name, &node.name));
-        } else {
+        } else if all_known {
             membership.create.push(gateway_for(inputs, rule, &name, nodes));
         }
         kept.insert(name);
@@ -68,7 +70,8 @@ pub(super) fn apply(inputs: &Inputs, free: &[&NodeFacts], membership: &mut Membe
     // A Gateway that has nodes by their labels is in use and stays.
     let stale =
         inputs.gateways.values().filter(|g| g.generated && !kept.contains(&g.name) && !membership.has_nodes(&g.name));
-    membership.delete = stale.map(|g| g.name.clone()).collect();
+    let readable = stale.filter(|g| all_known && !inputs.unreadable.contains(&g.name));
+    membership.delete = readable.map(|g| g.name.clone()).collect();
 }
 
 fn rule_for(inputs: &Inputs, node: &NodeFacts) -> Result<Rule, String> {

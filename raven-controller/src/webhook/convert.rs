@@ -57,25 +57,26 @@ fn convert(object: Value, desired: &str) -> Result<Value, Error> {
     let malformed = |source| Error::Malformed { name: name.clone(), version: version.clone(), source };
     match (from.as_deref(), to.as_deref()) {
         (Some("v1alpha1"), Some("v1beta1")) => {
-            // In a cluster that stored v1alpha1, one object that cannot be converted would make all Gateways unreadable. Every
-            // field of v1alpha1 that users write exists in v1beta1, whose readers report the defect.
             match serde_json::from_value::<gateway_v1alpha1::Gateway>(object.clone()) {
                 Ok(old) => json(&to_v1beta1(old)).map_err(malformed),
-                Err(e) => {
-                    tracing::warn!(gateway = name, error = %e, "Gateway is unreadable; it is passed on as v1beta1 without changes");
-                    let mut object = object;
-                    object["apiVersion"] = Value::from(desired);
-                    Ok(object)
-                }
+                Err(e) => Ok(passed_on(object, &name, desired, &e)),
             }
         }
-        (Some("v1beta1"), Some("v1alpha1")) => {
-            let new: gateway::Gateway = serde_json::from_value(object).map_err(malformed)?;
-            json(&to_v1alpha1(new)).map_err(malformed)
-        }
+        (Some("v1beta1"), Some("v1alpha1")) => match serde_json::from_value::<gateway::Gateway>(object.clone()) {
+            Ok(new) => json(&to_v1alpha1(new)).map_err(malformed),
+            Err(e) => Ok(passed_on(object, &name, desired, &e)),
+        },
         (Some("v1alpha1" | "v1beta1"), Some(_)) if from == to => Ok(object),
         _ => Err(Error::Unknown { kind, name, version, desired: desired.to_owned() }),
     }
+}
+
+// One object that cannot be converted would make the lists of all Gateways fail. What both versions have in common is kept;
+// the reader reports the defect.
+fn passed_on(mut object: Value, name: &str, desired: &str, error: &serde_json::Error) -> Value {
+    tracing::warn!(gateway = name, %error, desired, "Gateway is unreadable; it is passed on without a conversion");
+    object["apiVersion"] = Value::from(desired);
+    object
 }
 
 fn json(object: &impl Serialize) -> Result<Value, serde_json::Error> {
@@ -125,29 +126,32 @@ mod tests {
     }
 
     #[test]
-    fn unreadable_old_object_does_not_affect_the_others() {
-        let mut bad = old();
-        bad["spec"]["endpoints"] = json!("none");
-        let answer = review("raven.openyurt.io/v1beta1", json!([bad, old()]));
-        assert_eq!(answer["response"]["result"]["status"], json!("Success"));
-        bad["apiVersion"] = json!("raven.openyurt.io/v1beta1");
-        assert_eq!(answer["response"]["convertedObjects"][0], bad);
-        assert_eq!(answer["response"]["convertedObjects"][1]["spec"]["endpoints"][0]["type"], json!("tunnel"));
+    fn unreadable_object_does_not_affect_the_others() {
+        let versions = ["raven.openyurt.io/v1alpha1", "raven.openyurt.io/v1beta1"];
+        for (from, to) in [(versions[0], versions[1]), (versions[1], versions[0])] {
+            let (mut good, mut bad) = (old(), old());
+            bad["spec"]["endpoints"] = json!("none");
+            (good["apiVersion"], bad["apiVersion"]) = (json!(from), json!(from));
+            let answer = review(to, json!([bad, good]));
+            assert_eq!(answer["response"]["result"]["status"], json!("Success"));
+            let converted = &answer["response"]["convertedObjects"];
+            bad["apiVersion"] = json!(to);
+            assert_eq!(converted[0], bad);
+            assert_eq!(
+                (&converted[1]["apiVersion"], &converted[1]["spec"]["endpoints"][0]["nodeName"]),
+                (&json!(to), &json!("n"))
+            );
+        }
     }
 
     #[test]
-    fn invalid_object_fails_the_request_and_is_named() {
-        let new = |kind: &str, name: &str| json!({"apiVersion": "raven.openyurt.io/v1beta1", "kind": kind, "metadata": {"name": name}});
-        // A client of the old version that wrote such an object would lose the fields that v1alpha1 lacks.
-        for (object, words) in [
-            (new("Gateway", "g"), "Gateway g of raven.openyurt.io/v1beta1: missing field `spec`"),
-            (new("GatewayNode", "x"), "GatewayNode x"),
-        ] {
-            let answer = review("raven.openyurt.io/v1alpha1", json!([old(), object]));
-            assert_eq!(answer["response"]["result"]["status"], json!("Failure"));
-            let message = answer["response"]["result"]["message"].as_str().unwrap_or_default();
-            assert!(message.contains(words), "{message}");
-        }
+    fn foreign_object_fails_the_request_and_is_named() {
+        let foreign =
+            json!({"apiVersion": "raven.openyurt.io/v1beta1", "kind": "GatewayNode", "metadata": {"name": "x"}});
+        let answer = review("raven.openyurt.io/v1alpha1", json!([old(), foreign]));
+        assert_eq!(answer["response"]["result"]["status"], json!("Failure"));
+        let message = answer["response"]["result"]["message"].as_str().unwrap_or_default();
+        assert!(message.contains("GatewayNode x"), "{message}");
         let unknown = review("raven.openyurt.io/v2", json!([old()]));
         assert_eq!(unknown["response"]["result"]["status"], json!("Failure"));
     }

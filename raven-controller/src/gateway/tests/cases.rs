@@ -616,6 +616,25 @@ fn user_written_gateway_without_nodes_is_not_deleted() {
 }
 
 #[test]
+fn rules_wait_while_an_unreadable_gateway_may_claim_the_nodes() {
+    let mut cluster =
+        Cluster::with_rules().gateway(by_rule(gateway("node-gone", 2))).node(edge(node("e1", "10.2.1.0/24")));
+    cluster.0.unreadable = ["unknown".into()].into();
+    let decided = cluster.decide();
+    assert_eq!((decided.create.len(), decided.delete.len()), (0, 0));
+    cluster.0.unreadable = ["node-gone".into()].into();
+    let decided = cluster.decide();
+    assert_eq!(
+        (decided.create.len(), decided.delete.len()),
+        (1, 0),
+        "its last version is known, and too old to delete it"
+    );
+    cluster.0.unreadable.clear();
+    let decided = cluster.decide();
+    assert_eq!((decided.create.len(), decided.delete.len()), (1, 1));
+}
+
+#[test]
 fn rule_uses_a_second_name_beside_a_user_written_gateway() {
     let cluster =
         Cluster::with_rules().gateway(selecting(gateway("cloud", 1), "zone", "a")).node(node("c1", "10.1.1.0/24"));
