@@ -87,7 +87,7 @@ pub async fn run(client: Client, namespace: &str, latest: watch::Sender<Option<A
     let (ca, d) = reflected(CA_NAME, configs, named(CA_NAME), strip, &outages);
     // Its outages do not count, because the agent works without it.
     let (api_servers, e) = reflected(API_SERVERS, slices, named(API_SERVER_SLICE), strip, &Outages::default());
-    let mut log = UnreadableLog::new("Gateway");
+    let mut log = UnreadableLog::of_gateways();
     let mut incomplete = vec!["Gateways", SWITCHES_CONFIG_MAP, AGENT_CONFIG_MAP, CA_NAME];
     let mut events = stream::select_all([a, b, c, d, e]);
     while let Some(progress) = events.next().await {
@@ -133,11 +133,7 @@ fn readable(objects: &[Arc<Guarded<Gateway>>], before: Option<&Inputs>, log: &mu
     let version = |object: &Arc<Guarded<Gateway>>| {
         let name = object.name_any();
         if let Some(error) = log.first_failure(object) {
-            tracing::warn!(
-                gateway = name,
-                error,
-                "Gateway is unreadable; its last known version, if any, stays in use (correct it with kubectl edit gateway)"
-            );
+            tracing::warn!(kind = log.kind(), name, error, "object is unreadable; {}", log.advice());
         }
         object.0.as_ref().ok().cloned().or_else(|| known(&name))
     };
@@ -216,7 +212,7 @@ mod tests {
         };
         let before = Inputs { gateways: vec![gateway("a", "old"), gateway("b", "old")], ..Inputs::default() };
         let objects = [unreadable("a"), Arc::new(Guarded(Ok(gateway("b", "new")))), unreadable("c")];
-        let mut log = UnreadableLog::new("Gateway");
+        let mut log = UnreadableLog::of_gateways();
         let mut read = |before| readable(&objects, before, &mut log);
         let nodes = |gateways: Vec<Gateway>| -> Vec<(String, String)> {
             gateways.into_iter().map(|g| (g.name_any(), g.spec.endpoints[0].node_name.clone())).collect()

@@ -31,18 +31,30 @@ pub struct Unreadable {
 #[derive(Clone, Debug)]
 pub struct UnreadableLog {
     kind: &'static str,
+    advice: &'static str,
     names: BTreeSet<String>,
 }
 
 impl UnreadableLog {
-    /// Creates an empty log for objects of `kind`.
+    /// Creates an empty log for objects of `kind`, which a node writes about itself. An unreadable one counts as absent.
     pub fn new(kind: &'static str) -> Self {
-        Self { kind, names: BTreeSet::new() }
+        Self { kind, advice: "it is ignored; inspect the node that wrote it", names: BTreeSet::new() }
+    }
+
+    /// Creates an empty log for Gateways. The last known version of an unreadable one stays in use.
+    pub fn of_gateways() -> Self {
+        let advice = "its last known version, if any, stays in use (correct it with kubectl edit gateway)";
+        Self { kind: "Gateway", advice, names: BTreeSet::new() }
     }
 
     /// Kind of the objects.
     pub fn kind(&self) -> &'static str {
         self.kind
+    }
+
+    /// What becomes of an unreadable object, and what to do.
+    pub fn advice(&self) -> &'static str {
+        self.advice
     }
 
     /// Forgets a deleted object.

@@ -15,9 +15,8 @@ use raven_api::names::{GROUP, MANAGER_CONTROLLER};
 use raven_api::{GatewayNode, event};
 use serde_json::{Value, json};
 
-use crate::cluster::UnreadableGateway;
 use crate::gateway::events::Change;
-use crate::gateway::facts::{GatewayName, NodeName};
+use crate::gateway::facts::{GatewayName, NodeName, UnreadableGateway};
 use crate::gateway::status::{AGENT_NOT_READY, find_agents};
 use crate::lead::Leadership;
 
@@ -192,11 +191,10 @@ impl Writer {
         gateway: &UnreadableGateway,
         now: Timestamp,
     ) -> Result<(), Error> {
-        let failed =
-            |source| Error::Api { verb: "set the condition of", name: name.to_string(), source: Box::new(source) };
-        if !self.leadership.is_valid() {
-            return Err(Error::NotLeading { verb: "set the condition of", name: name.to_string() });
-        }
+        const VERB: &str = "set the condition of";
+        let mut reference = Gateway::new(name.as_str(), GatewaySpec::default());
+        reference.metadata.uid.clone_from(&gateway.uid);
+        self.require_leadership(VERB, &reference)?;
         let message = format!(
             "Raven cannot read this Gateway: {}. Correct it (kubectl edit gateway {name}); until then, its last version that \
              could be read stays in use, if there is one",
@@ -206,13 +204,13 @@ impl Writer {
         let patch = json!({"status": {"conditions": condition::merge(&[], &[verdict], None, now)}});
         let gateways: Api<Guarded<Gateway>> = Api::all(self.client.clone());
         let params = PatchParams { field_manager: Some(MANAGER_CONTROLLER.to_owned()), ..Default::default() };
-        match gateways.patch_status(&name.to_string(), &params, &Patch::Merge(patch)).await {
+        match gateways.patch_status(name.as_str(), &params, &Patch::Merge(patch)).await {
             Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(()),
-            Err(e) if !matches!(&e, kube::Error::Api(status) if status.is_invalid()) => return Err(failed(e)),
+            Err(e) if !matches!(&e, kube::Error::Api(status) if status.is_invalid()) => {
+                return Err(error(VERB, &reference, e));
+            }
             _ => {}
         }
-        let mut reference = Gateway::new(&name.to_string(), GatewaySpec::default());
-        reference.metadata.uid.clone_from(&gateway.uid);
         let change = Change { warning: true, reason: UNREADABLE.to_owned(), note: message };
         self.event(&reference, &change, None).await;
         Ok(())

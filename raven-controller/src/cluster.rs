@@ -4,6 +4,8 @@
 //! [`Snapshot`] after each change. An update that changes no fact, such as a Node's heartbeat, publishes nothing and
 //! therefore wakes no consumer.
 
+mod cache;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -23,10 +25,11 @@ use raven_api::{Gateway, Guarded};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::sleep_until;
 
+use self::cache::{Cache, Facts};
 use crate::gateway::agents::{self, Absences};
 use crate::gateway::facts::{
     AgentFacts, BalancerFacts, BlockFacts, GatewayFacts, GatewayName, LinkFacts, LinkReports, NodeFacts, NodeName,
-    PoolFacts, PublishedKey, Switches, parse_prefix,
+    PoolFacts, PublishedKey, Switches, UnreadableGateway, parse_prefix,
 };
 use crate::gateway::inputs::Inputs;
 use crate::gateway::links::Quarantine;
@@ -131,102 +134,6 @@ fn typed_gateway_node(object: Guarded<DynamicObject>) -> Guarded<GatewayNode> {
         Ok((spec, status)) => Ok(GatewayNode { metadata, spec, status }),
         Err(e) => Err(Unreadable { error: e.to_string(), metadata }),
     })
-}
-
-/// A Gateway that cannot be parsed. The API server stored it before Raven's CRD was installed.
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct UnreadableGateway {
-    /// The field and what is wrong with it.
-    pub(crate) error: String,
-    /// UID of the object.
-    pub(crate) uid: Option<String>,
-}
-
-impl From<Unreadable> for UnreadableGateway {
-    fn from(Unreadable { error, metadata }: Unreadable) -> Self {
-        Self { error, uid: metadata.uid }
-    }
-}
-
-type Facts<K, V> = Arc<BTreeMap<K, Arc<V>>>;
-
-// Facts of one kind, by name. A listing replaces them at once when it is complete.
-#[derive(Debug)]
-struct Cache<K, V> {
-    facts: Facts<K, V>,
-    listing: BTreeMap<K, Arc<V>>,
-    // The facts may be used: they were listed, or the kind is absent or unavailable.
-    complete: bool,
-    // A listing was completed.
-    listed: bool,
-}
-
-impl<K: Ord + Clone, V: PartialEq> Cache<K, V> {
-    fn new() -> Self {
-        Self { facts: Facts::default(), listing: BTreeMap::new(), complete: false, listed: false }
-    }
-
-    // `parse` returns no facts for an object that does not count. Returns true if the facts or
-    // their completeness changed.
-    fn absorb<T>(&mut self, event: Event<T>, parse: impl Fn(T) -> (K, Option<V>)) -> bool {
-        match event {
-            Event::Init => {
-                self.listing.clear();
-                false
-            }
-            Event::InitApply(object) => {
-                let (key, facts) = parse(object);
-                facts.map(|facts| self.listing.insert(key, Arc::new(facts)));
-                false
-            }
-            Event::InitDone => {
-                let listing = std::mem::take(&mut self.listing);
-                let changed = !self.listed || listing != *self.facts;
-                self.facts = Arc::new(listing);
-                (self.complete, self.listed) = (true, true);
-                changed
-            }
-            Event::Apply(object) => {
-                let (key, facts) = parse(object);
-                self.put(key, facts)
-            }
-            Event::Delete(object) => self.remove(&parse(object).0),
-        }
-    }
-
-    fn put(&mut self, key: K, facts: Option<V>) -> bool {
-        match facts {
-            Some(facts) if self.facts.get(&key).is_some_and(|old| **old == facts) => false,
-            Some(facts) => {
-                Arc::make_mut(&mut self.facts).insert(key, Arc::new(facts));
-                true
-            }
-            None => self.remove(&key),
-        }
-    }
-
-    fn remove(&mut self, key: &K) -> bool {
-        self.facts.contains_key(key) && Arc::make_mut(&mut self.facts).remove(key).is_some()
-    }
-
-    // Takes over the known facts of an object into the listing.
-    fn keep(&mut self, key: &K) {
-        if let Some(facts) = self.facts.get(key) {
-            self.listing.insert(key.clone(), facts.clone());
-        }
-    }
-
-    // The kind is unavailable: the known facts stay valid.
-    fn assume_complete(&mut self) -> bool {
-        !std::mem::replace(&mut self.complete, true)
-    }
-
-    // The kind is absent: all facts are dropped.
-    fn clear(&mut self) -> bool {
-        let changed = !self.complete || !self.facts.is_empty();
-        *self = Self { complete: true, ..Self::new() };
-        changed
-    }
 }
 
 /// Settings of the command line that affect decisions.
@@ -440,8 +347,7 @@ pub(crate) struct Snapshot {
     /// All kinds that the L7 half needs were listed.
     pub(crate) proxies_complete: bool,
     gateways: Facts<GatewayName, GatewayFacts>,
-    /// Gateways that cannot be parsed, by name.
-    pub(crate) unreadable: Facts<GatewayName, UnreadableGateway>,
+    unreadable: Facts<GatewayName, UnreadableGateway>,
     nodes: Facts<NodeName, NodeFacts>,
     pools: Facts<String, PoolFacts>,
     blocks: Facts<String, BlockFacts>,
@@ -463,7 +369,7 @@ impl Snapshot {
         let links = LinkReports::clone(&self.links);
         Inputs {
             gateways: BTreeMap::clone(&self.gateways),
-            unreadable: self.unreadable.keys().cloned().collect(),
+            unreadable: BTreeMap::clone(&self.unreadable),
             nodes: BTreeMap::clone(&self.nodes),
             pools: BTreeMap::clone(&self.pools),
             switches: self.switches,

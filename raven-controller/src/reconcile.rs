@@ -16,9 +16,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::apply::{Error, StatusWrite, Writer};
-use crate::cluster::{Snapshot, UnreadableGateway, Update};
+use crate::cluster::{Snapshot, Update};
 use crate::gateway::events::Change;
-use crate::gateway::facts::{GatewayFacts, GatewayName};
+use crate::gateway::facts::{GatewayFacts, GatewayName, UnreadableGateway};
 use crate::gateway::inputs::Inputs;
 use crate::gateway::status::Decision;
 use crate::gateway::{Decisions, decide, events};
@@ -45,7 +45,7 @@ pub(crate) struct Reconciler {
     updates: mpsc::Sender<Update>,
     leadership: Leadership,
     strays: BTreeSet<String>,
-    unreadable: BTreeMap<GatewayName, UnreadableGateway>,
+    unreadable: BTreeMap<GatewayName, Arc<UnreadableGateway>>,
     // Gateways whose status the API server refuses: the reported generation, and when it was reported.
     refused: BTreeMap<GatewayName, (Option<i64>, Instant)>,
     runs: u64,
@@ -129,29 +129,26 @@ impl Reconciler {
     }
 
     async fn reconcile(&mut self) -> Tally {
-        let (inputs, unreadable) = {
-            let snapshot = self.snapshots.borrow();
-            (snapshot.inputs(), snapshot.unreadable.clone())
-        };
+        let inputs = self.snapshots.borrow().inputs();
         let decisions = decide(&inputs);
         self.log_strays(&decisions);
         // Statuses first: existing Gateways take precedence over creations and deletions.
         let mut tally = Tally::default();
         self.write_statuses(&inputs, &decisions, &mut tally).await;
         self.write_gateways(&inputs, &decisions, &mut tally).await;
-        self.write_unreadable(&unreadable, &mut tally).await;
+        self.write_unreadable(&inputs.unreadable, &mut tally).await;
         tally
     }
 
     // Each defect is reported once. The present conditions of the Gateway are unknown, so a new leader reports it again.
     async fn write_unreadable(&mut self, found: &BTreeMap<GatewayName, Arc<UnreadableGateway>>, tally: &mut Tally) {
-        self.unreadable.retain(|name, reported| found.get(name).is_some_and(|found| **found == *reported));
+        self.unreadable.retain(|name, reported| found.get(name) == Some(reported));
         for (name, gateway) in found {
             if self.unreadable.contains_key(name) {
                 continue;
             }
             match self.writer.unreadable(name, gateway, Timestamp::now()).await {
-                Ok(()) => drop(self.unreadable.insert(name.clone(), (**gateway).clone())),
+                Ok(()) => drop(self.unreadable.insert(name.clone(), gateway.clone())),
                 Err(e) => self.account(vec![Err(e)], tally).await,
             }
         }
@@ -161,7 +158,7 @@ impl Reconciler {
         let now = Timestamp::now();
         let mut writes = Vec::new();
         // The known version of an unreadable Gateway is older than the object, so that a write would be rejected.
-        for (name, decision) in decisions.gateways.iter().filter(|(name, _)| !inputs.unreadable.contains(*name)) {
+        for (name, decision) in decisions.gateways.iter().filter(|(name, _)| !inputs.unreadable.contains_key(*name)) {
             let Some(facts) = inputs.gateways.get(name) else {
                 continue;
             };

@@ -76,10 +76,10 @@ pub(crate) fn tasks(
     let named = |name: &str| watcher::Config::default().fields(&format!("metadata.name={name}"));
     let (client, send) = (|| client.clone(), || updates.clone());
     let services = || Api::<Service>::namespaced(client(), namespace);
-    let gateways = guarded("Gateway", Api::<Guarded<Gateway>>::all(client()), all());
-    let nodes = guarded("Node", Api::<Guarded<Node>>::all(client()), all());
+    let gateways = guarded(UnreadableLog::of_gateways(), Api::<Guarded<Gateway>>::all(client()), all());
+    let nodes = guarded(UnreadableLog::new("Node"), Api::<Guarded<Node>>::all(client()), all());
     let agents = guarded(
-        "Pod",
+        UnreadableLog::new("Pod"),
         Api::<Guarded<Pod>>::namespaced(client(), namespace),
         watcher::Config::default().labels(AGENT_PODS),
     );
@@ -144,14 +144,13 @@ where
 /// Watches objects that a node writes about itself (agent, kubelet, CNI), and Gateways, which may be older than Raven's
 /// CRD. An unreadable object is logged once; all but Gateways then count as absent.
 pub(crate) fn guarded<K>(
-    kind: &'static str,
+    mut log: UnreadableLog,
     api: Api<Guarded<K>>,
     config: watcher::Config,
 ) -> impl Stream<Item = watcher::Result<Event<Guarded<K>>>> + Send
 where
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    let mut log = UnreadableLog::new(kind);
     events(api, config).inspect_ok(move |event| match event {
         Event::Apply(object) | Event::InitApply(object) => log_unreadable(&mut log, object),
         Event::Delete(object) => log.forget(&object.name_any()),
@@ -162,21 +161,7 @@ where
 fn log_unreadable<K: Resource>(log: &mut UnreadableLog, object: &Guarded<K>) {
     if let Some(error) = log.first_failure(object) {
         let name = object.name_any();
-        match log.kind() {
-            "Gateway" => tracing::warn!(
-                name,
-                error,
-                "Gateway is unreadable; its last known version, if any, stays in use (correct it with kubectl edit gateway)"
-            ),
-            kind => {
-                tracing::warn!(
-                    kind,
-                    name,
-                    error,
-                    "object is unreadable and is ignored; inspect the node that wrote it"
-                );
-            }
-        }
+        tracing::warn!(kind = log.kind(), name, error, "object is unreadable; {}", log.advice());
     }
 }
 
@@ -272,7 +257,7 @@ async fn follow_optional(client: Client, optional: &'static OptionalKind, update
                 None => {}
                 Some(Some(version)) => {
                     tracing::info!(crd = optional.crd, version, "CRD is installed");
-                    objects = guarded(optional.kind, objects_of(&client, optional, version), watcher::Config::default()).boxed();
+                    objects = guarded(UnreadableLog::new(optional.kind), objects_of(&client, optional, version), watcher::Config::default()).boxed();
                 }
                 Some(None) => {
                     objects = futures::stream::pending().boxed();

@@ -9,6 +9,7 @@ use kube::Api;
 use raven_api::LABEL_GATEWAY;
 use raven_api::conversion::{ANNOTATION_SPEC, ANNOTATION_STATUS};
 use raven_api::schema::GATEWAY_CRD;
+use raven_tests::agent::WEBHOOK;
 use raven_tests::{eventually, test_name};
 use serde_json::{Value, json};
 
@@ -16,8 +17,6 @@ use crate::fixture::{Fixture, SOON, run};
 
 const OLD: &str = "gateways.v1alpha1.raven.openyurt.io";
 const NEW: &str = "gateways.v1beta1.raven.openyurt.io";
-/// Address beside the API server, which reaches it without a Service.
-const WEBHOOK: [&str; 2] = ["--webhook-bind-addr=10.0.0.5:9443", "--webhook-url=https://10.0.0.5:9443"];
 /// An example of OpenYurt's documentation for v1alpha1.
 const UPSTREAM: &str = "
 apiVersion: raven.openyurt.io/v1alpha1

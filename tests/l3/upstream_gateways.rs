@@ -9,6 +9,7 @@ use kube::Api;
 use kube::api::{ApiResource, DynamicObject};
 use raven_api::gateway::{Endpoint, EndpointType, ExposeType};
 use raven_api::{Gateway, GatewayNode, LABEL_GATEWAY};
+use raven_tests::agent::WEBHOOK;
 use raven_tests::{Lab, eventually, kubernetes::objects::default_gateway, proof, require_root};
 use serde_json::{Deserializer, Value, json};
 
@@ -16,8 +17,6 @@ use crate::Running;
 
 /// Time limit for an election, with the start of the webhook.
 const SOON: Duration = Duration::from_secs(60);
-/// Where the API server reaches the webhook without a Service.
-const WEBHOOK: [&str; 2] = ["--webhook-bind-addr=10.0.0.5:9443", "--webhook-url=https://10.0.0.5:9443"];
 
 /// A form of Gateways, with what the controller makes of it.
 struct Form {
@@ -29,21 +28,20 @@ struct Form {
     pools: [Expected; 3],
 }
 
-/// A pool's Gateway: its name, and the nodes elected for the tunnel and for the proxy.
-struct Expected(&'static str, &'static str, &'static str);
+/// What is expected of a pool.
+struct Expected {
+    /// Name of its Gateway.
+    gateway: &'static str,
+    /// Node elected for the tunnel.
+    tunnel: &'static str,
+    /// Node elected for the proxy.
+    proxy: &'static str,
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn documented_v1alpha1_needs_only_the_address_of_the_cloud() {
     require_root!();
-    let form = Form {
-        file: "documented-v1alpha1",
-        version: "v1alpha1",
-        pools: [
-            Expected("gw-cloud", "cloud-a", "cloud-a"),
-            Expected("gw-hangzhou", "x-a", "x-a"),
-            Expected("gw-qingdao", "y-a", "y-a"),
-        ],
-    };
+    let form = Form::new("documented-v1alpha1", "v1alpha1", ["gw-cloud", "gw-hangzhou", "gw-qingdao"]);
     let running = form.start().await.expect("start the lab");
     running.check(form.is_elected(&running.lab).await);
     for (gateway, type_, cause) in [
@@ -63,75 +61,36 @@ async fn documented_v1alpha1_needs_only_the_address_of_the_cloud() {
 #[tokio::test(flavor = "multi_thread")]
 async fn documented_v1beta1_works() {
     require_root!();
-    let form = Form {
-        file: "documented-v1beta1",
-        version: "v1beta1",
-        pools: [
-            Expected("gw-cloud", "cloud-a", "cloud-a"),
-            Expected("gw-hangzhou", "x-a", "x-a"),
-            Expected("gw-qingdao", "y-b", "y-a"),
-        ],
-    };
+    let mut form = Form::new("documented-v1beta1", "v1beta1", ["gw-cloud", "gw-hangzhou", "gw-qingdao"]);
+    form.pools[2].tunnel = "y-b";
     form.starts_and_works().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn live_v1alpha1_works() {
     require_root!();
-    let form = Form {
-        file: "live-v1alpha1",
-        version: "v1alpha1",
-        pools: [
-            Expected("gw-cloud", "cloud-a", "cloud-a"),
-            Expected("gw-edge-x", "x-a", "x-a"),
-            Expected("gw-edge-y", "y-a", "y-a"),
-        ],
-    };
+    let form = Form::new("live-v1alpha1", "v1alpha1", ["gw-cloud", "gw-edge-x", "gw-edge-y"]);
     form.starts_and_works().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn edge_without_under_nat_works() {
     require_root!();
-    let form = Form {
-        file: "edge-without-under-nat",
-        version: "v1beta1",
-        pools: [
-            Expected("cloud", "cloud-a", "cloud-a"),
-            Expected("gw-edge-x", "x-a", "x-a"),
-            Expected("edge-y", "y-a", "y-a"),
-        ],
-    };
+    let form = Form::new("edge-without-under-nat", "v1beta1", ["cloud", "gw-edge-x", "edge-y"]);
     form.starts_and_works().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn exported_v1beta1_works() {
     require_root!();
-    let form = Form {
-        file: "exported-v1beta1",
-        version: "v1beta1",
-        pools: [
-            Expected("cloud", "cloud-a", "cloud-a"),
-            Expected("gw-edge-x", "x-a", "x-a"),
-            Expected("edge-y", "y-a", "y-a"),
-        ],
-    };
+    let form = Form::new("exported-v1beta1", "v1beta1", ["cloud", "gw-edge-x", "edge-y"]);
     form.starts_and_works().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn invalid_values_affect_only_their_own_gateway() {
     require_root!();
-    let form = Form {
-        file: "invalid-values",
-        version: "v1beta1",
-        pools: [
-            Expected("gw-cloud", "cloud-a", "cloud-a"),
-            Expected("gw-hangzhou", "x-a", "x-a"),
-            Expected("gw-qingdao", "y-a", "y-a"),
-        ],
-    };
+    let form = Form::new("invalid-values", "v1beta1", ["gw-cloud", "gw-hangzhou", "gw-qingdao"]);
     let running = form.start().await.expect("start the lab");
     running.check(form.works(&running.lab).await);
     for (gateway, type_, cause) in [
@@ -169,6 +128,12 @@ async fn gateways_without_expose_type_relay_and_are_dialled() {
 }
 
 impl Form {
+    /// The first node of each pool is expected to be elected for both types.
+    fn new(file: &'static str, version: &'static str, [cloud, x, y]: [&'static str; 3]) -> Self {
+        let first = |gateway, node| Expected { gateway, tunnel: node, proxy: node };
+        Self { file, version, pools: [first(cloud, "cloud-a"), first(x, "x-a"), first(y, "y-a")] }
+    }
+
     async fn starts_and_works(&self) {
         let running = self.start().await.expect("start the lab");
         running.check(self.works(&running.lab).await);
@@ -178,7 +143,7 @@ impl Form {
     async fn start(&self) -> Result<Running> {
         let lab = Lab::builder().up().await?;
         lab.cluster().apply_foreign_crd(self.version).await?;
-        for (pool, Expected(gateway, ..)) in lab.site().pools.iter().zip(&self.pools) {
+        for (pool, Expected { gateway, .. }) in lab.site().pools.iter().zip(&self.pools) {
             for node in lab.site().nodes_of(&pool.spec.name) {
                 let label = format!("{LABEL_GATEWAY}={gateway}");
                 lab.cluster().kubectl(&["label", "node", &node.name, "--overwrite", &label])?;
@@ -186,7 +151,7 @@ impl Form {
         }
         self.store(&lab)?;
         lab.cluster().apply_crds().await?;
-        for (pool, Expected(gateway, ..)) in lab.site().pools.iter().zip(&self.pools) {
+        for (pool, Expected { gateway, .. }) in lab.site().pools.iter().zip(&self.pools) {
             if *gateway == pool.spec.name {
                 lab.cluster().apply_gateway(&default_gateway(lab.site(), pool)).await?;
             }
@@ -199,9 +164,11 @@ impl Form {
     /// Writes the Gateways of the file as kubectl does, and their status as OpenYurt's controller does.
     fn store(&self, lab: &Lab) -> Result<()> {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("l3/upstream/{}.yaml", self.file));
+        let with_status = std::fs::read_to_string(&path)?.matches("status:").count();
         let path = path.to_string_lossy();
         lab.cluster().kubectl(&["apply", "--filename", &path])?;
         let objects = lab.cluster().kubectl(&["create", "--dry-run=client", "--output=json", "--filename", &path])?;
+        let mut written = 0;
         for object in Deserializer::from_str(&objects).into_iter::<Value>() {
             let object = object?;
             let Some(status) = object.get("status") else { continue };
@@ -210,7 +177,9 @@ impl Form {
             let resource = self.resource();
             let arguments = ["patch", &resource, name, "--subresource=status", "--type=merge", "--patch", &patch];
             lab.cluster().kubectl(&arguments)?;
+            written += 1;
         }
+        ensure!(written == with_status, "{path}: {written} of {with_status} statuses were written");
         Ok(())
     }
 
@@ -223,10 +192,10 @@ impl Form {
     async fn works(&self, lab: &Lab) -> Result<()> {
         self.is_elected(lab).await?;
         proof::converged(lab).await?;
-        for Expected(_, _, proxy) in &self.pools[1..] {
+        for Expected { proxy, .. } in &self.pools[1..] {
             proxy_is_connected(lab, proxy).await?;
         }
-        for Expected(gateway, ..) in &self.pools {
+        for Expected { gateway, .. } in &self.pools {
             for version in ["v1alpha1", "v1beta1"] {
                 let resource = format!("gateways.{version}.raven.openyurt.io");
                 let label = format!("edited-as={version}");
@@ -240,9 +209,9 @@ impl Form {
 
     async fn is_elected(&self, lab: &Lab) -> Result<()> {
         let gateways: Api<Gateway> = Api::all(lab.cluster().client());
-        for Expected(name, tunnel, proxy) in &self.pools {
-            eventually(SOON, &format!("the gateway nodes of {name} are elected"), async || {
-                let status = gateways.get(name).await?.status.context("no status")?;
+        for Expected { gateway, tunnel, proxy } in &self.pools {
+            eventually(SOON, &format!("the gateway nodes of {gateway} are elected"), async || {
+                let status = gateways.get(gateway).await?.status.context("no status")?;
                 let elected = |of: EndpointType| -> Vec<&str> {
                     let nodes = status.active_endpoints.iter().filter(|active| active.type_ == of);
                     nodes.map(|active: &Endpoint| active.node_name.as_str()).collect()

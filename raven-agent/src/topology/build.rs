@@ -258,7 +258,7 @@ impl Builder {
 
     fn peer(&mut self, gateway: &str, endpoint: &Endpoint, address: IpAddr, exposed: bool) -> GatewayPeer {
         let key = self.key(gateway, endpoint);
-        let public = endpoint.public_ip.as_deref().filter(|ip| !ip.is_empty()).and_then(|ip| ip.parse::<IpAddr>().ok());
+        let public = endpoint.public_address();
         let port = endpoint.dialled_port();
         let at = |ip| Some(Dial::Address(SocketAddr::new(ip, port)));
         let dial = match (public, host_name(endpoint)) {

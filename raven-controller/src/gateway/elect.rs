@@ -62,7 +62,7 @@ impl Election {
         if gateway.resource.spec.expose_type != ExposeType::LoadBalancer {
             return;
         }
-        for endpoint in self.elected.iter_mut().filter(|e| e.public_ip.as_deref().is_none_or(str::is_empty)) {
+        for endpoint in self.elected.iter_mut().filter(|e| e.public_ip.is_none()) {
             let of = |b: &&BalancerFacts| {
                 b.gateway == gateway.name && b.type_ == self.type_ && b.node.as_str() == endpoint.node_name
             };

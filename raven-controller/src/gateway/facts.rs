@@ -16,6 +16,7 @@ use kube::core::{DynamicObject, Selector};
 use raven_api::condition::ConditionType;
 use raven_api::gateway::{EndpointType, Gateway};
 use raven_api::gateway_node::GatewayNode;
+use raven_api::guarded::Unreadable;
 use raven_api::names::{LABEL_EDGE_WORKER, LABEL_MANAGED_BY, MANAGER_CONTROLLER, SWITCH_L3, SWITCH_L7};
 use raven_api::pool::{NodePoolSpec, NodePoolStatus};
 use raven_api::proxy::{LABEL_ENDPOINTS_NAME, LABEL_GATEWAY_TYPE};
@@ -57,11 +58,25 @@ impl NodeName {
     }
 }
 
-#[cfg(test)]
 impl GatewayName {
     /// Value of `metadata.name`.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+/// A Gateway that cannot be parsed. The API server stored it before Raven's CRD was installed.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct UnreadableGateway {
+    /// The field and what is wrong with it.
+    pub(crate) error: String,
+    /// UID of the object.
+    pub(crate) uid: Option<String>,
+}
+
+impl From<Unreadable> for UnreadableGateway {
+    fn from(Unreadable { error, metadata }: Unreadable) -> Self {
+        Self { error, uid: metadata.uid }
     }
 }
 

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 
 use super::facts::{
     BalancerFacts, BlockFacts, GatewayFacts, GatewayName, LinkReports, NodeFacts, NodeName, PoolFacts, PublishedKey,
-    Switches,
+    Switches, UnreadableGateway,
 };
 
 /// All facts of the cluster, by name: the result does not depend on the order in which objects arrived.
@@ -17,7 +17,7 @@ pub(crate) struct Inputs {
     /// Gateways that are not being deleted.
     pub(crate) gateways: BTreeMap<GatewayName, Arc<GatewayFacts>>,
     /// Gateways that cannot be parsed. The last known version, if there is one, is among `gateways`.
-    pub(crate) unreadable: BTreeSet<GatewayName>,
+    pub(crate) unreadable: BTreeMap<GatewayName, Arc<UnreadableGateway>>,
     /// Nodes that are readable.
     pub(crate) nodes: BTreeMap<NodeName, Arc<NodeFacts>>,
     /// NodePools; empty if the CRD is not installed.

@@ -9,7 +9,6 @@
 //! prefix off the network. [`prefixes`](super::prefixes) reports such an address on the node's own Gateway instead.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 
 use ipnet::IpNet;
 use prefix_trie::joint::JointPrefixMap;
@@ -89,7 +88,7 @@ impl ProtectedPrefixes {
     // All listed endpoints: each may be elected next and must be reachable then.
     fn add_endpoints(&mut self, draft: &Draft<'_>) {
         for endpoint in &draft.gateway.resource.spec.endpoints {
-            if let Some(address) = public_address(endpoint) {
+            if let Some(address) = endpoint.public_address() {
                 self.add(
                     address.into(),
                     Protected::Public(draft.gateway.name.clone(), endpoint.node_name.as_str().into()),
@@ -102,7 +101,7 @@ impl ProtectedPrefixes {
         let gateway = &draft.gateway.name;
         let elected = draft.tunnel.elected.iter().chain(&draft.proxy.elected);
         let elected: Vec<&Endpoint> = elected.filter(|e| e.node_name == node.name.as_str()).collect();
-        let dialled = draft.exposed && elected.iter().any(|e| public_address(e).is_none());
+        let dialled = draft.exposed && elected.iter().any(|e| e.public_address().is_none());
         let dials = elected.iter().any(|e| !e.under_nat);
         for address in node.addresses().map(IpNet::from) {
             if dialled {
@@ -121,10 +120,6 @@ fn applies(protected: &Protected, gateway: &GatewayName, kind: Kind) -> bool {
         Protected::Node { gateway: Some(own), dials, .. } if own == gateway => *dials,
         _ => true,
     }
-}
-
-fn public_address(endpoint: &Endpoint) -> Option<IpAddr> {
-    endpoint.public_ip.as_deref()?.parse().ok()
 }
 
 /// Formats the message of a refusal. `what` names the claimed prefix and its source.

@@ -44,7 +44,7 @@ impl fmt::Display for Rule {
 /// Applies the rules to `free`, the nodes that no Gateway claims. A Gateway that cannot be parsed and has no known version
 /// may claim any of them, so nothing is created or deleted then.
 pub(super) fn apply(inputs: &Inputs, free: &[&NodeFacts], membership: &mut Membership) {
-    let all_known = inputs.unreadable.iter().all(|name| inputs.gateways.contains_key(name));
+    let all_known = inputs.unreadable.keys().all(|name| inputs.gateways.contains_key(name));
     let mut required: BTreeMap<Rule, Vec<&NodeFacts>> = BTreeMap::new();
     for node in free {
         match rule_for(inputs, node) {
@@ -70,7 +70,7 @@ pub(super) fn apply(inputs: &Inputs, free: &[&NodeFacts], membership: &mut Membe
     // A Gateway that has nodes by their labels is in use and stays.
     let stale =
         inputs.gateways.values().filter(|g| g.generated && !kept.contains(&g.name) && !membership.has_nodes(&g.name));
-    let readable = stale.filter(|g| all_known && !inputs.unreadable.contains(&g.name));
+    let readable = stale.filter(|g| all_known && !inputs.unreadable.contains_key(&g.name));
     membership.delete = readable.map(|g| g.name.clone()).collect();
 }
 

@@ -287,10 +287,12 @@ impl Draft<'_> {
     }
 
     fn without_public_ip(&self) -> Vec<&str> {
-        let without =
-            self.tunnel.elected.iter().chain(&self.proxy.elected).filter(|e| {
-                e.public_ip.as_deref().is_none_or(str::is_empty) && !e.config.contains_key(CONFIG_HOSTNAME)
-            });
+        let without = self
+            .tunnel
+            .elected
+            .iter()
+            .chain(&self.proxy.elected)
+            .filter(|e| e.public_ip.is_none() && !e.config.contains_key(CONFIG_HOSTNAME));
         let mut names: Vec<&str> = without.map(|e| e.node_name.as_str()).collect();
         names.sort_unstable();
         names.dedup();

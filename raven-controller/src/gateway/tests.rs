@@ -8,3 +8,4 @@ mod exposure;
 mod laws;
 mod links;
 mod published;
+mod rules;

@@ -22,6 +22,7 @@ use kube::{
 };
 use raven_api::{
     Guarded, MANAGER_CONTROLLER,
+    guarded::UnreadableLog,
     proxy::{CA_KEY, CA_NAME, SIGNER_CLIENT, SIGNER_SERVER},
 };
 use serde_json::json;
@@ -92,7 +93,7 @@ impl CertificateSigner {
         let requests: Api<Guarded<CertificateSigningRequest>> = Api::all(self.client.clone());
         let of = |signer: &str| {
             let only = watcher::Config::default().fields(&format!("spec.signerName={signer}"));
-            guarded("CertificateSigningRequest", requests.clone(), only).touched_objects()
+            guarded(UnreadableLog::new("CertificateSigningRequest"), requests.clone(), only).touched_objects()
         };
         let all = || futures::stream::select(of(SIGNER_CLIENT), of(SIGNER_SERVER));
         let mut observed = pin!(all());

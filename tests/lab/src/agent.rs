@@ -92,6 +92,9 @@ impl Agent {
     }
 }
 
+/// Arguments of the controller: the address of its webhook, beside the API server, which reaches it without a Service.
+pub const WEBHOOK: [&str; 2] = ["--webhook-bind-addr=10.0.0.5:9443", "--webhook-url=https://10.0.0.5:9443"];
+
 impl Lab {
     /// Starts the agent of a node with a token bound to the node.
     pub async fn start_agent(&self, node: &str) -> Result<Agent> {
