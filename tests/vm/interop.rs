@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::SocketAddr,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -22,6 +22,9 @@ const REKEY: Duration = Duration::from_secs(120);
 const GIVES_UP: Duration = Duration::from_secs(90);
 const SOON: Duration = Duration::from_secs(30);
 const BULK: u64 = 1_000_000;
+/// Addresses of cloud-a on its own link to cloud-b, and of cloud-b.
+const LINK_V4: [Ipv4Addr; 2] = [Ipv4Addr::new(172, 30, 0, 1), Ipv4Addr::new(172, 30, 0, 2)];
+const LINK_V6: [Ipv6Addr; 2] = [Ipv6Addr::new(0xfd30, 0, 0, 0, 0, 0, 0, 1), Ipv6Addr::new(0xfd30, 0, 0, 0, 0, 0, 0, 2)];
 
 /// Three tunnels between two nodes of the cloud.
 pub(crate) struct Interop {
@@ -38,11 +41,25 @@ fn ends(lab: &Lab) -> (&Node, &Node) {
     (lab.node("cloud-a"), lab.node("cloud-b"))
 }
 
+/// Connects two nodes by a link on which no agent attaches programs. An agent's first start adds the qdisc clsact to the
+/// node's own device, and the kernel drops what the device sends until that is done (`dev_deactivate` in
+/// net/sched/sch_api.c, `qdisc_graft`). These tunnels may not lose a packet.
+fn link(a: &Node, b: &Node) -> Result<()> {
+    a.ns.sh(&format!("ip link add aside type veth peer name aside netns {}", b.ns.name))?;
+    for (node, v4, v6) in [(a, LINK_V4[0], LINK_V6[0]), (b, LINK_V4[1], LINK_V6[1])] {
+        node.ns.sh(&format!(
+            "ip addr add {v4}/30 dev aside; ip addr add {v6}/126 dev aside nodad; ip link set aside up"
+        ))?;
+    }
+    Ok(())
+}
+
 impl Interop {
     pub(crate) async fn start(lab: &Lab) -> Result<Self> {
         let (a, b) = ends(lab);
-        let v4 = |port| SocketAddr::from((a.lan_v4, port));
-        let v6 = |port| SocketAddr::from((a.lan_v6, port));
+        link(a, b)?;
+        let v4 = |port| SocketAddr::from((LINK_V4[0], port));
+        let v6 = |port| SocketAddr::from((LINK_V6[0], port));
         let responds = Bare::start(lab, 11, [(a, Engine::Raven), (b, Engine::Kernel)], v4).await?;
         let initiates = Bare::start(lab, 12, [(a, Engine::Kernel), (b, Engine::Raven)], v6).await?;
         let interrupted = Bare::start(lab, 13, [(a, Engine::Raven), (b, Engine::Raven)], v4).await?;
