@@ -178,7 +178,7 @@ impl Reconciler {
         self.bpf.take_trace()
     }
 
-    /// The tunnel, on a gateway node.
+    /// The tunnel, on a node that has one.
     pub fn tunnel(&self) -> Option<Tunnel> {
         self.tunnel.clone()
     }
@@ -286,7 +286,7 @@ impl Reconciler {
         // Again, because only now it is known which program guards the uplink.
         let abilities = self.abilities(plan, uplink);
         outcome.take(self.configure(plan, indexes, abilities));
-        if plan.role == Role::Member {
+        if plan.tunnel.is_none() {
             self.remove_tunnel(outcome).await;
         }
         outcome.surroundings.extend(surroundings::wrong_source(plan.role, plan.config.address, uplink, abilities));
@@ -360,7 +360,7 @@ impl Reconciler {
         }
     }
 
-    /// Ensures that the tunnel device exists on a gateway node; returns its index.
+    /// Ensures that the planned tunnel device exists; returns its index.
     async fn ensure_tunnel(&mut self, plan: &Plan, outcome: &mut Outcome) -> Option<u32> {
         let want = plan.tunnel.as_ref()?;
         let Some(tunnel) = outcome.keep(Tunnel::ensure(&self.links, self.settings.wireguard_engine).await) else {

@@ -28,7 +28,7 @@ use raven_common::{OVERLAY_OVERHEAD, OVERLAY_OVERHEAD6, TUNNEL_OVERHEAD};
 use self::path::Protected;
 pub use self::{me::Me, path::gateway_ids, proxy::ProxyPlan};
 use crate::{
-    state::{Config, Interception, Overlay, PeerName, Role, State, TunnelDevice},
+    state::{Config, Device, Interception, Overlay, PeerName, Role, State, TunnelDevice},
     topology::{Dial, GatewayPeer, Member, Pool, PublicKey, Topology},
 };
 
@@ -99,11 +99,26 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
         problems.extend(paths.iter().flat_map(|(name, path)| unresolved(name, path.pool)));
     }
     let mtu = tunnel_mtu(me);
+    let encrypted = pool.encrypted && l3;
+    let device = if role == Role::Gateway || encrypted { Device::Tunnel } else { Device::Overlay };
+    let tunnel_port = match device {
+        Device::Tunnel => own_gateway.map_or(raven_api::DEFAULT_TUNNEL_PORT, |gateway| gateway.port),
+        Device::Overlay => 0,
+    };
+    let mut peers = if role == Role::Gateway { peers::peers(&paths, pool, me.preshared) } else { BTreeMap::new() };
+    if encrypted {
+        peers.extend(peers::inside(&paths, pool, me));
+        problems.extend(peers::without_key(pool, &me.node).map(|node| {
+            format!(
+                "Gateway {name}: node {node} has published no WireGuard key, and the pool has encryption: its packets from and to other pools are dropped; check its agent's log and version"
+            )
+        }));
+    }
     let mut state = State {
-        routes: routes::routes(&paths, role, &sources, mtu),
+        routes: routes::routes(&paths, device, &sources, mtu),
         barriers: BTreeSet::new(),
-        peers: if role == Role::Gateway { peers::peers(&paths, pool, me.preshared) } else { BTreeMap::new() },
-        remote: maps::remote(&paths, role, &me.node, pool),
+        peers,
+        remote: maps::remote(&paths, device, &me.node, pool),
         local: maps::local(pool),
         nodes: maps::nodes(pool),
         nodes6: maps::nodes6(pool),
@@ -124,14 +139,15 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
         role,
         pool: Some(name.to_owned()),
         overlay: Some(Overlay { mtu: overlay_mtu(member, me), addresses }),
-        tunnel: own_gateway.map(|gateway| TunnelDevice { mtu, port: gateway.port }),
+        tunnel: (device == Device::Tunnel).then_some(TunnelDevice { mtu, port: tunnel_port }),
         state,
         config: Config {
             node: member.outer,
             address: member.address,
             tunnel_mtu: mtu,
             relay: topology.relays().iter().any(|(relay, _)| *relay == name),
-            tunnel_port: own_gateway.map_or(0, |g| g.port),
+            encrypted,
+            tunnel_port,
         },
         gateway_names: gateway_ids(topology).into_iter().map(|(name, id)| (id, name)).collect(),
         peer_names: peers::names(topology),
@@ -218,6 +234,7 @@ fn empty(me: &Me, proxy: Arc<ProxyPlan>, problems: Vec<String>) -> Plan {
             address: Ipv4Addr::UNSPECIFIED.into(),
             tunnel_mtu: tunnel_mtu(me),
             relay: false,
+            encrypted: false,
             tunnel_port: 0,
         },
         gateway_names: BTreeMap::new(),

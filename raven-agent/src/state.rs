@@ -185,7 +185,9 @@ pub struct Config {
     pub tunnel_mtu: u32,
     /// This node relays between other pools.
     pub relay: bool,
-    /// UDP port of the tunnel; 0 on a member node.
+    /// The pool has encryption: its nodes are peers of its gateway nodes.
+    pub encrypted: bool,
+    /// UDP port of the tunnel; 0 on a node without one.
     pub tunnel_port: u16,
 }
 
@@ -196,7 +198,7 @@ pub struct Indexes {
     pub uplink: u32,
     /// `raven0`.
     pub overlay: u32,
-    /// `raven-wg0`, on a gateway node.
+    /// `raven-wg0`, on a gateway node, and on all nodes of a pool with encryption.
     pub tunnel: Option<u32>,
 }
 
@@ -212,6 +214,7 @@ impl Config {
         let flag = |set: bool, flag: u32| if set { flag } else { 0 };
         let flags = flag(abilities.redirects_into_tunnel, tables::CONFIG_TUNNEL_REDIRECT)
             | flag(self.relay, tables::CONFIG_RELAY)
+            | flag(self.encrypted, tables::CONFIG_ENCRYPTED)
             | flag(!abilities.guards_in_xdp, tables::CONFIG_TC_GUARD)
             | flag(!abilities.one_uplink || self.address.is_ipv6(), tables::CONFIG_NO_WRAP)
             | flag(self.address.is_ipv6(), tables::CONFIG_OUTER6)

@@ -44,6 +44,8 @@ pub struct Pool {
     pub exposed: bool,
     /// L3 is on for this pool (`tunnelConfig.Replicas` is not 0).
     pub l3: bool,
+    /// WireGuard also encrypts packets between its gateway nodes and its other nodes.
+    pub encrypted: bool,
     /// L7 is on for this pool (`proxyConfig.Replicas` is not 0).
     pub l7: bool,
     /// All nodes, by name.
@@ -66,6 +68,8 @@ pub struct Member {
     /// Its prefixes of both families, with host bits zero; no prefix of another pool overlaps them. They include its own
     /// addresses if other pools can reach those.
     pub prefixes: BTreeSet<IpNet>,
+    /// Its WireGuard public key, if the pool is encrypted and the node has published one.
+    pub key: Option<PublicKey>,
 }
 
 /// An elected gateway node of the tunnel.
@@ -123,7 +127,7 @@ impl Member {
     /// A node with one address and no prefixes.
     pub fn new(outer: Ipv4Addr) -> Self {
         let address = outer.into();
-        Self { address, outer, addresses: BTreeSet::from([address]), prefixes: BTreeSet::new() }
+        Self { address, outer, addresses: BTreeSet::from([address]), prefixes: BTreeSet::new(), key: None }
     }
 }
 
@@ -156,6 +160,7 @@ impl Default for Pool {
         Self {
             exposed: false,
             l3: true,
+            encrypted: false,
             l7: true,
             members: BTreeMap::new(),
             gateways: BTreeMap::new(),

@@ -29,6 +29,8 @@ pub const ANNOTATION_STATUS: &str = "raven.openyurt.io/v1beta1-status";
 struct KeptSpec {
     proxy_config: Option<ProxyConfig>,
     tunnel_config: Option<TunnelConfig>,
+    #[serde(default)]
+    encryption: v1beta1::Encryption,
     endpoints: Vec<v1beta1::Endpoint>,
 }
 
@@ -64,6 +66,7 @@ pub fn to_v1alpha1(new: v1beta1::Gateway) -> v1alpha1::Gateway {
     let kept = KeptSpec {
         proxy_config: new.spec.proxy_config,
         tunnel_config: new.spec.tunnel_config,
+        encryption: new.spec.encryption,
         endpoints: new.spec.endpoints,
     };
     put(&mut metadata, ANNOTATION_SPEC, (!plain).then_some(&kept));
@@ -81,19 +84,25 @@ pub fn to_v1alpha1(new: v1beta1::Gateway) -> v1alpha1::Gateway {
 }
 
 fn spec_to_v1beta1(old: v1alpha1::GatewaySpec, kept: Option<KeptSpec>) -> v1beta1::GatewaySpec {
-    let (proxy_config, tunnel_config, endpoints) = match kept {
-        Some(kept) => (kept.proxy_config, kept.tunnel_config, match_endpoints(old.endpoints, kept.endpoints)),
-        None => {
-            let endpoints = old.endpoints.into_iter().map(endpoint_to_v1beta1).collect();
-            (Some(ProxyConfig::default()), Some(TunnelConfig::default()), endpoints)
-        }
-    };
-    v1beta1::GatewaySpec {
+    let spec = v1beta1::GatewaySpec {
         node_selector: old.node_selector,
         expose_type: old.expose_type,
-        proxy_config,
-        tunnel_config,
-        endpoints,
+        ..v1beta1::GatewaySpec::default()
+    };
+    match kept {
+        Some(kept) => v1beta1::GatewaySpec {
+            proxy_config: kept.proxy_config,
+            tunnel_config: kept.tunnel_config,
+            encryption: kept.encryption,
+            endpoints: match_endpoints(old.endpoints, kept.endpoints),
+            ..spec
+        },
+        None => v1beta1::GatewaySpec {
+            proxy_config: Some(ProxyConfig::default()),
+            tunnel_config: Some(TunnelConfig::default()),
+            endpoints: old.endpoints.into_iter().map(endpoint_to_v1beta1).collect(),
+            ..spec
+        },
     }
 }
 

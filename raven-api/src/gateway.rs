@@ -58,11 +58,33 @@ pub struct GatewaySpec {
     /// Replicas of the L3 tunnel. Default: one replica.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tunnel_config: Option<TunnelConfig>,
+    /// `pool`: WireGuard also encrypts packets between the nodes of the pool and its gateway nodes, for LANs that are not
+    /// trusted. Empty: WireGuard encrypts between gateway nodes only.
+    #[serde(default, skip_serializing_if = "Encryption::is_default")]
+    pub encryption: Encryption,
     /// Candidates for the election of gateway nodes, in order of preference. Empty: every node of the pool
     /// is a candidate.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 256))]
     pub endpoints: Vec<Endpoint>,
+}
+
+/// Which packets to and from other pools WireGuard encrypts.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Encryption {
+    /// Those between gateway nodes.
+    #[default]
+    #[serde(rename = "")]
+    Gateways,
+    /// Those between a gateway node and the other nodes of its pool, too.
+    #[serde(rename = "pool")]
+    Pool,
+}
+
+impl Encryption {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// How gateway nodes of other pools reach this gateway.
@@ -262,12 +284,20 @@ pub struct NodeInfo {
     /// Prefixes that the node carries, both address families.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub subnets: Vec<String>,
+    /// In a pool with encryption: WireGuard public key of the node, base64 of 32 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public_key: Option<String>,
 }
 
 impl Gateway {
     /// True if gateway nodes of other pools dial this pool.
     pub fn is_exposed(&self) -> bool {
         !self.spec.expose_type.is_edge() || self.status.as_ref().is_some_and(|status| status.exposed)
+    }
+
+    /// True if WireGuard also encrypts packets between the nodes of the pool and its gateway nodes.
+    pub fn encrypts_pool(&self) -> bool {
+        self.spec.encryption == Encryption::Pool
     }
 
     /// Number of tunnel endpoints to elect.

@@ -62,14 +62,14 @@ pub struct Config {
     pub uplink_ifindex: u32,
     /// Interface index of `raven0`.
     pub overlay_ifindex: u32,
-    /// Interface index of `raven-wg0`; 0 on members.
+    /// Interface index of `raven-wg0`; 0 on members of a pool without encryption.
     pub tunnel_ifindex: u32,
     /// Size of the largest inner packet that fits into the tunnel in bytes, from the IP header on.
     pub tunnel_mtu: u32,
     /// Bit set: [`CONFIG_TUNNEL_REDIRECT`], [`CONFIG_RELAY`], [`CONFIG_TC_GUARD`], [`CONFIG_NO_WRAP`],
-    /// [`CONFIG_TUNNEL_SOURCE`], [`CONFIG_OUTER6`].
+    /// [`CONFIG_TUNNEL_SOURCE`], [`CONFIG_OUTER6`], [`CONFIG_ENCRYPTED`].
     pub flags: u32,
-    /// UDP port of the tunnel; 0 on members.
+    /// UDP port of the tunnel; 0 on members of a pool without encryption.
     pub tunnel_port: u32,
     /// Changes whenever another table has changed. Entries of the path caches (`PATHS*`, `BACK*`) with
     /// another generation are invalid.
@@ -118,6 +118,9 @@ pub const CONFIG_OUTER6: u32 = 32;
 /// Flag in [`Config::flags`]: the guard also runs at TC ingress, because at least one device has no XDP program of Raven.
 /// Devices that have one count each initiation twice, which halves their limit.
 pub const CONFIG_TC_GUARD: u32 = 4;
+/// Flag in [`Config::flags`]: the pool has encryption. Its nodes are WireGuard peers of its gateway nodes, and the overlay
+/// carries only intercepted connections.
+pub const CONFIG_ENCRYPTED: u32 = 64;
 
 /// Key of `COUNTERS`.
 #[repr(C)]

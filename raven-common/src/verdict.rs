@@ -50,6 +50,11 @@ verdicts! {
     /// `overlay_ingress`: a packet from a node of this pool to a kubelet of another pool was passed to
     /// this node's proxy.
     ToProxy = 9, "to-proxy";
+    /// `tunnel_ingress` in a pool with encryption: a packet of a node of this pool was sent on to another pool.
+    FromMember = 10, "from-member";
+    /// `tunnel_ingress` in a pool with encryption: a packet from another pool was sent on to the node of this pool that has
+    /// the destination.
+    ToMember = 11, "to-member";
 
     /// To the stack: TTL or hop limit is exhausted; the stack answers with an ICMP error.
     StackTtl = 16, "stack-ttl";
@@ -94,6 +99,12 @@ verdicts! {
     /// Dropped by the guard: the MAC of a handshake initiation is not made with this node's public key. The sender is no
     /// peer, or knows another key of this node.
     DropWrongKey = 46, "drop-wrong-key";
+    /// Dropped: this pool has encryption, and an overlay packet is not encrypted. The sender's agent does not know of the
+    /// setting yet, is of an older release, or the packet is forged.
+    DropNotEncrypted = 47, "drop-not-encrypted";
+    /// Dropped: a packet for another node of a pool with encryption exceeds the tunnel's MTU. The stack would forward it
+    /// unencrypted.
+    DropTooBig = 48, "drop-too-big";
 }
 
 impl Verdict {

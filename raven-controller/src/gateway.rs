@@ -117,12 +117,21 @@ fn draft<'a>(
     tunnel.add_load_balancers(inputs, gateway);
     proxy.add_load_balancers(inputs, gateway);
     refusals.extend(elect::refused_endpoints(inputs, gateway, family, &nodes, &unaddressed));
-    refusals.extend(holders.refusals(inputs, &gateway.name, &tunnel.elected));
+    let elected: Vec<NodeName> = tunnel.elected.iter().map(|e| NodeName::from(e.node_name.as_str())).collect();
+    let members = addressed.iter().map(|node| &node.name).filter(|_| gateway.resource.encrypts_pool());
+    let keyed: BTreeSet<&NodeName> = elected.iter().chain(members).collect();
+    refusals.extend(holders.refusals(inputs, &gateway.name, keyed.iter().copied()));
+    let known: BTreeMap<&str, &str> = keys::in_status(gateway).collect();
+    let keys = keyed.into_iter().filter(|_| gateway.resource.encrypts_pool());
+    let keys =
+        keys.filter_map(|node| Some((node.clone(), holders.key_of(inputs, node, known.get(node.as_str()).copied())?)));
+    let keys = keys.collect();
     Draft {
         gateway,
         family,
         nodes: addressed.into_iter().map(|node| (node, Vec::new())).collect(),
         unaddressed: unaddressed.into_iter().map(|node| node.name.clone()).collect(),
+        keys,
         tunnel,
         proxy,
         refusals,

@@ -47,9 +47,13 @@ use crate::{count::Decision, parse::Skb};
 #[inline(always)]
 fn action(verdict: Verdict) -> i32 {
     match verdict {
-        Verdict::ToTunnelFast | Verdict::ToTunnel | Verdict::ToOverlay | Verdict::ToOverlayKey | Verdict::Relayed => {
-            TC_ACT_REDIRECT
-        }
+        Verdict::ToTunnelFast
+        | Verdict::ToTunnel
+        | Verdict::ToOverlay
+        | Verdict::ToOverlayKey
+        | Verdict::Relayed
+        | Verdict::FromMember
+        | Verdict::ToMember => TC_ACT_REDIRECT,
         Verdict::Multicast => TC_ACT_SHOT,
         v if v.is_drop() => TC_ACT_SHOT,
         // Programs of other owners that are attached behind this one still receive the packet.

@@ -6,11 +6,13 @@
 //!   redirected into the tunnel.
 //! - On a proxy's node: a packet from a node of this pool to another pool's kubelet passes to the stack, where
 //!   [`mod@crate::kubelet_lookup`] assigns the connection to the proxy.
+//!
+//! In a pool with encryption, only the last of these is an overlay packet: all others are dropped.
 
 use raven_common::{
     OVERLAY_VNI, Verdict,
     header::{ETH_LEN, Ipv4, Ipv6},
-    tables::{CONFIG_TUNNEL_REDIRECT, Config, NODE_IS_GATEWAY, Node, Remote},
+    tables::{CONFIG_ENCRYPTED, CONFIG_TUNNEL_REDIRECT, Config, NODE_IS_GATEWAY, Node, Remote},
 };
 
 use crate::{
@@ -53,6 +55,9 @@ fn admit<I: Tables>(skb: &Skb, config: &Config, outer: [u8; 4], node: Node) -> R
 #[inline(always)]
 fn from_gateway<I: Tables>(config: &Config, header: &I, node: Node) -> Result<Decision, Decision> {
     let remote = I::remote(header.source()).ok_or(Verdict::DropSpoofedInner)?;
+    if config.flags & CONFIG_ENCRYPTED != 0 {
+        return Err(Decision::new(Verdict::DropNotEncrypted, remote.gateway));
+    }
     let decision = |verdict| Decision::new(verdict, remote.gateway);
     if node.flags & NODE_IS_GATEWAY == 0 {
         return Err(decision(Verdict::DropNotFromGateway));
@@ -71,10 +76,12 @@ fn is_for_proxy<I: Tables>(skb: &Skb, header: &I) -> bool {
 /// A packet from a node of this pool: goes into the tunnel or to the proxy. A node may have only one of the two.
 #[inline(always)]
 fn from_member<I: Tables>(skb: &Skb, config: &Config, header: &I) -> Result<Decision, Decision> {
-    let remote = I::remote(header.destination()).filter(|_| config.tunnel_ifindex != 0);
+    let encrypted = config.flags & CONFIG_ENCRYPTED != 0;
+    let remote = I::remote(header.destination()).filter(|_| config.tunnel_ifindex != 0 && !encrypted);
     match remote {
         Some(remote) => into_tunnel(skb, config, header, remote),
         None if is_for_proxy(skb, header) => Ok(Verdict::ToProxy.into()),
+        None if encrypted => Err(Verdict::DropNotEncrypted.into()),
         None if config.tunnel_ifindex != 0 => Err(Verdict::StackNotRemote.into()),
         None => Err(Verdict::DropNotFromGateway.into()),
     }

@@ -4,11 +4,14 @@
 //! A packet for another node of this pool is wrapped in place and sent there; one for a third pool is redirected
 //! back into the tunnel (relay); one for this node passes to the stack. All others are dropped: a peer may reach
 //! this pool's prefixes only.
+//!
+//! In a pool with encryption, the other nodes of the pool are peers, too. Their packets, and those for them, are
+//! redirected back into the tunnel.
 
 use raven_common::{
     OVERLAY_OVERHEAD, Verdict,
     header::{Ipv4, Ipv6, OverlayHeader},
-    tables::{CONFIG_NO_WRAP, CONFIG_RELAY, Config, GatewayId, Path, Remote},
+    tables::{CONFIG_ENCRYPTED, CONFIG_NO_WRAP, CONFIG_RELAY, Config, GatewayId, Path, Remote},
 };
 
 use crate::{
@@ -38,6 +41,9 @@ pub fn run(skb: &Skb) -> Result<Decision, Decision> {
 fn receive<I: Tables>(skb: &Skb) -> Result<Decision, Decision> {
     let config = maps::config();
     let header: I = skb.ip(L3)?;
+    if config.flags & CONFIG_ENCRYPTED != 0 {
+        return encrypted(skb, &config, &header);
+    }
     if let Some((gateway, node)) = cached(&config, &header) {
         return to_overlay(skb, &config, &header, gateway, node);
     }
@@ -127,13 +133,50 @@ fn relay<I: Tables>(skb: &Skb, config: &Config, header: &I, from: Remote) -> Res
     if config.flags & CONFIG_RELAY == 0 {
         return Err(decision(Verdict::DropNoRoute));
     }
+    into_tunnel(skb, config, header, to.gateway, Verdict::Relayed, TO_STACK)
+}
+
+/// A packet in a pool with encryption. WireGuard has checked that its source belongs to the peer.
+#[inline(always)]
+fn encrypted<I: Tables>(skb: &Skb, config: &Config, header: &I) -> Result<Decision, Decision> {
+    match (I::remote(header.source()), I::local(header.destination())) {
+        (Some(from), Some(local)) if local.node == config.node => Ok(Decision::new(Verdict::Delivered, from.gateway)),
+        // Not to the stack, whose route to the other node is the LAN.
+        (Some(from), Some(_)) => into_tunnel(skb, config, header, from.gateway, Verdict::ToMember, TO_NOWHERE),
+        (Some(from), None) => relay(skb, config, header, from),
+        (None, _) => {
+            I::local(header.source()).ok_or(Verdict::DropSourceNotRemote)?;
+            let to = I::remote(header.destination()).ok_or(Verdict::DropNoRoute)?;
+            into_tunnel(skb, config, header, to.gateway, Verdict::FromMember, TO_STACK)
+        }
+    }
+}
+
+/// Verdicts for a packet that exceeds the tunnel's MTU, and for one that cannot be rewritten.
+type Unfit = [Verdict; 2];
+/// The stack answers, or forwards the packet by its route, which is the tunnel.
+const TO_STACK: Unfit = [Verdict::StackTooBig, Verdict::StackRewriteFailed];
+const TO_NOWHERE: Unfit = [Verdict::DropTooBig, Verdict::DropMalformed];
+
+/// Redirects a packet to the egress of the tunnel, where WireGuard selects the peer by the destination. The stack answers a
+/// packet with an exhausted TTL and never forwards it.
+#[inline(always)]
+fn into_tunnel<I: Tables>(
+    skb: &Skb,
+    config: &Config,
+    header: &I,
+    gateway: GatewayId,
+    done: Verdict,
+    [too_big, failed]: Unfit,
+) -> Result<Decision, Decision> {
+    let decision = |verdict| Decision::new(verdict, gateway);
     if header.ttl() <= 1 {
         return Err(decision(Verdict::StackTtl));
     }
     if !skb.fits(L3, header, config.tunnel_mtu) {
-        return Err(decision(Verdict::StackTooBig));
+        return Err(decision(too_big));
     }
-    rewrite::take_hop(skb, L3, header).map_err(|()| decision(Verdict::StackRewriteFailed))?;
+    rewrite::take_hop(skb, L3, header).map_err(|()| decision(failed))?;
     forward::redirect(config.tunnel_ifindex);
-    Ok(decision(Verdict::Relayed))
+    Ok(decision(done))
 }

@@ -13,7 +13,7 @@ use aya_ebpf::{
 use raven_common::{
     OVERLAY_OVERHEAD, OVERLAY_PORT, OVERLAY_VNI, Verdict,
     header::{ETH_LEN, ETH_P_IP, ETH_P_IPV6, Ethernet, IPPROTO_UDP, Ip, Ipv4, Ipv6, UdpVxlan},
-    tables::{Config, GatewayId, NODE_IS_GATEWAY, Path, UNWRAPPED_MAGIC, Unwrapped},
+    tables::{CONFIG_ENCRYPTED, Config, GatewayId, NODE_IS_GATEWAY, Path, UNWRAPPED_MAGIC, Unwrapped},
 };
 
 use crate::{
@@ -77,6 +77,10 @@ fn unwrap(ctx: &XdpContext) -> Result<(), Unchanged> {
 fn unwrap_ipv4(ctx: &XdpContext, config: &Config, outer: &Ipv4, port: u16) -> Result<(), Unchanged> {
     if port != OVERLAY_PORT {
         return Err(None);
+    }
+    // The overlay carries intercepted connections only, which the stack delivers to the proxy.
+    if config.flags & CONFIG_ENCRYPTED != 0 {
+        return Err(pass_if_from_pool(outer));
     }
     let Some(udp) = frame::read::<UdpVxlan>(ctx, UDP) else { return Err(pass_if_from_pool(outer)) };
     // The kernel's stack handles other network identifiers, and congestion marks, which must be merged (RFC 6040).

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod degraded;
+mod encryption;
 mod engine;
 mod environment;
 mod fail_closed;

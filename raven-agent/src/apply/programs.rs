@@ -33,8 +33,12 @@ impl Reconciler {
                 outcome.surroundings.push(format!("{before}; keep other programs off {device}"));
             }
         }
+        if indexes.tunnel.is_none() {
+            self.bpf.detach(Hook::TunnelIngress);
+            self.bpf.detach(Hook::TunnelEgress);
+        }
         if indexes.tunnel.is_none() || plan.role != Role::Gateway {
-            return self.detach_gateway_programs(uplink);
+            return self.detach_uplink_programs(uplink);
         }
         // `uplink_ingress` reads the metadata that `uplink_xdp` writes, so it is attached first and detached last.
         let pool_devices = uplink.pool_devices();
@@ -78,8 +82,8 @@ impl Reconciler {
         }
     }
 
-    fn detach_gateway_programs(&mut self, uplink: &Uplink) {
-        for hook in [Hook::UplinkXdp, Hook::UplinkIngress, Hook::TunnelIngress, Hook::TunnelEgress] {
+    fn detach_uplink_programs(&mut self, uplink: &Uplink) {
+        for hook in [Hook::UplinkXdp, Hook::UplinkIngress] {
             self.bpf.detach(hook);
             if !self.settings.tcx() && hook == Hook::UplinkIngress {
                 let devices = uplink.pool_devices();

@@ -1,5 +1,5 @@
-//! The GatewayNode of this node: created when the node is elected (for L3, L7 or both), kept up to date, deleted when
-//! it is no longer elected.
+//! The GatewayNode of this node: created when the node is elected (for L3, L7 or both), or its pool has encryption; kept up to
+//! date, and deleted otherwise.
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +24,7 @@ use super::connected::Connected;
 use crate::{
     apply::Report,
     proxy::ProxyReport,
-    state::{Peer, Role},
+    state::Peer,
     topology::PublicKey,
     tunnel::{Backend, Tunnel},
 };
@@ -102,7 +102,7 @@ impl Publisher {
         tunnel: Option<Tunnel>,
         proxied: Option<ProxyReport>,
     ) -> Result<(), kube::Error> {
-        if report.plan.role != Role::Gateway && proxied.is_none() {
+        if report.plan.tunnel.is_none() && proxied.is_none() {
             return self.withdraw().await;
         }
         self.publish_spec(spec(report, proxied.as_ref())).await?;
@@ -134,9 +134,13 @@ impl Publisher {
         proxied: Option<&ProxyReport>,
         now: Instant,
     ) -> Vec<Verdict> {
-        // Without a keepalive an idle peer has no session, which is no fault.
-        let kept = sessions.values().filter(|(peer, _)| peer.keepalive.is_some());
-        let peers = (kept.clone().filter(|(peer, _)| peer.alive).count(), kept.count());
+        // Without a keepalive an idle peer has no session, which is no fault. In a pool with encryption, nodes of the pool are
+        // peers, too.
+        let plan = &report.plan;
+        let inside =
+            |key: &PublicKey| plan.peer_names.get(key).is_some_and(|name| Some(&name.gateway) == plan.pool.as_ref());
+        let kept = || sessions.iter().filter(|(key, (peer, _))| peer.keepalive.is_some() && !inside(key));
+        let peers = (kept().filter(|(_, (peer, _))| peer.alive).count(), kept().count());
         let connections = proxied.map_or((0, 0), |proxied| (proxied.status.tunnels.len(), proxied.dials));
         let connected = [self.tunnel.verdict(peers, now), self.proxy.verdict(connections, now)];
         std::iter::once(verdict(report)).chain(connected.into_iter().flatten()).collect()
@@ -186,8 +190,7 @@ impl Publisher {
 }
 
 fn spec(report: &Report, proxied: Option<&ProxyReport>) -> GatewayNodeSpec {
-    // Agents of other pools configure every node with a key as a peer.
-    let is_gateway = report.plan.role == Role::Gateway;
+    let has_tunnel = report.plan.tunnel.is_some();
     GatewayNodeSpec {
         gateway: report
             .plan
@@ -195,8 +198,8 @@ fn spec(report: &Report, proxied: Option<&ProxyReport>) -> GatewayNodeSpec {
             .clone()
             .or_else(|| proxied.map(|proxied| proxied.gateway.clone()))
             .unwrap_or_default(),
-        public_key: is_gateway.then(|| report.public_key.to_string()),
-        public_key_proof: is_gateway.then(|| report.key_proof.clone()),
+        public_key: has_tunnel.then(|| report.public_key.to_string()),
+        public_key_proof: has_tunnel.then(|| report.key_proof.clone()),
         listen_port: report.plan.tunnel.as_ref().map(|t| i32::from(t.port)),
         addresses: Some(report.plan.config.node)
             .filter(|a| !a.is_unspecified())

@@ -9,16 +9,16 @@ use ipnet::IpNet;
 use raven_common::tables::{Local, NODE_IS_GATEWAY, Node, Remote};
 
 use super::path::{Path, owner};
-use crate::{state::Role, topology::Pool};
+use crate::{state::Device, topology::Pool};
 
-/// Remote prefixes. On a member node `via` is the gateway node that owns this member; without one it is zero, and the
-/// program drops and counts the packet.
-pub(super) fn remote(paths: &BTreeMap<&str, Path>, role: Role, me: &str, own: &Pool) -> BTreeMap<IpNet, Remote> {
-    let via = match role {
-        Role::Member => {
+/// Remote prefixes, whose routes lead to `device`. If that is the overlay, `via` is the gateway node that owns this member;
+/// without one it is zero, and the program drops and counts the packet.
+pub(super) fn remote(paths: &BTreeMap<&str, Path>, device: Device, me: &str, own: &Pool) -> BTreeMap<IpNet, Remote> {
+    let via = match device {
+        Device::Overlay => {
             owner(own, me).and_then(|gateway| own.members.get(gateway)).map_or([0; 4], |m| m.outer.octets())
         }
-        Role::Gateway | Role::None => [0; 4],
+        Device::Tunnel => [0; 4],
     };
     let entry = |path: &Path, prefix: &IpNet| (*prefix, Remote { gateway: path.id, via });
     paths.values().flat_map(|path| path.prefixes.values().flatten().map(move |prefix| entry(path, prefix))).collect()

@@ -8,7 +8,7 @@ use std::{
 use ipnet::IpNet;
 
 use super::path::Path;
-use crate::state::{Device, Role, Route};
+use crate::state::{Device, Route};
 
 /// A node's own address inside one of its prefixes: the first one, as flannel chooses it. No pod gets it.
 pub(super) fn own_address(prefix: &IpNet) -> IpNet {
@@ -28,8 +28,12 @@ pub(super) fn source(prefix: &IpNet, addresses: &BTreeSet<IpAddr>) -> IpAddr {
 
 /// One route per remote prefix. A pool that cannot be reached has its routes too: its packets must reach the program,
 /// which drops and counts them, and must not leave unencrypted by the default route.
-pub(super) fn routes(paths: &BTreeMap<&str, Path>, role: Role, sources: &[IpAddr], mtu: u32) -> BTreeMap<IpNet, Route> {
-    let device = if role == Role::Gateway { Device::Tunnel } else { Device::Overlay };
+pub(super) fn routes(
+    paths: &BTreeMap<&str, Path>,
+    device: Device,
+    sources: &[IpAddr],
+    mtu: u32,
+) -> BTreeMap<IpNet, Route> {
     let source =
         |prefix: &IpNet| -> Option<IpAddr> { sources.iter().copied().find(|s| s.is_ipv4() == prefix.addr().is_ipv4()) };
     paths

@@ -148,6 +148,7 @@ impl Builder {
         let mut pool = Pool {
             exposed: gateway.is_exposed(),
             l3: gateway.tunnel_replicas() > 0,
+            encrypted: gateway.encrypts_pool(),
             l7: gateway.proxy_replicas() > 0,
             ..Pool::default()
         };
@@ -202,7 +203,8 @@ impl Builder {
         let prefixes = node.subnets.iter().filter_map(|text| self.prefix(gateway, &node.node_name, text)).collect();
         // The controller writes them, and omits those that are not addresses.
         let further = node.private_ips.iter().filter_map(|text| text.parse().ok());
-        Some(Member { prefixes, addresses: further.chain([address]).collect(), address, outer })
+        let key = node.public_key.as_deref().and_then(|text| self.key(gateway, &node.node_name, text));
+        Some(Member { prefixes, addresses: further.chain([address]).collect(), address, outer, key })
     }
 
     /// Makes each node's own addresses prefixes of it.
@@ -243,9 +245,12 @@ impl Builder {
     }
 
     fn keep_keys(&mut self, gateway: &Gateway) {
-        for endpoint in tunnels(gateway) {
-            if let Some(Ok(key)) = self.claimed_key(endpoint).map(|text| text.parse::<PublicKey>()) {
-                self.key_owners.entry(key).or_insert_with(|| endpoint.node_name.clone());
+        let elected = tunnels(gateway).filter_map(|e| Some((&e.node_name, self.claimed_key(e)?)));
+        let nodes = gateway.status.iter().flat_map(|status| &status.nodes);
+        let members = nodes.filter_map(|node| Some((&node.node_name, node.public_key.clone()?)));
+        for (node, text) in elected.chain(members).collect::<Vec<_>>() {
+            if let Ok(key) = text.parse::<PublicKey>() {
+                self.key_owners.entry(key).or_insert_with(|| node.clone());
             }
         }
     }
@@ -257,7 +262,7 @@ impl Builder {
     }
 
     fn peer(&mut self, gateway: &str, endpoint: &Endpoint, address: IpAddr, exposed: bool) -> GatewayPeer {
-        let key = self.key(gateway, endpoint);
+        let key = self.claimed_key(endpoint).and_then(|text| self.key(gateway, &endpoint.node_name, &text));
         let public = endpoint.public_address();
         let port = endpoint.dialled_port();
         let at = |ip| Some(Dial::Address(SocketAddr::new(ip, port)));
@@ -284,9 +289,7 @@ impl Builder {
 
     /// The key that the controller has published for the node. A key that two nodes claim stays with the first:
     /// otherwise one node would receive the packets of the other.
-    fn key(&mut self, gateway: &str, endpoint: &Endpoint) -> Option<PublicKey> {
-        let node = &endpoint.node_name;
-        let text = self.claimed_key(endpoint)?;
+    fn key(&mut self, gateway: &str, node: &String, text: &str) -> Option<PublicKey> {
         let Ok(key) = text.parse::<PublicKey>() else {
             self.problem(format!(
                 "Gateway {gateway}: node {node}: {text:?} is not a WireGuard public key (base64 of 32 bytes)"

@@ -50,8 +50,14 @@ fn expose() -> impl Strategy<Value = ExposeType> {
 fn nodes() -> impl Strategy<Value = Vec<NodeInfo>> {
     let subnets = collection::vec("[a-c]", 0..3);
     collection::vec(
-        ("[a-c]", "[a-c]", collection::vec("[a-c]", 0..3), subnets).prop_map(
-            |(node_name, private_ip, private_ips, subnets)| NodeInfo { node_name, private_ip, private_ips, subnets },
+        ("[a-c]", "[a-c]", collection::vec("[a-c]", 0..3), subnets, option::of("[a-c]")).prop_map(
+            |(node_name, private_ip, private_ips, subnets, public_key)| NodeInfo {
+                node_name,
+                private_ip,
+                private_ips,
+                subnets,
+                public_key,
+            },
         ),
         0..3,
     )

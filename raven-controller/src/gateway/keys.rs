@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use raven_api::gateway::{CONFIG_PUBLIC_KEY, Endpoint, EndpointType};
+use raven_api::gateway::{CONFIG_PUBLIC_KEY, EndpointType};
 
 use super::facts::{GatewayFacts, GatewayName, NodeName, PublishedKey};
 use super::inputs::Inputs;
@@ -13,19 +13,20 @@ use super::refusal::{Notice, Refusal};
 /// The holders of all keys.
 pub(crate) struct KeyHolders<'a>(BTreeMap<&'a str, Holder<'a>>);
 
-/// The tunnel nodes with a key in the present status of a Gateway, and their keys.
+/// The nodes with a key in the present status of a Gateway, and their keys.
 pub(crate) fn in_status(gateway: &GatewayFacts) -> impl Iterator<Item = (&str, &str)> {
-    tunnels(gateway).filter_map(|endpoint| Some((endpoint.node_name.as_str(), key_of(endpoint)?)))
+    holders(gateway).filter_map(|(node, key)| Some((node, key?)))
 }
 
-/// The key in a status. An empty one says that the node has none.
-fn key_of(endpoint: &Endpoint) -> Option<&str> {
-    endpoint.config.get(CONFIG_PUBLIC_KEY).map(String::as_str).filter(|key| !key.is_empty())
-}
-
-fn tunnels(gateway: &GatewayFacts) -> impl Iterator<Item = &Endpoint> {
-    let active = gateway.resource.status.iter().flat_map(|status| &status.active_endpoints);
-    active.filter(|endpoint| endpoint.type_ == EndpointType::Tunnel)
+/// The nodes that may have a key: the elected ones, and all of a pool with encryption. With the key in the status; an empty
+/// one says that the node has none.
+fn holders(gateway: &GatewayFacts) -> impl Iterator<Item = (&str, Option<&str>)> {
+    let status = || gateway.resource.status.iter();
+    let tunnels = status().flat_map(|status| &status.active_endpoints).filter(|e| e.type_ == EndpointType::Tunnel);
+    let tunnels = tunnels.map(|endpoint| (&endpoint.node_name, endpoint.config.get(CONFIG_PUBLIC_KEY)));
+    let members = status().flat_map(|status| &status.nodes).filter(|_| gateway.resource.encrypts_pool());
+    let members = members.map(|node| (&node.node_name, node.public_key.as_ref()));
+    tunnels.chain(members).map(|(node, key)| (node.as_str(), key.map(String::as_str).filter(|key| !key.is_empty())))
 }
 
 /// The node that a key belongs to.
@@ -54,12 +55,11 @@ impl<'a> KeyHolders<'a> {
         gateways.sort_by_key(|gateway| !exposed.contains(&gateway.name));
         let mut claims = Vec::new();
         for gateway in gateways {
-            for endpoint in tunnels(gateway) {
-                let node = NodeName::from(endpoint.node_name.as_str());
+            for (name, accepted) in holders(gateway) {
+                let node = NodeName::from(name);
                 if !inputs.nodes.contains_key(&node) {
                     continue;
                 }
-                let accepted = key_of(endpoint);
                 let (right, key) = match (inputs.keys.get(&node), accepted) {
                     (Some(PublishedKey { key, proven: true }), _) if accepted == Some(key) => {
                         (Right::Proven, key.as_str())
@@ -69,7 +69,7 @@ impl<'a> KeyHolders<'a> {
                     (_, Some(key)) => (Right::Accepted, key),
                     (_, None) => continue,
                 };
-                claims.push((right, key, Holder { node: &endpoint.node_name, gateway: &gateway.name }));
+                claims.push((right, key, Holder { node: name, gateway: &gateway.name }));
             }
         }
         claims.sort_by_key(|(right, ..)| *right);
@@ -85,11 +85,22 @@ impl<'a> KeyHolders<'a> {
         self.other(key, node).is_none()
     }
 
-    /// Refusals for elected nodes that have published the key of another node. `elected`: tunnel endpoints of `gateway`.
-    pub(crate) fn refusals(&self, inputs: &Inputs, gateway: &GatewayName, elected: &[Endpoint]) -> Vec<Refusal> {
-        let elected = elected.iter().map(|endpoint| NodeName::from(endpoint.node_name.as_str()));
-        let refused = elected.filter_map(|node| {
-            let holder = self.other(&inputs.keys.get(&node)?.key, &node)?;
+    /// The key that a node has published, or `known` while its GatewayNode cannot be read or is recreated: tunnels must not
+    /// end because of it.
+    pub(crate) fn key_of(&self, inputs: &Inputs, node: &NodeName, known: Option<&str>) -> Option<String> {
+        let published = inputs.keys.get(node).map(|published| published.key.as_str());
+        [published, known].into_iter().flatten().find(|key| self.may_have(node, key)).map(str::to_owned)
+    }
+
+    /// Refusals for nodes of `gateway` that have published the key of another node.
+    pub(crate) fn refusals<'n>(
+        &self,
+        inputs: &Inputs,
+        gateway: &GatewayName,
+        nodes: impl Iterator<Item = &'n NodeName>,
+    ) -> Vec<Refusal> {
+        let refused = nodes.filter_map(|node| {
+            let holder = self.other(&inputs.keys.get(node)?.key, node)?;
             let message = format!(
                 "node {node} has published the WireGuard key of node {} of Gateway {}, which is not accepted: if {node} was cloned from the other machine's disk, delete /var/lib/raven/wireguard.key on {node} and restart its agent; otherwise {node} may be stolen",
                 holder.node, holder.gateway

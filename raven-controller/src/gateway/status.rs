@@ -36,6 +36,8 @@ pub(crate) struct Draft<'a> {
     pub(crate) nodes: Vec<(&'a NodeFacts, Vec<IpNet>)>,
     /// Nodes without one, which are ignored.
     pub(crate) unaddressed: Vec<NodeName>,
+    /// Public keys of the nodes of a pool with encryption.
+    pub(crate) keys: BTreeMap<NodeName, String>,
     /// Election for the L3 tunnel.
     pub(crate) tunnel: Election,
     /// Election for the L7 proxy.
@@ -140,6 +142,7 @@ impl Draft<'_> {
             private_ip: node.address_of(self.family).map(|a| a.to_string()).unwrap_or_default(),
             private_ips: several(node, self.family),
             subnets: subnets.iter().map(IpNet::to_string).collect(),
+            public_key: self.keys.get(&node.name).cloned(),
         });
         let active_endpoints = [self.tunnel.elected, self.proxy.elected].concat();
         Decision { nodes: nodes.collect(), active_endpoints, exposed: self.exposed, verdicts, refusals: self.refusals }
