@@ -38,20 +38,26 @@ async fn kubelets_are_reached_by_address_from_a_cloud_with_ipv6_only() {
     let running = Running::of(Lab::builder().pools(pools)).await.expect("start the lab");
     let lab = &running.lab;
     let _kubelet = running.check(lab.start_kubelet("x-b").await);
-    let file = |name: &str| lab.cluster().file(name).display().to_string();
-    let (ca, certificate, key) = (file("ca.crt"), file("kubelet-client.crt"), file("kubelet-client.key"));
     // Pods have both families, and the nodes only IPv6; a gateway node and a member.
     for from in ["cloud-a", "cloud-b"] {
         for address in ["10.1.0.12", "[fd10:1::12]"] {
-            let url = format!("https://{address}:10250/metrics/resource");
-            let scrape = format!("curl -sSg -m 5 --cacert {ca} --cert {certificate} --key {key} {url}");
-            let scraped = || async {
-                let metrics = lab.pod(from).ns.sh(&scrape)?;
-                anyhow::ensure!(metrics.contains("node_cpu_usage_seconds_total"), "{metrics}");
-                Ok(())
-            };
-            running.check(eventually(SOON, &format!("{from} reads metrics of {address}"), scraped).await);
+            running.reads_metrics(from, address).await;
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kubelets_are_reached_by_address_from_a_cloud_with_encryption() {
+    require_root!();
+    let running = Running::of(Lab::builder()).await.expect("start the lab");
+    let lab = &running.lab;
+    let _kubelet = running.check(lab.start_kubelet("x-b").await);
+    let patch = r#"{"spec":{"encryption":"pool"}}"#;
+    running.check(lab.cluster().kubectl(&["patch", "gateway", "cloud", "--type=merge", "-p", patch]));
+    let tunnel = || async { lab.node("cloud-b").ns.run("ip", &["link", "show", "raven-wg0"]) };
+    running.check(eventually(SOON, "a member of the cloud has a tunnel", tunnel).await);
+    for from in ["cloud-a", "cloud-b"] {
+        running.reads_metrics(from, "10.1.0.12").await;
     }
 }
 
@@ -120,6 +126,20 @@ async fn kubectl_reaches_edge_pod_by_name_and_address_with_and_without_l3() {
 }
 
 impl Running {
+    /// A pod on node `from` reads the metrics of the kubelet at `address`.
+    async fn reads_metrics(&self, from: &str, address: &str) {
+        let file = |name: &str| self.lab.cluster().file(name).display().to_string();
+        let (ca, certificate, key) = (file("ca.crt"), file("kubelet-client.crt"), file("kubelet-client.key"));
+        let url = format!("https://{address}:10250/metrics/resource");
+        let scrape = format!("curl -sSg -m 5 --cacert {ca} --cert {certificate} --key {key} {url}");
+        let scraped = || async {
+            let metrics = self.lab.pod(from).ns.sh(&scrape)?;
+            anyhow::ensure!(metrics.contains("node_cpu_usage_seconds_total"), "{metrics}");
+            Ok(())
+        };
+        self.check(eventually(SOON, &format!("{from} reads metrics of {address}"), scraped).await);
+    }
+
     /// Runs all checks once the path works: agents, CoreDNS and kube-proxy may not have processed recent changes yet.
     async fn all(&self, server: &SecondApiServer, path: &str, megabytes: usize) {
         self.check(eventually(SOON, &format!("the path works, {path}"), || async { kubectl::logs(server) }).await);

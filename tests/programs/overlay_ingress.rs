@@ -268,9 +268,11 @@ fn member_accepts_packets_from_gateway_nodes_only() {
 #[test]
 fn kubelet_connections_pass_to_proxy_with_and_without_tunnel() {
     require_root!();
-    for (config, otherwise) in
-        [(topology::gateway(), Verdict::StackNotRemote), (topology::member(), Verdict::DropNotFromGateway)]
-    {
+    for (config, otherwise) in [
+        (topology::gateway(), Verdict::StackNotRemote),
+        (topology::encrypted(), Verdict::DropNotEncrypted),
+        (topology::member(), Verdict::DropNotFromGateway),
+    ] {
         let node = Node::new(config);
         let inner = |packet: Packet| packet.overlay_frame();
         let from_node = |source: [u8; 4], packet: &Packet| sent_by(packet.overlay_frame(), source);
@@ -308,6 +310,23 @@ fn kubelet_connections_pass_to_proxy_with_and_without_tunnel() {
             for (name, outer, frame, verdict) in table {
                 node.check(&format!("{family:?}: {name} ({otherwise:?})"), &overlay(outer, ME, frame), NONE, verdict);
             }
+        }
+    }
+}
+
+#[test]
+fn packets_of_other_pools_are_dropped_in_a_pool_with_encryption() {
+    require_root!();
+    let member = Config { tunnel_ifindex: 0, ..topology::encrypted() };
+    for (config, what) in [(topology::encrypted(), "gateway node"), (member, "member")] {
+        let node = Node::new(config);
+        for family in Family::BOTH {
+            let check = |outer, inner: Packet, gateway| {
+                let frame = overlay(outer, ME, inner.overlay_frame());
+                node.check(&format!("{family:?}: {what}"), &frame, gateway, Verdict::DropNotEncrypted);
+            };
+            check(MEMBER, udp(family, MEMBERS, EDGES), NONE);
+            check(GATEWAY, udp(family, EDGES, MINE), EDGE);
         }
     }
 }

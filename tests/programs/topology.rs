@@ -112,5 +112,11 @@ pub(crate) fn gateway() -> Config {
     }
 }
 
+/// Returns the configuration of [`ME`] as a gateway node of a pool with encryption.
+pub(crate) fn encrypted() -> Config {
+    let gateway = gateway();
+    Config { flags: gateway.flags | raven_common::tables::CONFIG_ENCRYPTED, ..gateway }
+}
+
 /// Gateway ID of packets that are counted for no Gateway.
 pub(crate) const NONE: GatewayId = NO_GATEWAY;

@@ -143,6 +143,54 @@ fn no_relay_without_relay_flag() {
 }
 
 #[test]
+fn packets_of_members_with_encryption_return_into_tunnel() {
+    require_root!();
+    let mut cases = vec![not_ip()];
+    for family in Family::BOTH {
+        let case = |name: &str, packet: Vec<u8>| Case::new(format!("{family:?}: {name}"), packet);
+        cases.extend(malformed(family, &udp(family, MEMBERS, EDGES).bytes(), 0));
+        for (name, packet, gateway, verdict) in [
+            ("from a member", udp(family, MEMBERS, EDGES), EDGE, Verdict::FromMember),
+            ("for a member", udp(family, EDGES, MEMBERS), EDGE, Verdict::ToMember),
+            ("relayed", udp(family, EDGES, FARS), FAR, Verdict::Relayed),
+        ] {
+            let case = |what: &str, packet: &Packet| case(&format!("{name}, {what}"), packet.bytes());
+            let largest = packet.clone().len(1420);
+            let too_big = case("one byte above the tunnel's MTU", &packet.clone().len(1421));
+            let aggregate = packet.clone().len(3000);
+            cases.extend([
+                case("TTL 2", &packet.clone().ttl(2))
+                    .redirected(gateway, verdict)
+                    .becomes(packet.clone().ttl(1).bytes()),
+                case("TTL 1", &packet.clone().ttl(1)).passes(gateway, Verdict::StackTtl),
+                case("of the tunnel's MTU", &largest).redirected(gateway, verdict).becomes(largest.ttl(63).bytes()),
+                case("an aggregate whose datagrams fit", &aggregate)
+                    .aggregate(3, 1420 - family.header_len() as u32 - 8)
+                    .redirected(gateway, verdict)
+                    .becomes(aggregate.clone().ttl(63).bytes()),
+                match verdict {
+                    // The stack would forward it on the LAN.
+                    Verdict::ToMember => too_big.dropped(gateway, Verdict::DropTooBig),
+                    _ => too_big.passes(gateway, Verdict::StackTooBig),
+                },
+            ]);
+        }
+        cases.extend([
+            case("for this node", udp(family, EDGES, MINE).bytes()).passes(EDGE, Verdict::Delivered),
+            case("from a member to this node", udp(family, MEMBERS, MINE).bytes()).dropped(NONE, Verdict::DropNoRoute),
+            case("from a member to an unknown prefix", udp(family, MEMBERS, UNKNOWN).bytes())
+                .dropped(NONE, Verdict::DropNoRoute),
+            case("from an unknown prefix", udp(family, UNKNOWN, EDGES).bytes())
+                .dropped(NONE, Verdict::DropSourceNotRemote),
+            case("from an unknown prefix to a member", udp(family, UNKNOWN, MEMBERS).bytes())
+                .dropped(NONE, Verdict::DropSourceNotRemote),
+            case("back to the same pool", udp(family, EDGES, EDGES).bytes()).dropped(EDGE, Verdict::DropRelayLoop),
+        ]);
+    }
+    check(&Dataplane::load(topology::encrypted()), Hook::TunnelIngress, &cases);
+}
+
+#[test]
 fn outer_header_is_exact_on_devices() {
     require_root!();
     let testbed = Testbed::new(topology::gateway(), &[Hook::TunnelIngress], 1500);

@@ -280,3 +280,18 @@ fn path_cache_is_per_sender_and_generation() {
         check(&dataplane, Hook::UplinkXdp, &[Case::new("removed", from_member(&inner).frame()).xdp_passes()]);
     }
 }
+
+#[test]
+fn nothing_is_unwrapped_in_a_pool_with_encryption() {
+    require_root!();
+    let mut cases = Vec::new();
+    for family in Family::BOTH {
+        let frame = |outer| overlay(outer, ME, udp(family, MEMBERS, EDGES).overlay_frame()).frame();
+        cases.extend([
+            Case::new(format!("{family:?}: from a member"), frame(MEMBER)).xdp_passes(),
+            Case::new(format!("{family:?}: from outside the pool"), frame(OUTSIDER))
+                .xdp_dropped(NONE, Verdict::DropOuterNotInPool),
+        ]);
+    }
+    check(&Dataplane::load(topology::encrypted()), Hook::UplinkXdp, &cases);
+}

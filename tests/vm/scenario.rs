@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use raven_common::Verdict;
 use raven_tests::agent::Agent;
+use raven_tests::capture::Capture;
 use raven_tests::probe::{self, Echo};
 use raven_tests::proof::{self, Check, FAMILIES};
 use raven_tests::{Lab, Node, PoolSpec, eventually, kernel_log, offline as topology};
@@ -194,6 +195,7 @@ async fn changes(results: &mut Results, lab: &Lab, gateways: &[String], agents: 
     results.note("a preshared key is applied at runtime and used by new sessions", preshared(lab, gateways).await);
     let seen = twice(async || changed(lab, agents).await).await;
     results.note(&format!("400 prefixes are added to a pool and removed under {RATE} packets/s of other pools"), seen);
+    results.note("packets of a pool with encryption are never in clear", encrypted(lab, agents).await);
     if !has_tcx() {
         let name = "a terminal filter of the first priority disables only the fast tier of x-a";
         results.note(name, bypassed(lab, agents).await);
@@ -339,6 +341,37 @@ async fn changed(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
         report.sent,
         report.longest_gap.as_millis()
     ))
+}
+
+/// edge-x has encryption for a while. See also `tests/l3/encryption.rs`.
+async fn encrypted(lab: &Lab, agents: &mut [Agent]) -> Result<String> {
+    let (cloud, edge) = (lab.pool("cloud").clone(), lab.pool("edge-x").clone());
+    let before = topology::get(lab.node("x-b"))?;
+    let after = topology::with_encryption(lab, &before, "edge-x")?;
+    let mut seen = String::new();
+    for (snapshot, encrypted) in [(&after, true), (&before, false)] {
+        for agent in agents.iter_mut().filter(|agent| agent.node.pool == "edge-x") {
+            topology::put(&agent.node, snapshot)?;
+            agent.restart()?;
+        }
+        let device = || async {
+            let exists = lab.node("x-b").ns.run("ip", &["link", "show", "raven-wg0"]).is_ok();
+            ensure!(exists == encrypted, "raven-wg0 exists: {exists}");
+            Ok(())
+        };
+        eventually(Duration::from_secs(30), "the member has a tunnel, or none", device).await?;
+        proof::converged(lab).await?;
+        let lan = Capture::start(lab.site(), &lab.node("x-b").ns, "eth0", "").await?;
+        for family in 0..FAMILIES.len() {
+            proof::reach(lab, &cloud, &edge, family).await?;
+        }
+        let lan = lan.stop().await?;
+        if encrypted {
+            lan.ensure_nothing_in_clear(lab.site(), proof::MARKER)?;
+            seen = format!("{} WireGuard packets on the LAN of x-b", lan.count("udp port 4500")?);
+        }
+    }
+    Ok(seen)
 }
 
 /// The agents of the gateway nodes between edge-x and the cloud.

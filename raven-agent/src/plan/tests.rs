@@ -3,7 +3,7 @@
 use proptest::{collection, prelude::*, sample::Index};
 use raven_api::{
     Gateway, GatewayNode, GatewaySpec, GatewayStatus,
-    gateway::{Endpoint, EndpointType, ExposeType, NodeInfo, ProxyConfig, TunnelConfig},
+    gateway::{Encryption, Endpoint, EndpointType, ExposeType, NodeInfo, ProxyConfig, TunnelConfig},
     gateway_node::GatewayNodeSpec,
 };
 
@@ -21,16 +21,18 @@ struct Site {
     gateways: u8,
     published: bool,
     overlaps: bool,
+    encrypted: bool,
 }
 
 fn site() -> impl Strategy<Value = Site> {
-    (any::<bool>(), 1u8..5, 0u8..3, prop::bool::weighted(0.9), prop::bool::weighted(0.1)).prop_map(
-        |(exposed, nodes, gateways, published, overlaps)| Site {
+    (any::<(bool, bool)>(), 1u8..5, 0u8..3, prop::bool::weighted(0.9), prop::bool::weighted(0.1)).prop_map(
+        |((exposed, encrypted), nodes, gateways, published, overlaps)| Site {
             exposed,
             nodes,
             gateways: gateways.min(nodes),
             published,
             overlaps,
+            encrypted,
         },
     )
 }
@@ -39,10 +41,17 @@ fn node_name(site: usize, node: u8) -> String {
     format!("s{site}-n{node}")
 }
 
+fn key(site: usize, node: u8) -> PublicKey {
+    PublicKey([site as u8 * 16 + node + 1; 32])
+}
+
 fn gateway(n: usize, site: &Site) -> Gateway {
     let mut gateway = Gateway::new(&format!("site-{n}"), GatewaySpec::default());
     if site.exposed {
         gateway.spec.expose_type = ExposeType::PublicIP;
+    }
+    if site.encrypted {
+        gateway.spec.encryption = Encryption::Pool;
     }
     // An overlapping site claims the pod prefixes of site 0.
     let block = if site.overlaps { 0 } else { n };
@@ -50,6 +59,7 @@ fn gateway(n: usize, site: &Site) -> Gateway {
         node_name: node_name(n, i),
         private_ip: format!("192.168.{n}.{}", 10 + i),
         subnets: vec![format!("10.{block}.{i}.0/24"), format!("fd00:{block:x}:{i:x}::/64")],
+        public_key: (site.encrypted && site.published).then(|| key(n, i).to_string()),
         ..NodeInfo::default()
     };
     let endpoint = |i: u8| Endpoint {
@@ -69,8 +79,8 @@ fn gateway(n: usize, site: &Site) -> Gateway {
 fn inputs(sites: &[Site]) -> Inputs {
     let keys = sites.iter().enumerate().filter(|(_, s)| s.published).flat_map(|(n, site)| {
         (0..site.gateways).map(move |i| {
-            let key = PublicKey([n as u8 * 16 + i + 1; 32]).to_string();
-            GatewayNode::new(&node_name(n, i), GatewayNodeSpec { public_key: Some(key), ..GatewayNodeSpec::default() })
+            let public_key = Some(key(n, i).to_string());
+            GatewayNode::new(&node_name(n, i), GatewayNodeSpec { public_key, ..GatewayNodeSpec::default() })
         })
     });
     Inputs {
@@ -144,7 +154,8 @@ proptest! {
         for me in every_node(&sites) {
             let plan = plan(&topology, &me);
             prop_assert!(plan.state.routes.keys().eq(plan.state.remote.keys()));
-            prop_assert_eq!(plan.tunnel.is_some(), plan.role == Role::Gateway);
+            let encrypted = topology.pool_of(&me.node).is_some_and(|(_, pool)| pool.encrypted);
+            prop_assert_eq!(plan.tunnel.is_some(), plan.role == Role::Gateway || encrypted);
         }
     }
 }
@@ -161,13 +172,14 @@ fn follow(topology: &Topology, plans: &BTreeMap<String, Plan>, from: &str, to: &
     let remote = plans[from].state.remote[&destination];
     let mut at = match plans[from].role {
         Role::Gateway => from.to_owned(),
+        _ if own.encrypted => from.to_owned(),
         // No gateway node: dropped at the source, by the plan.
         _ if remote.via == [0; 4] => return Ok(()),
         _ => by_outer(own, remote.via).expect("via is a node of the pool"),
     };
-    for _hop in 0..3 {
-        let sender = topology.pool_of(&at).and_then(|(_, p)| p.gateways[&at].key);
-        let Some(sender) = sender else { return Ok(()) };
+    let key_of = |node: &str| plans[node].peer_names.iter().find(|(_, name)| name.node == node).map(|(key, _)| *key);
+    for _hop in 0..5 {
+        let Some(sender) = key_of(&at) else { return Ok(()) };
         let next = plans[&at]
             .state
             .peers
@@ -176,7 +188,7 @@ fn follow(topology: &Topology, plans: &BTreeMap<String, Plan>, from: &str, to: &
             .map(|(k, _)| plans[&at].peer_names[k].node.clone());
         let Some(next) = next else {
             prop_assert!(
-                plans[&at].problems.iter().any(|p| p.contains("cannot be reached"))
+                plans[&at].problems.iter().any(|p| p.contains("cannot be reached") || p.contains("published"))
                     || topology.pool_of(to).is_some_and(|(_, p)| p.usable().next().is_none()),
                 "{at} drops {from} → {to} and reports no problem"
             );
@@ -184,17 +196,20 @@ fn follow(topology: &Topology, plans: &BTreeMap<String, Plan>, from: &str, to: &
         };
         let accepts = plans[&next].state.peers.get(&sender).is_some_and(|p| p.allowed.contains(&source));
         prop_assert!(accepts, "{next} does not accept {source} from {at} ({from} → {to})");
-        if plans[&next].state.local.contains_key(&destination) {
+        let pool_of = |node: &str| topology.pool_of(node).expect("planned nodes are in pools");
+        let (name, pool) = pool_of(&next);
+        if next == to || (name == pool_of(to).0 && !pool.encrypted) {
             return Ok(());
         }
-        prop_assert!(plans[&next].config.relay, "{next} would have to relay {from} → {to}");
+        let inside = pool.encrypted && [from, to].iter().any(|end| pool_of(end).0 == name);
+        prop_assert!(plans[&next].config.relay || inside, "{next} would have to relay {from} → {to}");
         at = next;
     }
     Err(TestCaseError::fail(format!("{from} → {to} loops")))
 }
 
 fn three_pools() -> Vec<Site> {
-    let site = |exposed| Site { exposed, nodes: 2, gateways: 1, published: true, overlaps: false };
+    let site = |exposed| Site { exposed, nodes: 2, gateways: 1, published: true, overlaps: false, encrypted: false };
     vec![site(true), site(false), site(false)]
 }
 
@@ -218,6 +233,35 @@ fn cloud_gateway_dials_neither_edge_and_relays() {
     assert!(plan.config.relay);
     assert_eq!(plan.state.peers.len(), 2);
     assert!(plan.state.peers.values().all(|p| p.endpoint.is_none() && p.keepalive.is_none() && p.allowed.len() == 4));
+}
+
+#[test]
+fn nodes_of_a_pool_with_encryption_are_peers_of_its_gateway_node() {
+    let mut sites = three_pools();
+    sites[1].encrypted = true;
+    let topology = build(&inputs(&sites));
+    let (gateway, member) = (plan(&topology, &me(1, 0)), plan(&topology, &me(1, 1)));
+    assert_eq!((gateway.role, member.role), (Role::Gateway, Role::Member));
+    assert_eq!((&gateway.problems, &member.problems), (&vec![], &vec![]));
+    assert!(gateway.config.encrypted && member.config.encrypted);
+    let inside = &gateway.state.peers[&key(1, 1)];
+    assert_eq!(inside.endpoint, Some("192.168.1.11:4500".parse().expect("an endpoint")));
+    assert_eq!((inside.keepalive, inside.allowed.len()), (Some(15), 2), "its own prefixes");
+    let [(to, peer)] = member.state.peers.iter().collect::<Vec<_>>()[..] else { panic!("{:?}", member.state.peers) };
+    assert_eq!((*to, peer.endpoint), (key(1, 0), Some("192.168.1.10:4500".parse().expect("an endpoint"))));
+    assert_eq!(peer.allowed.iter().collect::<Vec<_>>(), member.state.routes.keys().collect::<Vec<_>>());
+    assert!(member.state.routes.values().all(|route| route.device == Device::Tunnel));
+    assert!(member.state.remote.values().all(|remote| remote.via == [0; 4]), "no overlay");
+    // Other pools have only the gateway node as a peer.
+    let cloud = plan(&topology, &me(0, 0));
+    assert!(cloud.state.peers.contains_key(&key(1, 0)) && !cloud.state.peers.contains_key(&key(1, 1)));
+
+    // A member whose agent is older publishes no key.
+    let mut inputs = inputs(&sites);
+    inputs.gateways[1].status.as_mut().expect("a status").nodes[1].public_key = None;
+    let gateway = plan(&build(&inputs), &me(1, 0));
+    assert!(!gateway.state.peers.contains_key(&key(1, 1)));
+    assert!(gateway.problems[0].contains("node s1-n1 has published no WireGuard key"), "{:?}", gateway.problems);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use proptest::{collection, option};
 use serde_json::json;
 
 use super::*;
-use crate::gateway::{ExposeType, NodeInfo};
+use crate::gateway::{Encryption, ExposeType, NodeInfo};
 
 // Few values, so that similar endpoints are frequent.
 fn endpoint() -> impl Strategy<Value = v1beta1::Endpoint> {
@@ -76,16 +76,18 @@ fn condition() -> impl Strategy<Value = Condition> {
     })
 }
 
-fn configs() -> impl Strategy<Value = (Option<ProxyConfig>, Option<TunnelConfig>)> {
+fn configs() -> impl Strategy<Value = (Option<ProxyConfig>, Option<TunnelConfig>, Encryption)> {
     let proxy = (0..3i32, option::of("[0-9]{2}"), option::of("[0-9]{2}")).prop_map(
         |(replicas, proxy_http_port, proxy_https_port)| ProxyConfig { replicas, proxy_http_port, proxy_https_port },
     );
-    (option::of(proxy), option::of((0..3i32).prop_map(|replicas| TunnelConfig { replicas })))
+    let encryption = prop_oneof![Just(Encryption::Gateways), Just(Encryption::Pool)];
+    (option::of(proxy), option::of((0..3i32).prop_map(|replicas| TunnelConfig { replicas })), encryption)
 }
 
 fn new_gateway() -> impl Strategy<Value = v1beta1::Gateway> {
     let spec = (selector(), expose(), configs(), collection::vec(endpoint(), 0..5)).prop_map(
-        |(node_selector, expose_type, (proxy_config, tunnel_config), endpoints)| v1beta1::GatewaySpec {
+        |(node_selector, expose_type, (proxy_config, tunnel_config, encryption), endpoints)| v1beta1::GatewaySpec {
+            encryption,
             node_selector,
             expose_type,
             proxy_config,

@@ -44,15 +44,27 @@ pub fn get(node: &Node) -> Result<Value> {
     serde_json::from_slice(&text).with_context(|| format!("parse {} as JSON", path.display()))
 }
 
+/// Returns the snapshot with encryption in a pool, whose agents have created their keys.
+pub fn with_encryption(lab: &Lab, snapshot: &Value, gateway: &str) -> Result<Value> {
+    let mut changed = snapshot.clone();
+    let one = find(&mut changed, gateway)?;
+    one["spec"]["encryption"] = "pool".into();
+    for (n, node) in lab.nodes_of(gateway).enumerate() {
+        let private = fs::read_to_string(node.dir.join("lib/wireguard.key"))?;
+        one["status"]["nodes"][n]["publicKey"] = wg("pubkey", &private)?.into();
+    }
+    Ok(changed)
+}
+
+fn find<'a>(snapshot: &'a mut Value, gateway: &str) -> Result<&'a mut Value> {
+    let gateways = snapshot["gateways"].as_array_mut().context("the snapshot has no list of Gateways")?;
+    gateways.iter_mut().find(|g| g["metadata"]["name"] == gateway).with_context(|| format!("no Gateway {gateway}"))
+}
+
 /// Returns the snapshot with additional prefixes on a pool's first node.
 pub fn with_prefixes(snapshot: &Value, gateway: &str, prefixes: impl IntoIterator<Item = String>) -> Result<Value> {
     let mut changed = snapshot.clone();
-    let gateways = changed["gateways"].as_array_mut().context("the snapshot has no list of Gateways")?;
-    let one = gateways
-        .iter_mut()
-        .find(|g| g["metadata"]["name"] == gateway)
-        .with_context(|| format!("no Gateway {gateway}"))?;
-    one["status"]["nodes"][0]["subnets"]
+    find(&mut changed, gateway)?["status"]["nodes"][0]["subnets"]
         .as_array_mut()
         .context("the node has no list of prefixes")?
         .extend(prefixes.into_iter().map(Value::from));

@@ -1,6 +1,6 @@
 //! What gateway nodes have published is in the status of their Gateway: agents watch nothing else.
 
-use raven_api::gateway::{CONFIG_PUBLIC_KEY, EndpointType};
+use raven_api::gateway::{CONFIG_PUBLIC_KEY, Encryption, EndpointType};
 use raven_api::proxy::CONFIG_PROXY_READY;
 
 use super::build::*;
@@ -126,4 +126,32 @@ fn node_that_proves_its_key_takes_it_from_one_that_does_not() {
     cluster.0.keys.insert("e1".into(), key_of("key-o", true));
     let cluster = cluster.apply(4).apply(5);
     assert_eq!((key(&cluster, "edge"), key(&cluster, "other")), (some(""), some("key-o")));
+}
+
+#[test]
+fn keys_of_all_nodes_are_published_in_a_pool_with_encryption() {
+    let member_keys = |cluster: &Cluster| -> Vec<Option<String>> {
+        let status = cluster.resource("edge").status.clone().expect("a status");
+        status.nodes.into_iter().map(|node| node.public_key).collect()
+    };
+    let some = |key: &str| Some(key.to_owned());
+    let mut cluster = two_pools();
+    for (node, key) in [("c1", "key-c"), ("e1", "key-1"), ("e2", "key-2")] {
+        cluster.0.keys.insert(node.into(), key_of(key, true));
+    }
+    let cluster = cluster.apply(1);
+    assert_eq!(member_keys(&cluster), [None, None], "without encryption, only those of elected nodes");
+    let mut edge = cluster.resource("edge").clone();
+    edge.spec.encryption = Encryption::Pool;
+    let mut cluster = cluster.gateway(edge).apply(2).apply(3);
+    assert_eq!(member_keys(&cluster), [some("key-1"), some("key-2")]);
+    cluster.0.keys.remove(&"e2".into());
+    let mut cluster = cluster.apply(4);
+    assert_eq!(member_keys(&cluster), [some("key-1"), some("key-2")], "stays while its GatewayNode cannot be read");
+    // A stolen member has the key of a gateway node.
+    cluster.0.keys.insert("e2".into(), key_of("key-c", false));
+    let cluster = cluster.apply(5);
+    assert_eq!(member_keys(&cluster), [some("key-1"), some("key-2")]);
+    let refused = "node e2 has published the WireGuard key of node c1";
+    cluster.assert_condition("edge", "Accepted", "False", "PublicKeyTaken", refused);
 }
