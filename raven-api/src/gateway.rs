@@ -82,7 +82,8 @@ pub enum Encryption {
 }
 
 impl Encryption {
-    fn is_default(&self) -> bool {
+    /// True if WireGuard encrypts between gateway nodes only.
+    pub fn is_default(&self) -> bool {
         *self == Self::default()
     }
 }

@@ -87,11 +87,11 @@ fn configs() -> impl Strategy<Value = (Option<ProxyConfig>, Option<TunnelConfig>
 fn new_gateway() -> impl Strategy<Value = v1beta1::Gateway> {
     let spec = (selector(), expose(), configs(), collection::vec(endpoint(), 0..5)).prop_map(
         |(node_selector, expose_type, (proxy_config, tunnel_config, encryption), endpoints)| v1beta1::GatewaySpec {
-            encryption,
             node_selector,
             expose_type,
             proxy_config,
             tunnel_config,
+            encryption,
             endpoints,
         },
     );

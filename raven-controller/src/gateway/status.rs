@@ -154,6 +154,13 @@ impl Draft<'_> {
         names.into_iter().map(String::as_str).collect()
     }
 
+    // Nodes of a pool with encryption that cannot exchange packets with other pools.
+    fn without_key(&self) -> Vec<&str> {
+        let l3 = self.gateway.resource.encrypts_pool() && self.tunnel.wanted > 0;
+        let nodes = self.nodes.iter().map(|(node, _)| &node.name).filter(|_| l3);
+        nodes.filter(|name| !self.keys.contains_key(*name)).map(NodeName::as_str).collect()
+    }
+
     fn accepted(&self) -> Verdict {
         let Some(first) = self.refusals.first() else {
             return verdict(
@@ -203,7 +210,8 @@ impl Draft<'_> {
         }
         let incomplete = self.tunnel.elected.len() < self.tunnel.wanted || self.proxy.elected.len() < self.proxy.wanted;
         let silent = !self.without_agent().is_empty();
-        if incomplete || silent || !self.refusals.is_empty() || !self.unaddressed.is_empty() {
+        let deficient = incomplete || silent || !self.without_key().is_empty();
+        if deficient || !self.refusals.is_empty() || !self.unaddressed.is_empty() {
             return verdict_with_notes(
                 true,
                 "Degraded",
@@ -223,6 +231,11 @@ impl Draft<'_> {
             [] if self.tunnel.elected.len() < self.tunnel.wanted => tally(&self.tunnel),
             [] if self.proxy.elected.len() < self.proxy.wanted => tally(&self.proxy),
             [] if !self.without_agent().is_empty() => no_agent(&self.without_agent()),
+            [] if !self.without_key().is_empty() => format!(
+                "encryption is pool, and these nodes have published no WireGuard key, so their packets from and to other pools are dropped: {}; {}",
+                enumerate(&self.without_key()),
+                find_agents(&self.without_key())
+            ),
             [] => "some nodes of the pool are ignored".to_owned(),
             [only] => only.message.clone(),
             [first, more @ ..] => format!("{} (and {} more, see condition Accepted)", first.message, more.len()),

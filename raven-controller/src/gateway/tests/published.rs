@@ -143,7 +143,19 @@ fn keys_of_all_nodes_are_published_in_a_pool_with_encryption() {
     assert_eq!(member_keys(&cluster), [None, None], "without encryption, only those of elected nodes");
     let mut edge = cluster.resource("edge").clone();
     edge.spec.encryption = Encryption::Pool;
-    let mut cluster = cluster.gateway(edge).apply(2).apply(3);
+    let mut cluster = cluster.gateway(edge);
+    let published = cluster.0.keys.remove(&"e2".into()).expect("a key");
+    let mut cluster = cluster.apply(2);
+    cluster.assert_condition(
+        "edge",
+        "Ready",
+        "True",
+        "Degraded",
+        "no WireGuard key, so their packets from and to other pools are dropped: e2;",
+    );
+    cluster.0.keys.insert("e2".into(), published);
+    let mut cluster = cluster.apply(3);
+    cluster.assert_condition("edge", "Ready", "True", "Ready", "");
     assert_eq!(member_keys(&cluster), [some("key-1"), some("key-2")]);
     cluster.0.keys.remove(&"e2".into());
     let mut cluster = cluster.apply(4);
