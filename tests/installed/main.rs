@@ -76,6 +76,7 @@ async fn scenario(lab: &Lab, results: &mut Results) -> Result<()> {
     results.note("no packet was dropped", proof::no_drops(lab, &before));
     let internet = internet.stop().await?;
     results.note("nothing crossed the internet unencrypted", proof::encrypted(lab, &internet));
+    results.note("encryption: pool", encryption(lab).await);
     results.note("kubectl delete -k deploy, apply -k deploy/cleanup", removal(lab).await);
     Ok(())
 }
@@ -111,6 +112,24 @@ fn rolled_out(lab: &Lab, workload: &str) -> Result<String> {
 fn engines_ready(lab: &Lab) -> Result<String> {
     let ready = format!("--for=jsonpath={{.status.numberReady}}={}", lab.nodes.len());
     lab.cluster().kubectl(&["--namespace=kube-system", "wait", &ready, ROLLOUT, "daemonset/raven-wireguard"])
+}
+
+/// Switches encryption inside the pools on. Members use the engine of their node, which so far had no peer.
+async fn encryption(lab: &Lab) -> Result<String> {
+    for gateway in ["cloud", "edge-x"] {
+        let patch = r#"{"spec":{"encryption":"pool"}}"#;
+        lab.cluster().kubectl(&["patch", "gateway", gateway, "--type=merge", "-p", patch])?;
+    }
+    eventually(Duration::from_secs(60), "members have a session with their gateway node", || async {
+        for node in ["cloud-b", "x-b"] {
+            let peers = ["get", "gatewaynode", node, "-o", "jsonpath={.status.peerSummary}"];
+            let peers = lab.cluster().kubectl(&peers)?;
+            ensure!(peers == "1/1", "{node}: {peers}");
+        }
+        Ok(())
+    })
+    .await?;
+    proof::encrypted_inside(lab, &["x-a", "x-b"]).await
 }
 
 /// L3: the checks of the demo.

@@ -282,6 +282,29 @@ pub fn encrypted(lab: &Lab, internet: &Recording) -> Result<String> {
     Ok(format!("{wireguard} WireGuard packets crossed, no address and no byte of a pod unencrypted"))
 }
 
+/// Pods of every pair of pools communicate, in both families, while the LAN devices of `nodes` are recorded: no payload and
+/// no address of a pod is in clear there.
+pub async fn encrypted_inside(lab: &Lab, nodes: &[&str]) -> Result<String> {
+    let mut captures = Vec::new();
+    for node in nodes {
+        captures.push(Capture::start(lab.site(), &lab.node(node).ns, "eth0", "").await?);
+    }
+    for (a, b) in pairs(lab) {
+        for family in 0..FAMILIES.len() {
+            reach(lab, &a, &b, family).await?;
+        }
+    }
+    let mut wireguard = 0;
+    for capture in captures {
+        let lan = capture.stop().await?;
+        lan.ensure_nothing_in_clear(lab.site(), MARKER)?;
+        let overlay = lan.lines("udp port 4472")?;
+        ensure!(overlay.is_empty(), "{} overlay packets, the first: {}", overlay.len(), overlay[0]);
+        wireguard += lan.count("udp port 4500")?;
+    }
+    Ok(format!("{wireguard} WireGuard packets on the LAN devices of {}", nodes.join(", ")))
+}
+
 /// Each gateway node reports live sessions with all its peers.
 pub async fn handshakes(lab: &Lab) -> Result<String> {
     let api: Api<GatewayNode> = Api::all(lab.cluster().client());
