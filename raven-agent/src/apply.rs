@@ -278,11 +278,12 @@ impl Reconciler {
             Some(tunnel) => self.handshakes.retry(tunnel, &plan.state, outcome).await,
             None => self.handshakes.clear(),
         }
+        self.attach_device_programs(indexes, outcome).await;
         self.change_state(plan, indexes, outcome).await;
         if self.handshakes.is_pending() {
             outcome.rerun_within(FIRST_RETRY);
         }
-        self.attach_programs(plan, uplink, indexes, outcome).await;
+        self.attach_uplink_programs(plan, uplink, indexes, outcome).await;
         // Again, because only now it is known which program guards the uplink.
         let abilities = self.abilities(plan, uplink);
         outcome.take(self.configure(plan, indexes, abilities));

@@ -102,7 +102,7 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     let encrypted = pool.encrypted && l3;
     let device = if role == Role::Gateway || encrypted { Device::Tunnel } else { Device::Overlay };
     let tunnel_port = match device {
-        Device::Tunnel => own_gateway.map_or(raven_api::DEFAULT_TUNNEL_PORT, |gateway| gateway.port),
+        Device::Tunnel => own_gateway.map_or(member.tunnel_port, |gateway| gateway.port),
         Device::Overlay => 0,
     };
     let mut peers = if role == Role::Gateway { peers::peers(&paths, pool, me.preshared) } else { BTreeMap::new() };
@@ -130,8 +130,12 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     state.barriers = state.routes.keys().copied().collect();
     let (interception, entries) = intercepted.unzip();
     for (prefix, remote) in entries.into_iter().flatten() {
-        // Where L3 carries node addresses it carries these connections, too.
-        state.remote.entry(prefix).or_insert(remote);
+        match device {
+            // Where L3 carries node addresses it carries these connections, too.
+            Device::Overlay => drop(state.remote.entry(prefix).or_insert(remote)),
+            // The overlay carries nothing else.
+            Device::Tunnel => drop(state.remote.insert(prefix, remote)),
+        }
     }
     let addresses =
         prefixes.iter().filter(|prefix| me.ipv6 || prefix.addr().is_ipv4()).map(routes::own_address).collect();

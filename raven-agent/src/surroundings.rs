@@ -35,8 +35,9 @@ pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &Uplink
     complaints.extend(bypasses(links, plan).await);
     match ruleset().await {
         Ok(ruleset) => {
-            complaints.extend(forward_drops(&ruleset, &own));
-            let wan = uplink.wan.as_ref().map_or(&uplink.name, |wan| &wan.name);
+            let device = if plan.tunnel.is_some() { names::TUNNEL } else { names::OVERLAY };
+            complaints.extend(forward_drops(&ruleset, &own, device));
+            let wan = uplink.wan.as_ref().filter(|_| plan.role == Role::Gateway).map_or(&uplink.name, |wan| &wan.name);
             let tunnel = plan.tunnel.as_ref().map(|tunnel| (tunnel.port, wan.as_str()));
             complaints.extend(blocked_ports(&ruleset, (raven_common::OVERLAY_PORT, &uplink.name), tunnel));
         }
@@ -160,11 +161,11 @@ fn dropping_tables(ruleset: &Value) -> BTreeSet<(String, String)> {
 }
 
 /// FORWARD chains with policy DROP (of nft, or of iptables as nft shows it) in whose table no rule accepts
-/// this node's pods.
-fn forward_drops(ruleset: &Value, own: &[IpNet]) -> Vec<String> {
+/// this node's pods. `device`: the one of Raven's by which their packets arrive.
+fn forward_drops(ruleset: &Value, own: &[IpNet], device: &str) -> Vec<String> {
     let drops = objects(ruleset, "chain").filter(|c| c["hook"] == "forward" && c["policy"] == "drop");
     drops
-        .filter(|chain| !accepts_pods(ruleset, chain, own))
+        .filter(|chain| !accepts_pods(ruleset, chain, own, device))
         .map(|chain| {
             let (family, table) = (text(chain, "family"), text(chain, "table"));
             format!(
@@ -173,22 +174,22 @@ fn forward_drops(ruleset: &Value, own: &[IpNet]) -> Vec<String> {
                  iptables -I FORWARD -i {} -j ACCEPT; iptables -I FORWARD -o {} -j ACCEPT",
                 text(chain, "name"),
                 own.iter().map(ToString::to_string).collect::<Vec<_>>().join(" or "),
-                names::OVERLAY,
-                names::OVERLAY
+                device,
+                device
             )
         })
         .collect()
 }
 
-/// True if a rule of the same table accepts and matches on Raven's devices, on a prefix that contains this node's pod
+/// True if a rule of the same table accepts and matches on the device, on a prefix that contains this node's pod
 /// prefixes, or on nothing. Jumps are not followed: a rule in an unused chain is unlikely.
-fn accepts_pods(ruleset: &Value, chain: &Value, own: &[IpNet]) -> bool {
+fn accepts_pods(ruleset: &Value, chain: &Value, own: &[IpNet], device: &str) -> bool {
     let v4 = chain["family"] != "ip6";
     let mine: Vec<&IpNet> = own.iter().filter(|p| p.addr().is_ipv4() == v4 || chain["family"] == "inet").collect();
     if mine.is_empty() {
         return true;
     }
-    accepts(ruleset, chain, |condition| matches_pods(condition, &mine))
+    accepts(ruleset, chain, |condition| matches_pods(condition, &mine, device))
 }
 
 /// True if a rule of the chain's table accepts, and has either no condition or one that `wanted` selects.
@@ -202,9 +203,9 @@ fn accepts(ruleset: &Value, chain: &Value, wanted: impl Fn(&Value) -> bool) -> b
     })
 }
 
-fn matches_pods(condition: &Value, own: &[&IpNet]) -> bool {
+fn matches_pods(condition: &Value, own: &[&IpNet], device: &str) -> bool {
     let right = &condition["right"];
-    if matches!(right.as_str(), Some(names::OVERLAY | names::TUNNEL)) {
+    if right == device {
         return true;
     }
     nft::prefix(right).is_some_and(|p| own.iter().all(|o| p.contains(*o)))
@@ -302,17 +303,31 @@ mod tests {
 
     #[test]
     fn forward_drop_is_reported_unless_a_rule_accepts_pods() {
-        assert_eq!(forward_drops(&forward("accept", vec![]), &own()), Vec::<String>::new());
-        let complaint = &forward_drops(&forward("drop", vec![]), &own())[0];
+        assert_eq!(forward_drops(&forward("accept", vec![]), &own(), names::OVERLAY), Vec::<String>::new());
+        let complaint = &forward_drops(&forward("drop", vec![]), &own(), names::OVERLAY)[0];
         assert!(complaint.contains("10.244.3.0/24") && complaint.contains("iptables -I FORWARD"), "{complaint}");
-        assert_eq!(forward_drops(&forward("drop", vec![from("192.168.0.0", 16)]), &own()).len(), 1, "another prefix");
+        assert_eq!(
+            forward_drops(&forward("drop", vec![from("192.168.0.0", 16)]), &own(), names::OVERLAY).len(),
+            1,
+            "another prefix"
+        );
         // flannel accepts the prefix of the whole cluster. An `ip` table does not see the IPv6 prefix.
-        assert_eq!(forward_drops(&forward("drop", vec![from("10.244.0.0", 16)]), &own()), Vec::<String>::new());
+        assert_eq!(
+            forward_drops(&forward("drop", vec![from("10.244.0.0", 16)]), &own(), names::OVERLAY),
+            Vec::<String>::new()
+        );
         let established =
             json!([{ "xt": { "type": "match", "name": "conntrack" } }, { "counter": {} }, { "accept": null }]);
-        assert_eq!(forward_drops(&forward("drop", vec![established]), &own()).len(), 1, "only replies are accepted");
+        assert_eq!(
+            forward_drops(&forward("drop", vec![established]), &own(), names::OVERLAY).len(),
+            1,
+            "only replies are accepted"
+        );
         let device = json!([{ "match": { "op": "==", "left": { "meta": { "key": "iifname" } }, "right": "raven0" } }, { "accept": null }]);
-        assert_eq!(forward_drops(&forward("drop", vec![device]), &own()), Vec::<String>::new());
+        let ruleset = forward("drop", vec![device]);
+        assert_eq!(forward_drops(&ruleset, &own(), names::OVERLAY), Vec::<String>::new());
+        let complaint = &forward_drops(&ruleset, &own(), names::TUNNEL)[0];
+        assert!(complaint.contains("iptables -I FORWARD -o raven-wg0"), "{complaint}");
     }
 
     #[test]

@@ -70,6 +70,8 @@ pub struct Member {
     pub prefixes: BTreeSet<IpNet>,
     /// Its WireGuard public key, if the pool is encrypted and the node has published one.
     pub key: Option<PublicKey>,
+    /// UDP port of its tunnel, if it has one.
+    pub tunnel_port: u16,
 }
 
 /// An elected gateway node of the tunnel.
@@ -127,7 +129,14 @@ impl Member {
     /// A node with one address and no prefixes.
     pub fn new(outer: Ipv4Addr) -> Self {
         let address = outer.into();
-        Self { address, outer, addresses: BTreeSet::from([address]), prefixes: BTreeSet::new(), key: None }
+        Self {
+            address,
+            outer,
+            addresses: BTreeSet::from([address]),
+            prefixes: BTreeSet::new(),
+            key: None,
+            tunnel_port: raven_api::DEFAULT_TUNNEL_PORT,
+        }
     }
 }
 

@@ -102,9 +102,6 @@ verdicts! {
     /// Dropped: this pool has encryption, and an overlay packet is not encrypted. The sender's agent does not know of the
     /// setting yet, is of an older release, or the packet is forged.
     DropNotEncrypted = 47, "drop-not-encrypted";
-    /// Dropped: a packet for another node of a pool with encryption exceeds the tunnel's MTU. The stack would forward it
-    /// unencrypted.
-    DropTooBig = 48, "drop-too-big";
 }
 
 impl Verdict {

@@ -123,9 +123,8 @@ fn draft<'a>(
     refusals.extend(holders.refusals(inputs, &gateway.name, keyed.iter().copied()));
     let known: BTreeMap<&str, &str> = keys::in_status(gateway).collect();
     let keys = keyed.into_iter().filter(|_| gateway.resource.encrypts_pool());
-    let keys =
-        keys.filter_map(|node| Some((node.clone(), holders.key_of(inputs, node, known.get(node.as_str()).copied())?)));
-    let keys = keys.collect();
+    let key = |node: &NodeName| holders.member_key(inputs, node, known.get(node.as_str()).copied());
+    let keys = keys.map(|node| (node.clone(), key(node))).collect();
     Draft {
         gateway,
         family,

@@ -1,11 +1,13 @@
 //! TC egress of `raven-wg0`: packets that this gateway node and its own pods send through the stack. Clamps the MSS of
 //! SYNs, as [`mod@crate::overlay_egress`] does on members, and counts.
 //!
-//! Redirected packets have a source outside this node's prefixes and pass unchanged.
+//! Redirected packets have a source outside this node's prefixes and pass unchanged. A member has none: there, such a packet
+//! is dropped, as the gateway node would drop it without a reason.
 
 use raven_common::{
     Verdict,
     header::{Ipv4, Ipv6},
+    tables::{CONFIG_ENCRYPTED, Config, NODE_IS_GATEWAY},
 };
 
 use crate::{
@@ -36,10 +38,24 @@ fn from_stack<I: Tables>(skb: &Skb) -> Option<Result<Decision, Decision>> {
         Ok(header) => header,
         Err(decision) => return Some(Err(decision)),
     };
-    if I::local(header.source())?.node != config.node {
-        return None;
+    if I::local(header.source()).is_none_or(|local| local.node != config.node) {
+        return foreign(&config, &header);
     }
     rewrite::clamp_mss(skb, L3, &header, config.tunnel_mtu);
     let gateway = I::remote(header.destination()).map_or(0, |r| r.gateway);
     Some(Ok(Decision::new(Verdict::FromStack, gateway)))
+}
+
+/// A packet whose source is not this node's.
+#[inline(always)]
+fn foreign<I: Tables>(config: &Config, header: &I) -> Option<Result<Decision, Decision>> {
+    let is_gateway = maps::node(&config.node).is_none_or(|node| node.flags & NODE_IS_GATEWAY != 0);
+    if config.flags & CONFIG_ENCRYPTED == 0 || is_gateway {
+        return None;
+    }
+    if header.is_multicast() {
+        return Some(Ok(Verdict::Multicast.into()));
+    }
+    let gateway = I::remote(header.destination()).map_or(0, |r| r.gateway);
+    Some(Err(Decision::new(Verdict::DropSourceNotMine, gateway)))
 }

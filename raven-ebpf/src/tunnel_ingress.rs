@@ -133,7 +133,7 @@ fn relay<I: Tables>(skb: &Skb, config: &Config, header: &I, from: Remote) -> Res
     if config.flags & CONFIG_RELAY == 0 {
         return Err(decision(Verdict::DropNoRoute));
     }
-    into_tunnel(skb, config, header, to.gateway, Verdict::Relayed, TO_STACK)
+    into_tunnel(skb, config, header, config.tunnel_mtu, decision(Verdict::Relayed))
 }
 
 /// A packet in a pool with encryption. WireGuard has checked that its source belongs to the peer.
@@ -141,42 +141,40 @@ fn relay<I: Tables>(skb: &Skb, config: &Config, header: &I, from: Remote) -> Res
 fn encrypted<I: Tables>(skb: &Skb, config: &Config, header: &I) -> Result<Decision, Decision> {
     match (I::remote(header.source()), I::local(header.destination())) {
         (Some(from), Some(local)) if local.node == config.node => Ok(Decision::new(Verdict::Delivered, from.gateway)),
-        // Not to the stack, whose route to the other node is the LAN.
-        (Some(from), Some(_)) => into_tunnel(skb, config, header, from.gateway, Verdict::ToMember, TO_NOWHERE),
+        // Never to the stack, whose route to the other node is the LAN. One that is too long is fragmented after its encryption.
+        (Some(from), Some(_)) => {
+            into_tunnel(skb, config, header, u32::MAX, Decision::new(Verdict::ToMember, from.gateway)).map_err(|e| {
+                let verdict = if e.verdict == Verdict::StackRewriteFailed { Verdict::DropMalformed } else { e.verdict };
+                Decision::new(verdict, e.gateway)
+            })
+        }
         (Some(from), None) => relay(skb, config, header, from),
         (None, _) => {
             I::local(header.source()).ok_or(Verdict::DropSourceNotRemote)?;
             let to = I::remote(header.destination()).ok_or(Verdict::DropNoRoute)?;
-            into_tunnel(skb, config, header, to.gateway, Verdict::FromMember, TO_STACK)
+            into_tunnel(skb, config, header, config.tunnel_mtu, Decision::new(Verdict::FromMember, to.gateway))
         }
     }
 }
 
-/// Verdicts for a packet that exceeds the tunnel's MTU, and for one that cannot be rewritten.
-type Unfit = [Verdict; 2];
-/// The stack answers, or forwards the packet by its route, which is the tunnel.
-const TO_STACK: Unfit = [Verdict::StackTooBig, Verdict::StackRewriteFailed];
-const TO_NOWHERE: Unfit = [Verdict::DropTooBig, Verdict::DropMalformed];
-
-/// Redirects a packet to the egress of the tunnel, where WireGuard selects the peer by the destination. The stack answers a
-/// packet with an exhausted TTL and never forwards it.
+/// Redirects a packet of at most `mtu` bytes to the egress of the tunnel, where WireGuard selects the peer by the
+/// destination. The stack answers one that is longer, or whose TTL is exhausted.
 #[inline(always)]
 fn into_tunnel<I: Tables>(
     skb: &Skb,
     config: &Config,
     header: &I,
-    gateway: GatewayId,
-    done: Verdict,
-    [too_big, failed]: Unfit,
+    mtu: u32,
+    done: Decision,
 ) -> Result<Decision, Decision> {
-    let decision = |verdict| Decision::new(verdict, gateway);
+    let decision = |verdict| Decision::new(verdict, done.gateway);
     if header.ttl() <= 1 {
         return Err(decision(Verdict::StackTtl));
     }
-    if !skb.fits(L3, header, config.tunnel_mtu) {
-        return Err(decision(too_big));
+    if !skb.fits(L3, header, mtu) {
+        return Err(decision(Verdict::StackTooBig));
     }
-    rewrite::take_hop(skb, L3, header).map_err(|()| decision(failed))?;
+    rewrite::take_hop(skb, L3, header).map_err(|()| decision(Verdict::StackRewriteFailed))?;
     forward::redirect(config.tunnel_ifindex);
-    Ok(decision(done))
+    Ok(done)
 }

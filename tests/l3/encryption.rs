@@ -89,6 +89,9 @@ async fn packets_of_encrypted_pools_are_never_in_clear() {
         Ok(())
     };
     running.check(eventually(SOON, "a member without encryption has no tunnel", gone).await);
+    // The check of captures sees what is in clear.
+    let seen = proof::encrypted_inside(lab, &["x-b"]).await.expect_err("packets in clear");
+    assert!(seen.to_string().contains("the marker crossed unencrypted"), "{seen:#}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -137,10 +140,17 @@ async fn encrypted_pool_follows_its_gateway_node() {
         Ok(())
     };
     running.check(eventually(SOON, "packets of x-a, now a member, pass through x-b", through).await);
-    for (from, to) in [("x-a", "cloud-b"), ("x-b", "cloud-b"), ("y-b", "x-a"), ("cloud-b", "x-b")] {
+    let ends = [("x-a", "cloud-b"), ("x-b", "cloud-b"), ("y-b", "x-a"), ("cloud-b", "x-b")];
+    for (from, to) in ends {
         for address in lab.pod(to).addresses() {
             let answers = || async { probe::ping(&lab.pod(from).ns, address).await?.context("no answer") };
             running.check(eventually(SOON, &format!("{from} reaches {address} of {to}"), answers).await);
         }
+    }
+    running.check(lab.cluster().put_setting("raven-agent-config", "forward-node-ip", "true").await);
+    for (from, to) in ends {
+        let address = lab.node(to).lan_v4.into();
+        let answers = || async { probe::ping(&lab.node(from).ns, address).await?.context("no answer") };
+        running.check(eventually(SOON, &format!("node {from} reaches node {to}"), answers).await);
     }
 }

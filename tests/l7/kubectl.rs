@@ -59,6 +59,17 @@ async fn kubelets_are_reached_by_address_from_a_cloud_with_encryption() {
     for from in ["cloud-a", "cloud-b"] {
         running.reads_metrics(from, "10.1.0.12").await;
     }
+    // L3 carries node addresses, and the overlay still the kubelet's port.
+    running.check(lab.cluster().put_setting("raven-agent-config", "forward-node-ip", "true").await);
+    for from in ["cloud-a", "cloud-b"] {
+        let carried = || async {
+            let route = lab.node(from).ns.run("ip", &["route", "get", "10.1.0.12"])?;
+            anyhow::ensure!(route.contains("dev raven-wg0"), "{route}");
+            Ok(())
+        };
+        running.check(eventually(SOON, &format!("the tunnel of {from} carries node addresses"), carried).await);
+        running.reads_metrics(from, "10.1.0.12").await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

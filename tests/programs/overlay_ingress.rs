@@ -317,8 +317,8 @@ fn kubelet_connections_pass_to_proxy_with_and_without_tunnel() {
 #[test]
 fn packets_of_other_pools_are_dropped_in_a_pool_with_encryption() {
     require_root!();
-    let member = Config { tunnel_ifindex: 0, ..topology::encrypted() };
-    for (config, what) in [(topology::encrypted(), "gateway node"), (member, "member")] {
+    let without_tunnel = Config { tunnel_ifindex: 0, ..topology::encrypted() };
+    for (config, what) in [(topology::encrypted(), "with a tunnel"), (without_tunnel, "without a tunnel")] {
         let node = Node::new(config);
         for family in Family::BOTH {
             let check = |outer, inner: Packet, gateway| {

@@ -47,6 +47,25 @@ fn own_packets_are_counted_and_redirected_ones_unchanged() {
 }
 
 #[test]
+fn member_with_encryption_drops_sources_of_others() {
+    require_root!();
+    let mut cases = Vec::new();
+    for family in Family::BOTH {
+        let dropped = |name: &str, packet: Packet, gateway| {
+            Case::new(format!("{family:?}: {name}"), packet.bytes()).dropped(gateway, Verdict::DropSourceNotMine)
+        };
+        let own = udp(family, MINE, EDGES);
+        cases.extend([
+            from_stack("its own", &own, &own),
+            dropped("of another node", udp(family, MEMBERS, EDGES), EDGE),
+            dropped("masqueraded", udp(family, UNKNOWN, EDGES), EDGE),
+            dropped("to an unknown prefix", udp(family, UNKNOWN, UNKNOWN), NONE),
+        ]);
+    }
+    check(&Dataplane::load(topology::encrypted()), Hook::TunnelEgress, &cases);
+}
+
+#[test]
 fn mss_of_own_syns_is_clamped_and_malformed_packets_dropped() {
     require_root!();
     let mut cases = vec![not_ip()];

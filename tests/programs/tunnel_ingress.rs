@@ -169,8 +169,10 @@ fn packets_of_members_with_encryption_return_into_tunnel() {
                     .redirected(gateway, verdict)
                     .becomes(aggregate.clone().ttl(63).bytes()),
                 match verdict {
-                    // The stack would forward it on the LAN.
-                    Verdict::ToMember => too_big.dropped(gateway, Verdict::DropTooBig),
+                    // The stack would forward it on the LAN, in clear.
+                    Verdict::ToMember => {
+                        too_big.redirected(gateway, verdict).becomes(packet.clone().len(1421).ttl(63).bytes())
+                    }
                     _ => too_big.passes(gateway, Verdict::StackTooBig),
                 },
             ]);

@@ -7,37 +7,41 @@ use crate::{
     link::{NetDevice, Uplink},
     names,
     plan::Plan,
-    state::{Indexes, Role},
+    state::Indexes,
 };
 
 impl Reconciler {
-    /// Attaches all programs that the plan needs. Called after the maps are filled: an XDP program without entries
-    /// would drop the packets of its pool.
-    pub(super) async fn attach_programs(
-        &mut self,
-        plan: &Plan,
-        uplink: &Uplink,
-        indexes: Indexes,
-        outcome: &mut Outcome,
-    ) {
+    /// Attaches the programs of Raven's own devices. Called before the tunnel has peers: without a program, the stack would
+    /// forward their packets to members in clear. A program without map entries drops them.
+    pub(super) async fn attach_device_programs(&mut self, indexes: Indexes, outcome: &mut Outcome) {
         for (hook, device, index) in [
             (Hook::OverlayIngress, names::OVERLAY, Some(indexes.overlay)),
             (Hook::OverlayEgress, names::OVERLAY, Some(indexes.overlay)),
             (Hook::TunnelIngress, names::TUNNEL, indexes.tunnel),
             (Hook::TunnelEgress, names::TUNNEL, indexes.tunnel),
         ] {
-            let Some(index) = index else { continue };
+            let Some(index) = index else {
+                self.bpf.detach(hook);
+                continue;
+            };
             self.bpf.detach_except(hook, [index]);
             outcome.take(self.bpf.attach(hook, device, index));
             if let Some(before) = self.programs_before(hook, device, index).await {
                 outcome.surroundings.push(format!("{before}; keep other programs off {device}"));
             }
         }
+    }
+
+    /// Attaches the programs of the uplink, on a node with a tunnel. Called after the maps are filled: an XDP program
+    /// without entries would drop the packets of its pool.
+    pub(super) async fn attach_uplink_programs(
+        &mut self,
+        plan: &Plan,
+        uplink: &Uplink,
+        indexes: Indexes,
+        outcome: &mut Outcome,
+    ) {
         if indexes.tunnel.is_none() {
-            self.bpf.detach(Hook::TunnelIngress);
-            self.bpf.detach(Hook::TunnelEgress);
-        }
-        if indexes.tunnel.is_none() || plan.role != Role::Gateway {
             return self.detach_uplink_programs(uplink);
         }
         // `uplink_ingress` reads the metadata that `uplink_xdp` writes, so it is attached first and detached last.

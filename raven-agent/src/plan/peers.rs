@@ -5,8 +5,6 @@ use std::{
     net::SocketAddr,
 };
 
-use raven_api::DEFAULT_TUNNEL_PORT;
-
 use super::me::Me;
 use super::path::{Path, PathKind, owner};
 use crate::{
@@ -32,7 +30,7 @@ pub(super) fn inside(paths: &BTreeMap<&str, Path>, own: &Pool, me: &Me) -> BTree
         let owned = own.members.iter().filter(|(name, _)| **name != me.node && owner(own, name) == Some(&me.node));
         // With a keepalive, a restarted gateway node starts the sessions again that its members still have.
         let peers = owned.filter_map(|(_, member)| {
-            Some((member.key?, peer(member, DEFAULT_TUNNEL_PORT, member.prefixes.clone(), Some(KEEPALIVE))))
+            Some((member.key?, peer(member, member.tunnel_port, member.prefixes.clone(), Some(KEEPALIVE))))
         });
         return peers.collect();
     }

@@ -256,12 +256,35 @@ fn nodes_of_a_pool_with_encryption_are_peers_of_its_gateway_node() {
     let cloud = plan(&topology, &me(0, 0));
     assert!(cloud.state.peers.contains_key(&key(1, 0)) && !cloud.state.peers.contains_key(&key(1, 1)));
 
-    // A member whose agent is older publishes no key.
+    // The port of a member is that of its endpoint, as if it were elected.
     let mut inputs = inputs(&sites);
+    let endpoint = Endpoint { node_name: node_name(1, 1), port: Some(51820), ..Endpoint::default() };
+    inputs.gateways[1].spec.endpoints = vec![endpoint];
+    let other = build(&inputs);
+    assert_eq!(plan(&other, &me(1, 1)).tunnel.map(|tunnel| tunnel.port), Some(51820));
+    let dialled = plan(&other, &me(1, 0)).state.peers[&key(1, 1)].endpoint;
+    assert_eq!(dialled.map(|endpoint| endpoint.port()), Some(51820));
+
+    // A member whose agent is older publishes no key.
     inputs.gateways[1].status.as_mut().expect("a status").nodes[1].public_key = None;
     let gateway = plan(&build(&inputs), &me(1, 0));
     assert!(!gateway.state.peers.contains_key(&key(1, 1)));
     assert!(gateway.problems[0].contains("node s1-n1 has published no WireGuard key"), "{:?}", gateway.problems);
+}
+
+#[test]
+fn overlay_carries_intercepted_connections_where_a_tunnel_carries_node_addresses() {
+    let mut sites = three_pools();
+    sites[0].encrypted = true;
+    let mut inputs = inputs(&sites);
+    inputs.settings.forward_node_ip = true;
+    let endpoint = Endpoint { node_name: node_name(0, 0), type_: EndpointType::Proxy, ..Endpoint::default() };
+    inputs.gateways[0].status.as_mut().expect("a status").active_endpoints.push(endpoint);
+    let plan = plan(&build(&inputs), &me(0, 1));
+    assert!(plan.interception.is_some());
+    let kubelet = "192.168.1.11/32".parse().expect("a prefix");
+    assert_eq!(plan.state.routes[&kubelet].device, Device::Tunnel);
+    assert_eq!(plan.state.remote[&kubelet].via, [192, 168, 0, 10], "its ports have a route to the overlay");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::{
 use ipnet::IpNet;
 use prefix_trie::joint::JointPrefixMap;
 use raven_api::{
-    Gateway, GatewayNode,
+    DEFAULT_TUNNEL_PORT, Gateway, GatewayNode,
     gateway::{CONFIG_PUBLIC_KEY, Endpoint, EndpointType, NodeInfo},
     names::{SWITCH_L3, SWITCH_L7},
     prefix::is_routable,
@@ -65,6 +65,11 @@ fn tunnels(gateway: &Gateway) -> impl Iterator<Item = &Endpoint> {
     active.filter(|endpoint| endpoint.type_ == EndpointType::Tunnel)
 }
 
+/// The key of a node in a pool with encryption. The controller publishes an empty one if the node has none.
+fn member_key(node: &NodeInfo) -> Option<&str> {
+    node.public_key.as_deref().filter(|key| !key.is_empty())
+}
+
 /// The name of an endpoint without a public address.
 fn host_name(endpoint: &Endpoint) -> Option<&str> {
     let name = endpoint.config.get(CONFIG_HOSTNAME).filter(|name| !name.is_empty())?;
@@ -112,7 +117,14 @@ pub fn keep_keys(inputs: &mut Inputs, before: &Inputs) {
         let key = endpoint.config.get(CONFIG_PUBLIC_KEY);
         key.map(|key| known.insert(endpoint.node_name.clone(), key.clone()));
     }
-    for status in inputs.gateways.iter_mut().filter_map(|gateway| gateway.status.as_mut()) {
+    let nodes = before.gateways.iter().filter_map(|gateway| gateway.status.as_ref()).flat_map(|status| &status.nodes);
+    known.extend(nodes.filter_map(|node| Some((node.node_name.clone(), node.public_key.clone()?))));
+    for gateway in &mut inputs.gateways {
+        let encrypted = gateway.encrypts_pool();
+        let Some(status) = gateway.status.as_mut() else { continue };
+        for node in status.nodes.iter_mut().filter(|node| encrypted && node.public_key.is_none()) {
+            node.public_key = known.get(&node.node_name).cloned();
+        }
         for endpoint in status.active_endpoints.iter_mut().filter(|e| e.type_ == EndpointType::Tunnel) {
             if let (false, Some(key)) =
                 (endpoint.config.contains_key(CONFIG_PUBLIC_KEY), known.get(&endpoint.node_name))
@@ -153,8 +165,12 @@ impl Builder {
             ..Pool::default()
         };
         let mut stand_ins = StandIns::of(&status.nodes);
+        let candidates = gateway.spec.endpoints.iter().filter(|endpoint| endpoint.type_ == EndpointType::Tunnel);
+        let listed = candidates.chain(tunnels(gateway)).map(|e| (e.node_name.as_str(), e.port_or_default()));
+        let ports: BTreeMap<&str, u16> = listed.collect();
         for node in &status.nodes {
-            if let Some(member) = self.member(&name, node, stand_ins.as_mut()) {
+            if let Some(mut member) = self.member(&name, node, stand_ins.as_mut()) {
+                member.tunnel_port = ports.get(node.node_name.as_str()).copied().unwrap_or(DEFAULT_TUNNEL_PORT);
                 pool.members.insert(node.node_name.clone(), member);
             }
         }
@@ -203,8 +219,9 @@ impl Builder {
         let prefixes = node.subnets.iter().filter_map(|text| self.prefix(gateway, &node.node_name, text)).collect();
         // The controller writes them, and omits those that are not addresses.
         let further = node.private_ips.iter().filter_map(|text| text.parse().ok());
-        let key = node.public_key.as_deref().and_then(|text| self.key(gateway, &node.node_name, text));
-        Some(Member { prefixes, addresses: further.chain([address]).collect(), address, outer, key })
+        let key = member_key(node).and_then(|text| self.key(gateway, &node.node_name, text));
+        let addresses = further.chain([address]).collect();
+        Some(Member { addresses, address, prefixes, key, ..Member::new(outer) })
     }
 
     /// Makes each node's own addresses prefixes of it.
@@ -247,7 +264,7 @@ impl Builder {
     fn keep_keys(&mut self, gateway: &Gateway) {
         let elected = tunnels(gateway).filter_map(|e| Some((&e.node_name, self.claimed_key(e)?)));
         let nodes = gateway.status.iter().flat_map(|status| &status.nodes);
-        let members = nodes.filter_map(|node| Some((&node.node_name, node.public_key.clone()?)));
+        let members = nodes.filter_map(|node| Some((&node.node_name, member_key(node)?.to_owned())));
         for (node, text) in elected.chain(members).collect::<Vec<_>>() {
             if let Ok(key) = text.parse::<PublicKey>() {
                 self.key_owners.entry(key).or_insert_with(|| node.clone());
@@ -383,6 +400,8 @@ fn overlapping<'a>(
 
 #[cfg(test)]
 mod tests {
+    use raven_api::gateway::Encryption;
+
     use super::*;
 
     fn taken(list: &[&str]) -> JointPrefixMap<IpNet, String> {
@@ -499,6 +518,19 @@ mod tests {
         let inputs = with(gateway(Some("b")), &inputs);
         assert_eq!(key(&inputs).as_deref(), Some("b"), "the newer controller publishes keys");
         assert_eq!(key(&with(gateway(None), &inputs)).as_deref(), Some("b"), "the older one leads again");
+        // The keys of members, which an empty key ends.
+        let member = |encryption, key: Option<&str>| {
+            let mut gateway = Gateway::new("x", raven_api::GatewaySpec { encryption, ..Default::default() });
+            let public_key = key.map(str::to_owned);
+            let node = NodeInfo { node_name: "x2".to_owned(), public_key, ..NodeInfo::default() };
+            gateway.status = Some(raven_api::gateway::GatewayStatus { nodes: vec![node], ..Default::default() });
+            Inputs { gateways: vec![gateway], ..Inputs::default() }
+        };
+        let own = |inputs: Inputs| inputs.gateways[0].status.clone().expect("a status").nodes[0].public_key.clone();
+        let published = member(Encryption::Pool, Some("c"));
+        assert_eq!(own(with(member(Encryption::Pool, None), &published)).as_deref(), Some("c"));
+        assert_eq!(own(with(member(Encryption::Pool, Some("")), &published)).as_deref(), Some(""));
+        assert_eq!(own(with(member(Encryption::Gateways, None), &published)), None);
     }
 
     #[test]

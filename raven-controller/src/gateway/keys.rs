@@ -10,6 +10,15 @@ use super::facts::{GatewayFacts, GatewayName, NodeName, PublishedKey};
 use super::inputs::Inputs;
 use super::refusal::{Notice, Refusal};
 
+/// The key of a node of a pool with encryption.
+#[derive(Debug)]
+pub(crate) struct MemberKey {
+    /// The key, base64; empty if the node has none: agents keep a key that is only missing.
+    pub(crate) key: String,
+    /// The node publishes it at present.
+    pub(crate) published: bool,
+}
+
 /// The holders of all keys.
 pub(crate) struct KeyHolders<'a>(BTreeMap<&'a str, Holder<'a>>);
 
@@ -90,6 +99,13 @@ impl<'a> KeyHolders<'a> {
     pub(crate) fn key_of(&self, inputs: &Inputs, node: &NodeName, known: Option<&str>) -> Option<String> {
         let published = inputs.keys.get(node).map(|published| published.key.as_str());
         [published, known].into_iter().flatten().find(|key| self.may_have(node, key)).map(str::to_owned)
+    }
+
+    /// The key of a node of a pool with encryption; `known` as in [`Self::key_of`].
+    pub(crate) fn member_key(&self, inputs: &Inputs, node: &NodeName, known: Option<&str>) -> MemberKey {
+        let key = self.key_of(inputs, node, known).unwrap_or_default();
+        let published = inputs.keys.get(node).is_some_and(|published| published.key == key);
+        MemberKey { key, published }
     }
 
     /// Refusals for nodes of `gateway` that have published the key of another node.

@@ -17,6 +17,7 @@ use raven_api::proxy::CONFIG_HOSTNAME;
 use super::elect::Election;
 use super::facts::{Family, GatewayFacts, GatewayName, NodeFacts, NodeName, Switches};
 use super::inputs::Inputs;
+use super::keys::MemberKey;
 use super::refusal::Refusal;
 use super::text::{count, enumerate, join_capped, type_name};
 
@@ -36,8 +37,8 @@ pub(crate) struct Draft<'a> {
     pub(crate) nodes: Vec<(&'a NodeFacts, Vec<IpNet>)>,
     /// Nodes without one, which are ignored.
     pub(crate) unaddressed: Vec<NodeName>,
-    /// Public keys of the nodes of a pool with encryption.
-    pub(crate) keys: BTreeMap<NodeName, String>,
+    /// Public keys of the nodes of a pool with encryption; empty for other pools.
+    pub(crate) keys: BTreeMap<NodeName, MemberKey>,
     /// Election for the L3 tunnel.
     pub(crate) tunnel: Election,
     /// Election for the L7 proxy.
@@ -142,7 +143,7 @@ impl Draft<'_> {
             private_ip: node.address_of(self.family).map(|a| a.to_string()).unwrap_or_default(),
             private_ips: several(node, self.family),
             subnets: subnets.iter().map(IpNet::to_string).collect(),
-            public_key: self.keys.get(&node.name).cloned(),
+            public_key: self.keys.get(&node.name).map(|member| member.key.clone()),
         });
         let active_endpoints = [self.tunnel.elected, self.proxy.elected].concat();
         Decision { nodes: nodes.collect(), active_endpoints, exposed: self.exposed, verdicts, refusals: self.refusals }
@@ -155,10 +156,9 @@ impl Draft<'_> {
     }
 
     // Nodes of a pool with encryption that cannot exchange packets with other pools.
-    fn without_key(&self) -> Vec<&str> {
-        let l3 = self.gateway.resource.encrypts_pool() && self.tunnel.wanted > 0;
-        let nodes = self.nodes.iter().map(|(node, _)| &node.name).filter(|_| l3);
-        nodes.filter(|name| !self.keys.contains_key(*name)).map(NodeName::as_str).collect()
+    fn without_key(&self, l3: bool) -> Vec<&str> {
+        let without = self.keys.iter().filter(|(_, member)| l3 && !member.published);
+        without.map(|(name, _)| name.as_str()).collect()
     }
 
     fn accepted(&self) -> Verdict {
@@ -210,12 +210,12 @@ impl Draft<'_> {
         }
         let incomplete = self.tunnel.elected.len() < self.tunnel.wanted || self.proxy.elected.len() < self.proxy.wanted;
         let silent = !self.without_agent().is_empty();
-        let deficient = incomplete || silent || !self.without_key().is_empty();
+        let deficient = incomplete || silent || !self.without_key(l3).is_empty();
         if deficient || !self.refusals.is_empty() || !self.unaddressed.is_empty() {
             return verdict_with_notes(
                 true,
                 "Degraded",
-                format!("works, but not as specified: {}", self.first_deficiency()),
+                format!("works, but not as specified: {}", self.first_deficiency(l3)),
             );
         }
         verdict_with_notes(
@@ -226,16 +226,19 @@ impl Draft<'_> {
     }
 
     // One deficiency only: conditions Elected and Accepted list all of them.
-    fn first_deficiency(&self) -> String {
+    fn first_deficiency(&self, l3: bool) -> String {
         match self.refusals.as_slice() {
             [] if self.tunnel.elected.len() < self.tunnel.wanted => tally(&self.tunnel),
             [] if self.proxy.elected.len() < self.proxy.wanted => tally(&self.proxy),
             [] if !self.without_agent().is_empty() => no_agent(&self.without_agent()),
-            [] if !self.without_key().is_empty() => format!(
-                "encryption is pool, and these nodes have published no WireGuard key, so their packets from and to other pools are dropped: {}; {}",
-                enumerate(&self.without_key()),
-                find_agents(&self.without_key())
-            ),
+            [] if !self.without_key(l3).is_empty() => {
+                let nodes = self.without_key(l3);
+                format!(
+                    "encryption is pool, and these nodes publish no WireGuard key, so their packets from and to other pools may be dropped: {}; they need a Ready agent of a release that has the setting: {}",
+                    enumerate(&nodes),
+                    find_agents(&nodes)
+                )
+            }
             [] => "some nodes of the pool are ignored".to_owned(),
             [only] => only.message.clone(),
             [first, more @ ..] => format!("{} (and {} more, see condition Accepted)", first.message, more.len()),

@@ -294,15 +294,17 @@ pub async fn encrypted_inside(lab: &Lab, nodes: &[&str]) -> Result<String> {
             reach(lab, &a, &b, family).await?;
         }
     }
-    let mut wireguard = 0;
+    let mut wireguard = Vec::new();
     for capture in captures {
         let lan = capture.stop().await?;
         lan.ensure_nothing_in_clear(lab.site(), MARKER)?;
         let overlay = lan.lines("udp port 4472")?;
         ensure!(overlay.is_empty(), "{} overlay packets, the first: {}", overlay.len(), overlay[0]);
-        wireguard += lan.count("udp port 4500")?;
+        wireguard.push(lan.count("udp port 4500")?);
     }
-    Ok(format!("{wireguard} WireGuard packets on the LAN devices of {}", nodes.join(", ")))
+    ensure!(!wireguard.contains(&0), "a device without WireGuard packets: {wireguard:?}");
+    let sum: usize = wireguard.iter().sum();
+    Ok(format!("{sum} WireGuard packets on the LAN devices of {}", nodes.join(", ")))
 }
 
 /// Each gateway node reports live sessions with all its peers.

@@ -151,7 +151,7 @@ fn keys_of_all_nodes_are_published_in_a_pool_with_encryption() {
         "Ready",
         "True",
         "Degraded",
-        "no WireGuard key, so their packets from and to other pools are dropped: e2;",
+        "no WireGuard key, so their packets from and to other pools may be dropped: e2;",
     );
     cluster.0.keys.insert("e2".into(), published);
     let mut cluster = cluster.apply(3);
@@ -160,6 +160,11 @@ fn keys_of_all_nodes_are_published_in_a_pool_with_encryption() {
     cluster.0.keys.remove(&"e2".into());
     let mut cluster = cluster.apply(4);
     assert_eq!(member_keys(&cluster), [some("key-1"), some("key-2")], "stays while its GatewayNode cannot be read");
+    cluster.assert_condition("edge", "Ready", "True", "Degraded", "no WireGuard key");
+    cluster.0.switches.l3 = false;
+    let mut cluster = cluster.apply(4);
+    cluster.assert_condition("edge", "Ready", "True", "Ready", "");
+    cluster.0.switches.l3 = true;
     // A stolen member has the key of a gateway node.
     cluster.0.keys.insert("e2".into(), key_of("key-c", false));
     let cluster = cluster.apply(5);
