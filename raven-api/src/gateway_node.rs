@@ -1,4 +1,4 @@
-//! The GatewayNode: state that a gateway node publishes about itself.
+//! The GatewayNode: state that a gateway node, or any node of a pool with encryption, publishes about itself.
 //!
 //! The object is named after the node, and a ValidatingAdmissionPolicy (deploy/admission.yaml) lets only that node's
 //! agent write it. A stolen node can therefore publish no key but its own.
@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 )]
 #[serde(rename_all = "camelCase")]
 pub struct GatewayNodeSpec {
-    /// Gateway for which this node is elected.
+    /// Gateway of this node.
     #[serde(default)]
     pub gateway: String,
     /// WireGuard public key, base64 of 32 bytes. The private key never leaves the node.

@@ -114,7 +114,7 @@ pub fn overlay_ingress(ctx: TcContext) -> i32 {
     finish(&skb, ETH_LEN, size, overlay_ingress::run(&skb))
 }
 
-/// TC ingress of a gateway node's uplink. Since Linux 5.10. Does not count packets of other programs.
+/// TC ingress of the uplink of a node with a tunnel. Since Linux 5.10. Does not count packets of other programs.
 #[classifier]
 pub fn uplink_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
@@ -125,7 +125,7 @@ pub fn uplink_ingress(ctx: TcContext) -> i32 {
     }
 }
 
-/// TC ingress of `raven-wg0` on gateway nodes. Since Linux 5.10.
+/// TC ingress of `raven-wg0`. Since Linux 5.10.
 #[classifier]
 pub fn tunnel_ingress(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
@@ -133,7 +133,7 @@ pub fn tunnel_ingress(ctx: TcContext) -> i32 {
     finish(&skb, 0, size, tunnel_ingress::run(&skb))
 }
 
-/// TC egress of `raven-wg0` on gateway nodes. Since Linux 5.10. Packets redirected here are already counted.
+/// TC egress of `raven-wg0`. Since Linux 5.10. Packets redirected here are already counted.
 #[classifier]
 pub fn tunnel_egress(ctx: TcContext) -> i32 {
     let skb = Skb::new(ctx);
@@ -144,7 +144,7 @@ pub fn tunnel_egress(ctx: TcContext) -> i32 {
     }
 }
 
-/// Native XDP of a gateway node's uplink. Since Linux 5.10.
+/// Native XDP of the uplink of a node with a tunnel. Since Linux 5.10.
 #[xdp]
 pub fn uplink_xdp(ctx: XdpContext) -> u32 {
     match uplink_xdp::run(&ctx) {

@@ -52,7 +52,7 @@ fn drop<T>(verdict: Verdict) -> Result<T, Unchanged> {
 #[inline(always)]
 fn unwrap(ctx: &XdpContext) -> Result<(), Unchanged> {
     let config = maps::config();
-    // A member has no tunnel.
+    // A member has no tunnel, unless the pool has encryption.
     if config.tunnel_ifindex == 0 {
         return Err(None);
     }

@@ -1,5 +1,5 @@
 //! Reports problems of this node as Events about its Gateway, so that `kubectl describe gateway` shows those of member
-//! nodes, too, which have no GatewayNode.
+//! nodes, too, most of which have no GatewayNode.
 //!
 //! The number of Events is bounded: only the most important problems, only those that last, and only so many per hour.
 

@@ -26,8 +26,8 @@ pub(super) fn source(prefix: &IpNet, addresses: &BTreeSet<IpAddr>) -> IpAddr {
     addresses.range(own..).take_while(|a| prefix.contains(*a)).find(|a| **a != own).copied().unwrap_or(own)
 }
 
-/// One route per remote prefix. A pool that cannot be reached has its routes too: its packets must reach the program,
-/// which drops and counts them, and must not leave unencrypted by the default route.
+/// One route per remote prefix. A pool that cannot be reached has its routes too: its packets must reach Raven's
+/// device, where the program or WireGuard drops them, and must not leave unencrypted by the default route.
 pub(super) fn routes(
     paths: &BTreeMap<&str, Path>,
     device: Device,
