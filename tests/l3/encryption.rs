@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use raven_common::Verdict;
-use raven_tests::{Lab, eventually, probe, proof, require_root};
+use raven_tests::{Lab, PoolSpec, eventually, probe, proof, require_root};
 
 use crate::Running;
 
@@ -32,7 +32,11 @@ async fn sends_by(lab: &Lab, nodes: &[&str], device: &str) -> Result<()> {
 }
 
 async fn start() -> Running {
-    let running = Running::start().await.expect("start the lab");
+    start_with(PoolSpec::three()).await
+}
+
+async fn start_with(pools: Vec<PoolSpec>) -> Running {
+    let running = Running::of(Lab::builder().pools(pools)).await.expect("start the lab");
     for gateway in ["cloud", "edge-x"] {
         running.check(set(&running.lab, gateway, "pool"));
     }
@@ -92,6 +96,14 @@ async fn packets_of_encrypted_pools_are_never_in_clear() {
     // The check of captures sees what is in clear.
     let seen = proof::encrypted_inside(lab, &["x-b"]).await.expect_err("packets in clear");
     assert!(seen.to_string().contains("the marker crossed unencrypted"), "{seen:#}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pool_with_ipv6_only_is_encrypted() {
+    require_root!();
+    let running = start_with(PoolSpec::three_with_ipv6_only(&["edge-x"])).await;
+    println!("{}", running.check(proof::encrypted_inside(&running.lab, &["x-a", "x-b"]).await));
+    running.check(proof::unfragmented(&running.lab, 2_000_000).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]

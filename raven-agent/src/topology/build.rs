@@ -221,7 +221,7 @@ impl Builder {
         let further = node.private_ips.iter().filter_map(|text| text.parse().ok());
         let key = member_key(node).and_then(|text| self.key(gateway, &node.node_name, text));
         let addresses = further.chain([address]).collect();
-        Some(Member { addresses, address, prefixes, key, ..Member::new(outer) })
+        Some(Member { address, addresses, prefixes, key, ..Member::new(outer) })
     }
 
     /// Makes each node's own addresses prefixes of it.
