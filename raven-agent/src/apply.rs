@@ -278,7 +278,10 @@ impl Reconciler {
             Some(tunnel) => self.handshakes.retry(tunnel, &plan.state, outcome).await,
             None => self.handshakes.clear(),
         }
-        self.attach_device_programs(indexes, outcome).await;
+        if !self.attach_device_programs(indexes, outcome).await && plan.config.encrypted {
+            // The stack would forward packets to members in clear.
+            return self.remove_tunnel(outcome).await;
+        }
         self.change_state(plan, indexes, outcome).await;
         if self.handshakes.is_pending() {
             outcome.rerun_within(FIRST_RETRY);
@@ -290,7 +293,9 @@ impl Reconciler {
         if plan.tunnel.is_none() {
             self.remove_tunnel(outcome).await;
         }
-        outcome.surroundings.extend(surroundings::wrong_source(plan.role, plan.config.address, uplink, abilities));
+        if surroundings::has_overlay(plan) {
+            outcome.surroundings.extend(surroundings::wrong_source(plan.role, plan.config.address, uplink, abilities));
+        }
         self.check_surroundings(plan, indexes, uplink, outcome).await;
     }
 
@@ -392,6 +397,9 @@ impl Reconciler {
         self.handshakes.clear();
         outcome.take(self.bpf.set_handshake_key(None));
         outcome.take(tunnel::remove(&self.links, self.settings.wireguard_engine).await);
+        // Last: until then, the device may have peers.
+        self.bpf.detach(Hook::TunnelIngress);
+        self.bpf.detach(Hook::TunnelEgress);
     }
 
     /// Some kernels crash when WireGuard receives a packet with tunnel metadata, which the overlay device adds. A TUN
@@ -403,6 +411,7 @@ impl Reconciler {
 
     /// Removes everything from a node that is in no pool.
     async fn take_down(&mut self, outcome: &mut Outcome) {
+        self.remove_tunnel(outcome).await;
         for hook in Hook::ALL {
             self.bpf.detach(hook);
         }
@@ -410,7 +419,6 @@ impl Reconciler {
             bpf::detach_uplink_filter();
         }
         outcome.take(self.links.delete_rules().await);
-        self.remove_tunnel(outcome).await;
         // The kernel deletes its routes with the device.
         outcome.take(self.links.delete_device(names::OVERLAY).await);
         outcome.take(self.links.delete_barriers().await);

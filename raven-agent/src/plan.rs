@@ -110,7 +110,7 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
         peers.extend(peers::inside(&paths, pool, me));
         problems.extend(peers::without_key(pool, &me.node).map(|node| {
             format!(
-                "Gateway {name}: node {node} has published no WireGuard key, and the pool has encryption: its packets from and to other pools are dropped; check its agent's log and version"
+                "Gateway {name}: the pool has encryption, and node {node} has published no WireGuard key, so its packets to and from other pools are dropped; check the log and the version of its agent"
             )
         }));
     }
@@ -128,14 +128,13 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
         state.routes.retain(|prefix, _| prefix.addr().is_ipv4());
     }
     state.barriers = state.routes.keys().copied().collect();
-    let (interception, entries) = intercepted.unzip();
+    let (mut interception, entries) = intercepted.unzip();
     for (prefix, remote) in entries.into_iter().flatten() {
-        match device {
-            // Where L3 carries node addresses it carries these connections, too.
-            Device::Overlay => drop(state.remote.entry(prefix).or_insert(remote)),
-            // The overlay carries nothing else.
-            Device::Tunnel => drop(state.remote.insert(prefix, remote)),
-        }
+        // Where L3 carries node addresses it carries these connections, too.
+        state.remote.entry(prefix).or_insert(remote);
+    }
+    if let Some(interception) = interception.as_mut().filter(|_| device == Device::Tunnel) {
+        interception.leave_to_tunnel(&state.routes);
     }
     let addresses =
         prefixes.iter().filter(|prefix| me.ipv6 || prefix.addr().is_ipv4()).map(routes::own_address).collect();

@@ -156,6 +156,18 @@ pub struct Interception {
     pub proxies: Intercepted,
 }
 
+impl Interception {
+    /// Leaves out the addresses that this node's own tunnel carries, if the connections would take the overlay to another
+    /// gateway node.
+    pub fn leave_to_tunnel(&mut self, routes: &BTreeMap<IpNet, Route>) {
+        if matches!(self.to, InterceptTo::Gateway(_)) {
+            for intercepted in [&mut self.kubelets, &mut self.proxies] {
+                intercepted.nodes.retain(|address, _| !routes.contains_key(&IpNet::from(*address)));
+            }
+        }
+    }
+}
+
 /// Nodes and TCP ports to which connections are intercepted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Intercepted {

@@ -13,7 +13,7 @@ use crate::{
     names,
     nft::{self, objects, text},
     plan::Plan,
-    state::{Abilities, Device, Indexes, Role},
+    state::{Abilities, Device, Indexes, InterceptTo, Role},
 };
 
 /// CNIs that can pass pods' packets to other nodes without the host's rules. For the host's own packets they have then a
@@ -35,15 +35,28 @@ pub async fn check(links: &Links, plan: &Plan, indexes: Indexes, uplink: &Uplink
     complaints.extend(bypasses(links, plan).await);
     match ruleset().await {
         Ok(ruleset) => {
-            let device = if plan.tunnel.is_some() { names::TUNNEL } else { names::OVERLAY };
-            complaints.extend(forward_drops(&ruleset, &own, device));
+            let devices = [(names::TUNNEL, plan.tunnel.is_some()), (names::OVERLAY, uses_overlay(plan))];
+            for (device, _) in devices.into_iter().filter(|(_, used)| *used) {
+                complaints.extend(forward_drops(&ruleset, &own, device));
+            }
             let wan = uplink.wan.as_ref().filter(|_| plan.role == Role::Gateway).map_or(&uplink.name, |wan| &wan.name);
             let tunnel = plan.tunnel.as_ref().map(|tunnel| (tunnel.port, wan.as_str()));
-            complaints.extend(blocked_ports(&ruleset, (raven_common::OVERLAY_PORT, &uplink.name), tunnel));
+            let overlay = (raven_common::OVERLAY_PORT, uplink.name.as_str());
+            complaints.extend(blocked_ports(&ruleset, Some(overlay).filter(|_| has_overlay(plan)), tunnel));
         }
         Err(e) => tracing::warn!(error = %e, "cannot read this node's firewall rules; they are not checked"),
     }
     complaints
+}
+
+/// True if this node exchanges overlay packets: with encryption, only those of intercepted connections.
+pub fn has_overlay(plan: &Plan) -> bool {
+    !plan.config.encrypted || plan.interception.is_some()
+}
+
+/// True if pods of this node send or receive by `raven0`.
+fn uses_overlay(plan: &Plan) -> bool {
+    plan.tunnel.is_none() || plan.interception.as_ref().is_some_and(|i| matches!(i.to, InterceptTo::Gateway(_)))
 }
 
 /// A node of the pool that gets this node's overlay packets with another source than it expects, and drops them.
@@ -213,11 +226,11 @@ fn matches_pods(condition: &Value, own: &[&IpNet], device: &str) -> bool {
 
 /// INPUT chains with policy DROP in whose table no rule opens Raven's ports. Each port has the device by which its packets
 /// arrive.
-fn blocked_ports(ruleset: &Value, overlay: (u16, &str), tunnel: Option<(u16, &str)>) -> Vec<String> {
+fn blocked_ports(ruleset: &Value, overlay: Option<(u16, &str)>, tunnel: Option<(u16, &str)>) -> Vec<String> {
     let drops: Vec<&Value> =
         objects(ruleset, "chain").filter(|c| c["hook"] == "input" && c["policy"] == "drop").collect();
     let tunnel = tunnel.map(|tunnel| (tunnel, "the WireGuard tunnel"));
-    let ports: Vec<_> = [(overlay, "the overlay")].into_iter().chain(tunnel).collect();
+    let ports: Vec<_> = overlay.map(|overlay| (overlay, "the overlay")).into_iter().chain(tunnel).collect();
     let mut complaints = Vec::new();
     for chain in drops.iter().filter(|c| c["family"] != "ip6") {
         for ((port, device), what) in &ports {
@@ -339,16 +352,16 @@ mod tests {
                             "expr": [{ "match": { "op": "==", "left": {}, "right": right } }, { "accept": null }] } },
             ] })
         };
-        assert_eq!(blocked_ports(&ruleset(json!(22)), (4472, "eth0"), Some((4500, "eth0"))).len(), 2);
+        assert_eq!(blocked_ports(&ruleset(json!(22)), Some((4472, "eth0")), Some((4500, "eth0"))).len(), 2);
         assert_eq!(
-            blocked_ports(&ruleset(json!({ "set": [22, 4472, 4500] })), (4472, "eth0"), Some((4500, "eth0"))),
+            blocked_ports(&ruleset(json!({ "set": [22, 4472, 4500] })), Some((4472, "eth0")), Some((4500, "eth0"))),
             Vec::<String>::new()
         );
         assert_eq!(
-            blocked_ports(&ruleset(json!({ "range": [4400, 4480] })), (4472, "eth0"), Some((4500, "eth0"))).len(),
+            blocked_ports(&ruleset(json!({ "range": [4400, 4480] })), Some((4472, "eth0")), Some((4500, "eth0"))).len(),
             1
         );
-        assert_eq!(blocked_ports(&ruleset(json!(4472)), (4472, "eth0"), None), Vec::<String>::new());
+        assert_eq!(blocked_ports(&ruleset(json!(4472)), Some((4472, "eth0")), None), Vec::<String>::new());
     }
 
     #[test]

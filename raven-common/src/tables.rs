@@ -28,7 +28,8 @@ pub struct PrefixKey<A> {
 pub struct Remote {
     /// Gateway that announces the prefix.
     pub gateway: GatewayId,
-    /// Outer address of the gateway node of *this* pool that carries the prefix; zero on that node itself.
+    /// Outer address of the gateway node of *this* pool that carries the prefix; zero where the prefix's route leads to the
+    /// tunnel of this node.
     pub via: [u8; 4],
 }
 

@@ -44,7 +44,7 @@ verdicts! {
     Delivered = 6, "delivered";
     /// `tunnel_egress`: a packet of this node entered the tunnel through the stack.
     FromStack = 7, "from-stack";
-    /// `overlay_egress`: link-local multicast of the kernel (MLD, on every new device) was discarded. Not counted
+    /// `overlay_egress`, `tunnel_egress`: link-local multicast of the kernel (MLD, on every new device) was discarded. Not counted
     /// as a drop.
     Multicast = 8, "multicast";
     /// `overlay_ingress`: a packet from a node of this pool to a kubelet of another pool was passed to
@@ -99,8 +99,8 @@ verdicts! {
     /// Dropped by the guard: the MAC of a handshake initiation is not made with this node's public key. The sender is no
     /// peer, or knows another key of this node.
     DropWrongKey = 46, "drop-wrong-key";
-    /// Dropped: this pool has encryption, and an overlay packet is not encrypted. The sender's agent does not know of the
-    /// setting yet, is of an older release, or the packet is forged.
+    /// Dropped: this pool has encryption, and an overlay packet is not encrypted. The sender's agent has not
+    /// applied the setting yet or is of an older release, or the packet is forged.
     DropNotEncrypted = 47, "drop-not-encrypted";
 }
 

@@ -1,4 +1,4 @@
-//! The guard on a gateway node's uplink: drops packets to the tunnel's port that are not
+//! The guard on the uplink of a node with a tunnel: drops packets to the tunnel's port that are not
 //! WireGuard, and handshake floods.
 //!
 //! Runs in [`mod@crate::uplink_xdp`] if that program is attached, else in [`mod@crate::uplink_ingress`]. The guard

@@ -1,13 +1,13 @@
 //! TC egress of `raven-wg0`: packets that this gateway node and its own pods send through the stack. Clamps the MSS of
 //! SYNs, as [`mod@crate::overlay_egress`] does on members, and counts.
 //!
-//! Redirected packets have a source outside this node's prefixes and pass unchanged. A member has none: there, such a packet
-//! is dropped, as the gateway node would drop it without a reason.
+//! Redirected packets have a source outside this node's prefixes and pass unchanged. In a pool with encryption, a packet with a
+//! source in no pool is dropped and counted here, because WireGuard on the gateway node would drop it without a reason.
 
 use raven_common::{
     Verdict,
     header::{Ipv4, Ipv6},
-    tables::{CONFIG_ENCRYPTED, Config, NODE_IS_GATEWAY},
+    tables::{CONFIG_ENCRYPTED, Config},
 };
 
 use crate::{
@@ -46,11 +46,11 @@ fn from_stack<I: Tables>(skb: &Skb) -> Option<Result<Decision, Decision>> {
     Some(Ok(Decision::new(Verdict::FromStack, gateway)))
 }
 
-/// A packet whose source is not this node's.
+/// A packet whose source is not this node's: a redirected one, unless the source is in no pool.
 #[inline(always)]
 fn foreign<I: Tables>(config: &Config, header: &I) -> Option<Result<Decision, Decision>> {
-    let is_gateway = maps::node(&config.node).is_none_or(|node| node.flags & NODE_IS_GATEWAY != 0);
-    if config.flags & CONFIG_ENCRYPTED == 0 || is_gateway {
+    let known = I::local(header.source()).is_some() || I::remote(header.source()).is_some();
+    if config.flags & CONFIG_ENCRYPTED == 0 || known {
         return None;
     }
     if header.is_multicast() {

@@ -141,7 +141,8 @@ fn relay<I: Tables>(skb: &Skb, config: &Config, header: &I, from: Remote) -> Res
 fn encrypted<I: Tables>(skb: &Skb, config: &Config, header: &I) -> Result<Decision, Decision> {
     match (I::remote(header.source()), I::local(header.destination())) {
         (Some(from), Some(local)) if local.node == config.node => Ok(Decision::new(Verdict::Delivered, from.gateway)),
-        // Never to the stack, whose route to the other node is the LAN. One that is too long is fragmented after its encryption.
+        // Not to the stack, which would forward it on the LAN in clear, except to answer an exhausted TTL. One that is too long
+        // is fragmented after its encryption.
         (Some(from), Some(_)) => {
             into_tunnel(skb, config, header, u32::MAX, Decision::new(Verdict::ToMember, from.gateway)).map_err(|e| {
                 let verdict = if e.verdict == Verdict::StackRewriteFailed { Verdict::DropMalformed } else { e.verdict };

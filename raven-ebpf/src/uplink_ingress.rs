@@ -1,4 +1,4 @@
-//! TC ingress of a gateway node's uplink: redirects packets that [`mod@crate::uplink_xdp`] has unwrapped, and GRO may
+//! TC ingress of the uplink of a node with a tunnel: redirects packets that [`mod@crate::uplink_xdp`] has unwrapped, and GRO may
 //! have merged, into the tunnel. They bypass UDP receive, the VXLAN device, routing tables, netfilter and conntrack.
 //!
 //! The program receives every packet of the uplink and passes unrelated ones after three instructions. Where no XDP

@@ -1,4 +1,4 @@
-//! Native XDP of a gateway node's uplink: removes the outer header of overlay packets from nodes of this pool,
+//! Native XDP of the uplink of a node with a tunnel: removes the outer header of overlay packets from nodes of this pool,
 //! before an skb is allocated, and marks them in the XDP metadata for [`mod@crate::uplink_ingress`]. Overlay packets of
 //! other senders are dropped.
 //!

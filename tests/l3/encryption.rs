@@ -113,7 +113,7 @@ async fn unencrypted_packets_are_dropped_in_an_encrypted_pool() {
     let lab = &running.lab;
     let (gateway, member) = (lab.node("x-a"), lab.node("x-b"));
     let (own, remote) = (lab.pod("x-b").v4, lab.pod("cloud-b").v4);
-    // Who controls the LAN can send from any address of it: the addresses of the nodes themselves are the hardest case.
+    // An attacker who controls the LAN can send from any of its addresses; those of the nodes themselves are the hardest case.
     for (from, to, source, destination) in [(member, gateway, own, remote), (gateway, member, remote, own)] {
         let before = running.check(proof::counters(to));
         running.check(proof::forged_overlay(&from.ns, to, source, destination));
@@ -128,7 +128,7 @@ async fn unencrypted_packets_are_dropped_in_an_encrypted_pool() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn encrypted_pool_follows_its_gateway_node() {
+async fn encrypted_pool_works_after_another_gateway_node_is_elected() {
     require_root!();
     let running = start().await;
     let lab = &running.lab;

@@ -112,7 +112,7 @@ pub(crate) fn gateway() -> Config {
     }
 }
 
-/// Returns the configuration of [`ME`] in a pool with encryption. It is a member in the table of nodes.
+/// Returns the configuration of [`ME`] in a pool with encryption.
 pub(crate) fn encrypted() -> Config {
     let gateway = gateway();
     Config { flags: gateway.flags | raven_common::tables::CONFIG_ENCRYPTED, ..gateway }

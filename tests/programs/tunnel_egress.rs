@@ -47,7 +47,7 @@ fn own_packets_are_counted_and_redirected_ones_unchanged() {
 }
 
 #[test]
-fn member_with_encryption_drops_sources_of_others() {
+fn sources_in_no_pool_are_dropped_in_a_pool_with_encryption() {
     require_root!();
     let mut cases = Vec::new();
     for family in Family::BOTH {
@@ -57,7 +57,8 @@ fn member_with_encryption_drops_sources_of_others() {
         let own = udp(family, MINE, EDGES);
         cases.extend([
             from_stack("its own", &own, &own),
-            dropped("of another node", udp(family, MEMBERS, EDGES), EDGE),
+            Case::new(format!("{family:?}: redirected, from a member"), udp(family, MEMBERS, EDGES).bytes()),
+            Case::new(format!("{family:?}: redirected, to a member"), udp(family, EDGES, MEMBERS).bytes()),
             dropped("masqueraded", udp(family, UNKNOWN, EDGES), EDGE),
             dropped("to an unknown prefix", udp(family, UNKNOWN, UNKNOWN), NONE),
         ]);

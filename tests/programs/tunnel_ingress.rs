@@ -143,7 +143,7 @@ fn no_relay_without_relay_flag() {
 }
 
 #[test]
-fn packets_of_members_with_encryption_return_into_tunnel() {
+fn packets_of_members_go_back_into_tunnel_in_a_pool_with_encryption() {
     require_root!();
     let mut cases = vec![not_ip()];
     for family in Family::BOTH {

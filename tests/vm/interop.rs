@@ -41,9 +41,9 @@ fn ends(lab: &Lab) -> (&Node, &Node) {
     (lab.node("cloud-a"), lab.node("cloud-b"))
 }
 
-/// Connects two nodes by a link on which no agent attaches programs. An agent's first start adds the qdisc clsact to the
-/// node's own device, and the kernel drops what the device sends until that is done (`dev_deactivate` in
-/// net/sched/sch_api.c, `qdisc_graft`). These tunnels may not lose a packet.
+/// Connects two nodes by a link on which no agent attaches programs. To the uplink of a gateway node, its agent adds the qdisc
+/// clsact, and the kernel drops what the device sends until that is done (`dev_deactivate` in net/sched/sch_api.c,
+/// `qdisc_graft`). These tunnels may not lose a packet.
 fn link(a: &Node, b: &Node) -> Result<()> {
     a.ns.sh(&format!("ip link add aside type veth peer name aside netns {}", b.ns.name))?;
     for (node, v4, v6) in [(a, LINK_V4[0], LINK_V6[0]), (b, LINK_V4[1], LINK_V6[1])] {

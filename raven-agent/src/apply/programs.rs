@@ -1,4 +1,4 @@
-//! Attaches the programs and chooses the tier of a gateway node.
+//! Attaches the programs and chooses the tier of a node with a tunnel.
 
 use super::{Reconciler, report::Outcome};
 use crate::{
@@ -12,24 +12,26 @@ use crate::{
 
 impl Reconciler {
     /// Attaches the programs of Raven's own devices. Called before the tunnel has peers: without a program, the stack would
-    /// forward their packets to members in clear. A program without map entries drops them.
-    pub(super) async fn attach_device_programs(&mut self, indexes: Indexes, outcome: &mut Outcome) {
+    /// forward their packets to members in clear. A program without map entries drops them. Returns false if that of the
+    /// tunnel could not be attached.
+    pub(super) async fn attach_device_programs(&mut self, indexes: Indexes, outcome: &mut Outcome) -> bool {
+        let mut guarded = true;
         for (hook, device, index) in [
             (Hook::OverlayIngress, names::OVERLAY, Some(indexes.overlay)),
             (Hook::OverlayEgress, names::OVERLAY, Some(indexes.overlay)),
             (Hook::TunnelIngress, names::TUNNEL, indexes.tunnel),
             (Hook::TunnelEgress, names::TUNNEL, indexes.tunnel),
         ] {
-            let Some(index) = index else {
-                self.bpf.detach(hook);
-                continue;
-            };
+            let Some(index) = index else { continue };
             self.bpf.detach_except(hook, [index]);
-            outcome.take(self.bpf.attach(hook, device, index));
+            let attached = outcome.keep(self.bpf.attach(hook, device, index));
+            outcome.change += attached.unwrap_or_default();
+            guarded &= attached.is_some() || hook != Hook::TunnelIngress;
             if let Some(before) = self.programs_before(hook, device, index).await {
                 outcome.surroundings.push(format!("{before}; keep other programs off {device}"));
             }
         }
+        guarded
     }
 
     /// Attaches the programs of the uplink, on a node with a tunnel. Called after the maps are filled: an XDP program
@@ -67,6 +69,10 @@ impl Reconciler {
                 // Not a failure: the fallback tier forwards.
                 Err(e) => obstacles.push(e.to_string()),
             }
+        }
+        // Packets of members come out of the tunnel.
+        if plan.config.encrypted {
+            return;
         }
         let fallback = if self.may_redirect() { "tc" } else { "stack" };
         let is_fast = self.bpf.is_attached(Hook::UplinkXdp, uplink.index);

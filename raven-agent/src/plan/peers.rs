@@ -1,4 +1,4 @@
-//! WireGuard peers of a gateway node.
+//! The WireGuard peers of this node.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -273,7 +273,7 @@ fn nodes_of_a_pool_with_encryption_are_peers_of_its_gateway_node() {
 }
 
 #[test]
-fn overlay_carries_intercepted_connections_where_a_tunnel_carries_node_addresses() {
+fn member_with_a_tunnel_does_not_intercept_what_the_tunnel_carries() {
     let mut sites = three_pools();
     sites[0].encrypted = true;
     let mut inputs = inputs(&sites);
@@ -281,10 +281,14 @@ fn overlay_carries_intercepted_connections_where_a_tunnel_carries_node_addresses
     let endpoint = Endpoint { node_name: node_name(0, 0), type_: EndpointType::Proxy, ..Endpoint::default() };
     inputs.gateways[0].status.as_mut().expect("a status").active_endpoints.push(endpoint);
     let plan = plan(&build(&inputs), &me(0, 1));
-    assert!(plan.interception.is_some());
-    let kubelet = "192.168.1.11/32".parse().expect("a prefix");
-    assert_eq!(plan.state.routes[&kubelet].device, Device::Tunnel);
-    assert_eq!(plan.state.remote[&kubelet].via, [192, 168, 0, 10], "its ports have a route to the overlay");
+    let kubelet = IpAddr::from([192, 168, 1, 11]);
+    let kubelets = |plan: &Plan| plan.interception.clone().expect("a cloud").kubelets.nodes;
+    assert_eq!(plan.state.routes[&kubelet.into()].device, Device::Tunnel);
+    assert!(!kubelets(&plan).contains_key(&kubelet), "by L3");
+    inputs.settings.forward_node_ip = false;
+    let plan = super::plan(&build(&inputs), &me(0, 1));
+    assert!(kubelets(&plan).contains_key(&kubelet), "by the proxy, over the overlay");
+    assert_eq!(plan.state.remote[&kubelet.into()].via, [192, 168, 0, 10]);
 }
 
 #[test]

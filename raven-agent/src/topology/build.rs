@@ -109,7 +109,7 @@ pub fn build(inputs: &Inputs) -> Topology {
     builder.topology
 }
 
-/// Keeps the keys of elected nodes for which the controller publishes none: one of an older release leads, during an
+/// Keeps the keys of nodes for which the controller publishes none: one of an older release leads, during an
 /// upgrade or after a rollback. Tunnels must not end because of it.
 pub fn keep_keys(inputs: &mut Inputs, before: &Inputs) {
     let mut known = earlier_keys(&before.gateway_nodes);
@@ -518,7 +518,7 @@ mod tests {
         let inputs = with(gateway(Some("b")), &inputs);
         assert_eq!(key(&inputs).as_deref(), Some("b"), "the newer controller publishes keys");
         assert_eq!(key(&with(gateway(None), &inputs)).as_deref(), Some("b"), "the older one leads again");
-        // The keys of members, which an empty key ends.
+        // Members' keys are kept, too; an empty key removes one.
         let member = |encryption, key: Option<&str>| {
             let mut gateway = Gateway::new("x", raven_api::GatewaySpec { encryption, ..Default::default() });
             let public_key = key.map(str::to_owned);

@@ -27,8 +27,8 @@ pub(crate) fn in_status(gateway: &GatewayFacts) -> impl Iterator<Item = (&str, &
     holders(gateway).filter_map(|(node, key)| Some((node, key?)))
 }
 
-/// The nodes that may have a key: the elected ones, and all of a pool with encryption. With the key in the status; an empty
-/// one says that the node has none.
+/// The nodes that may have a key (the elected ones, and all nodes of a pool with encryption), each with its key in the
+/// status. An empty key there means that the node has none.
 fn holders(gateway: &GatewayFacts) -> impl Iterator<Item = (&str, Option<&str>)> {
     let status = || gateway.resource.status.iter();
     let tunnels = status().flat_map(|status| &status.active_endpoints).filter(|e| e.type_ == EndpointType::Tunnel);

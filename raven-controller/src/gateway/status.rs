@@ -231,14 +231,7 @@ impl Draft<'_> {
             [] if self.tunnel.elected.len() < self.tunnel.wanted => tally(&self.tunnel),
             [] if self.proxy.elected.len() < self.proxy.wanted => tally(&self.proxy),
             [] if !self.without_agent().is_empty() => no_agent(&self.without_agent()),
-            [] if !self.without_key(l3).is_empty() => {
-                let nodes = self.without_key(l3);
-                format!(
-                    "encryption is pool, and these nodes publish no WireGuard key, so their packets from and to other pools may be dropped: {}; they need a Ready agent of a release that has the setting: {}",
-                    enumerate(&nodes),
-                    find_agents(&nodes)
-                )
-            }
+            [] if !self.without_key(l3).is_empty() => "some nodes have no WireGuard key".to_owned(),
             [] => "some nodes of the pool are ignored".to_owned(),
             [only] => only.message.clone(),
             [first, more @ ..] => format!("{} (and {} more, see condition Accepted)", first.message, more.len()),
@@ -342,6 +335,14 @@ impl Draft<'_> {
             self.nodes.iter().filter(|(_, s)| s.is_empty()).map(|(n, _)| &n.name).collect();
         if !without_prefix.is_empty() && without_prefix.len() < self.nodes.len() {
             notes.push(format!("without a pod prefix: {}", enumerate(&without_prefix)));
+        }
+        let without_key = self.without_key(switches.l3 && self.tunnel.wanted > 0);
+        if !without_key.is_empty() {
+            notes.push(format!(
+                "the pool has encryption, and these nodes publish no WireGuard key, so their packets to and from other pools may be dropped: {}; check that their agents are Ready and of a release that supports encryption: {}",
+                enumerate(&without_key),
+                find_agents(&without_key)
+            ));
         }
         notes.extend(self.by_name_only(cluster).filter(|_| switches.l7));
         for (on, key) in [(switches.l3, SWITCH_L3), (switches.l7, SWITCH_L7)] {

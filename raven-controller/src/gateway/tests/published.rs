@@ -151,7 +151,7 @@ fn keys_of_all_nodes_are_published_in_a_pool_with_encryption() {
         "Ready",
         "True",
         "Degraded",
-        "no WireGuard key, so their packets from and to other pools may be dropped: e2;",
+        "no WireGuard key, so their packets to and from other pools may be dropped: e2;",
     );
     cluster.0.keys.insert("e2".into(), published);
     let mut cluster = cluster.apply(3);
