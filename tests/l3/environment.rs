@@ -49,10 +49,16 @@ async fn obstacles_are_reported_with_remedy_until_removed() {
     running.run_on("x-a", "iptables -P FORWARD DROP");
     running
         .until_ready("the FORWARD policy", |s, m| {
-            s == "False" && m.contains("FORWARD") && m.contains("iptables -I FORWARD -i raven0")
+            s == "False" && m.contains("FORWARD") && m.contains("iptables -I FORWARD -i raven-wg0")
         })
         .await;
-    running.run_on("x-a", "iptables -P FORWARD ACCEPT");
+    // On a gateway node, packets from other pools arrive by the tunnel.
+    let rules = |change| {
+        format!("iptables {change} FORWARD -i raven-wg0 -j ACCEPT; iptables {change} FORWARD -o raven-wg0 -j ACCEPT")
+    };
+    running.run_on("x-a", &rules("-I"));
+    running.until_ready("the advice helps", |status, _| status == "True").await;
+    running.run_on("x-a", &format!("{}; iptables -P FORWARD ACCEPT", rules("-D")));
     running.until_ready("no obstacle", |status, _| status == "True").await;
 
     running.run_on("x-a", "ip route add 10.244.1.0/24 dev cni0 table 77; ip rule add pref 50 lookup 77");

@@ -18,11 +18,8 @@ pub(crate) fn exposed(inputs: &Inputs) -> BTreeSet<GatewayName> {
     let by_hand = || all().filter(|gateway| !inputs.is_ruled(gateway));
     let mut exposed: Vec<&GatewayFacts> = all().filter(declared).collect();
     if !by_hand().any(|gateway| declared(&gateway)) {
-        // An unreadable Gateway may have an `exposeType`: until it can be read, no further ones are exposed.
-        let all_known = inputs.unreadable.keys().all(|name| inputs.gateways.contains_key(name));
         let labelled = inputs.nodes.values().any(|node| node.is_edge());
-        let in_cloud = by_hand().filter(|gateway| is_in_cloud(inputs, gateway) && (labelled || has_address(gateway)));
-        exposed.extend(in_cloud.filter(|gateway| all_known || gateway.resource.is_exposed()));
+        exposed.extend(by_hand().filter(|gateway| is_in_cloud(inputs, gateway) && (labelled || has_address(gateway))));
     }
     exposed.into_iter().map(|gateway| gateway.name.clone()).collect()
 }

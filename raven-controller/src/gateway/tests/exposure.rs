@@ -4,7 +4,7 @@ use raven_api::gateway::{Endpoint, EndpointType, ExposeType};
 use raven_api::names::LABEL_EDGE_WORKER;
 
 use super::build::*;
-use crate::gateway::facts::{NodeFacts, UnreadableGateway};
+use crate::gateway::facts::NodeFacts;
 
 #[test]
 fn gateways_without_expose_type_are_exposed_if_they_are_in_the_cloud_and_not_under_nat() {
@@ -36,14 +36,6 @@ fn gateways_without_expose_type_are_exposed_if_they_are_in_the_cloud_and_not_und
     let unlabelled =
         Cluster::new().gateway(listed("cloud", 1, "c1", false)).node(member("cloud", "c1", "10.1.1.0/24")).apply(1);
     assert!(!unlabelled.resource("cloud").is_exposed(), "it may be a site behind NAT");
-    // A Gateway that cannot be read may be the one that a person has exposed, or may not.
-    let unreadable = |mut cluster: Cluster| {
-        let unknown = UnreadableGateway { error: "missing field `spec`".to_owned(), uid: None };
-        cluster.0.unreadable.insert("unknown".into(), unknown.into());
-        exposed(&cluster.apply(2))
-    };
-    assert_eq!(unreadable(of_v1alpha1()), [false; 3], "after the controller's first start");
-    assert_eq!(unreadable(of_v1alpha1().apply(1)), [true, false, false], "as before");
     let behind_nat = of_v1alpha1().gateway(listed("cloud", 1, "c1", true)).apply(1);
     assert_eq!(exposed(&behind_nat), [false; 3]);
 }
