@@ -102,7 +102,7 @@ pub fn plan(topology: &Topology, me: &Me) -> Plan {
     let encrypted = pool.encrypted && l3;
     let device = if role == Role::Gateway || encrypted { Device::Tunnel } else { Device::Overlay };
     let tunnel_port = match device {
-        Device::Tunnel => own_gateway.map_or(member.tunnel_port, |gateway| gateway.port),
+        Device::Tunnel => member.tunnel_port,
         Device::Overlay => 0,
     };
     let mut peers = if role == Role::Gateway { peers::peers(&paths, pool, me.preshared) } else { BTreeMap::new() };

@@ -81,8 +81,6 @@ pub struct GatewayPeer {
     pub key: Option<PublicKey>,
     /// Its endpoint; `None` if it cannot be dialled and dials itself.
     pub dial: Option<Dial>,
-    /// UDP port that its tunnel listens on.
-    pub port: u16,
 }
 
 /// Where a gateway node of the tunnel is dialled. Whether it is dialled is the same on all nodes, because both ends of a

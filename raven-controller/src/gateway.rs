@@ -117,14 +117,17 @@ fn draft<'a>(
     tunnel.add_load_balancers(inputs, gateway);
     proxy.add_load_balancers(inputs, gateway);
     refusals.extend(elect::refused_endpoints(inputs, gateway, family, &nodes, &unaddressed));
-    let elected: Vec<NodeName> = tunnel.elected.iter().map(|e| NodeName::from(e.node_name.as_str())).collect();
-    let members = addressed.iter().map(|node| &node.name).filter(|_| gateway.resource.encrypts_pool());
-    let keyed: BTreeSet<&NodeName> = elected.iter().chain(members).collect();
-    refusals.extend(holders.refusals(inputs, &gateway.name, keyed.iter().copied()));
-    let known: BTreeMap<&str, &str> = keys::in_status(gateway).collect();
-    let keys = keyed.into_iter().filter(|_| gateway.resource.encrypts_pool());
-    let key = |node: &NodeName| holders.member_key(inputs, node, known.get(node.as_str()).copied());
-    let keys = keys.map(|node| (node.clone(), key(node))).collect();
+    let mut keys = BTreeMap::new();
+    if gateway.resource.encrypts_pool() {
+        let members = || addressed.iter().map(|node| &node.name);
+        refusals.extend(holders.refusals(inputs, &gateway.name, members()));
+        let known: BTreeMap<&str, &str> = keys::in_status(gateway).collect();
+        let key = |node: &NodeName| holders.member_key(inputs, node, known.get(node.as_str()).copied());
+        keys.extend(members().map(|node| (node.clone(), key(node))));
+    } else {
+        let elected: Vec<_> = tunnel.elected.iter().map(|e| NodeName::from(e.node_name.as_str())).collect();
+        refusals.extend(holders.refusals(inputs, &gateway.name, elected.iter()));
+    }
     Draft {
         gateway,
         family,

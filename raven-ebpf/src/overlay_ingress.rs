@@ -55,10 +55,10 @@ fn admit<I: Tables>(skb: &Skb, config: &Config, outer: [u8; 4], node: Node) -> R
 #[inline(always)]
 fn from_gateway<I: Tables>(config: &Config, header: &I, node: Node) -> Result<Decision, Decision> {
     let remote = I::remote(header.source()).ok_or(Verdict::DropSpoofedInner)?;
-    if config.flags & CONFIG_ENCRYPTED != 0 {
-        return Err(Decision::new(Verdict::DropNotEncrypted, remote.gateway));
-    }
     let decision = |verdict| Decision::new(verdict, remote.gateway);
+    if config.flags & CONFIG_ENCRYPTED != 0 {
+        return Err(decision(Verdict::DropNotEncrypted));
+    }
     if node.flags & NODE_IS_GATEWAY == 0 {
         return Err(decision(Verdict::DropNotFromGateway));
     }

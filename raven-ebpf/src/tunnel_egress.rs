@@ -38,19 +38,20 @@ fn from_stack<I: Tables>(skb: &Skb) -> Option<Result<Decision, Decision>> {
         Ok(header) => header,
         Err(decision) => return Some(Err(decision)),
     };
-    if I::local(header.source()).is_none_or(|local| local.node != config.node) {
-        return foreign(&config, &header);
+    match I::local(header.source()) {
+        Some(local) if local.node == config.node => {}
+        Some(_) => return None,
+        None => return not_local(&config, &header),
     }
     rewrite::clamp_mss(skb, L3, &header, config.tunnel_mtu);
     let gateway = I::remote(header.destination()).map_or(0, |r| r.gateway);
     Some(Ok(Decision::new(Verdict::FromStack, gateway)))
 }
 
-/// A packet whose source is not this node's: a redirected one, unless the source is in no pool.
+/// A packet whose source is not in this pool: a redirected one, or, with encryption, one that is dropped.
 #[inline(always)]
-fn foreign<I: Tables>(config: &Config, header: &I) -> Option<Result<Decision, Decision>> {
-    let known = I::local(header.source()).is_some() || I::remote(header.source()).is_some();
-    if config.flags & CONFIG_ENCRYPTED == 0 || known {
+fn not_local<I: Tables>(config: &Config, header: &I) -> Option<Result<Decision, Decision>> {
+    if config.flags & CONFIG_ENCRYPTED == 0 || I::remote(header.source()).is_some() {
         return None;
     }
     if header.is_multicast() {

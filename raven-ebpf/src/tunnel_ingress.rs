@@ -144,9 +144,10 @@ fn encrypted<I: Tables>(skb: &Skb, config: &Config, header: &I) -> Result<Decisi
         // Not to the stack, which would forward it on the LAN in clear, except to answer an exhausted TTL. One that is too long
         // is fragmented after its encryption.
         (Some(from), Some(_)) => {
-            into_tunnel(skb, config, header, u32::MAX, Decision::new(Verdict::ToMember, from.gateway)).map_err(|e| {
-                let verdict = if e.verdict == Verdict::StackRewriteFailed { Verdict::DropMalformed } else { e.verdict };
-                Decision::new(verdict, e.gateway)
+            let decision = |verdict| Decision::new(verdict, from.gateway);
+            into_tunnel(skb, config, header, u32::MAX, decision(Verdict::ToMember)).map_err(|e| match e.verdict {
+                Verdict::StackRewriteFailed => decision(Verdict::DropMalformed),
+                _ => e,
             })
         }
         (Some(from), None) => relay(skb, config, header, from),

@@ -117,8 +117,7 @@ fn engines_ready(lab: &Lab) -> Result<String> {
 /// Switches encryption inside the pools on. Members use the engine of their node, which so far had no peer.
 async fn encryption(lab: &Lab) -> Result<String> {
     for gateway in ["cloud", "edge-x"] {
-        let patch = r#"{"spec":{"encryption":"pool"}}"#;
-        lab.cluster().kubectl(&["patch", "gateway", gateway, "--type=merge", "-p", patch])?;
+        lab.cluster().set_encryption(gateway, "pool")?;
     }
     eventually(Duration::from_secs(60), "members have a session with their gateway node", || async {
         for node in ["cloud-b", "x-b"] {

@@ -11,11 +11,6 @@ use crate::Running;
 
 const SOON: Duration = Duration::from_secs(60);
 
-fn set(lab: &Lab, gateway: &str, encryption: &str) -> Result<()> {
-    let patch = format!(r#"{{"spec":{{"encryption":"{encryption}"}}}}"#);
-    lab.cluster().kubectl(&["patch", "gateway", gateway, "--type=merge", "-p", &patch]).map(drop)
-}
-
 /// Waits until the nodes exchange packets with other pools through `raven-wg0`, or through `raven0`.
 async fn sends_by(lab: &Lab, nodes: &[&str], device: &str) -> Result<()> {
     for node in nodes {
@@ -38,7 +33,7 @@ async fn start() -> Running {
 async fn start_with(pools: Vec<PoolSpec>) -> Running {
     let running = Running::of(Lab::builder().pools(pools)).await.expect("start the lab");
     for gateway in ["cloud", "edge-x"] {
-        running.check(set(&running.lab, gateway, "pool"));
+        running.check(running.lab.cluster().set_encryption(gateway, "pool"));
     }
     running.check(sends_by(&running.lab, &["cloud-b", "x-b"], "raven-wg0").await);
     running
@@ -83,7 +78,7 @@ async fn packets_of_encrypted_pools_are_never_in_clear() {
 
     // Off again: the overlay carries the packets, and no tunnel is left on members.
     for gateway in ["cloud", "edge-x"] {
-        running.check(set(lab, gateway, ""));
+        running.check(lab.cluster().set_encryption(gateway, ""));
     }
     running.check(sends_by(lab, &["cloud-b", "x-b"], "raven0").await);
     let gone = || async {

@@ -52,8 +52,7 @@ async fn kubelets_are_reached_by_address_from_a_cloud_with_encryption() {
     let running = Running::of(Lab::builder()).await.expect("start the lab");
     let lab = &running.lab;
     let _kubelet = running.check(lab.start_kubelet("x-b").await);
-    let patch = r#"{"spec":{"encryption":"pool"}}"#;
-    running.check(lab.cluster().kubectl(&["patch", "gateway", "cloud", "--type=merge", "-p", patch]));
+    running.check(lab.cluster().set_encryption("cloud", "pool"));
     let tunnel = || async { lab.node("cloud-b").ns.run("ip", &["link", "show", "raven-wg0"]) };
     running.check(eventually(SOON, "a member of the cloud has a tunnel", tunnel).await);
     for from in ["cloud-a", "cloud-b"] {

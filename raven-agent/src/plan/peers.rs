@@ -19,8 +19,8 @@ const KEEPALIVE: u16 = 15;
 /// In a pool with encryption: the peers inside the pool. On a gateway node, the members that it owns, which it dials; on
 /// a member, the gateway node that owns it. Both ends can be dialled, because they are on one LAN.
 pub(super) fn inside(paths: &BTreeMap<&str, Path>, own: &Pool, me: &Me) -> BTreeMap<PublicKey, Peer> {
-    let peer = |member: &Member, port, allowed, keepalive| Peer {
-        endpoint: Some(SocketAddr::new(member.address, port)),
+    let peer = |member: &Member, allowed, keepalive| Peer {
+        endpoint: Some(SocketAddr::new(member.address, member.tunnel_port)),
         allowed,
         keepalive,
         preshared: me.preshared,
@@ -29,17 +29,13 @@ pub(super) fn inside(paths: &BTreeMap<&str, Path>, own: &Pool, me: &Me) -> BTree
     if own.gateways.contains_key(&me.node) {
         let owned = own.members.iter().filter(|(name, _)| **name != me.node && owner(own, name) == Some(&me.node));
         // With a keepalive, a restarted gateway node starts the sessions again that its members still have.
-        let peers = owned.filter_map(|(_, member)| {
-            Some((member.key?, peer(member, member.tunnel_port, member.prefixes.clone(), Some(KEEPALIVE))))
-        });
+        let peers =
+            owned.filter_map(|(_, member)| Some((member.key?, peer(member, member.prefixes.clone(), Some(KEEPALIVE)))));
         return peers.collect();
     }
     let gateway = owner(own, &me.node).and_then(|name| Some((own.members.get(name)?, own.gateways.get(name)?)));
     let all = || paths.values().flat_map(|path| path.prefixes.values().flatten().copied()).collect();
-    gateway
-        .and_then(|(member, gateway)| Some((gateway.key?, peer(member, gateway.port, all(), None))))
-        .into_iter()
-        .collect()
+    gateway.and_then(|(member, gateway)| Some((gateway.key?, peer(member, all(), None)))).into_iter().collect()
 }
 
 /// Nodes of a pool with encryption that have not published a key.

@@ -292,7 +292,7 @@ impl Builder {
             (None, None) if exposed => at(address),
             _ => None,
         };
-        GatewayPeer { key, dial, port: endpoint.port_or_default() }
+        GatewayPeer { key, dial }
     }
 
     /// An endpoint inside a pool's prefix would be sent into the tunnel that it carries, or is a forged answer of DNS.

@@ -231,19 +231,9 @@ fn complete(
     match endpoint.type_ {
         EndpointType::Tunnel => {
             endpoint.config.insert(SWITCH_L3.to_owned(), inputs.switches.l3.to_string());
-            // A key stays while its GatewayNode cannot be read or is recreated: tunnels must not end because of it.
-            let mut known = keys::in_status(gateway).filter(|(node, _)| *node == endpoint.node_name);
-            let known = known.next().map(|(_, key)| key.to_owned());
+            let known = keys::in_status(gateway).find(|(node, _)| *node == endpoint.node_name).map(|(_, key)| key);
             let listed = endpoint.config.remove(CONFIG_PUBLIC_KEY);
-            let (own, refused): (Vec<String>, Vec<String>) =
-                [inputs.keys.get(&node.name).map(|published| published.key.clone()), listed, known]
-                    .into_iter()
-                    .flatten()
-                    .partition(|key| holders.may_have(&node.name, key));
-            // Agents keep a key that is missing, because a controller of an older release publishes none. An empty one says
-            // that the node has none.
-            let none = (!refused.is_empty()).then(String::new);
-            let key = own.into_iter().next().or(none);
+            let key = holders.key_of(inputs, &node.name, [listed.as_deref(), known]);
             key.map(|key| endpoint.config.insert(CONFIG_PUBLIC_KEY.to_owned(), key));
         }
         EndpointType::Proxy => {

@@ -94,16 +94,25 @@ impl<'a> KeyHolders<'a> {
         self.other(key, node).is_none()
     }
 
-    /// The key that a node has published, or `known` while its GatewayNode cannot be read or is recreated: tunnels must not
-    /// end because of it.
-    pub(crate) fn key_of(&self, inputs: &Inputs, node: &NodeName, known: Option<&str>) -> Option<String> {
+    /// The key that a node has published, or the first of `further` that it may have. A key that is known from the status
+    /// belongs there: it stays while its GatewayNode cannot be read or is recreated, because tunnels must not end. Agents keep
+    /// a key that is missing, because a controller of an older release publishes none; an empty one says that the node has
+    /// none, because all were refused.
+    pub(crate) fn key_of<const N: usize>(
+        &self,
+        inputs: &Inputs,
+        node: &NodeName,
+        further: [Option<&str>; N],
+    ) -> Option<String> {
         let published = inputs.keys.get(node).map(|published| published.key.as_str());
-        [published, known].into_iter().flatten().find(|key| self.may_have(node, key)).map(str::to_owned)
+        let (own, refused): (Vec<&str>, Vec<&str>) =
+            [published].into_iter().chain(further).flatten().partition(|key| self.may_have(node, key));
+        own.first().copied().or((!refused.is_empty()).then_some("")).map(str::to_owned)
     }
 
-    /// The key of a node of a pool with encryption; `known` as in [`Self::key_of`].
+    /// The key of a node of a pool with encryption; `known` is the one in the status.
     pub(crate) fn member_key(&self, inputs: &Inputs, node: &NodeName, known: Option<&str>) -> MemberKey {
-        let key = self.key_of(inputs, node, known).unwrap_or_default();
+        let key = self.key_of(inputs, node, [known]).unwrap_or_default();
         let published = inputs.keys.get(node).is_some_and(|published| published.key == key);
         MemberKey { key, published }
     }

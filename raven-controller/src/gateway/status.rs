@@ -155,8 +155,14 @@ impl Draft<'_> {
         names.into_iter().map(String::as_str).collect()
     }
 
+    // L3 is on for this pool.
+    fn l3(&self, switches: Switches) -> bool {
+        switches.l3 && self.tunnel.wanted > 0
+    }
+
     // Nodes of a pool with encryption that cannot exchange packets with other pools.
-    fn without_key(&self, l3: bool) -> Vec<&str> {
+    fn without_key(&self, switches: Switches) -> Vec<&str> {
+        let l3 = self.l3(switches);
         let without = self.keys.iter().filter(|(_, member)| l3 && !member.published);
         without.map(|(name, _)| name.as_str()).collect()
     }
@@ -191,7 +197,7 @@ impl Draft<'_> {
     }
 
     fn ready(&self, cluster: &ClusterView, switches: Switches) -> Verdict {
-        let l3 = switches.l3 && self.tunnel.wanted > 0;
+        let l3 = self.l3(switches);
         let l7 = switches.l7 && self.proxy.wanted > 0;
         let notes = self.notes(cluster, switches);
         let verdict_with_notes = |ok, reason, first: String| {
@@ -210,12 +216,12 @@ impl Draft<'_> {
         }
         let incomplete = self.tunnel.elected.len() < self.tunnel.wanted || self.proxy.elected.len() < self.proxy.wanted;
         let silent = !self.without_agent().is_empty();
-        let deficient = incomplete || silent || !self.without_key(l3).is_empty();
+        let deficient = incomplete || silent || !self.without_key(switches).is_empty();
         if deficient || !self.refusals.is_empty() || !self.unaddressed.is_empty() {
             return verdict_with_notes(
                 true,
                 "Degraded",
-                format!("works, but not as specified: {}", self.first_deficiency(l3)),
+                format!("works, but not as specified: {}", self.first_deficiency(switches)),
             );
         }
         verdict_with_notes(
@@ -226,12 +232,12 @@ impl Draft<'_> {
     }
 
     // One deficiency only: conditions Elected and Accepted list all of them.
-    fn first_deficiency(&self, l3: bool) -> String {
+    fn first_deficiency(&self, switches: Switches) -> String {
         match self.refusals.as_slice() {
             [] if self.tunnel.elected.len() < self.tunnel.wanted => tally(&self.tunnel),
             [] if self.proxy.elected.len() < self.proxy.wanted => tally(&self.proxy),
             [] if !self.without_agent().is_empty() => no_agent(&self.without_agent()),
-            [] if !self.without_key(l3).is_empty() => "some nodes have no WireGuard key".to_owned(),
+            [] if !self.without_key(switches).is_empty() => "some nodes have no WireGuard key".to_owned(),
             [] => "some nodes of the pool are ignored".to_owned(),
             [only] => only.message.clone(),
             [first, more @ ..] => format!("{} (and {} more, see condition Accepted)", first.message, more.len()),
@@ -336,7 +342,7 @@ impl Draft<'_> {
         if !without_prefix.is_empty() && without_prefix.len() < self.nodes.len() {
             notes.push(format!("without a pod prefix: {}", enumerate(&without_prefix)));
         }
-        let without_key = self.without_key(switches.l3 && self.tunnel.wanted > 0);
+        let without_key = self.without_key(switches);
         if !without_key.is_empty() {
             notes.push(format!(
                 "the pool has encryption, and these nodes publish no WireGuard key, so their packets to and from other pools may be dropped: {}; check that their agents are Ready and of a release that supports encryption: {}",

@@ -149,6 +149,12 @@ impl Cluster {
         patched.map(drop).with_context(|| format!("set {key} of ConfigMap {map}"))
     }
 
+    /// Sets `spec.encryption` of a Gateway, as a user does.
+    pub fn set_encryption(&self, gateway: &str, encryption: &str) -> Result<()> {
+        let patch = json!({"spec": {"encryption": encryption}}).to_string();
+        self.kubectl(&["patch", "gateway", gateway, "--type=merge", "--patch", &patch]).map(drop)
+    }
+
     /// Deletes a Node object.
     pub async fn delete_node(&self, node: &str) -> Result<()> {
         let api: Api<NodeObject> = Api::all(self.client());
